@@ -1,0 +1,36 @@
+# What a person types. Each target makes .venv and installs what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not gpu"
+
+.PHONY: demo test check lint clean
+
+demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
+	$(BIN)/zoo-train
+
+test: $(VENV)/dev.stamp  ## all tests
+	$(TEST)
+
+check: lint  ## lint and the quick tests
+	$(TEST) -m "not slow and not gpu"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version}")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/user.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ $(VENV)/user.stamp

@@ -1,0 +1,1 @@
+"""Attention operators shared by all families. None has moved in yet."""

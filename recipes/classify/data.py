@@ -1,0 +1,488 @@
+"""Images for classification: the digits, folders, and whatever else timm.data.create_dataset reads."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import random
+import signal
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader_image_folder import find_images_and_targets
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+
+from zoo.recipes import distributed
+from zoo.recipes.config import AugmentConfig, DataConfig
+from zoo.recipes.errors import RunError
+from zoo.recipes.runs import log
+
+# What decoding a damaged file raises, PIL's and timm's ways included.
+_DECODING_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
+
+
+class Digits(Dataset):
+    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels, as RGB images of 32x32.
+
+    Args:
+        training: 1,437 images for training, or the other 360; the same ones always, the same share of every digit.
+    """
+
+    classes = tuple("0123456789")
+
+    def __init__(self, training: bool):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        images, targets = load_digits(return_X_y=True)
+        parts = train_test_split(images, targets, test_size=360, random_state=0, stratify=targets)
+        images, self.targets = (parts[0], parts[2]) if training else (parts[1], parts[3])
+        images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        # Crops are cut at whole pixels, and eight are too few for that.
+        self.images = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in images]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.images[index].convert("RGB"), int(self.targets[index])
+
+
+@dataclass
+class Data:
+    """The two splits (indexable, or streams) with the names of their classes.
+
+    `train` is None where only evaluation is asked for; the index lists, where not None, are the part of the data set
+    that a split consists of.
+    """
+
+    train: Dataset | None
+    val: Dataset
+    classes: list[str]
+    train_indices: list[int] | None = None
+    val_indices: list[int] | None = None
+
+
+def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequence[str] | None = None) -> Data:
+    """Open the data set that `cfg` names and check what can be checked before training.
+
+    Args:
+        cfg: The configuration.
+        seed: Decides which images are held out of a folder without a validation split.
+        training: Open both splits; otherwise the validation split alone, the root itself where it has none.
+        classes: The class names that labels have to follow, in order; the training split's own if None.
+
+    Raises:
+        RunError: the data can't be used; the message names the path.
+    """
+    if cfg.name == "digits":
+        return Data(Digits(True) if training else None, Digits(False), list(Digits.classes))
+    if not cfg.name:
+        if cfg.root is None:
+            raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
+        if not os.path.exists(cfg.root):
+            raise RunError(f"data.root={cfg.root} does not exist{_similar_path(Path(cfg.root))}")
+        # A split may also be a .tar file, or the root one; timm's reader opens those.
+        if os.path.isdir(cfg.root) and not os.path.isfile(os.path.join(cfg.root, cfg.val_split)):
+            return _open_folders(cfg, seed, training, classes)
+    class_map = _class_map(cfg, classes)
+    train = _create(cfg, cfg.train_split, True, class_map) if training else None
+    names = list(classes) if classes else _class_names(train, cfg) if training else None
+    if class_map is None and names and _class_index(train):
+        class_map = {name: index for index, name in enumerate(names)}
+    val = _create(cfg, cfg.val_split, False, class_map)
+    data = Data(train, val, names or _class_names(val, cfg))
+    _check_not_empty(data, cfg)
+    return data
+
+
+def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[str] | None) -> Data:
+    root = Path(cfg.root)
+    val_root = _split_folder(root, cfg.val_split)
+    class_map = _class_map(cfg, classes)
+    if not training:
+        # A root without split folders is itself what is to be evaluated.
+        folder = val_root or root
+        _check_class_folders(folder, cfg)
+        if classes and not cfg.class_map:
+            _check_same_classes(folder, classes, cfg)
+        val = _create(cfg, folder, False, class_map)
+        _check_files(val, cfg)
+        return Data(None, val, list(classes) if classes else _class_names(val, cfg))
+    train_root = _split_folder(root, cfg.train_split) or root
+    if val_root and train_root == root:
+        raise RunError(
+            f"{root} has {val_root.name}/ but no {cfg.train_split}/: name it with data.train_split=<folder>."
+        )
+    _check_class_folders(train_root, cfg)
+    train = _create(cfg, train_root, True, class_map)
+    names = list(classes) if classes else _class_names(train, cfg)
+    _check_files(train, cfg)
+    if len(names) < 2:
+        raise RunError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more.")
+    if val_root:
+        # The labels follow the training classes: a class without validation images must not shift the others.
+        class_map = {name: index for index, name in enumerate(names)}
+        _check_class_folders(val_root, cfg)
+        _check_same_classes(val_root, names, cfg)
+        val = _create(cfg, val_root, False, class_map)
+        _check_files(val, cfg)
+        return Data(train, val, names)
+    train_indices, val_indices = _hold_out([target for _, target in train.reader.samples], cfg.val_fraction, seed)
+    if not val_indices:
+        raise RunError(
+            f"{train_root} has too few images to hold out {cfg.val_fraction:.0%} of a class for validation: "
+            "add images, raise data.val_fraction, or add a folder val/."
+        )
+    log.info(
+        "%s has no validation split: %d of %d images are held out (data.val_fraction=%g).",
+        root,
+        len(val_indices),
+        len(train),
+        cfg.val_fraction,
+    )
+    return Data(train, train, names, train_indices, val_indices)
+
+
+def _class_map(cfg: DataConfig, classes: Sequence[str] | None) -> dict[str, int] | str | None:
+    if classes and not cfg.class_map:
+        return {name: index for index, name in enumerate(classes)}
+    if cfg.class_map and not os.path.isfile(cfg.class_map):
+        raise RunError(f"data.class_map={cfg.class_map} does not exist: give a text file with one class a line.")
+    return cfg.class_map
+
+
+def _create(cfg: DataConfig, split: str | Path, training: bool, class_map: dict[str, int] | str | None) -> Dataset:
+    folder = isinstance(split, Path)
+    num_samples = cfg.num_samples if training else cfg.val_num_samples
+    try:
+        return create_dataset(
+            "" if folder else cfg.name,
+            root=str(split) if folder else cfg.root,
+            split=str(split),
+            search_split=not folder,
+            is_training=training,
+            class_map=class_map,
+            download=cfg.download,
+            num_samples=num_samples,
+            input_key=cfg.input_key,
+            **({} if folder else {"target_key": cfg.target_key}),
+        )
+    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = split if folder else f"data.name={cfg.name!r}, data.root={cfg.root}, split {split!r}"
+        raise RunError(f"the data set can't be opened ({where}): {reason}") from error
+
+
+def _class_index(dataset: Dataset) -> dict[str, int] | None:
+    reader = getattr(dataset, "reader", None)
+    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folders, tar files
+
+
+def _class_names(dataset: Dataset, cfg: DataConfig) -> list[str]:
+    reader = getattr(dataset, "reader", None)
+    index = _class_index(dataset)
+    if index:
+        names = sorted(index, key=index.get)
+    elif getattr(dataset, "classes", None):
+        names = list(dataset.classes)
+    elif hasattr(reader, "dataset") and hasattr(reader.dataset, "features"):  # Hugging Face
+        feature = reader.dataset.features.get(cfg.target_key or "label")
+        names = list(getattr(feature, "names", None) or [])
+    else:
+        names = []
+    if not names and cfg.num_classes:
+        names = [str(label) for label in range(cfg.num_classes)]
+    if not names:
+        raise RunError(f"the data set {cfg.name!r} does not tell its classes: give data.num_classes=<number>.")
+    if cfg.num_classes and cfg.num_classes != len(names):
+        raise RunError(f"data.num_classes={cfg.num_classes}, but the data has {len(names)} classes: leave it out.")
+    return [str(name) for name in names]
+
+
+def _check_not_empty(data: Data, cfg: DataConfig) -> None:
+    for split, dataset in ((cfg.train_split, data.train), (cfg.val_split, data.val)):
+        if dataset is None:
+            continue
+        if len(dataset) == 0:
+            option = "num_samples" if dataset is data.train else "val_num_samples"
+            what = f"does not tell its length: give data.{option}=<number>" if is_stream(dataset) else "has no images"
+            raise RunError(f"the split {split!r} of data.name={cfg.name!r} {what}.")
+
+
+def _similar_path(path: Path) -> str:
+    """What the user may have meant: the nearest name beside the first part of `path` that does not exist."""
+    missing = next(p for p in [*reversed(path.absolute().parents), path.absolute()] if not p.exists())
+    try:
+        names = [p.name for p in missing.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return "."
+    close = difflib.get_close_matches(missing.name, names, n=1)
+    return f": did you mean {missing.parent / close[0]}?" if close else f": {missing.parent} has no {missing.name!r}."
+
+
+def _split_folder(root: Path, split: str) -> Path | None:
+    names = _SPLIT_FOLDERS.get(split, (split,))
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _check_class_folders(folder: Path, cfg: DataConfig) -> None:
+    endings = {e.lower() for e in cfg.input_key.split(";")} if cfg.input_key else get_img_extensions(as_set=True)
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if not classes:
+        raise RunError(f"{folder} has no class folders: images belong into {folder}/<class>/.")
+    for path in classes:
+        files = (name for _, _, names in os.walk(path, followlinks=True) for name in names)
+        if not any(os.path.splitext(name)[1].lower() in endings for name in files):
+            raise RunError(
+                f"the class folder {path} has no images ({', '.join(sorted(endings))}): add some or remove the folder."
+            )
+
+
+def _check_same_classes(folder: Path, known: Sequence[str], cfg: DataConfig) -> None:
+    """timm leaves images of unknown classes out without a word; a wrong folder would look like a small one."""
+    _, present = find_images_and_targets(str(folder), types=cfg.input_key.split(";") if cfg.input_key else None)
+    unknown = sorted(set(present) - set(known))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], list(known), n=1)
+        hint = f" (is {close[0]!r} meant?)" if close else ""
+        raise RunError(
+            f"{folder} has {len(unknown)} {'class' if len(unknown) == 1 else 'classes'} that training does not have, "
+            f"{', '.join(map(repr, unknown[:5]))}{hint}: it has to use the names of the {len(known)} training classes."
+        )
+    missing = sorted(set(known) - set(present))
+    if missing:
+        names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+        log.warning("%s has no images of %d of the %d classes: %s.", folder, len(missing), len(known), names)
+
+
+def _check_files(dataset: Dataset, cfg: DataConfig) -> None:
+    """Refuse text that is named like an image: an error page or a list, saved by mistake, spoils a whole data set.
+
+    A damaged image is another matter: training skips and names it.
+    """
+    names = dataset.filenames(absolute=True)
+    count = len(names) if cfg.check_files < 0 else min(cfg.check_files, len(names))
+    chosen = [names[i * len(names) // count] for i in range(count)]
+    text = [name for name in chosen if _is_text(name)]
+    if text:
+        more = f", and {len(text) - 1} more of the {count} files looked at are" if len(text) > 1 else " is"
+        raise RunError(f"{text[0]}{more} text, not an image: remove or replace it.")
+
+
+def _is_text(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256)
+    except OSError:
+        return False  # unreadable is not text; reading it later will say so
+    printable = string.printable.encode()
+    return bool(head) and all(byte in printable or byte >= 0x80 for byte in head) and _is_utf8(head)
+
+
+def _is_utf8(head: bytes) -> bool:
+    try:
+        head.decode()
+    except UnicodeDecodeError as error:
+        return error.start >= len(head) - 3  # the last character may be cut
+    return True
+
+
+def _hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split positions into two sorted lists, the second with `fraction` of every class, at least one of two."""
+    rng = np.random.default_rng(seed)
+    held = []
+    for label in sorted(set(targets)):
+        positions = [i for i, target in enumerate(targets) if target == label]
+        count = max(round(fraction * len(positions)), 1) if len(positions) > 1 else 0
+        held += rng.permutation(positions)[:count].tolist()
+    chosen = set(held)
+    return [i for i in range(len(targets)) if i not in chosen], sorted(held)
+
+
+def is_stream(dataset: Dataset) -> bool:
+    """Whether the data set can only be read in its own order."""
+    return isinstance(dataset, IterableDataset)
+
+
+def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> Any:
+    """timm's transform to an uint8 array (C, H, W): random for training with `cfg`, or for evaluation with None."""
+    common = {"input_size": data_config["input_size"], "use_prefetcher": True}
+    if cfg is None:
+        names = ("interpolation", "crop_pct", "crop_mode")
+        return create_transform(**common, **{name: data_config[name] for name in names})
+    return create_transform(
+        **common,
+        is_training=True,
+        scale=tuple(cfg.scale),
+        ratio=tuple(cfg.ratio),
+        hflip=cfg.hflip,
+        vflip=cfg.vflip,
+        color_jitter=cfg.color_jitter or None,
+        auto_augment=cfg.auto_augment,
+        interpolation=cfg.interpolation,
+    )
+
+
+def seed_all(*numbers: int) -> None:
+    """Seed Python's, NumPy's and torch's generators from `numbers`."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  timm's transforms and Mixup draw from the global generator
+    torch.manual_seed(seed)
+
+
+Sample = tuple[torch.Tensor, int, list[str]]
+
+
+class Samples(Dataset):
+    """Transformed images: uint8 (C, H, W), label, and the names of images that could not be read.
+
+    An item's randomness comes from the seed, the epoch and the index alone, so it does not matter which process makes
+    it, or when. A corrupt image is replaced by the next good one in training; in evaluation it gets the label -1.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Any, seed: int, training: bool, input_size: tuple[int, int, int]):
+        if hasattr(dataset, "_max_retries"):
+            dataset._max_retries = 1  # timm would put another image in its place, which nobody could count
+        self.dataset, self.transform, self.seed, self.training = dataset, transform, seed, training
+        self.input_size = input_size
+        self.mode = {1: "L", 3: "RGB"}.get(input_size[0])
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        corrupt: list[str] = []
+        for attempt in range(min(len(self), 1000) if self.training else 1):
+            position = (index + attempt) % len(self)
+            if self.training:
+                seed_all(self.seed, epoch, position)
+            try:
+                image, target = self.dataset[position]
+                return *self._finish(image, target), corrupt
+            except _DECODING_ERRORS as error:
+                corrupt.append(f"{self._name(position)} ({_reason(error)})")
+        if self.training:
+            raise RunError(f"1000 corrupt images in a row, the first is {corrupt[0]}: check the data.")
+        return torch.zeros(self.input_size, dtype=torch.uint8), -1, corrupt
+
+    def _finish(self, image: Image.Image, target: int) -> tuple[torch.Tensor, int]:
+        if self.mode and image.mode != self.mode:
+            image = image.convert(self.mode)
+        return torch.as_tensor(self.transform(image)), int(target)
+
+    def _name(self, position: int) -> str:
+        for name in (getattr(self.dataset, "filename", None), getattr(self.dataset, "samples", None)):
+            try:
+                return str(name(position, absolute=True) if callable(name) else name[position][0])
+            except (AttributeError, IndexError, NotImplementedError, TypeError, AssertionError):
+                continue
+        return f"image {position}"
+
+
+def _reason(error: BaseException) -> str:
+    cause = error.__cause__ or error.__context__ or error
+    text = str(cause).strip().splitlines()
+    return text[0] if text else type(cause).__name__
+
+
+class Stream(IterableDataset):
+    """The same for data sets that can only be read in their own order; its place takes the index's."""
+
+    def __init__(self, dataset: IterableDataset, samples: Samples):
+        self.dataset, self.samples, self.epoch = dataset, samples, 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        for number, (image, target) in enumerate(self.dataset):
+            if self.samples.training:
+                seed_all(self.samples.seed, self.epoch, number, distributed.rank(), worker.id if worker else 0)
+            yield *self.samples._finish(image, target), []
+
+
+class EpochSampler(Sampler):
+    """This process's share of an epoch in a shuffled order, as (epoch, index) pairs; can start in the middle.
+
+    All processes together take `effective_batch` images an update, and the same ones whatever their number; what is
+    left at the end of an epoch is dropped.
+    """
+
+    def __init__(self, indices: Sequence[int], effective_batch: int, seed: int, rank: int, world_size: int):
+        self.indices, self.effective_batch, self.seed = indices, effective_batch, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return (len(self.indices) // self.effective_batch * self.effective_batch - self.start) // self.world_size
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))
+        stop = len(order) // self.effective_batch * self.effective_batch
+        for position in order[self.start : stop][self.rank :: self.world_size]:
+            yield self.epoch, self.indices[position]
+
+
+class EvalSampler(OrderedDistributedSampler):
+    """This process's share of the validation images, as (0, index) pairs.
+
+    Every process gets as many, so that those which gather sharded weights keep in step; `num_valid_samples` says how
+    many of this one's count.
+    """
+
+    def __init__(self, indices: Sequence[int], rank: int, world_size: int):
+        super().__init__(indices, num_replicas=world_size, rank=rank)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((0, self.dataset[position]) for position in super().__iter__())
+
+
+def collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Stack samples: uint8 (B, C, H, W), int64 (B,), and the names of corrupt images."""
+    images, targets, corrupt = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(targets), [name for names in corrupt for name in names]
+
+
+def _start_worker(_: int) -> None:
+    # The main process decides what a signal to the whole group means; a worker ends when it does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def num_workers(cfg: DataConfig) -> int:
+    """How many processes load images: as configured, or the cores' share of this process, at most eight."""
+    if cfg.num_workers is not None:
+        return cfg.num_workers
+    if cfg.name == "digits":  # in memory and quick
+        return 0
+    return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size()))
+
+
+def build_loader(
+    dataset: Dataset, sampler: Sampler | None, batch_size: int, cfg: DataConfig, device: torch.device, training: bool
+) -> DataLoader:
+    """A loader of `collate`d batches; without a sampler, `dataset` is a stream."""
+    workers = num_workers(cfg)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        drop_last=training,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+        persistent_workers=workers > 0 and sampler is not None,
+    )

@@ -1,0 +1,200 @@
+"""Accuracy of a classifier over a data set, and the pictures that explain it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.task import ClassificationEvaluator, evaluation_sample_limit
+from torch import nn
+from torch.utils.data import DataLoader
+
+from zoo.recipes import distributed
+from zoo.recipes.runs import atomic
+
+
+@dataclass
+class Evaluation:
+    """What a pass over a data set gives.
+
+    `metrics` are mean cross-entropy `loss`, `top1` and `top5` in percent, and the number of `images`; `targets` and
+    `predictions` are the labels, in no particular order where several processes share the work.
+    """
+
+    metrics: dict[str, float]
+    targets: np.ndarray
+    predictions: np.ndarray
+    corrupt: list[str]
+
+    def confusion(self, num_classes: int) -> np.ndarray:
+        """How often class `row` was taken for class `column`."""
+        counts = np.bincount(self.targets * num_classes + self.predictions, minlength=num_classes**2)
+        return counts.reshape(num_classes, num_classes)
+
+    def per_class(self, num_classes: int) -> list[float | None]:
+        """Top-1 of each class in percent, None for a class without images."""
+        right = np.bincount(self.targets[self.targets == self.predictions], minlength=num_classes)
+        images = np.bincount(self.targets, minlength=num_classes)
+        return [100 * r / n if n else None for r, n in zip(right.tolist(), images.tolist(), strict=True)]
+
+
+class Normalize:
+    """uint8 images to floats on the device, normalised with the model's mean and standard deviation."""
+
+    def __init__(self, data_config: dict[str, Any], device: torch.device, channels_last: bool = False):
+        self.mean = 255 * torch.tensor(data_config["mean"], device=device).view(1, -1, 1, 1)
+        self.std = 255 * torch.tensor(data_config["std"], device=device).view(1, -1, 1, 1)
+        self.device = device
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, C, H, W), uint8, to float32 on the device."""
+        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        return images.float().sub_(self.mean).div_(self.std)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    normalize: Normalize,
+    autocast: AbstractContextManager,
+    on_batch: object = None,
+) -> Evaluation:
+    """Evaluate `model`, in evaluation mode, on every image that `loader` gives; all processes together count each once.
+
+    Args:
+        model: Images to logits (B, classes).
+        loader: Batches of data.collate; a label of -1 is an image that can't be read, which does not count.
+        normalize: From uint8 to the model's input.
+        autocast: Context of the forward pass; entered once per batch.
+        on_batch: Called after every batch, for progress.
+    """
+    evaluator = ClassificationEvaluator(device=normalize.device)
+    left = evaluation_sample_limit(loader)
+    targets, predictions, corrupt = [], [], []
+    model.eval()
+    for images, labels, names in loader:
+        count = len(labels) if left is None else min(left, len(labels))
+        left = None if left is None else left - count
+        with autocast:
+            logits = model(normalize(images)).float()
+        labels = labels.to(logits.device, non_blocking=True)[:count]
+        good = labels >= 0
+        logits, labels = logits[:count][good], labels[good]
+        if len(labels):
+            evaluator.update(logits, labels)
+        targets.append(labels.cpu())
+        predictions.append(logits.argmax(1).cpu())
+        corrupt += names if count else []
+        if on_batch:
+            on_batch()
+    parts = distributed.gather((torch.cat(targets), torch.cat(predictions), corrupt) if targets else ([], [], []))
+    metrics = dict(evaluator.compute(distributed=distributed.world_size() > 1))
+    all_targets = np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts])
+    return Evaluation(
+        metrics={**metrics, "images": len(all_targets)},
+        targets=all_targets,
+        predictions=np.concatenate([np.asarray(part[1], dtype=np.int64) for part in parts]),
+        corrupt=sorted({name for part in parts for name in part[2]}),
+    )
+
+
+@torch.no_grad()
+def plot_predictions(
+    path: Path,
+    model: nn.Module,
+    samples: Sequence,
+    indices: Sequence[int],
+    normalize: Normalize,
+    classes: Sequence[str],
+    rows: int = 4,
+    columns: int = 8,
+) -> None:
+    """Draw validation images with what the model says of them: wrong ones first, the least certain next.
+
+    Looks at 512 images at most, evenly spread.
+    """
+    from matplotlib.figure import Figure
+
+    step = max(1, math.ceil(len(indices) / 512))
+    items = [samples[0, index] for index in list(indices)[::step]]
+    items = [item for item in items if item[1] >= 0]
+    model.eval()
+    probabilities = torch.cat(
+        [
+            model(normalize(torch.stack([image for image, _, _ in items[i : i + 32]]))).float().softmax(1).cpu()
+            for i in range(0, len(items), 32)
+        ]
+    )
+    scores, answers = probabilities.max(1)
+    targets = torch.tensor([target for _, target, _ in items])
+    # Half of the picture for the hard ones, half for ordinary ones.
+    order = torch.argsort(scores + (answers == targets).float()).tolist()
+    half = rows * columns // 2
+    rest = order[half:]
+    order = order[:half] + rest[:: max(1, len(rest) // half)][:half]
+    figure = Figure(figsize=(1.5 * columns, 1.85 * rows), layout="constrained", dpi=110)
+    wrong = int((answers != targets).sum())
+    figure.suptitle(
+        f"{wrong} of the {len(items)} validation images looked at are wrong: these and the least certain, then others",
+        fontsize=10,
+    )
+    for position, i in enumerate(order, start=1):
+        axes = figure.add_subplot(rows, columns, position)
+        image = items[i][0]
+        axes.imshow(image.permute(1, 2, 0).squeeze().numpy(), cmap="gray")
+        right = bool(answers[i] == targets[i])
+        text = _short(classes[answers[i]]) + ("" if right else f", is {_short(classes[targets[i]])}")
+        axes.set_title(f"{text}\n{100 * scores[i]:.0f} %", fontsize=8, color="black" if right else "tab:red")
+        axes.axis("off")
+    with atomic(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _short(name: str, length: int = 14) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, limit: int = 40) -> None:
+    """Draw the confusion matrix in percent of each row; of many classes, those that are mistaken most."""
+    from matplotlib.figure import Figure
+
+    images = confusion.sum(1)
+    shown = np.arange(len(classes))
+    if len(classes) > limit:
+        mistakes = images + confusion.sum(0) - 2 * confusion.diagonal()
+        shown = np.sort(np.argsort(-mistakes, kind="stable")[:limit])
+        title += f"\nthe {limit} of {len(classes)} classes with the most mistakes"
+    percent = 100 * confusion[np.ix_(shown, shown)] / np.maximum(images[shown, None], 1)
+    size = max(4.0, 0.34 * len(shown) + 2.2)
+    figure = Figure(figsize=(size + 0.8, size), layout="constrained", dpi=110)
+    axes = figure.add_subplot()
+    drawn = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    if len(shown) <= 20:
+        for row, column in zip(*np.nonzero(percent), strict=True):
+            value = percent[row, column]
+            color = "white" if value > 55 else "black"
+            axes.text(
+                column, row, f"{value:.0f}" if value >= 1 else "<1", ha="center", va="center", size=7, color=color
+            )
+    names = [_short(classes[i]) for i in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
+    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(drawn, label="% of the true class", shrink=0.8)
+    with atomic(path) as file:
+        figure.savefig(file, format="png")
+
+
+def percentage(value: float) -> str:
+    """A figure for people."""
+    return "-" if value is None or math.isnan(value) else f"{value:.2f} %"

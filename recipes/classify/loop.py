@@ -1,0 +1,546 @@
+"""Training a classifier: `zoo-train task=classify`.
+
+Built from timm's task, optimizers, schedules, transforms and Mixup. What is its own is the order of things, chosen so
+that nothing is lost and a run that was killed continues as if it had not been: whatever is random is drawn from the
+seed and the place in the run, never from what happened before.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
+
+import zoo
+from zoo.recipes import config, distributed, runs
+from zoo.recipes.classify.data import (
+    Data,
+    EpochSampler,
+    EvalSampler,
+    Samples,
+    Stream,
+    build_loader,
+    build_transform,
+    is_stream,
+    num_workers,
+    open_data,
+    seed_all,
+)
+from zoo.recipes.classify.evaluation import Normalize, evaluate, percentage, plot_predictions
+from zoo.recipes.classify.model import build_model, check_model_name, input_config, save_weights
+from zoo.recipes.classify.training import Training, autocast
+from zoo.recipes.errors import RunError, Stopped
+from zoo.recipes.progress import Progress
+from zoo.recipes.runs import log
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train as `cfg` says and return what `summary.json` holds.
+
+    Raises:
+        RunError: something that the user can mend.
+        Stopped: a signal arrived; the state is saved.
+    """
+    config.check(cfg)
+    check_model_name(cfg.model)
+    device = distributed.setup(cfg.trainer.device)
+    runs.start_log(None, distributed.rank() == 0)
+    data = open_data(cfg.data, cfg.seed)
+    folder = Path(distributed.share(cfg.run or str(runs.default_folder("", cfg.model))))
+    return Run(cfg, data, device, folder).run()
+
+
+class Run:
+    """One run, from the data to `summary.json`."""
+
+    def __init__(self, cfg: DictConfig, data: Data, device: torch.device, folder: Path):
+        self.cfg, self.data, self.device, self.folder = cfg, data, device, folder
+        self.primary = distributed.rank() == 0
+        self.accumulate, self.effective_batch = self._batches()
+        if cfg.trainer.deterministic:
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        seed_all(cfg.seed)
+        model = build_model(cfg, len(data.classes))
+        self.description = copy.copy(model)  # keeps timm's records of how it was made, whatever wraps the model
+        self.params = sum(p.numel() for p in model.parameters())
+        self.data_config = input_config(model, cfg.data)
+        self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)
+        self._build_loaders()
+        # The place in the run; `samples` counts into the epoch, over all processes.
+        self.progress = {"epoch": 0, "samples": 0, "update": 0, "nonfinite": 0, "seconds": 0.0, "finished": False}
+        self.tallies = _new_tallies()
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {"epoch": None, "top1": -1.0}
+        self.corrupt: set[str] = set()  # names of images that could not be read
+        self.corrupt_known = 0  # how many of them all processes know of
+        self.wandb, self.wandb_id = None, None
+        self.stop_signal = 0
+        state = self._find_checkpoint()
+        self.training = Training(cfg, model, len(data.classes), self.updates_per_epoch, device)
+        self.epochs = self.training.epochs
+        if state:
+            self._restore(state)
+
+    # What the run works on.
+
+    def _batches(self) -> tuple[int, int]:
+        """Forward passes per update, and images per update over all processes."""
+        per_pass = self.cfg.trainer.batch_size * distributed.world_size()
+        wanted = self.cfg.trainer.effective_batch_size or per_pass
+        if wanted % per_pass:
+            raise RunError(
+                f"trainer.effective_batch_size={wanted} is not a multiple of {per_pass}, the images of one pass "
+                f"(trainer.batch_size={self.cfg.trainer.batch_size} in {distributed.world_size()} processes): "
+                f"change one of them."
+            )
+        available = len(self.data.train if self.data.train_indices is None else self.data.train_indices)
+        if available < wanted:
+            raise RunError(
+                f"one update takes {wanted} images, but there are {available} for training: "
+                "lower trainer.batch_size or trainer.effective_batch_size."
+            )
+        return wanted // per_pass, wanted
+
+    def _build_loaders(self) -> None:
+        cfg, data, seed = self.cfg, self.data, self.cfg.seed
+        rank, world = distributed.rank(), distributed.world_size()
+        size = self.data_config["input_size"]
+        samples = Samples(data.train, build_transform(cfg.augment, self.data_config), seed, True, size)
+        self.val_samples = Samples(data.val, build_transform(None, self.data_config), seed, False, size)
+        if is_stream(data.train):
+            samples, self.sampler, self.train_images = Stream(data.train, samples), None, len(data.train)
+        else:
+            indices = range(len(data.train)) if data.train_indices is None else data.train_indices
+            self.sampler = EpochSampler(indices, self.effective_batch, seed, rank, world)
+            self.train_images = len(indices)
+        self.updates_per_epoch = self.train_images // self.effective_batch
+        if is_stream(data.val):
+            val, val_sampler, self.val_indices = Stream(data.val, self.val_samples), None, None
+        else:
+            self.val_indices = range(len(data.val)) if data.val_indices is None else data.val_indices
+            val, val_sampler = self.val_samples, EvalSampler(self.val_indices, rank, world)
+        self.val_images = len(data.val if self.val_indices is None else self.val_indices)
+        batch = cfg.trainer.batch_size
+        self.loader = build_loader(samples, self.sampler, batch, cfg.data, self.device, training=True)
+        self.val_loader = build_loader(val, val_sampler, batch, cfg.data, self.device, training=False)
+
+    # What it leaves behind, and takes up again.
+
+    def _find_checkpoint(self) -> dict[str, Any] | None:
+        path, resume = self.folder / "last.pt", self.cfg.resume
+        if distributed.share(path.exists()):
+            if resume == "never":
+                raise RunError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
+            state = runs.load_checkpoint(path)
+            self._check_same_run(state)
+            return state
+        if resume == "must":
+            raise RunError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
+        if distributed.share((self.folder / "config.yaml").exists()):
+            # A run that ended before its first checkpoint: nothing of it is lost if it begins again.
+            other = runs.load_config(self.folder).get("model")
+            if other != self.cfg.model:
+                raise RunError(f"{self.folder} holds a run of {other}: choose another run=<folder>.")
+        return None
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        for key, value in self._identity().items():
+            if state["identity"][key] != value:
+                raise RunError(
+                    f"{self.folder} holds a run with {key} {state['identity'][key]!r}, not {value!r}: "
+                    "choose another run=<folder>, or give the settings that it was started with."
+                )
+        before = OmegaConf.create(state["config"])
+        changed = [
+            f"{key}={value} (was {OmegaConf.select(before, key)})"
+            for key, value in _flat(OmegaConf.to_container(self.cfg, resolve=True))
+            if OmegaConf.select(before, key) != value and key not in ("run", "resume")
+        ]
+        if changed:
+            log.info("Continues with another configuration: %s.", ", ".join(changed))
+
+    def _identity(self) -> dict[str, Any]:
+        """What can't change within a run."""
+        return {
+            "model": self.cfg.model,
+            "classes": list(self.data.classes),
+            "parameters": self.params,
+            "training images": self.train_images,
+            "images per update": self.effective_batch,
+            "averaged weights": self.cfg.trainer.ema_decay is not None,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.training.load_state_dict(state["training"])
+        self.progress, self.tallies, self.history = state["progress"], state["tallies"], state["history"]
+        self.best, self.wandb_id = state["best"], state["wandb"]
+        self.corrupt = set(state["corrupt"])
+        self.corrupt_known = len(self.corrupt)
+        self.training.set_schedule(self.progress["update"])
+
+    def _save(self) -> None:
+        state = {
+            "training": self.training.state_dict(),
+            "progress": {**self.progress, "seconds": self._seconds()},
+            "tallies": self.tallies,
+            "history": self.history,
+            "best": self.best,
+            "corrupt": sorted(self.corrupt),
+            "identity": self._identity(),
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "wandb": self.wandb_id,
+        }
+        if self.primary:
+            runs.save_checkpoint(self.folder / "last.pt", state)
+        self.saved_at = time.monotonic()
+
+    def _kept(self) -> str:
+        path = self.folder / "last.pt"
+        return f"The last good checkpoint is {path}." if path.exists() else "There was no checkpoint yet."
+
+    # Its course.
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the summary."""
+        if self.primary:
+            runs.make_folder(self.folder)
+        distributed.share(None)  # the others wait for the folder
+        runs.start_log(self.folder, self.primary)
+        self._introduce()
+        summary = self.folder / "summary.json"
+        if self.progress["finished"] and self.progress["epoch"] >= self.epochs and summary.exists():
+            log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
+            return json.loads(summary.read_text())
+        self.progress["finished"] = False
+        if self.primary:
+            runs.save_config(self.folder, self.cfg)
+            self.wandb = runs.start_wandb(self.folder, self.cfg, self.wandb_id)
+            self.wandb_id = self.wandb.id if self.wandb else None
+        self.started = self.saved_at = time.monotonic()
+        self.seconds_before = self.progress["seconds"]
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, self.cfg.log.every)
+            with self.bar:
+                while self.progress["epoch"] < self.epochs and not self._enough():
+                    self._epoch()
+            return self._finish()
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if self.wandb:
+                self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
+
+    def _introduce(self) -> None:
+        cfg, world = self.cfg, distributed.world_size()
+        size = "x".join(map(str, self.data_config["input_size"]))
+        log.info(
+            "%s: %.2f M parameters, input %s, %d classes", cfg.model, self.params / 1e6, size, len(self.data.classes)
+        )
+        log.info("%d training and %d validation images", self.train_images, self.val_images)
+        batch = f"{cfg.trainer.batch_size} images"
+        if world > 1:
+            batch += f" x {world} processes ({cfg.trainer.parallel})"
+        if self.accumulate > 1:
+            batch += f" x {self.accumulate} passes, accumulated"
+        log.info(
+            "%d epochs of %d updates; %s; learning rate %g; %s on %s, %d workers load images",
+            self.epochs,
+            self.updates_per_epoch,
+            f"{self.effective_batch} images an update" + (f" = {batch}" if batch.count(" x ") else ""),
+            self.training.lr,
+            cfg.optim.opt,
+            self.device,
+            num_workers(cfg.data),
+        )
+        if self.progress["update"]:
+            log.info("Continues in epoch %d after update %d.", self.progress["epoch"] + 1, self.progress["update"])
+        log.info("Run folder: %s", self.folder)
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self.stop_signal == number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: the user means now
+        self.stop_signal = number
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _enough(self) -> bool:
+        limit = self.cfg.trainer.max_updates
+        return limit is not None and self.progress["update"] >= limit
+
+    def _epoch(self) -> None:
+        progress = self.progress
+        if progress["samples"] == 0:
+            self.tallies = _new_tallies()
+        first = progress["samples"] // self.effective_batch
+        begun, images_before = time.monotonic(), self.tallies["images"]
+        batches = self._batches_from(progress["epoch"], progress["samples"])
+        self.bar.start_epoch(progress["epoch"], first)
+        self.training.task.train()
+        for _ in range(first, self.updates_per_epoch):
+            if self._enough():
+                break
+            self._update(batches)
+            self._save_or_stop()
+        speed = (self.tallies["images"] - images_before) / (time.monotonic() - begun)
+        self._close_epoch(speed * distributed.world_size())
+
+    def _save_or_stop(self) -> None:
+        """Save if it is time, or if a signal ends the run; all processes do the same."""
+        due = self.primary and time.monotonic() - self.saved_at > 60 * self.cfg.trainer.save_minutes
+        stop, save = distributed.total([float(self.stop_signal > 0), float(due)], self.device)
+        if stop or save:
+            self._save()
+        if stop:
+            number = self.stop_signal or signal.SIGTERM  # another process may have got it
+            again = runs.command() if self.cfg.run else f"{runs.command()} run={self.folder}"
+            raise Stopped(
+                f"Stopped by {signal.Signals(number).name} after update {self.progress['update']}, and saved. "
+                f"Continue with: {again}",
+                number,
+            )
+
+    def _batches_from(self, epoch: int, samples: int) -> Iterator[Any]:
+        """This process's batches of the rest of an epoch."""
+        if self.sampler:
+            self.sampler.epoch, self.sampler.start = epoch, samples
+            return iter(self.loader)
+        self.loader.dataset.epoch = epoch
+        if hasattr(self.data.train, "set_epoch"):
+            self.data.train.set_epoch(epoch)
+        seed_all(self.cfg.seed, epoch, distributed.rank())  # for the seeds of the workers
+        batches = _endless(self.loader)
+        for _ in range(samples // self.effective_batch * self.accumulate):
+            next(batches)
+        return batches
+
+    def _update(self, batches: Iterator[Any]) -> None:
+        """One step of the optimizer, from `accumulate` batches."""
+        progress, tallies, training = self.progress, self.tallies, self.training
+        # A forward pass on bad numbers spoils BatchNorm's running statistics too, not only the gradients.
+        buffers = list(training.task.trainable_module.buffers())
+        kept = [buffer.clone() for buffer in buffers]
+        finite = True
+        for number in range(self.accumulate):
+            images, labels, corrupt = next(batches)
+            self._note_corrupt(corrupt)
+            if not finite:
+                continue  # the batch is taken, so that the next update has the images that it would have had
+            # Drop path, Mixup and erasing are random: drawn from here, they do not depend on the past.
+            seed_all(self.cfg.seed, progress["update"], number, distributed.rank(), 1)
+            with training.accumulating(last=number == self.accumulate - 1):
+                inputs, labels = self.normalize(images), labels.to(self.device, non_blocking=True)
+                result = training.forward(inputs, labels)
+                loss = float(result["loss"].detach())
+                flags = [float(not math.isfinite(loss)), float(len(self.corrupt) - self.corrupt_known)]
+                bad, corrupt_new = distributed.total(flags, self.device)
+                if self.corrupt_known + corrupt_new > self.cfg.data.max_corrupt:
+                    self._too_many_corrupt()
+                finite = not bad
+                if finite:
+                    training.backward(result["loss"] / self.accumulate)
+                    tallies["loss"] += loss * len(labels)
+                    tallies["right"] += int((result["output"].detach().argmax(1) == labels).sum())
+                    tallies["images"] += len(labels)
+        progress["update"] += 1
+        progress["samples"] += self.effective_batch
+        if finite:
+            training.step()
+            progress["nonfinite"] = 0
+        else:
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+            self._note_nonfinite()
+        training.end_update(progress["update"], stepped=finite)
+        self.bar.advance(tallies, distributed.world_size(), training.optimizer.param_groups[0]["lr"])
+
+    def _note_nonfinite(self) -> None:
+        self.tallies["skipped"] += 1
+        self.progress["nonfinite"] += 1
+        count, limit = self.progress["nonfinite"], self.cfg.trainer.max_nonfinite
+        log.warning("Update %d is skipped, its loss is not finite (%d in a row).", self.progress["update"], count)
+        if count > limit:
+            raise RunError(
+                f"the loss was not finite in {count} updates in a row (trainer.max_nonfinite={limit}): "
+                f"lower optim.lr, set optim.clip_grad=1, or use trainer.amp=bf16 or none. {self._kept()}"
+            )
+
+    def _note_corrupt(self, names: list[str]) -> None:
+        for name in names:
+            if name not in self.corrupt:
+                self.corrupt.add(name)
+                log.warning("Skipped a corrupt image: %s", name)
+
+    def _share_corrupt(self) -> None:
+        """Let all processes know all corrupt images."""
+        self.corrupt = {name for part in distributed.gather(self.corrupt) for name in part}
+        self.corrupt_known = len(self.corrupt)
+
+    def _too_many_corrupt(self) -> None:
+        self._share_corrupt()
+        names, path = sorted(self.corrupt), self.folder / "corrupt.txt"
+        if self.primary:
+            runs.write_text(path, "\n".join(names) + "\n")
+        raise RunError(
+            f"{len(names)} images are corrupt, more than data.max_corrupt={self.cfg.data.max_corrupt}; {path} lists "
+            f"them, beginning with {names[0]}: repair or remove them, or raise data.max_corrupt. {self._kept()}"
+        )
+
+    def _close_epoch(self, speed: float) -> None:
+        cfg, progress = self.cfg, self.progress
+        cut = progress["samples"] < self.updates_per_epoch * self.effective_batch  # by trainer.max_updates
+        if cut:
+            self._save()  # a run with more updates continues from here, not from the next epoch
+        epoch = progress["epoch"] = progress["epoch"] + 1
+        progress["samples"] = 0
+        last = epoch >= self.epochs or self._enough()
+        names = ("loss", "right", "images", "skipped")
+        loss, right, images, skipped = distributed.total([self.tallies[name] for name in names], self.device)
+        record = {
+            "epoch": epoch,
+            "update": progress["update"],
+            "lr": max(group["lr"] for group in self.training.optimizer.param_groups),
+            "train_loss": loss / max(images, 1),
+            # Mixed images have no single right answer.
+            "train_top1": None if self.training.mixup else 100 * right / max(images, 1),
+            "skipped_updates": int(skipped) // distributed.world_size(),
+            "images_per_second": speed,
+        }
+        if last or epoch % cfg.trainer.eval_every == 0:
+            self.bar.start_evaluation(None if self.val_indices is None else len(self.val_loader))
+            precision = autocast(cfg.trainer.amp, self.device)
+            model, advance = self.training.eval_model(), self.bar.advance_evaluation
+            result = evaluate(model, self.val_loader, self.normalize, precision, advance)
+            record |= {f"val_{name}": result.metrics[name] for name in ("loss", "top1", "top5")}
+            self._note_corrupt(result.corrupt)
+        self._share_corrupt()
+        record |= {"corrupt_images": len(self.corrupt), "seconds": self._seconds()}
+        self.history.append(record)
+        improved = record.get("val_top1", -1.0) > self.best["top1"]
+        if improved:
+            self.best = {"epoch": epoch, "top1": record["val_top1"]}
+            self._write_weights("best.safetensors")
+        progress["finished"] = last
+        if not cut:
+            self._save()
+        if self.primary:
+            runs.write_metrics(self.folder, self.history)
+            runs.plot_curves(self.folder / "curves.png", self.history, f"{cfg.model}, {self.folder.name}")
+        if self.wandb:
+            self.wandb.log({key: value for key, value in record.items() if value is not None})
+        self.bar.end_epoch(record, improved)
+
+    def _write_weights(self, name: str) -> dict[str, torch.Tensor]:
+        weights = self.training.weights()
+        if self.primary:
+            save_weights(self.folder / name, weights, self.cfg.model, self.data.classes)
+        return weights
+
+    def _finish(self) -> dict[str, Any]:
+        cfg, record = self.cfg, self.history[-1]
+        weights = self._write_weights("model.safetensors")
+        summary = {
+            "task": cfg.task,
+            "model": cfg.model,
+            "params": self.params,
+            "metrics": {name: record[f"val_{name}"] for name in ("top1", "top5", "loss")},
+            "best": self.best,
+            "epochs": record["epoch"],
+            "updates": record["update"],
+            "train_images": self.train_images,
+            "val_images": self.val_images,
+            "classes": len(self.data.classes),
+            "skipped_updates": sum(r["skipped_updates"] for r in self.history),
+            "corrupt_images": sorted(self.corrupt),
+            "seconds": self._seconds(),
+            "processes": distributed.world_size(),
+            "device": str(self.device),
+            "seed": cfg.seed,
+            "command": runs.command(),
+            "versions": {"zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        }
+        if self.primary:
+            self._describe(weights)
+            runs.write_json(self.folder / "summary.json", summary)
+            if self.wandb:
+                self.wandb.summary.update(summary["metrics"])
+            log.info(
+                "Top-1 %s on %d validation images (best: %s in epoch %d) after %.0f s",
+                percentage(summary["metrics"]["top1"]),
+                self.val_images,
+                percentage(self.best["top1"]),
+                self.best["epoch"],
+                summary["seconds"],
+            )
+            log.info("Run folder: %s", self.folder)
+        distributed.share(None)  # no process leaves before the files are complete
+        return summary
+
+    def _describe(self, weights: dict[str, torch.Tensor]) -> None:
+        """Write what `timm.create_model("local-dir:<folder>")` needs beside the weights, and draw predictions."""
+        temporary = self.folder / ".config.json.tmp"
+        names = ("input_size", "mean", "std", "interpolation", "crop_pct")
+        save_config_for_hf(
+            self.description,
+            str(temporary),
+            model_config={"label_names": list(self.data.classes)},
+            model_args=OmegaConf.to_container(self.cfg.model_kwargs),
+            data_config={name: self.data_config[name] for name in names},
+        )
+        temporary.replace(self.folder / "config.json")
+        if self.val_indices is None:
+            return
+        model = build_model(OmegaConf.merge(self.cfg, {"pretrained": False}), len(self.data.classes))
+        model.load_state_dict(weights)
+        model, path = model.to(self.device), self.folder / "predictions.png"
+        plot_predictions(path, model, self.val_samples, self.val_indices, self.normalize, self.data.classes)
+        if self.wandb:
+            runs.log_pictures(self.wandb, [path, self.folder / "curves.png"])
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        """What the user can do about `error`, if that is known; `error` itself otherwise."""
+        text = " ".join(str(error).split())
+        again = f"{self._kept()} The same command continues from there."
+        if isinstance(error, torch.OutOfMemoryError):
+            return RunError(
+                "the device's memory is too small: lower trainer.batch_size and keep the images per update with "
+                f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. {again}"
+            )
+        if "DataLoader worker" in text:
+            return RunError(
+                f"a process that loads images died ({text[:200]}), often for want of memory: lower data.num_workers. "
+                f"{again}"
+            )
+        if distributed.world_size() > 1 and any(word in text for word in ("gloo", "NCCL", "Connection", "timed out")):
+            return RunError(f"process {distributed.rank()} lost another process ({text[:200]}). {again}")
+        return error
+
+
+def _new_tallies() -> dict[str, float]:
+    """This process's sums over the epoch so far."""
+    return {"loss": 0.0, "right": 0, "images": 0, "skipped": 0}
+
+
+def _flat(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(values, dict):
+        return [(prefix, values)]
+    return [pair for key, value in values.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
+
+
+def _endless(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader

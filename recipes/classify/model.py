@@ -1,0 +1,164 @@
+"""A model by name, for any of timm's ways to name one, with errors that help."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from timm.data import resolve_model_data_config
+from timm.models import load_state_dict, split_model_name_tag
+from torch import nn
+
+import zoo
+from zoo.recipes import runs
+from zoo.recipes.config import Config, DataConfig, nearest
+from zoo.recipes.errors import RunError
+
+
+def check_model_name(name: str) -> None:
+    """Refuse a name that timm does not know.
+
+    Raises:
+        RunError: with the nearest names.
+    """
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    architecture, tag = split_model_name_tag(name)
+    if not timm.is_model(architecture):
+        guess = nearest(architecture, timm.list_models())
+        hint = f"did you mean {guess!r}? " if guess else ""
+        raise RunError(f"there is no model {architecture!r}; {hint}timm.list_models() lists all, after `import zoo`.")
+    tags = [split_model_name_tag(full)[1] for full in timm.list_models(f"{architecture}*", include_tags=True)
+            if split_model_name_tag(full)[0] == architecture]  # fmt: skip
+    if tag and tag not in tags:
+        raise RunError(f"{architecture} has no weights {tag!r}; it has {', '.join(map(repr, filter(None, tags)))}.")
+
+
+def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = None) -> nn.Module:
+    """Create `cfg.model`, with the weights that `cfg.pretrained` names.
+
+    Args:
+        cfg: The configuration.
+        num_classes: Size of the classifier; the weights' own if None.
+        in_chans: Channels of the input, if not the model's own.
+
+    Raises:
+        RunError: no such model, keyword, file or weights.
+    """
+    check_model_name(cfg.model)
+    kwargs: dict[str, Any] = dict(cfg.model_kwargs)
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    if in_chans is not None:
+        kwargs["in_chans"] = in_chans
+    pretrained = cfg.pretrained
+    if isinstance(pretrained, str):
+        file = weights_file(Path(pretrained))
+        overlay, classes = _overlay(cfg.model, file)
+        kwargs["pretrained_cfg_overlay"] = overlay
+        if classes is not None and num_classes is None:
+            kwargs["num_classes"] = classes
+    if cfg.data.img_size and _takes_img_size(cfg.model):
+        kwargs.setdefault("img_size", cfg.data.img_size)
+    try:
+        return timm.create_model(cfg.model, pretrained=bool(pretrained), **kwargs)
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, OSError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 600 else reason[:600] + " ..."
+        if pretrained and not isinstance(error, TypeError):
+            source = pretrained if isinstance(pretrained, str) else "the published weights"
+            raise RunError(f"{cfg.model} can't be created with {source}: {reason}") from error
+        raise RunError(f"{cfg.model} can't be created with model_kwargs={dict(cfg.model_kwargs)}: {reason}") from error
+
+
+def weights_file(path: Path) -> Path:
+    """The file that `pretrained=<path>` means: the path itself, or the weights of a run folder.
+
+    Raises:
+        RunError: there is none.
+    """
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in ("model.safetensors", "best.safetensors"):
+            if (path / name).is_file():
+                return path / name
+        raise RunError(f"pretrained={path} has no model.safetensors or best.safetensors: is it the folder of a run?")
+    raise RunError(f"pretrained={path} does not exist: give true, false, a checkpoint or the folder of a run.")
+
+
+def _overlay(model: str, file: Path) -> tuple[dict[str, Any], int | None]:
+    """How timm is to load `file`, and how many classes its classifier has (None where it has no classifier)."""
+    try:
+        state = load_state_dict(str(file))
+    except (OSError, RuntimeError, ValueError, SafetensorError, KeyError, AttributeError, EOFError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"pretrained={file} can't be read as a checkpoint: {reason}") from error
+    config = timm.get_pretrained_cfg(split_model_name_tag(model)[0])
+    classifier = config.classifier if config else None
+    classifier = classifier[0] if isinstance(classifier, tuple | list) else classifier
+    weight = state.get(f"{classifier}.weight")
+    classes = len(weight) if isinstance(weight, torch.Tensor) else None
+    # timm keeps or drops the classifier by comparing the model's number of classes with this one.
+    overlay: dict[str, Any] = {"file": str(file), "custom_load": False}
+    if classes is not None:
+        overlay["num_classes"] = classes
+    return overlay, classes
+
+
+def _takes_img_size(model: str) -> bool:
+    config = None if ":" in model else timm.get_pretrained_cfg(split_model_name_tag(model)[0])
+    return bool(config and config.fixed_input_size)
+
+
+def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
+    """timm's data configuration of `model` (input_size, mean, std, ...), with what the data section `cfg` overrides."""
+    names = ("img_size", "mean", "std", "interpolation", "crop_pct")
+    overrides = {name: cfg[name] for name in names if cfg[name] is not None}
+    if cfg.name == "digits":
+        overrides.setdefault("crop_pct", 1.0)  # digits reach to the edge
+    channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
+    config = resolve_model_data_config(model, args={**overrides, "in_chans": channels})
+    config["input_size"] = (channels, *config["input_size"][1:])
+    for name in ("mean", "std"):
+        if len(config[name]) != channels:
+            config[name] = (sum(config[name]) / len(config[name]),) * channels
+    return config
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], model: str, classes: Sequence[str]) -> None:
+    """Write `weights` as safetensors with the model's name and the class names in their metadata, atomically."""
+    metadata = {"format": "pt", "model": model, "classes": json.dumps(list(classes)), "zoo": zoo.__version__}
+    with runs.atomic(path) as file:
+        file.write(to_safetensors(weights, metadata))
+
+
+def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], list[str], Path]:
+    """The weights of a run, its class names, and the file that they came from.
+
+    Args:
+        folder: The run folder.
+        which: `best`, or `last`: the final weights, or those of the last checkpoint where the run is not finished.
+
+    Raises:
+        RunError: there are none, or they can't be read.
+    """
+    path = folder / ("best.safetensors" if which == "best" else "model.safetensors")
+    if not path.is_file():
+        path = folder / "last.pt"
+        state = runs.load_checkpoint(path)
+        training = state["training"]
+        return training["ema"] or training["model"], state["identity"]["classes"], path
+    try:
+        with safe_open(path, framework="pt") as opened:
+            classes = json.loads(opened.metadata()["classes"])
+        return load_file(path), classes, path
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} can't be read ({error}): delete it, the run's last.pt is read instead.") from error

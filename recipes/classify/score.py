@@ -1,0 +1,134 @@
+"""Scoring a classifier: `zoo-eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+from torch import nn
+
+from zoo.recipes import config, distributed, runs
+from zoo.recipes.classify.data import EvalSampler, Samples, Stream, build_loader, build_transform, is_stream, open_data
+from zoo.recipes.classify.evaluation import Evaluation, Normalize, evaluate, percentage, plot_confusion
+from zoo.recipes.classify.model import build_model, input_config, load_weights
+from zoo.recipes.classify.training import autocast
+from zoo.recipes.errors import RunError
+from zoo.recipes.progress import Progress
+from zoo.recipes.runs import log
+
+_OWN_KEYS = ("run", "checkpoint", "per_class", "out")  # keys that a run's configuration does not have
+
+
+def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
+    """Evaluate what `cfg` names, print the figures, write `eval.json` and `confusion.png`, and return the figures.
+
+    Args:
+        cfg: The composed configuration.
+        overridden: The keys and groups that the user set; the others come from the run, where one is named.
+
+    Raises:
+        RunError: something that the user can mend.
+    """
+    config.check(cfg)
+    if cfg.checkpoint not in ("last", "best"):
+        raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
+    runs.start_log(None, distributed.rank() == 0)
+    if cfg.run:
+        model, cfg, classes, weights = _from_run(cfg, overridden)
+    elif cfg.pretrained:
+        model, classes, weights = build_model(cfg, None), None, str(cfg.pretrained)
+    else:
+        raise RunError("nothing to evaluate: give run=<folder>, or model=<name> with pretrained=true or =<file>.")
+    device = distributed.setup(cfg.trainer.device)
+    runs.start_log(None, distributed.rank() == 0)
+    # A run's own data set is opened as in training, which finds the images that were held out.
+    own_data = cfg.run and not any(key == "data" or key.startswith("data.") for key in overridden)
+    data = open_data(cfg.data, cfg.seed, training=bool(own_data), classes=classes)
+    if len(data.classes) != model.num_classes:
+        raise RunError(
+            f"{cfg.model} tells {model.num_classes} classes apart, but the data has {len(data.classes)}: "
+            "evaluate on the classes that it was trained on (data.class_map=<file> lists them in order)."
+        )
+    result = _evaluate(cfg, model.to(device), data, device)
+    folder = Path(cfg.out) if cfg.out else _folder(cfg)
+    summary = {
+        "task": cfg.task,
+        "model": cfg.model,
+        "weights": weights,
+        "data": {"name": cfg.data.name, "root": cfg.data.root},
+        "metrics": result.metrics,
+        "corrupt_images": result.corrupt,
+        "per_class": dict(zip(data.classes, result.per_class(len(data.classes)), strict=True)),
+        "command": runs.command(),
+    }
+    if distributed.rank() == 0:
+        _report(folder, summary, result, data.classes, cfg.per_class)
+    return summary
+
+
+def _from_run(cfg: DictConfig, overridden: Sequence[str]) -> tuple[nn.Module, DictConfig, list[str], str]:
+    """The model of a run, the run's configuration with the user's changes, its classes, and where the weights stood."""
+    folder = Path(cfg.run)
+    merged = OmegaConf.merge(cfg, runs.load_config(folder))
+    OmegaConf.update(merged, "run", cfg.run)
+    for key in overridden:
+        if OmegaConf.select(merged, key) is not None or key in _OWN_KEYS or "." in key or key in config.GROUPS:
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
+    weights, classes, path = load_weights(folder, cfg.checkpoint)
+    model = build_model(OmegaConf.merge(merged, {"pretrained": False}), len(classes))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"the weights in {path} do not fit {merged.model}: {' '.join(str(error).split())}") from error
+    return model, merged, classes, str(path)
+
+
+def _evaluate(cfg: DictConfig, model: nn.Module, data: Any, device: torch.device) -> Evaluation:
+    data_config = input_config(model, cfg.data)
+    samples = Samples(data.val, build_transform(None, data_config), cfg.seed, False, data_config["input_size"])
+    if is_stream(data.val):
+        dataset, sampler = Stream(data.val, samples), None
+    else:
+        indices = range(len(data.val)) if data.val_indices is None else data.val_indices
+        dataset, sampler = samples, EvalSampler(indices, distributed.rank(), distributed.world_size())
+    loader = build_loader(dataset, sampler, cfg.trainer.batch_size, cfg.data, device, training=False)
+    if cfg.trainer.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    normalize = Normalize(data_config, device, cfg.trainer.channels_last)
+    with Progress(distributed.rank() == 0) as bar:
+        bar.start_evaluation(len(loader) if sampler else None)
+        return evaluate(model, loader, normalize, autocast(cfg.trainer.amp, device), bar.advance_evaluation)
+
+
+def _folder(cfg: DictConfig) -> Path:
+    return Path(cfg.run) / "eval" if cfg.run else runs.default_folder("eval-", cfg.model)
+
+
+def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: list[str], per_class: bool) -> None:
+    metrics = summary["metrics"]
+    runs.make_folder(folder, "out")
+    runs.write_json(folder / "eval.json", summary)
+    title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
+    plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)
+    if per_class:
+        table = Table("class", "images", "top-1")
+        counts = result.confusion(len(classes)).sum(1)
+        for (name, value), count in zip(summary["per_class"].items(), counts.tolist(), strict=True):
+            table.add_row(name, str(count), percentage(value))
+        runs.console.print(table)
+    for name in result.corrupt:
+        log.warning("A corrupt image does not count: %s", name)
+    log.info(
+        "%s (%s): top-1 %s, top-5 %s, loss %.4f on %d images",
+        summary["model"],
+        summary["weights"],
+        percentage(metrics["top1"]),
+        percentage(metrics["top5"]),
+        metrics["loss"],
+        metrics["images"],
+    )
+    log.info("Written to %s", folder)

@@ -1,0 +1,217 @@
+"""What one update of the weights consists of: task, mixing, optimizer, schedule, averaged weights, and their state."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3, dispatch_clip_grad, unwrap_model
+from torch import nn
+from torch.distributed.checkpoint import state_dict as sharded_state
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from zoo.recipes import distributed
+from zoo.recipes.errors import RunError
+from zoo.recipes.runs import log
+
+_FULL = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+class Training:
+    """A model being trained.
+
+    Args:
+        cfg: The configuration.
+        model: The model; moved, wrapped or sharded here.
+        num_classes: How many classes the labels have.
+        updates_per_epoch: The schedule's unit.
+        device: Where to train.
+    """
+
+    def __init__(
+        self, cfg: DictConfig, model: nn.Module, num_classes: int, updates_per_epoch: int, device: torch.device
+    ):
+        self.cfg, self.device = cfg, device
+        mixing = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
+        self.mixup = mixing and Mixup(
+            mixup_alpha=cfg.augment.mixup,
+            cutmix_alpha=cfg.augment.cutmix,
+            prob=cfg.augment.mixup_prob,
+            switch_prob=cfg.augment.mixup_switch_prob,
+            mode=cfg.augment.mixup_mode,
+            label_smoothing=cfg.augment.smoothing,
+            num_classes=num_classes,
+        )
+        self.erase = cfg.augment.re_prob > 0 and RandomErasing(
+            cfg.augment.re_prob, mode=cfg.augment.re_mode, max_count=cfg.augment.re_count, device=device
+        )
+        model = model.to(device)
+        if cfg.trainer.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if cfg.trainer.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+        self.sharded = distributed.world_size() > 1 and cfg.trainer.parallel == "fsdp"
+        ema = None
+        if cfg.trainer.ema_decay is not None:
+            decay, warmup = cfg.trainer.ema_decay, cfg.trainer.ema_warmup
+            ema = ModelEmaV3(model, decay=decay, use_warmup=warmup, foreach=not self.sharded)
+        if self.sharded:
+            shard(model)
+            if ema:
+                shard(ema.module)
+        criterion = {"smoothing": cfg.augment.smoothing, "soft_targets": bool(mixing)}
+        self.task = ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+        if ema:
+            self.task.trainable_module_ema = ema
+        self.optimizer = self._create_optimizer(model)
+        if cfg.trainer.compile:
+            self.task.compile()
+        if distributed.world_size() > 1 and not self.sharded:
+            self.task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.trainer.amp == "fp16")
+        schedule = OmegaConf.to_container(cfg.schedule)
+        if schedule["warmup_epochs"] > cfg.trainer.epochs / 2:
+            schedule["warmup_epochs"] = cfg.trainer.epochs / 2
+            log.info("The warm-up is shortened to %g epochs, half of the training.", schedule["warmup_epochs"])
+        self.scheduler, self.epochs = create_scheduler_v2(
+            self.optimizer,
+            num_epochs=cfg.trainer.epochs,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+            **schedule,
+        )
+
+    def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        cfg = self.cfg.optim
+        self.lr = cfg.lr if cfg.lr is not None else 2e-4 if self.cfg.pretrained else 1e-3
+        extra = {name: cfg[name] for name in ("betas", "eps") if cfg[name] is not None}
+        try:
+            return create_optimizer_v2(
+                model,
+                opt=cfg.opt,
+                lr=self.lr,
+                weight_decay=cfg.weight_decay,
+                momentum=cfg.momentum,
+                layer_decay=cfg.layer_decay,
+                **extra,
+            )
+        except (AssertionError, TypeError, ValueError) as error:
+            raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {error}") from error
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Mix and erase normalised images (B, C, H, W) with labels (B,); return the task's `loss` and `output`."""
+        if self.mixup:
+            images, labels = self.mixup(images, labels)
+        if self.erase:
+            images = self.erase(images)
+        with autocast(self.cfg.trainer.amp, self.device):
+            return self.task(images, labels)
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """The context of one of several passes before a step: only the last one exchanges gradients."""
+        return nullcontext() if last or self.sharded else self.task.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`."""
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> None:
+        """Clip the gradients and step the optimizer."""
+        cfg = self.cfg.optim
+        if cfg.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = list(self.task.get_clip_parameters(exclude_head=cfg.clip_mode == "agc"))
+            dispatch_clip_grad(parameters, value=cfg.clip_grad, mode=cfg.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+    def end_update(self, number: int, stepped: bool) -> None:
+        """Update number `number`, from 1, is over: clear gradients, move the schedule and the averaged weights on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if stepped:
+            self.task.update_ema(step=number)
+        self.set_schedule(number)
+
+    def set_schedule(self, number: int) -> None:
+        """Set the learning rate that follows update `number`."""
+        if self.scheduler:
+            self.scheduler.step_update(number)
+
+    def eval_model(self) -> nn.Module:
+        """The model to evaluate: averaged weights where there are; BatchNorm alike in all processes."""
+        ema = self.task.get_trainable_module(ema=True)
+        for module in (self.task.trainable_module, ema):
+            if module is not None:
+                distributed.average_batchnorm(module)
+        model = self.task.get_eval_model(ema=ema is not None)
+        # Processes have different numbers of batches, and DDP's forward pass would wait for all of them.
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    def _modules(self) -> tuple[nn.Module, nn.Module | None]:
+        ema = self.task.get_trainable_module(ema=True)
+        return unwrap_model(self.task.trainable_module), ema.module if ema else None
+
+    def _model_state(self, model: nn.Module) -> dict[str, Any]:
+        if self.sharded:
+            return sharded_state.get_model_state_dict(model, options=_FULL)
+        return model.state_dict()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that are evaluated, whole and on the CPU. All processes have to ask where they are sharded."""
+        model, ema = self._modules()
+        return {name: value.detach().cpu().contiguous() for name, value in self._model_state(ema or model).items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue. All processes have to ask where weights are sharded."""
+        model, ema = self._modules()
+        if self.sharded:
+            optimizer = sharded_state.get_optimizer_state_dict(model, self.optimizer, options=_FULL)
+        else:
+            optimizer = self.optimizer.state_dict()
+        return {
+            "model": self._model_state(model),
+            "ema": self._model_state(ema) if ema else None,
+            "optimizer": optimizer,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        model, ema = self._modules()
+        if self.sharded:
+            options = sharded_state.StateDictOptions(full_state_dict=True)
+            sharded_state.set_model_state_dict(model, state["model"], options=options)
+            sharded_state.set_optimizer_state_dict(model, self.optimizer, state["optimizer"], options=options)
+            if ema:
+                sharded_state.set_model_state_dict(ema, state["ema"], options=options)
+        else:
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if ema:
+                ema.load_state_dict(state["ema"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def autocast(amp: str, device: torch.device) -> AbstractContextManager:
+    """The context of a forward pass in mixed precision `amp`: none, bf16 or fp16."""
+    if amp == "none":
+        return nullcontext()
+    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+
+
+def shard(model: nn.Module) -> None:
+    """Shard `model` over all processes with FSDP2: every block of a list or sequence, and what is left as a whole."""
+    for parent in reversed(list(model.modules())):
+        if isinstance(parent, nn.Sequential | nn.ModuleList):
+            for block in parent.children():
+                if any(True for _ in block.children()) and any(True for _ in block.parameters()):
+                    fully_shard(block)
+    fully_shard(model)

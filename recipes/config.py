@@ -1,0 +1,265 @@
+"""The schema of `zoo-train` and `zoo-eval`: every key, its type, its default and what it means.
+
+Hydra holds every configuration file and every override against these dataclasses. The first words of a key's help are
+its name written out; `nearest_key` compares misspelt keys with both.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from zoo.recipes.errors import RunError
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its help text; a callable default makes the value."""
+    if callable(default):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DataConfig:
+    """Where the images come from and how they are read."""
+
+    name: str = option(
+        "",
+        "name of the data set: `digits`, or what timm.data.create_dataset reads: empty (image folders), `tar`, "
+        "`hfds/...`, `hfids/...`, `tfds/...`, `wds/...`, `torch/...`",
+    )
+    root: str | None = option(None, "root folder of the data; for image folders, with or without train/ and val/")
+    train_split: str = option("train", "training split: its name, or the folder's below the root")
+    val_split: str = option("val", "validation split: its name, or the folder's below the root")
+    val_fraction: float = option(
+        0.1, "validation fraction: share of every class that is held out where an image folder has no validation split"
+    )
+    num_classes: int | None = option(None, "number of classes, where the data set does not tell")
+    class_map: str | None = option(None, "class map: file with one class name a line, in the order of the labels")
+    input_key: str | None = option(None, "input key: the image's field (hfds, wds) or the file endings (folders)")
+    target_key: str | None = option(None, "target key: the label's field (hfds, wds)")
+    num_samples: int | None = option(None, "number of training samples of a stream (hfids, wds) that does not tell")
+    val_num_samples: int | None = option(None, "validation number of samples of a stream that does not tell")
+    download: bool = option(False, "download the data set where the reader can")
+    img_size: int | None = option(None, "image size in pixels; the model's own if null")
+    mean: list[float] | None = option(None, "mean of each channel, 0-1; the model's own if null")
+    std: list[float] | None = option(None, "standard deviation of each channel, 0-1; the model's own if null")
+    interpolation: str | None = option(None, "interpolation when resizing; the model's own if null")
+    crop_pct: float | None = option(None, "crop share of the resized image in evaluation; the model's own if null")
+    num_workers: int | None = option(None, "number of worker processes that load images; by cores if null")
+    max_corrupt: int = option(100, "maximum of corrupt images: that many are skipped and named, one more stops the run")
+    check_files: int = option(
+        20000, "check files before training: how many are looked at for text saved as an image; 0 none, -1 all"
+    )
+
+
+@dataclass
+class AugmentConfig:
+    """What is done to a training image; names and meanings are timm's."""
+
+    scale: list[float] = option(lambda: [0.35, 1.0], "scale of the random resized crop: its share of the area")
+    ratio: list[float] = option(lambda: [3 / 4, 4 / 3], "ratio of width to height of the random resized crop")
+    hflip: float = option(0.5, "horizontal flip probability")
+    vflip: float = option(0.0, "vertical flip probability")
+    color_jitter: float = option(0.0, "colour jitter strength, unless auto_augment is set")
+    auto_augment: str | None = option(None, "automatic augmentation policy, for example rand-m9-mstd0.5-inc1")
+    interpolation: str = option("random", "interpolation in training: bilinear, bicubic or random (of the two)")
+    mixup: float = option(0.0, "mixup alpha; 0 is off")
+    cutmix: float = option(0.0, "cutmix alpha; 0 is off")
+    mixup_prob: float = option(1.0, "mixup probability: of mixing a batch at all")
+    mixup_switch_prob: float = option(0.5, "mixup switch probability: of cutmix, where both are on")
+    mixup_mode: str = option("batch", "mixup mode: one draw per batch, pair or elem")
+    smoothing: float = option(0.0, "label smoothing")
+    re_prob: float = option(0.0, "random erasing probability")
+    re_mode: str = option("pixel", "random erasing mode: const, rand or pixel")
+    re_count: int = option(1, "random erasing count: most areas per image")
+
+
+@dataclass
+class OptimConfig:
+    """timm.optim.create_optimizer_v2."""
+
+    opt: str = option("adamw", "optimizer: any name of timm.optim.list_optimizers()")
+    lr: float | None = option(
+        None, "learning rate for the effective batch size; null: 1e-3, or 2e-4 where training starts from weights"
+    )
+    weight_decay: float = option(0.05, "weight decay; biases and vectors are exempt")
+    momentum: float = option(0.9, "momentum of optimizers that have one")
+    betas: list[float] | None = option(None, "betas of Adam and its kin; the optimizer's own if null")
+    eps: float | None = option(None, "epsilon of the optimizer; its own if null")
+    layer_decay: float | None = option(None, "layer decay: factor of the learning rate from one layer to the one below")
+    clip_grad: float | None = option(None, "clip gradients at this norm")
+    clip_mode: str = option("norm", "clip mode: norm, value or agc")
+
+
+@dataclass
+class ScheduleConfig:
+    """timm.scheduler.create_scheduler_v2, stepped at every update; lengths in epochs."""
+
+    sched: str = option("cosine", "schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none")
+    warmup_epochs: float = option(0.0, "warm-up epochs, part of trainer.epochs")
+    warmup_lr: float = option(1e-6, "warm-up learning rate at the start")
+    min_lr: float = option(1e-6, "minimum learning rate")
+    cooldown_epochs: int = option(0, "cool-down epochs at min_lr, after trainer.epochs")
+    decay_epochs: float | None = option(None, "decay epochs: interval (step) or length (wsd, rsqrt)")
+    decay_milestones: list[int] = option(lambda: [90, 180, 270], "decay milestones in epochs (multistep)")
+    decay_rate: float = option(0.1, "decay rate (step, multistep) or power (poly)")
+
+
+@dataclass
+class TrainerConfig:
+    """How the model is trained, and on what."""
+
+    epochs: int = option(30, "epochs, warm-up included, cool-down not")
+    batch_size: int = option(64, "batch size of one forward pass of one process")
+    effective_batch_size: int | None = option(
+        None, "effective batch size of one update; reached by accumulating gradients; null: one batch per process"
+    )
+    device: str = option("auto", "device: auto, cpu, cuda, cuda:N, mps or xpu")
+    amp: str = option("none", "automatic mixed precision: none, bf16 or fp16")
+    channels_last: bool = option(False, "channels last memory format")
+    compile: bool = option(False, "compile the model with torch.compile")
+    parallel: str = option("ddp", "parallel training under torchrun: ddp or fsdp (FSDP2)")
+    grad_checkpointing: bool = option(False, "gradient checkpointing: less memory, more time")
+    ema_decay: float | None = option(None, "EMA decay of the averaged weights, which are then the ones evaluated")
+    ema_warmup: bool = option(False, "EMA warm-up: let the decay grow to ema_decay")
+    eval_every: int = option(1, "evaluate every so many epochs; the last one always")
+    save_minutes: float = option(10.0, "save minutes: longest time between two checkpoints within an epoch")
+    max_nonfinite: int = option(20, "maximum of non-finite losses in a row: the next one stops the run")
+    max_updates: int | None = option(None, "maximum of updates: stop there, for trying a recipe out")
+    deterministic: bool = option(False, "deterministic kernels where torch has them")
+
+
+@dataclass
+class LogConfig:
+    """What is written beside the checkpoints."""
+
+    every: int = option(50, "every so many updates a plain line, where there is no progress bar")
+    wandb: str = option("offline", "Weights & Biases: offline, online or disabled")
+    project: str = option("zoo", "project name at Weights & Biases")
+
+
+@dataclass
+class Config:
+    """`zoo-train`."""
+
+    model: str = option("test_van", "model: any timm name, the zoo's or timm's, with or without a tag")
+    model_kwargs: dict[str, Any] = option(dict, "model keyword arguments, for example {drop_path_rate: 0.1}")
+    pretrained: Any = option(False, "pretrained weights: false, true (the published ones), or a file or run folder")
+    run: str | None = option(None, "run folder; runs/<date>-<model> if null")
+    resume: str = option("auto", "resume: auto (where the run folder has a checkpoint), never, or must")
+    seed: int = option(0, "seed of everything random")
+    task: str = option("classify", "task: classify")
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+@dataclass
+class EvalConfig(Config):
+    """`zoo-eval`: the keys of `zoo-train` that matter, and these."""
+
+    checkpoint: str = option("last", "checkpoint of a run folder: last or best")
+    per_class: bool = option(False, "per-class accuracies, printed and written")
+    out: str | None = option(None, "output folder; <run>/eval, or runs/eval-<date>-<model>, if null")
+
+
+GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "log", "recipe")
+
+
+def keys(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of `schema` in dotted form with its help text; a group is a key without help."""
+    for item in fields(schema):
+        name = prefix + item.name
+        yield name, item.metadata.get("help", "")
+        if item.default_factory is not MISSING and is_dataclass(item.default_factory):
+            yield from keys(item.default_factory, name + ".")
+
+
+def nearest(word: str, words: list[str]) -> str | None:
+    """The most similar of `words`, or None where none is similar."""
+    found = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def nearest_key(key: str, schema: type = Config) -> str | None:
+    """The key of `schema` that `key` was meant to be, judged by names and by what the names stand for."""
+    best, score = None, 0.6
+    leaf = key.rpartition(".")[2].replace("_", " ").lower()
+    for name, help in keys(schema):
+        words = help.replace(":", " ").replace(",", " ").replace(";", " ").lower().split()
+        # The written-out name has as many words as the misspelt key, or one more.
+        lengths = (len(leaf.split()), len(leaf.split()) + 1)
+        wordings = [name.rpartition(".")[2].replace("_", " "), *(" ".join(words[:n]) for n in lengths)]
+        ratio = max(difflib.SequenceMatcher(None, leaf, wording).ratio() for wording in wordings)
+        # Between two similar keys the one in the same group is meant.
+        ratio += 0.1 * (name.rpartition(".")[0] == key.rpartition(".")[0])
+        if ratio > score:
+            best, score = name, ratio
+    return best
+
+
+def check(cfg: Config) -> None:
+    """Refuse values that no run can use.
+
+    Raises:
+        RunError: names the key, its value and what is allowed.
+    """
+    trainer, optim, augment, data = cfg.trainer, cfg.optim, cfg.augment, cfg.data
+    rules = {
+        "trainer.epochs": (trainer.epochs >= 1, "1 or more"),
+        "trainer.batch_size": (trainer.batch_size >= 1, "1 or more"),
+        "trainer.effective_batch_size": (
+            trainer.effective_batch_size is None or trainer.effective_batch_size >= 1,
+            "1 or more, or null",
+        ),
+        "trainer.eval_every": (trainer.eval_every >= 1, "1 or more"),
+        "trainer.max_updates": (trainer.max_updates is None or trainer.max_updates >= 1, "1 or more, or null"),
+        "trainer.max_nonfinite": (trainer.max_nonfinite >= 0, "0 or more"),
+        "trainer.amp": (trainer.amp in ("none", "bf16", "fp16"), "none, bf16 or fp16"),
+        "trainer.parallel": (trainer.parallel in ("ddp", "fsdp"), "ddp or fsdp"),
+        "trainer.ema_decay": (trainer.ema_decay is None or 0 < trainer.ema_decay < 1, "between 0 and 1, or null"),
+        "optim.lr": (optim.lr is None or optim.lr > 0, "above 0, or null"),
+        "optim.weight_decay": (optim.weight_decay >= 0, "0 or more"),
+        "optim.layer_decay": (
+            optim.layer_decay is None or 0 < optim.layer_decay <= 1,
+            "above 0, at most 1, or null",
+        ),
+        "optim.clip_mode": (optim.clip_mode in ("norm", "value", "agc"), "norm, value or agc"),
+        "schedule.warmup_epochs": (cfg.schedule.warmup_epochs >= 0, "0 or more"),
+        "data.max_corrupt": (data.max_corrupt >= 0, "0 or more"),
+        "data.num_workers": (data.num_workers is None or data.num_workers >= 0, "0 or more, or null"),
+        "data.val_fraction": (0 < data.val_fraction < 1, "between 0 and 1"),
+        "data.img_size": (data.img_size is None or data.img_size >= 1, "1 or more, or null"),
+        "augment.smoothing": (0 <= augment.smoothing < 1, "0 or more and below 1"),
+        "augment.scale": (_is_range(augment.scale), "two rising numbers above 0"),
+        "augment.ratio": (_is_range(augment.ratio), "two rising numbers above 0"),
+        "augment.mixup_mode": (augment.mixup_mode in ("batch", "pair", "elem"), "batch, pair or elem"),
+        "log.wandb": (cfg.log.wandb in ("offline", "online", "disabled"), "offline, online or disabled"),
+        "seed": (cfg.seed >= 0, "0 or more"),
+        "resume": (cfg.resume in ("auto", "never", "must"), "auto, never or must"),
+    }
+    for key, (fine, allowed) in rules.items():
+        if not fine:
+            raise RunError(f"{key}={OmegaConf.select(cfg, key)} is not allowed: it has to be {allowed}.")
+    if (augment.mixup or augment.cutmix) and trainer.batch_size % 2:
+        raise RunError(f"trainer.batch_size={trainer.batch_size} is odd, but mixup pairs images: make it even.")
+
+
+def _is_range(values: list[float]) -> bool:
+    return len(values) == 2 and 0 < values[0] <= values[1]
+
+
+def register() -> None:
+    """Make the schemas known to Hydra as `schema` and `eval_schema`."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(name="eval_schema", node=EvalConfig)

@@ -1,0 +1,89 @@
+"""The few questions that a training loop asks about its sibling processes. Everything works without any, too."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import distribute_bn
+from timm.utils.distributed import init_distributed_device_so, is_distributed_env
+from torch import nn
+
+from zoo.recipes.errors import RunError
+
+
+def setup(device: str) -> torch.device:
+    """Join the process group that torchrun or SLURM describes, if any, and return this process's device.
+
+    Args:
+        device: `auto` (the accelerator if there is one), or a device's name.
+
+    Raises:
+        RunError: there is no such device.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if device == "auto":
+        device = accelerator.type if accelerator else "cpu"
+    kind = device.partition(":")[0]
+    if kind != "cpu" and (accelerator is None or accelerator.type != kind):
+        have = f"cpu or {accelerator.type}" if accelerator else "cpu only"
+        raise RunError(f"trainer.device={device}: torch {torch.__version__} finds {have} on this machine.")
+    if is_distributed_env() and dist.is_initialized():  # a second run in the same process
+        return torch.device(device)
+    return torch.device(init_distributed_device_so(device)["device"])
+
+
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """How many of them share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def leave() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(value: Any) -> Any:
+    """The first process's `value`, in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value`, in every process."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """The sums of `values` over the processes."""
+    if world_size() == 1:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def average_batchnorm(module: nn.Module) -> None:
+    """Give BatchNorm the same running statistics in every process: their mean."""
+    if world_size() > 1:
+        distribute_bn(module, world_size(), reduce=True)

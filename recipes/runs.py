@@ -1,0 +1,267 @@
+"""Run folders: what a run leaves behind, written so that nothing is lost.
+
+config.yaml          the whole configuration
+train.log            what was printed
+last.pt              everything needed to continue
+best.safetensors     weights of the best epoch so far
+metrics.jsonl        one line per epoch
+curves.png           the same, drawn
+predictions.png      samples of the validation split
+model.safetensors    the final weights and
+config.json          their description: timm.create_model("local-dir:<run folder>") loads them
+summary.json         the figures
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import pickle
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from zoo.recipes.errors import RunError
+
+console = Console()
+_errors = Console(stderr=True)
+log = logging.getLogger("zoo")
+
+
+class _ConsoleHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        target = _errors if record.levelno >= logging.ERROR else console
+        target.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+def start_log(folder: Path | None, primary: bool) -> None:
+    """Print the log of the first process, and append it to `train.log` in `folder` too; others print warnings only."""
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = False
+    log.setLevel(logging.INFO if primary else logging.WARNING)
+    log.addHandler(_ConsoleHandler())
+    if folder and primary:
+        handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(handler)
+
+
+def command() -> str:
+    """The command line of this process, as one would type it."""
+    name = Path(sys.argv[0]).name
+    if name == "train.py":
+        name = "python -m zoo.recipes.train"
+    return shlex.join([*shlex.split(name), *sys.argv[1:]])
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing such that it holds either what it held before or all of the new content.
+
+    Raises:
+        RunError: the content could not be written (disk full, folder not writable); `path` is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, has to survive a power cut
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        kept = f"; {path.name} is as it was before" if path.exists() else ""
+        raise RunError(
+            f"could not write {path}: {os.strerror(cause.errno) if cause.errno else cause}{kept}. "
+            f"{'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Mend that'} "
+            "and start the same command again."
+        ) from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The operating system's error behind `error`: torch's writer raises its own on top."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, atomically."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, atomically."""
+    with atomic(path) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote. Nothing in the file is executed.
+
+    Raises:
+        RunError: the file is missing, damaged or not such a checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint {path}: is {path.parent} the folder of a run?") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"the checkpoint {path} can't be read ({reason}): delete it, or start another run.") from error
+    if not isinstance(state, dict) or "progress" not in state:
+        raise RunError(f"{path} is not a checkpoint of zoo-train: give the folder of a run.")
+    return state
+
+
+def default_folder(prefix: str, name: str) -> Path:
+    """A new name for a folder below runs/: `prefix`, date, time and `name`."""
+    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.")
+    stem = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{safe}"
+    number, folder = 1, Path("runs") / stem
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{stem}-{number}"
+    return folder
+
+
+def make_folder(folder: Path, key: str = "run") -> None:
+    """Create `folder`, which the configuration's `key` names, and make sure that it can be written to.
+
+    Raises:
+        RunError: it can't.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(
+            f"the folder {folder} can't be written to ({error.strerror}): choose another with {key}=<folder>."
+        ) from error
+
+
+def save_config(folder: Path, cfg: DictConfig) -> None:
+    """Write the resolved configuration."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def load_config(folder: Path) -> DictConfig:
+    """Read the configuration of a run.
+
+    Raises:
+        RunError: `folder` is not a run's.
+    """
+    try:
+        return OmegaConf.load(folder / "config.yaml")
+    except FileNotFoundError:
+        raise RunError(f"{folder} is not the folder of a run: it has no config.yaml.") from None
+
+
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write `metrics.jsonl`, one line per epoch.
+
+    It is written anew every time, so that after a resume no epoch stands in it twice.
+    """
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+
+
+def plot_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
+    """Draw loss, accuracy and learning rate over the epochs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    def series(key: str) -> tuple[list[int], list[float]]:
+        points = [(record["epoch"], record[key]) for record in history if record.get(key) is not None]
+        return [x for x, _ in points], [y for _, y in points]
+
+    figure = Figure(figsize=(12, 3.8), layout="constrained", dpi=120)
+    figure.suptitle(title, fontsize=11)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    for key, label in (("train_loss", "training (augmented)"), ("val_loss", "validation")):
+        loss.plot(*series(key), marker=".", label=label)
+    for key, label in (("train_top1", "training (augmented)"), ("val_top1", "validation")):
+        if series(key)[0]:
+            accuracy.plot(*series(key), marker=".", label=label)
+    epochs, values = series("val_top1")
+    if values:
+        best = max(range(len(values)), key=values.__getitem__)
+        accuracy.axhline(values[best], color="grey", linewidth=0.8, linestyle=":")
+        accuracy.set_title(f"top-1: best {values[best]:.2f} % in epoch {epochs[best]}, last {values[-1]:.2f} %", size=9)
+    rate.plot(*series("lr"), marker=".", color="tab:green")
+    loss.set_title("loss", size=9)
+    rate.set_title("learning rate at the end of the epoch", size=9)
+    accuracy.set_ylabel("%")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.25)
+    loss.legend(fontsize=8)
+    accuracy.legend(fontsize=8, loc="lower right")
+    with atomic(path) as file:
+        figure.savefig(file, format="png")
+
+
+def start_wandb(folder: Path, cfg: DictConfig, run_id: str | None) -> Any:
+    """Start (or continue, with its id) the run's record at Weights & Biases; None where it is disabled.
+
+    Raises:
+        RunError: it can't start, and `log.wandb=online` asked for it.
+    """
+    if cfg.log.wandb == "disabled":
+        return None
+    import wandb
+
+    try:
+        return wandb.init(
+            project=cfg.log.project,
+            name=folder.name,
+            dir=str(folder),
+            mode=cfg.log.wandb,
+            id=run_id,
+            resume="allow" if run_id else None,
+            config=OmegaConf.to_container(cfg, resolve=True),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except (wandb.Error, OSError) as error:
+        if cfg.log.wandb == "online":
+            raise RunError(f"wandb can't start ({error}): run `wandb login`, or use log.wandb=offline.") from error
+        log.warning("wandb can't start (%s); the run goes on without it.", error)
+        return None
+
+
+def log_pictures(record: Any, paths: list[Path]) -> None:
+    """Add pictures to a record of `start_wandb`."""
+    import wandb
+
+    record.log({path.stem: wandb.Image(str(path)) for path in paths})

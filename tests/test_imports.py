@@ -1,0 +1,107 @@
+"""Who may import whom, and what a bare `import zoo` costs. A few seconds."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HEAVY = (
+    "torch",
+    "timm",
+    "triton",
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "matplotlib",
+    "sklearn",
+    "mmengine",
+    "mmdet",
+    "mmseg",
+)
+# folder -> what its files may import beside the standard library
+ALLOWED = {
+    "kernels": {"torch", "triton", "zoo.kernels"},
+    "zoo": {"torch", "timm", "safetensors", "wrapt", "zoo", "zoo.kernels", "zoo.checkpoints"},
+    "recipes": None,
+    "tools": None,
+}
+FORBIDDEN = {"recipes": {"zoo.tools"}, "tools": {"zoo.recipes"}}
+
+
+def imports(path):
+    """The modules that a file imports, at the top or inside functions; `from zoo import x` counts as zoo.x."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield from (f"zoo.{a.name}" for a in node.names) if node.module == "zoo" else (node.module,)
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def package(module):
+    """`zoo.kernels` of zoo.kernels.window, `torch` of torch.nn."""
+    parts = module.split(".")
+    return ".".join(parts[:2] if parts[0] == "zoo" else parts[:1])
+
+
+FILES = [path for folder in ALLOWED for path in files(folder)]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    folder = path.relative_to(ROOT).parts[0]
+    used = {package(module) for module in imports(path)} - set(sys.stdlib_module_names)
+    if ALLOWED[folder] is not None:
+        assert used <= ALLOWED[folder]
+    assert not used & FORBIDDEN.get(folder, set())
+    assert not {"tests", "kernels", "recipes", "tools"} & used
+
+
+def test_family_imports_no_other_family():
+    import zoo
+
+    for family in zoo.FAMILIES:
+        others = {f"zoo.{other}" for other in zoo.FAMILIES if other != family}
+        assert not others & set(imports(ROOT / "zoo" / f"{family}.py"))
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_import_zoo_brings_nothing_heavy():
+    assert run(f"import zoo, sys; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import zoo, timm; print(timm.is_model('van_b0'))",
+        "import timm, zoo; print(timm.is_model('van_b0'))",
+        "import zoo; from timm.models import is_model; print(is_model('van_b0'))",
+        "import zoo; zoo.van; import timm; print(timm.is_model('van_b0'))",
+    ],
+    ids=["zoo-first", "timm-first", "timm.models", "family-first"],
+)
+def test_models_are_registered(code):
+    assert run(code) == "True"
+
+
+def test_unknown_attribute():
+    import zoo
+
+    with pytest.raises(AttributeError, match="no attribute 'vam'"):
+        zoo.vam  # noqa: B018
+
+
+def test_command_line_starts_without_torch():
+    """Help and misspelt keys answer at once."""
+    code = "import zoo.recipes.train, zoo.recipes.eval, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
+    assert run(code) == "[]"

@@ -1,0 +1,249 @@
+"""The manifest, and how checkpoint files of every wrapping and mistake are read. About 10 s."""
+
+import argparse
+import os
+import re
+from urllib.parse import urlsplit
+
+import pytest
+import timm
+import torch
+
+from zoo import checkpoints
+
+CHECKPOINTS = checkpoints.manifest("van")
+IDS = [f"{entry['model']}.{entry['tag']}" for entry in CHECKPOINTS]
+FIELDS = {"model", "tag", "url", "dataset", "head", "licence", "origin_url", "paper_ids", "paper_name"}
+FIELDS |= {"input_size", "mean", "std", "crop_pct", "interpolation"}
+OPTIONAL_FIELDS = {"licence_note", "also_at", "top1", "sha256", "sha256_prefix", "note"}
+
+
+@pytest.fixture
+def state_dict():
+    torch.manual_seed(0)
+    return timm.create_model("test_van").state_dict()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def load(name, source, **kwargs):
+    overlay = {"file": str(source)} if isinstance(source, os.PathLike) else {"state_dict": source}
+    overlay |= kwargs.pop("overlay", {})
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+def headless(state_dict):
+    return {key: value for key, value in state_dict.items() if not key.startswith("head.")}
+
+
+def test_manifest_entries_are_unique():
+    assert len(set(IDS)) == len(IDS)
+    urls = [entry["url"] for entry in CHECKPOINTS]
+    assert len(set(urls)) == len(urls)
+
+
+@pytest.mark.parametrize("entry", CHECKPOINTS, ids=IDS)
+def test_manifest_entry_is_complete(entry):
+    assert entry.keys() >= FIELDS
+    assert entry.keys() <= FIELDS | OPTIONAL_FIELDS
+    assert all(entry[field] not in (None, "", []) for field in entry)
+    for url in (entry["url"], entry["origin_url"], *entry.get("also_at", ())):
+        assert urlsplit(url).scheme == "https"
+        assert urlsplit(url).netloc
+    assert re.fullmatch(r"[0-9a-f]{64}", entry.get("sha256", "0" * 64))
+    prefix = entry.get("sha256_prefix")
+    assert prefix is None or re.search(rf"-{prefix}\.pth$", entry["url"])  # as torch.hub checks it
+    if "top1" in entry:
+        assert entry["top1"].keys() == {"value", "source"}
+        assert 50 < entry["top1"]["value"] < 100
+
+
+@pytest.mark.parametrize("entry", CHECKPOINTS, ids=IDS)
+def test_pretrained_cfg_has_the_facts(entry):
+    cfg = timm.get_pretrained_cfg(f"{entry['model']}.{entry['tag']}")
+    assert cfg.url == entry["url"]
+    assert cfg.license
+    assert cfg.origin_url
+    assert cfg.paper_ids
+    assert cfg.mean == cfg.std == (0.5, 0.5, 0.5)
+    assert cfg.num_classes == (1000 if entry["head"] else 0)
+
+
+@pytest.mark.parametrize("model", sorted({entry["model"] for entry in CHECKPOINTS}))
+def test_first_entry_is_the_default(model):
+    first = next(entry for entry in CHECKPOINTS if entry["model"] == model)
+    assert timm.get_pretrained_cfg(model).tag == first["tag"]
+    assert timm.is_model_pretrained(model)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda sd: sd,
+        lambda sd: {"state_dict": sd, "epoch": 3},
+        lambda sd: {"model": sd},
+        lambda sd: {"model_ema": sd, "model": {}},
+        lambda sd: {"state_dict_ema": sd, "state_dict": {}},
+        lambda sd: {"state_dict": {"model": sd}},
+        lambda sd: {f"module.{key}": value for key, value in sd.items()},
+        lambda sd: {f"_orig_mod.module.{key}": value for key, value in sd.items()},
+        lambda sd: {f"module._orig_mod.{key}": value for key, value in sd.items()},
+        lambda sd: {"meta": {}, "state_dict": {f"module.{key}": value for key, value in sd.items()}},
+    ],
+    ids=["plain", "dict", "model", "model_ema", "dict_ema", "nested", "ddp", "compiled", "ddp-compiled", "mmengine"],
+)
+@pytest.mark.parametrize("source", ["dict", "file"])
+def test_wrapped_checkpoint_loads(wrap, source, state_dict, images, tmp_path):
+    wrapped = wrap(state_dict)
+    if source == "file":
+        torch.save(wrapped, tmp_path / "model.pth")
+        wrapped = tmp_path / "model.pth"
+    loaded = load("test_van", wrapped).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state_dict.items())
+
+
+def test_backbone_of_a_segmentor_loads(state_dict, images):
+    segmentor = {f"backbone.{key}": value for key, value in headless(state_dict).items()}
+    segmentor["decode_head.conv_seg.weight"] = torch.zeros(150, 96, 1, 1)
+    backbone = load("test_van", {"state_dict": segmentor}, features_only=True)
+    want = load("test_van", state_dict, features_only=True)
+    assert all(torch.equal(*pair) for pair in zip(backbone(images), want(images), strict=True))
+
+
+def test_safetensors_file_loads(state_dict, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(state_dict, tmp_path / "model.safetensors")
+    loaded = load("test_van", tmp_path / "model.safetensors").state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state_dict.items())
+
+
+def test_missing_batch_counters_are_filled_in(state_dict):
+    load("test_van", {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")})
+
+
+def test_checkpoint_is_not_changed(state_dict):
+    before = dict(state_dict)
+    load("test_van", state_dict, num_classes=10, in_chans=1)
+    assert state_dict.keys() == before.keys()
+    assert all(value is before[key] for key, value in state_dict.items())
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"features_only": True}, {"num_classes": 0}, {"num_classes": 10}], ids=["features", "0", "10"]
+)
+def test_headless_checkpoint_loads(kwargs, state_dict):
+    loaded = load("test_van", headless(state_dict), **kwargs).state_dict()
+    assert torch.equal(next(iter(loaded.values())), next(iter(state_dict.values())))
+
+
+def test_headless_checkpoint_makes_no_trained_classifier(state_dict):
+    with pytest.raises(RuntimeError, match=r"2 missing \(head.weight, head.bias\).*num_classes=0"):
+        load("test_van", headless(state_dict))
+    tuned = load("test_van", headless(state_dict), overlay={"num_classes": 0}, num_classes=1000)
+    assert tuned.num_classes == 1000
+
+
+def test_classifier_of_other_size_needs_a_word(state_dict, images):
+    other = timm.create_model("test_van", num_classes=21).eval().state_dict()
+    with pytest.raises(RuntimeError, match=r"head.weight \(21, 96\) for \(1000, 96\).*num_classes=\.\.\."):
+        load("test_van", other)
+    assert load("test_van", other, overlay={"num_classes": 21}, num_classes=21)(images).shape == (2, 21)
+    assert load("test_van", other, overlay={"num_classes": 21}, num_classes=5)(images).shape == (2, 5)
+    assert load("test_van", other, num_classes=5)(images).shape == (2, 5)
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Downloads of published weights come from here, by URL; holds what was asked for."""
+    files = {}
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", lambda url, **_: files[url])
+    return files
+
+
+def test_published_backbone_gives_a_model_without_classifier(downloads):
+    url = timm.get_pretrained_cfg("van_b4").url
+    small = {"depths": (1, 1, 1, 1)}
+    full = timm.create_model("van_b4", **small).state_dict()
+    downloads[url] = headless(full)
+    assert timm.create_model("van_b4", pretrained=True, **small).num_classes == 0
+    assert timm.create_model("van_b4", pretrained=True, num_classes=10, **small).num_classes == 10
+    backbone = timm.create_model("van_b4", pretrained=True, features_only=True, **small)
+    assert torch.equal(backbone.stages_3.norm.weight, full["stages.3.norm.weight"])
+    downloads[url] = full  # should the file hold a classifier after all
+    assert timm.create_model("van_b4", pretrained=True, **small).num_classes == 0
+
+
+def test_model_without_published_classifier_has_one_otherwise():
+    model = timm.create_model("van_b4", device="meta")
+    assert model.num_classes == model.pretrained_cfg["num_classes"] == 1000
+    assert timm.create_model("van_b4", num_classes=3, device="meta").num_classes == 3
+    own = timm.create_model("van_b4", depths=(1, 1, 1, 1)).state_dict()
+    loaded = load("van_b4", own, depths=(1, 1, 1, 1))
+    assert torch.equal(loaded.head.weight, own["head.weight"])
+
+
+def test_other_variant_is_recognised(state_dict):
+    with pytest.raises(RuntimeError, match=r"does not fit van_b0: \d+ missing .*It looks like test_van: create that"):
+        load("van_b0", state_dict)
+
+
+def test_deeper_variant_is_recognised():
+    deeper = timm.create_model("van_b2", device="meta").state_dict()
+    with pytest.raises(RuntimeError, match=r"does not fit van_b1: \d+ unexpected .*It looks like van_b2: create that"):
+        load("van_b1", deeper)
+
+
+def test_variation_of_a_variant_is_recognised():
+    other = timm.create_model("test_van", mlp_ratios=(8, 8, 4, 2)).state_dict()
+    message = r"of another shape \(stages.3.blocks.0.mlp.fc1.weight \(192, .*\d\d% of it is test_van: .* altered"
+    with pytest.raises(RuntimeError, match=message):
+        load("test_van", other)
+
+
+@pytest.mark.parametrize("source", ["timm", "torchvision"])
+def test_other_family_is_recognised(source):
+    from torchvision.models import resnet18
+
+    resnet = timm.create_model("resnet18") if source == "timm" else resnet18()
+    with pytest.raises(RuntimeError, match=r"does not fit test_van: .*It looks like no model of zoo"):
+        load("test_van", resnet.state_dict())
+
+
+def test_truncated_checkpoint_is_recognised(state_dict):
+    cut = dict(list(state_dict.items())[:200])
+    with pytest.raises(
+        RuntimeError, match=r"57 missing \(\S+, \S+, \S+, \.\.\.\)\. 77% of it is test_van: .*incomplete"
+    ):
+        load("test_van", cut)
+
+
+def test_checkpoint_without_tensors_is_refused():
+    with pytest.raises(ValueError, match=r"no tensors, only epoch, args: pass a state dict"):
+        load("test_van", {"epoch": 3, "args": None})
+
+
+def test_two_tensors_of_one_name_are_refused(state_dict):
+    with pytest.raises(ValueError, match=r"Two tensors .* called stages.0.norm.weight"):
+        load("test_van", state_dict | {"norm1.weight": torch.ones(16)})
+
+
+def test_arguments_of_timms_trainer_load(state_dict, tmp_path):
+    path = tmp_path / "model.pth.tar"
+    torch.save({"state_dict": state_dict, "args": argparse.Namespace(lr=1e-3)}, path)
+    assert torch.load(path, weights_only=True)["args"].lr == 1e-3  # as timm reads a download
+    load("test_van", path)
+
+
+def test_hostile_pickle_runs_nothing(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"state_dict": Hostile()}, tmp_path / "model.pth")
+    with pytest.raises(RuntimeError, match="weights_only"):
+        load("test_van", tmp_path / "model.pth")
+    assert not (tmp_path / "made").exists()

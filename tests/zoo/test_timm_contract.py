@@ -1,0 +1,99 @@
+"""timm's own model tests, of the installed version, run on our models as an outside test. 15 s, all models 130 s.
+
+They are neither in timm's wheel nor in this repository: the source distribution is fetched once, into pytest's cache.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import textwrap
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import timm
+
+import zoo
+
+# What timm tests on every model. Left out: torch.jit, which is deprecated (torch.export takes its place), and what
+# needs weights from a hub.
+TESTS = {
+    "test_model_forward",
+    "test_model_backward",
+    "test_model_default_cfgs",
+    "test_model_forward_features",
+    "test_model_forward_intermediates",
+    "test_model_forward_intermediates_features",
+    "test_prune_intermediate_layers_contract",
+    "test_model_forward_fx",
+    "test_model_backward_fx",
+}
+
+# Beside timm's file: registers our models before timm's parameter lists are made, and selects.
+CONFTEST = """
+    import os
+
+    import zoo
+
+    def pytest_collection_modifyitems(items):
+        models, tests = os.environ["ZOO_MODELS"].split(), os.environ["ZOO_TESTS"].split()
+
+        def chosen(item):
+            name = item.callspec.params.get("model_name") if hasattr(item, "callspec") else None
+            return isinstance(name, str) and name.split(".")[0] in models and item.originalname in tests
+
+        items[:] = filter(chosen, items)
+"""
+
+
+@pytest.fixture(scope="session")
+def timm_tests(pytestconfig) -> str:
+    """Text of timm's tests/test_models.py."""
+    folder = pytestconfig.cache.mkdir(f"timm-{timm.__version__}")
+    path = folder / "test_models.py"
+    if not path.exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=timm", f"--dest={folder}"]
+        download = subprocess.run([*pip, f"timm=={timm.__version__}"], capture_output=True, text=True)
+        if download.returncode:
+            pytest.fail(f"Could not download the source of timm {timm.__version__} from PyPI: {download.stderr[-500:]}")
+        (archive,) = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as tar:
+            text = tar.extractfile(f"timm-{timm.__version__}/tests/test_models.py").read()
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(text)
+        partial.replace(path)
+    return path.read_text()
+
+
+def run_timm_tests(text: str, folder: Path, models: list[str]) -> None:
+    marker = "FEAT_INTER_FILTERS = ["
+    assert text.count(marker) == 1, "timm has renamed the list of modules whose intermediates it tests"
+    modules = [name for name in zoo.FAMILIES if timm.list_models(module=name)]
+    (folder / "test_models.py").write_text(text.replace(marker, f"{marker}*{modules}, "))
+    (folder / "conftest.py").write_text(textwrap.dedent(CONFTEST))
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--junit-xml=report.xml"]
+    environment = {**os.environ, "ZOO_MODELS": " ".join(models), "ZOO_TESTS": " ".join(TESTS)}
+    run = subprocess.run([*command, "test_models.py"], cwd=folder, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
+
+    passed = defaultdict(set)
+    for case in ElementTree.parse(folder / "report.xml").iter("testcase"):
+        assert case.find("skipped") is None, f"{case.get('name')} was skipped"
+        test, _, parameters = case.get("name").partition("[")
+        passed[test].add(parameters)
+    configurations = timm.list_models(models, include_tags=True)
+    wanted = {test: len(configurations if test == "test_model_default_cfgs" else models) for test in TESTS}
+    assert {test: len(cases) for test, cases in passed.items()} == wanted
+
+
+def test_timms_own_tests_pass_on_small_models(timm_tests, tmp_path):
+    run_timm_tests(timm_tests, tmp_path, ["test_van", "van_b0"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", zoo.FAMILIES)
+def test_timms_own_tests_pass_on_every_model(timm_tests, tmp_path, module):
+    run_timm_tests(timm_tests, tmp_path, timm.list_models(module=module))

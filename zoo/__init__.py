@@ -1,0 +1,28 @@
+"""Hierarchical vision backbones: after `import zoo`, timm knows their names.
+
+timm brings torch and much else with it, and takes seconds; so the models register as soon as timm is imported, at once
+if it already is, and `import zoo` by itself takes no time.
+"""
+
+from importlib import import_module
+from types import ModuleType
+
+from wrapt import register_post_import_hook
+
+__version__ = "0.1.0"
+
+FAMILIES = ("van",)
+
+
+def _register(_: ModuleType) -> None:
+    for family in FAMILIES:
+        import_module(f"zoo.{family}")
+
+
+register_post_import_hook(_register, "timm")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in FAMILIES:
+        return import_module(f"zoo.{name}")
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")

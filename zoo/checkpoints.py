@@ -1,0 +1,215 @@
+"""Published weights: what is known of them, and how a file becomes the state dict of one of our models.
+
+`manifest.json` (its fields: `checkpoints/README.md`) becomes timm's pretrained configurations in `pretrained_cfgs`. A
+family's `checkpoint_filter_fn` is one call of `convert`, which timm makes on every road: `pretrained=True`,
+`pretrained_cfg_overlay=dict(file=...)` and `pretrained_cfg_overlay=dict(state_dict=...)`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import timm
+import torch
+from timm.models import resolve_pretrained_cfg
+from torch import Tensor, nn
+
+__all__ = ["convert", "looks_like", "manifest", "pretrained_cfgs", "remap", "settle_num_classes", "unwrap"]
+
+# A family's official names in ours: regular expressions with their replacements, applied in order to every key.
+KeyMap = Iterable[tuple[str, str]]
+
+# In timm's order of preference, so that a file and the same file passed as a dict give the same weights.
+WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
+PREFIXES = ("module.", "_orig_mod.")
+
+# Files by timm's trainer, the official ones among them, carry their command line as a Namespace. It is inert: restoring
+# it only sets attributes. timm allows it for local files but not for downloads; loading stays weights_only everywhere.
+# Named in full, because the context manager in which timm reads a local file removes the bare type at its end.
+torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace")])
+
+
+@cache
+def manifest(family: str) -> tuple[dict[str, Any], ...]:
+    """The known checkpoints of `family`, as the manifest has them, each with the facts its family shares."""
+    content = json.loads(resources.files("zoo.manifest").joinpath("manifest.json").read_text(encoding="utf-8"))
+    shared = content["families"][family]
+    return tuple(
+        {**shared, **entry} for entry in content["checkpoints"] if entry["model"].startswith(family.rstrip("_") + "_")
+    )
+
+
+def pretrained_cfgs(family: str) -> dict[str, dict[str, Any]]:
+    """Timm's configuration of every known checkpoint of `family`, by `model.tag`, as far as the file decides it."""
+    return {f"{entry['model']}.{entry['tag']}": _pretrained_cfg(entry) for entry in manifest(family)}
+
+
+def _pretrained_cfg(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "url": entry["url"],
+        "input_size": tuple(entry["input_size"]),
+        "mean": tuple(entry["mean"]),
+        "std": tuple(entry["std"]),
+        "crop_pct": entry["crop_pct"],
+        "interpolation": entry["interpolation"],
+        "num_classes": 1000 if entry["head"] else 0,
+        "license": entry["licence"],
+        "origin_url": entry["origin_url"],
+        "paper_ids": entry["paper_ids"],
+        "paper_name": entry["paper_name"],
+        "description": f"Trained on {entry['dataset']}.",
+        "notes": tuple(entry[field] for field in ("note", "licence_note") if field in entry) or None,
+    }
+
+
+def settle_num_classes(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """`kwargs` of `build_model_with_cfg`, with the number of classes that the weights to be loaded really have.
+
+    A published file without a classifier is configured with 0 classes, and `pretrained=True` then gives a model
+    without one. That shall not reach a model which starts from nothing or from the caller's own file: it has 1000
+    classes like every other, unless the call says otherwise. A feature extractor never has a classifier.
+    """
+    kwargs = dict(kwargs)
+    if kwargs.get("features_only"):
+        kwargs["num_classes"] = 0
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    published = pretrained and not any(overlay.get(source) for source in ("state_dict", "file", "url", "hf_hub_id"))
+    named = isinstance(kwargs.get("pretrained_cfg"), str | None)  # a tag or nothing: the manifest's configuration
+    if named and not published and resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).num_classes == 0:
+        kwargs["pretrained_cfg_overlay"] = {"num_classes": 1000, **overlay}
+    return kwargs
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a training checkpoint, free of wrappings (`state_dict`, ...) and prefixes (`module.`, ...).
+
+    A file of a larger model whose weights lie under `backbone.` (MMSegmentation, MMDetection) gives its backbone only.
+
+    Raises:
+        ValueError: nothing in the file is a tensor.
+    """
+    while wrapping := next((name for name in WRAPPINGS if isinstance(checkpoint.get(name), Mapping)), None):
+        checkpoint = checkpoint[wrapping]
+    state_dict = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    if not state_dict:
+        raise ValueError(
+            f"The checkpoint holds no tensors, only {_some(checkpoint)}: pass a state dict, "
+            f"or a dict with one under {', '.join(map(repr, WRAPPINGS))}."
+        )
+    while True:
+        if any(key.startswith("backbone.") for key in state_dict):
+            prefix = "backbone."
+        else:
+            prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state_dict)), None)
+        if prefix is None:
+            return state_dict
+        state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
+
+
+def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """`state_dict` under the names that `key_map` gives.
+
+    Raises:
+        ValueError: two keys get the same name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in key_map:
+            key = re.sub(pattern, replacement, key)
+        if key in renamed:
+            raise ValueError(f"Two tensors of the checkpoint are called {key} in our naming: it mixes two models.")
+        renamed[key] = value
+    return renamed
+
+
+def convert(checkpoint: Mapping[str, Any], model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
+    """The state dict that `model` shall load from `checkpoint`, which has official names or ours, wrapped or not.
+
+    Left to timm, which adapts them after this function: a classifier of another number of classes than the pretrained
+    configuration says the weights have, and the first convolution where the number of input channels differs.
+
+    Raises:
+        ValueError: the file holds no tensors, or a name twice.
+        RuntimeError: a tensor is missing, unexpected or of another shape; says which model the file looks like.
+    """
+    state_dict = remap(unwrap(checkpoint), key_map)
+    want = model.state_dict()
+    cfg = getattr(model, "pretrained_cfg", {})
+    classifier = {key for key in want.keys() | state_dict.keys() if _is_part(key, cfg.get("classifier"))}
+    headless = not classifier & want.keys()
+    if headless or model.num_classes != cfg.get("num_classes", model.num_classes):
+        state_dict = {key: value for key, value in state_dict.items() if key not in classifier}
+    else:
+        classifier = set()
+
+    # torch itself fills in the counters of batch norm, which conversions to other formats drop
+    missing = [k for k in want if k not in state_dict and k not in classifier and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state_dict if k not in want]
+    reshaped = [k for k, v in state_dict.items() if k in want and not _fits(k, v, want[k], cfg.get("first_conv"))]
+    if missing or unexpected or reshaped:
+        shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(want[k].shape)}" for k in reshaped]
+        counts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        faults = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in counts if keys)
+        name = cfg.get("architecture", type(model).__name__)
+        remedy = _remedy({*missing, *unexpected, *reshaped}, name, cfg, unwrap(checkpoint))
+        raise RuntimeError(f"The checkpoint does not fit {name}: {faults}. {remedy}")
+    return state_dict
+
+
+def looks_like(state_dict: Mapping[str, Tensor]) -> tuple[str | None, float]:
+    """The model of this package that shares most tensors (name and shape) with an unwrapped state dict, and the share.
+
+    The share is that of the larger of the two, classifiers left out. It builds every model, without memory but not
+    without time: for error messages only.
+    """
+    best, best_share = None, 0.0
+    for name in timm.list_models():
+        module = timm.model_entrypoint(name).__module__
+        if module.split(".")[0] != __package__:
+            continue
+        model = timm.create_model(name, device="meta", num_classes=0)
+        want = {key: value.shape for key, value in model.state_dict().items()}
+        classifier = model.pretrained_cfg["classifier"]
+        have = remap(state_dict, sys.modules[module].KEY_MAP)
+        have = {key: value.shape for key, value in have.items() if not _is_part(key, classifier)}
+        share = len(want.items() & have.items()) / max(len(want), len(have), 1)
+        if share > best_share:
+            best, best_share = name, share
+    return best, best_share
+
+
+def _remedy(faulty: set[str], name: str, cfg: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
+    if all(_is_part(key, cfg.get("classifier")) for key in faulty):
+        return (
+            "The rest fits: use features_only=True or num_classes=0, or say how many classes the file has (0 without "
+            "a classifier) with pretrained_cfg_overlay=dict(num_classes=...), and the model gets a new classifier."
+        )
+    best, share = looks_like(state_dict)
+    if best is None or share < 0.1:
+        return "It looks like no model of zoo: check which family the file belongs to."
+    if best == name:
+        return f"{share:.0%} of it is {name}: the file is incomplete or altered."
+    if share < 1:
+        return f"It looks most like {best} ({share:.0%} of the tensors agree)."
+    return f"It looks like {best}: create that model instead."
+
+
+def _fits(key: str, have: Tensor, want: Tensor, first_conv: str | None) -> bool:
+    """Whether shapes agree, up to the input channels of the first convolution."""
+    if first_conv is not None and key == f"{first_conv}.weight":
+        return have.ndim == want.ndim and (have.shape[0], *have.shape[2:]) == (want.shape[0], *want.shape[2:])
+    return have.shape == want.shape
+
+
+def _is_part(key: str, module: str | None) -> bool:
+    return module is not None and key.startswith(f"{module}.")
+
+
+def _some(keys: Iterable[str], limit: int = 3) -> str:
+    keys = list(keys)
+    return ", ".join(map(str, keys[:limit])) + (", ..." if len(keys) > limit else "")
