@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,5 +107,8 @@ def friendly_errors(command: str) -> Iterator[None]:
     except Stopped as error:
         log.warning("%s: %s", command, error)
         sys.exit(128 + error.signum)
+    except KeyboardInterrupt:
+        log.error("%s: interrupted", command)
+        sys.exit(128 + signal.SIGINT)
     finally:
         distributed.leave()

@@ -235,6 +235,7 @@ def check(cfg: Config) -> None:
         ),
         "optim.clip_mode": (optim.clip_mode in ("norm", "value", "agc"), "norm, value or agc"),
         "schedule.warmup_epochs": (cfg.schedule.warmup_epochs >= 0, "0 or more"),
+        "data.name": (data.name != "unset", "a name that timm.data.create_dataset reads, for example hfds/cifar10"),
         "data.max_corrupt": (data.max_corrupt >= 0, "0 or more"),
         "data.num_workers": (data.num_workers is None or data.num_workers >= 0, "0 or more, or null"),
         "data.val_fraction": (0 < data.val_fraction < 1, "between 0 and 1"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import pickle
 import shlex
@@ -88,7 +89,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        cause = _os_error(error)
+        cause = next((e for e in causes(error) if isinstance(e, OSError)), None)
         if cause is None:
             raise
         kept = f"; {path.name} is as it was before" if path.exists() else ""
@@ -99,13 +100,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The operating system's error behind `error`: torch's writer raises its own on top."""
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, and what it came from: torch's writer raises an error of its own on top of any that interrupts it."""
     while error is not None:
-        if isinstance(error, OSError):
-            return error
+        yield error
         error = error.__cause__ or error.__context__
-    return None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -116,7 +115,16 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -136,7 +144,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}: is {path.parent} the folder of a run?") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or ["incomplete"])[0]
         raise RunError(f"the checkpoint {path} can't be read ({reason}): delete it, or start another run.") from error
     if not isinstance(state, dict) or "progress" not in state:
         raise RunError(f"{path} is not a checkpoint of zoo-train: give the folder of a run.")
@@ -193,7 +201,7 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
 
     It is written anew every time, so that after a resume no epoch stands in it twice.
     """
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in history))
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(_finite(record)) + "\n" for record in history))
 
 
 def plot_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
@@ -227,7 +235,8 @@ def plot_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
     loss.legend(fontsize=8)
-    accuracy.legend(fontsize=8, loc="lower right")
+    if accuracy.lines:
+        accuracy.legend(fontsize=8, loc="lower right")
     with atomic(path) as file:
         figure.savefig(file, format="png")
 

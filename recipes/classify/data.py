@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import os
 import random
@@ -349,14 +350,23 @@ class Samples(Dataset):
     """Transformed images: uint8 (C, H, W), label, and the names of images that could not be read.
 
     An item's randomness comes from the seed, the epoch and the index alone, so it does not matter which process makes
-    it, or when. A corrupt image is replaced by the next good one in training; in evaluation it gets the label -1.
+    it, or when. A corrupt image is replaced by the next good one of `indices` in training (None: of all); in
+    evaluation it gets the label -1.
     """
 
-    def __init__(self, dataset: Dataset, transform: Any, seed: int, training: bool, input_size: tuple[int, int, int]):
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Any,
+        seed: int,
+        training: bool,
+        input_size: tuple[int, int, int],
+        indices: list[int] | None = None,
+    ):
         if hasattr(dataset, "_max_retries"):
             dataset._max_retries = 1  # timm would put another image in its place, which nobody could count
         self.dataset, self.transform, self.seed, self.training = dataset, transform, seed, training
-        self.input_size = input_size
+        self.input_size, self.indices = input_size, indices
         self.mode = {1: "L", 3: "RGB"}.get(input_size[0])
 
     def __len__(self) -> int:
@@ -365,8 +375,10 @@ class Samples(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
         corrupt: list[str] = []
-        for attempt in range(min(len(self), 1000) if self.training else 1):
-            position = (index + attempt) % len(self)
+        indices = range(len(self)) if self.indices is None else self.indices  # rising
+        place = bisect.bisect_left(indices, index)
+        for attempt in range(min(len(indices), 1000) if self.training else 1):
+            position = indices[(place + attempt) % len(indices)] if attempt else index
             if self.training:
                 seed_all(self.seed, epoch, position)
             try:
@@ -375,7 +387,7 @@ class Samples(Dataset):
             except _DECODING_ERRORS as error:
                 corrupt.append(f"{self._name(position)} ({_reason(error)})")
         if self.training:
-            raise RunError(f"1000 corrupt images in a row, the first is {corrupt[0]}: check the data.")
+            raise RunError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
         return torch.zeros(self.input_size, dtype=torch.uint8), -1, corrupt
 
     def _finish(self, image: Image.Image, target: int) -> tuple[torch.Tensor, int]:
@@ -454,6 +466,14 @@ def collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[str
     return torch.stack(images), torch.tensor(targets), [name for names in corrupt for name in names]
 
 
+def next_batch(batches: Iterator[Any]) -> Any:
+    """The next batch; what a worker has to tell the user comes without the worker's traceback."""
+    try:
+        return next(batches)
+    except RunError as error:
+        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from error
+
+
 def _start_worker(_: int) -> None:
     # The main process decides what a signal to the whole group means; a worker ends when it does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -475,6 +495,9 @@ def build_loader(
 ) -> DataLoader:
     """A loader of `collate`d batches; without a sampler, `dataset` is a stream."""
     workers = num_workers(cfg)
+    if sampler is None and training:
+        # A stream's reader counts how often it was read; a new process for every epoch starts as a resumed run does.
+        workers = max(workers, 1)
     return DataLoader(
         dataset,
         batch_size=batch_size,

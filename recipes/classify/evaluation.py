@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from zoo.recipes import distributed
+from zoo.recipes.errors import RunError
 from zoo.recipes.runs import atomic
 
 
@@ -75,6 +76,9 @@ def evaluate(
         normalize: From uint8 to the model's input.
         autocast: Context of the forward pass; entered once per batch.
         on_batch: Called after every batch, for progress.
+
+    Raises:
+        RunError: not a single image can be read.
     """
     evaluator = ClassificationEvaluator(device=normalize.device)
     left = evaluation_sample_limit(loader)
@@ -96,6 +100,9 @@ def evaluate(
         if on_batch:
             on_batch()
     parts = distributed.gather((torch.cat(targets), torch.cat(predictions), corrupt) if targets else ([], [], []))
+    if not any(len(part[0]) for part in parts):
+        names = sorted({name for part in parts for name in part[2]})
+        raise RunError(f"no image could be read for evaluation; the first of {len(names)} corrupt ones is {names[:1]}.")
     metrics = dict(evaluator.compute(distributed=distributed.world_size() > 1))
     all_targets = np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts])
     return Evaluation(

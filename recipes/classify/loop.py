@@ -32,7 +32,7 @@ from zoo.recipes.classify.data import (
     build_loader,
     build_transform,
     is_stream,
-    num_workers,
+    next_batch,
     open_data,
     seed_all,
 )
@@ -42,6 +42,9 @@ from zoo.recipes.classify.training import Training, autocast
 from zoo.recipes.errors import RunError, Stopped
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
+
+# In what gloo and NCCL say when a process is gone.
+_LOST = ("gloo", "NCCL", "Connection", "timed out")
 
 
 def train(cfg: DictConfig) -> dict[str, Any]:
@@ -86,6 +89,7 @@ class Run:
         self.corrupt_known = 0  # how many of them all processes know of
         self.wandb, self.wandb_id = None, None
         self.stop_signal = 0
+        self.changed = ""  # what a continued run's configuration says now, and said before
         state = self._find_checkpoint()
         self.training = Training(cfg, model, len(data.classes), self.updates_per_epoch, device)
         self.epochs = self.training.epochs
@@ -116,7 +120,8 @@ class Run:
         cfg, data, seed = self.cfg, self.data, self.cfg.seed
         rank, world = distributed.rank(), distributed.world_size()
         size = self.data_config["input_size"]
-        samples = Samples(data.train, build_transform(cfg.augment, self.data_config), seed, True, size)
+        transform = build_transform(cfg.augment, self.data_config)
+        samples = Samples(data.train, transform, seed, True, size, data.train_indices)
         self.val_samples = Samples(data.val, build_transform(None, self.data_config), seed, False, size)
         if is_stream(data.train):
             samples, self.sampler, self.train_images = Stream(data.train, samples), None, len(data.train)
@@ -165,10 +170,9 @@ class Run:
         changed = [
             f"{key}={value} (was {OmegaConf.select(before, key)})"
             for key, value in _flat(OmegaConf.to_container(self.cfg, resolve=True))
-            if OmegaConf.select(before, key) != value and key not in ("run", "resume")
+            if OmegaConf.select(before, key) != value and key not in ("run", "resume") and not key.startswith("log.")
         ]
-        if changed:
-            log.info("Continues with another configuration: %s.", ", ".join(changed))
+        self.changed = ", ".join(changed)
 
     def _identity(self) -> dict[str, Any]:
         """What can't change within a run."""
@@ -183,7 +187,9 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.training.load_state_dict(state["training"])
-        self.progress, self.tallies, self.history = state["progress"], state["tallies"], state["history"]
+        self.progress, self.history = state["progress"], state["history"]
+        if len(state["tallies"]) == distributed.world_size():  # else the epoch's training figures start anew
+            self.tallies = state["tallies"][distributed.rank()]
         self.best, self.wandb_id = state["best"], state["wandb"]
         self.corrupt = set(state["corrupt"])
         self.corrupt_known = len(self.corrupt)
@@ -193,7 +199,7 @@ class Run:
         state = {
             "training": self.training.state_dict(),
             "progress": {**self.progress, "seconds": self._seconds()},
-            "tallies": self.tallies,
+            "tallies": distributed.gather(self.tallies),
             "history": self.history,
             "best": self.best,
             "corrupt": sorted(self.corrupt),
@@ -203,6 +209,9 @@ class Run:
         }
         if self.primary:
             runs.save_checkpoint(self.folder / "last.pt", state)
+            if not self.progress["finished"]:
+                for name in ("model.safetensors", "summary.json"):  # of a shorter run that this one continues
+                    (self.folder / name).unlink(missing_ok=True)
         self.saved_at = time.monotonic()
 
     def _kept(self) -> str:
@@ -220,6 +229,10 @@ class Run:
         self._introduce()
         summary = self.folder / "summary.json"
         if self.progress["finished"] and self.progress["epoch"] >= self.epochs and summary.exists():
+            if self.changed:
+                raise RunError(
+                    f"{self.folder} holds a finished run, not with {self.changed}: choose another run=<folder>."
+                )
             log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
             return json.loads(summary.read_text())
         self.progress["finished"] = False
@@ -233,7 +246,8 @@ class Run:
         try:
             self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, self.cfg.log.every)
             with self.bar:
-                while self.progress["epoch"] < self.epochs and not self._enough():
+                # An epoch that trainer.max_updates cut is closed again, for its evaluation.
+                while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self._enough()):
                     self._epoch()
             return self._finish()
         except RuntimeError as error:
@@ -264,10 +278,12 @@ class Run:
             self.training.lr,
             cfg.optim.opt,
             self.device,
-            num_workers(cfg.data),
+            self.loader.num_workers,
         )
         if self.progress["update"]:
             log.info("Continues in epoch %d after update %d.", self.progress["epoch"] + 1, self.progress["update"])
+        if self.changed:
+            log.info("Continues with another configuration: %s.", self.changed)
         log.info("Run folder: %s", self.folder)
 
     def _on_signal(self, number: int, _: Any) -> None:
@@ -303,20 +319,25 @@ class Run:
         """Save if it is time, or if a signal ends the run; all processes do the same."""
         due = self.primary and time.monotonic() - self.saved_at > 60 * self.cfg.trainer.save_minutes
         stop, save = distributed.total([float(self.stop_signal > 0), float(due)], self.device)
-        if stop or save:
-            self._save()
         if stop:
-            number = self.stop_signal or signal.SIGTERM  # another process may have got it
-            again = runs.command() if self.cfg.run else f"{runs.command()} run={self.folder}"
-            raise Stopped(
-                f"Stopped by {signal.Signals(number).name} after update {self.progress['update']}, and saved. "
-                f"Continue with: {again}",
-                number,
-            )
+            self._stop()
+        if save:
+            self._save()
+
+    def _stop(self) -> None:
+        """Save and end the run."""
+        self._save()
+        number = self.stop_signal or signal.SIGTERM  # another process may have got it
+        again = runs.command() if self.cfg.run else f"{runs.command()} run={self.folder}"
+        raise Stopped(
+            f"Stopped by {signal.Signals(number).name} after update {self.progress['update']}, and saved. "
+            f"Continue with: {again}",
+            number,
+        )
 
     def _batches_from(self, epoch: int, samples: int) -> Iterator[Any]:
         """This process's batches of the rest of an epoch."""
-        if self.sampler:
+        if self.sampler is not None:  # one with nothing left counts as false
             self.sampler.epoch, self.sampler.start = epoch, samples
             return iter(self.loader)
         self.loader.dataset.epoch = epoch
@@ -325,7 +346,7 @@ class Run:
         seed_all(self.cfg.seed, epoch, distributed.rank())  # for the seeds of the workers
         batches = _endless(self.loader)
         for _ in range(samples // self.effective_batch * self.accumulate):
-            next(batches)
+            next_batch(batches)
         return batches
 
     def _update(self, batches: Iterator[Any]) -> None:
@@ -336,7 +357,7 @@ class Run:
         kept = [buffer.clone() for buffer in buffers]
         finite = True
         for number in range(self.accumulate):
-            images, labels, corrupt = next(batches)
+            images, labels, corrupt = next_batch(batches)
             self._note_corrupt(corrupt)
             if not finite:
                 continue  # the batch is taken, so that the next update has the images that it would have had
@@ -405,8 +426,7 @@ class Run:
         cut = progress["samples"] < self.updates_per_epoch * self.effective_batch  # by trainer.max_updates
         if cut:
             self._save()  # a run with more updates continues from here, not from the next epoch
-        epoch = progress["epoch"] = progress["epoch"] + 1
-        progress["samples"] = 0
+        epoch = progress["epoch"] + 1
         last = epoch >= self.epochs or self._enough()
         names = ("loss", "right", "images", "skipped")
         loss, right, images, skipped = distributed.total([self.tallies[name] for name in names], self.device)
@@ -423,8 +443,8 @@ class Run:
         if last or epoch % cfg.trainer.eval_every == 0:
             self.bar.start_evaluation(None if self.val_indices is None else len(self.val_loader))
             precision = autocast(cfg.trainer.amp, self.device)
-            model, advance = self.training.eval_model(), self.bar.advance_evaluation
-            result = evaluate(model, self.val_loader, self.normalize, precision, advance)
+            model = self.training.eval_model()
+            result = evaluate(model, self.val_loader, self.normalize, precision, self._after_evaluating_batch)
             record |= {f"val_{name}": result.metrics[name] for name in ("loss", "top1", "top5")}
             self._note_corrupt(result.corrupt)
         self._share_corrupt()
@@ -434,7 +454,7 @@ class Run:
         if improved:
             self.best = {"epoch": epoch, "top1": record["val_top1"]}
             self._write_weights("best.safetensors")
-        progress["finished"] = last
+        progress |= {"epoch": epoch, "samples": 0, "finished": last}
         if not cut:
             self._save()
         if self.primary:
@@ -443,6 +463,13 @@ class Run:
         if self.wandb:
             self.wandb.log({key: value for key, value in record.items() if value is not None})
         self.bar.end_epoch(record, improved)
+
+    def _after_evaluating_batch(self) -> None:
+        self.bar.advance_evaluation()
+        # The state is still that before the evaluation, which a continued run begins again. Several processes have
+        # different numbers of batches, and stop after the next update.
+        if self.stop_signal and distributed.world_size() == 1:
+            self._stop()
 
     def _write_weights(self, name: str) -> dict[str, torch.Tensor]:
         weights = self.training.weights()
@@ -513,20 +540,24 @@ class Run:
 
     def _explained(self, error: RuntimeError) -> Exception:
         """What the user can do about `error`, if that is known; `error` itself otherwise."""
-        text = " ".join(str(error).split())
         again = f"{self._kept()} The same command continues from there."
-        if isinstance(error, torch.OutOfMemoryError):
-            return RunError(
-                "the device's memory is too small: lower trainer.batch_size and keep the images per update with "
-                f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. {again}"
-            )
-        if "DataLoader worker" in text:
-            return RunError(
-                f"a process that loads images died ({text[:200]}), often for want of memory: lower data.num_workers. "
-                f"{again}"
-            )
-        if distributed.world_size() > 1 and any(word in text for word in ("gloo", "NCCL", "Connection", "timed out")):
-            return RunError(f"process {distributed.rank()} lost another process ({text[:200]}). {again}")
+        for cause in runs.causes(error):
+            text = " ".join(str(cause).split())[:200]
+            if isinstance(cause, torch.OutOfMemoryError):
+                return RunError(
+                    "the device's memory is too small: lower trainer.batch_size and keep the images per update with "
+                    f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. "
+                    f"{again}"
+                )
+            if "DataLoader worker" in text:
+                return RunError(
+                    f"a process that loads images died ({text}), often for want of memory: lower data.num_workers. "
+                    f"{again}"
+                )
+            if distributed.world_size() > 1 and any(
+                word in text for word in ("gloo", "NCCL", "Connection", "timed out")
+            ):
+                return RunError(f"process {distributed.rank()} lost another process ({text}). {again}")
         return error
 
 

@@ -1,0 +1,175 @@
+"""What the tests of the recipes share: image folders, configurations, child processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from PIL import Image
+from safetensors.torch import load_file
+
+from zoo.recipes import cli, config
+
+# Small, without BatchNorm, at 32 pixels a few milliseconds a step.
+TINY = ("model=test_vit", "data.img_size=32")
+QUIET = ("log.wandb=disabled", "trainer.device=cpu")
+THREE = ("apple", "banana", "cherry")
+COLOURS = {"apple": (200, 40, 40), "banana": (210, 200, 50), "cherry": (90, 10, 110)}
+
+
+def _make_folder(root: Path, classes=THREE, per_class: int = 8, size: int = 40, seed: int = 0) -> Path:
+    """Write `per_class` noisy JPEGs for every class to root/<class>/: the class decides the colour."""
+    for number, name in enumerate(classes):
+        rng = np.random.default_rng([seed, number])
+        colour = np.array(COLOURS.get(name, (37 * number % 256, 91 * number % 256, 153 * number % 256)))
+        (root / name).mkdir(parents=True)
+        for i in range(per_class):
+            noise = rng.normal(0, 30, (size, size + i % 3, 3))
+            pixels = np.clip(colour + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}_{i:02d}.jpg", quality=90)
+    return root
+
+
+def _compose(*overrides: str, name: str = "config"):
+    """The configuration that `zoo-train` or, with name="eval", `zoo-eval` gets from `overrides`."""
+    config.register()
+    quiet = QUIET if not any(o.startswith("log.wandb") for o in overrides) else QUIET[1:]
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        return hydra_compose(name, [*quiet, *overrides])
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    # Bit-identical sums need as many threads in every run, and one is quickest when tests run side by side.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "WANDB_SILENT": "true", **extra}
+
+
+def _start(*args: str, cwd: Path, module: str = "train", processes: int = 0, program: str = "", **env: str):
+    """Start `zoo-train` or `zoo-eval` in a child process; under torchrun if `processes` says how many.
+
+    `program` is Python source that runs first, in the same process.
+    """
+    command = [sys.executable, "-m", f"zoo.recipes.{module}"]
+    if processes:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *launcher, "-m", f"zoo.recipes.{module}"]
+    if program:
+        source = f"{program}\nimport sys\nfrom zoo.recipes.{module} import main\nsys.exit(main())"
+        command = [sys.executable, "-c", source]
+    return subprocess.Popen(
+        [*command, *args],
+        cwd=cwd,
+        env=_environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _run(*args: str, cwd: Path, timeout: float = 300, **options) -> tuple[int, str]:
+    """Run to the end; the exit code and all that was printed."""
+    process = _start(*args, cwd=cwd, **options)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, output
+
+
+@pytest.fixture(scope="session")
+def make_folder():
+    return _make_folder
+
+
+@pytest.fixture(scope="session")
+def compose():
+    return _compose
+
+
+@pytest.fixture(scope="session")
+def start_cli():
+    return _start
+
+
+@pytest.fixture(scope="session")
+def run_cli():
+    return _run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder with train/ (24 images) and val/ (15) of three classes; read only."""
+    root = tmp_path_factory.mktemp("images")
+    _make_folder(root / "train")
+    _make_folder(root / "val", per_class=5, seed=1)
+    return root
+
+
+@pytest.fixture(scope="session")
+def fit():
+    """Train in this process; by default test_vit at 32 pixels on a folder, one epoch of batches of 8.
+
+    Pictures take longer than these trainings, so they are drawn on request only.
+    """
+    from zoo.recipes import runs
+    from zoo.recipes.classify import loop
+
+    def run(folder: Path, root: Path | None, *overrides: str, pictures: bool = False):
+        data = ("data=imagefolder", f"data.root={root}", "data.num_workers=0") if root else ()
+        small = ("trainer.epochs=1", "trainer.batch_size=8", "schedule.warmup_epochs=0")
+        with pytest.MonkeyPatch.context() as patch:
+            if not pictures:
+                patch.setattr(runs, "plot_curves", lambda *args, **kwargs: None)
+                patch.setattr(loop, "plot_predictions", lambda *args, **kwargs: None)
+            return loop.train(_compose(*TINY, *data, *small, f"run={folder}", *overrides))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(fit, images, tmp_path_factory):
+    """The folder of a finished run of test_vit on `images`; read only."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    fit(folder, images, "trainer.epochs=3", "optim.lr=3e-3", pictures=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """Read the final weights of a run folder."""
+    return lambda folder: load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def summary():
+    """Read summary.json of a run folder."""
+    return lambda folder: json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def same():
+    """Whether two nested structures are equal, every tensor bit by bit."""
+
+    def equal(a, b) -> bool:
+        if isinstance(a, torch.Tensor):
+            return a.dtype == b.dtype and torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        if isinstance(a, list | tuple):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+
+    return equal
+
+
+@pytest.fixture(autouse=True)
+def _restore_torch():
+    """What a run in this process may leave behind."""
+    yield
+    torch.use_deterministic_algorithms(False)

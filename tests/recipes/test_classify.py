@@ -1,0 +1,595 @@
+"""Training a classifier in this process: data, options, determinism, what a run leaves. About 40 s; slow ones 3 min."""
+
+import json
+import math
+import tarfile
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from zoo.recipes.classify.data import Digits, EpochSampler, EvalSampler, open_data
+from zoo.recipes.classify.loop import train
+from zoo.recipes.classify.model import build_model
+from zoo.recipes.classify.training import Training
+from zoo.recipes.errors import RunError
+
+SGD = ("optim=sgd", "optim.lr=0.01")
+
+
+@pytest.fixture
+def options(compose):
+    """The data section of a configuration of an image folder."""
+    return lambda root, *overrides: compose("data=imagefolder", f"data.root={root}", *overrides).data
+
+
+# What a run leaves.
+
+FILES = {
+    "config.yaml",
+    "train.log",
+    "last.pt",
+    "best.safetensors",
+    "metrics.jsonl",
+    "curves.png",
+    "predictions.png",
+    "model.safetensors",
+    "config.json",
+    "summary.json",
+}
+
+
+def test_run_leaves_the_documented_files_and_no_others(finished):
+    assert {path.name for path in finished.iterdir()} == FILES
+
+
+def test_summary(finished, summary):
+    found = summary(finished)
+    assert {"metrics", "model", "params", "seconds", "command"} <= found.keys()
+    assert found["model"] == "test_vit"
+    assert found["params"] == sum(
+        p.numel() for p in timm.create_model("test_vit", num_classes=3, img_size=32).parameters()
+    )
+    assert (found["train_images"], found["val_images"], found["classes"], found["epochs"]) == (24, 15, 3, 3)
+
+
+def test_summary_says_what_was_returned(fit, images, tmp_path, summary):
+    assert fit(tmp_path / "run", images) == summary(tmp_path / "run")
+
+
+def test_accuracies_are_percentages_of_the_images(finished, summary):
+    metrics = summary(finished)["metrics"]
+    assert metrics["top1"] > 60  # colours are easy
+    assert metrics["top1"] * 15 / 100 == pytest.approx(round(metrics["top1"] * 15 / 100))
+    assert metrics["top5"] == 100
+
+
+def test_metrics_have_a_line_for_every_epoch(finished):
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["epoch"], line["update"]) for line in lines] == [(1, 3), (2, 6), (3, 9)]
+
+
+@pytest.mark.parametrize("name", ["curves.png", "predictions.png"])
+def test_picture_has_a_sensible_size_and_content(finished, name):
+    with Image.open(finished / name) as picture:
+        assert picture.format == "PNG"
+        assert 400 <= picture.width <= 3000
+        assert 300 <= picture.height <= 3000
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_log_names_data_and_result(finished):
+    text = (finished / "train.log").read_text()
+    assert "24 training and 15 validation images" in text
+    assert "Top-1 " in text
+
+
+def _logits(model, images):
+    """Logits of the validation images, prepared as the model's own configuration says."""
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config)
+    files = sorted((images / "val").rglob("*.jpg"))
+    batch = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
+    labels = torch.tensor([sorted(p.name for p in (images / "val").iterdir()).index(f.parent.name) for f in files])
+    with torch.no_grad():
+        return model.eval()(batch), labels
+
+
+def test_timm_loads_the_run_folder_with_the_same_accuracy(finished, images, summary):
+    model = timm.create_model(f"local-dir:{finished}", pretrained=True)
+    logits, labels = _logits(model, images)
+    assert 100 * (logits.argmax(1) == labels).float().mean().item() == pytest.approx(
+        summary(finished)["metrics"]["top1"]
+    )
+
+
+def test_timm_loads_the_run_folder_with_the_same_loss(finished, images, summary):
+    model = timm.create_model(f"local-dir:{finished}", pretrained=True)
+    logits, labels = _logits(model, images)
+    loss = torch.nn.functional.cross_entropy(logits, labels).item()
+    assert loss == pytest.approx(summary(finished)["metrics"]["loss"], rel=1e-4)
+
+
+def test_timm_loads_the_run_folder_with_the_same_weights(finished, weights, same):
+    model = timm.create_model(f"local-dir:{finished}", pretrained=True)
+    assert same(dict(model.state_dict()), weights(finished))
+
+
+def test_loaded_model_knows_its_labels_and_input(finished):
+    model = timm.create_model(f"local-dir:{finished}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == ["apple", "banana", "cherry"]
+    assert tuple(model.pretrained_cfg["input_size"]) == (3, 32, 32)
+
+
+def test_final_weights_are_those_of_the_last_checkpoint(finished, weights, same):
+    state = torch.load(finished / "last.pt", weights_only=True)
+    assert same(dict(state["training"]["model"]), weights(finished))
+
+
+def test_best_weights_carry_classes_and_model(finished):
+    from safetensors import safe_open
+
+    with safe_open(finished / "best.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["classes"]) == ["apple", "banana", "cherry"]
+        assert file.metadata()["model"] == "test_vit"
+
+
+# Digits.
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "validation"])
+def test_digits_have_every_class(training):
+    assert set(np.unique(Digits(training).targets)) == set(range(10))
+
+
+def test_digits_splits_share_no_image():
+    pixels = [{image.tobytes() for image in Digits(training).images} for training in (True, False)]
+    assert len(Digits(True)) + len(Digits(False)) == 1797
+    assert not pixels[0] & pixels[1]
+
+
+def test_digits_in_a_few_updates(fit, tmp_path):
+    result = fit(tmp_path / "run", None, "data=digits", "trainer.max_updates=2", pictures=True)
+    assert (result["train_images"], result["val_images"], result["classes"]) == (1437, 360, 10)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+
+
+@pytest.mark.slow
+def test_default_run_reads_digits(compose, tmp_path):
+    result = train(compose(f"run={tmp_path / 'run'}"))
+    assert result["metrics"]["top1"] >= 97.0
+
+
+# Image folders.
+
+
+def test_split_folders(options, images):
+    data = open_data(options(images), seed=0)
+    assert (len(data.train), len(data.val), data.classes) == (24, 15, ["apple", "banana", "cherry"])
+
+
+@pytest.mark.parametrize("names", [("training", "validation"), ("train", "valid"), ("train", "eval")])
+def test_split_folders_have_other_names(make_folder, options, tmp_path, names):
+    for name in names:
+        make_folder(tmp_path / name, per_class=2)
+    data = open_data(options(tmp_path), seed=0)
+    assert data.train.reader.root != data.val.reader.root
+
+
+def test_split_folders_are_named(make_folder, options, tmp_path):
+    for name, count in (("a", 2), ("b", 3), ("val", 1)):
+        make_folder(tmp_path / name, per_class=count)
+    data = open_data(options(tmp_path, "data.train_split=a", "data.val_split=b"), seed=0)
+    assert (len(data.train), len(data.val)) == (6, 9)
+
+
+def test_classes_may_be_nested(make_folder, options, tmp_path):
+    make_folder(tmp_path, classes=("fruit/apple", "fruit/banana", "berry"), per_class=5)
+    data = open_data(options(tmp_path), seed=0)
+    assert len(data.classes) == 3
+    assert len(data.train_indices) + len(data.val_indices) == 15
+
+
+@pytest.fixture
+def unsplit(make_folder, options, tmp_path):
+    """Open a folder without a validation split: 3 classes of 20 images."""
+    root = make_folder(tmp_path / "all", per_class=20)
+    return lambda seed=0, *overrides: open_data(options(root, *overrides), seed=seed)
+
+
+def test_held_out_images_are_disjoint_and_nothing_is_lost(unsplit):
+    data = unsplit()
+    assert sorted(data.train_indices + data.val_indices) == list(range(60))
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3])
+def test_held_out_share_of_every_class(unsplit, fraction):
+    data = unsplit(0, f"data.val_fraction={fraction}")
+    labels = [data.val.reader.samples[i][1] for i in data.val_indices]
+    assert np.bincount(labels).tolist() == [round(20 * fraction)] * 3
+
+
+def test_held_out_images_are_the_same_every_time(unsplit):
+    assert unsplit().val_indices == unsplit().val_indices
+
+
+def test_held_out_images_depend_on_the_seed(unsplit):
+    assert unsplit(0).val_indices != unsplit(1).val_indices
+
+
+def test_a_class_of_two_images_has_one_on_either_side(make_folder, options, tmp_path):
+    root = make_folder(tmp_path / "all", per_class=2)
+    data = open_data(options(root), seed=0)
+    labels = [data.train.reader.samples[i][1] for i in data.train_indices]
+    assert labels == [0, 1, 2]
+
+
+def test_folder_without_validation_split_trains(fit, make_folder, tmp_path, summary):
+    root = make_folder(tmp_path / "all", per_class=10)
+    fit(tmp_path / "run", root)
+    found = summary(tmp_path / "run")
+    assert (found["train_images"], found["val_images"]) == (27, 3)
+
+
+def test_validation_labels_follow_the_training_classes(make_folder, options, tmp_path):
+    make_folder(tmp_path / "train", per_class=2)
+    make_folder(tmp_path / "val", classes=("cherry",), per_class=2)
+    data = open_data(options(tmp_path), seed=0)
+    assert [target for _, target in data.val.reader.samples] == [2, 2]
+
+
+def test_validation_class_that_training_lacks(make_folder, options, tmp_path):
+    make_folder(tmp_path / "train", per_class=2)
+    make_folder(tmp_path / "val", classes=("apple", "chery"), per_class=2)
+    with pytest.raises(RunError, match=r"'chery' \(is 'cherry' meant\?\)"):
+        open_data(options(tmp_path), seed=0)
+
+
+def test_class_map_orders_the_classes(make_folder, options, tmp_path):
+    make_folder(tmp_path / "all", per_class=4)
+    (tmp_path / "classes.txt").write_text("cherry\nbanana\napple\n")
+    data = open_data(options(tmp_path / "all", f"data.class_map={tmp_path / 'classes.txt'}"), seed=0)
+    assert data.classes == ["cherry", "banana", "apple"]
+
+
+# Whatever else timm reads.
+
+
+def _tar(root, file):
+    with tarfile.open(file, "w") as archive:
+        for path in sorted(root.rglob("*.jpg")):
+            archive.add(path, path.relative_to(root))
+
+
+def test_tar_file_trains(fit, images, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        _tar(images / split, tmp_path / "tars" / f"{split}.tar")
+    tars = ("data.train_split=train.tar", "data.val_split=val.tar", "data.name=tar", f"data.root={tmp_path / 'tars'}")
+    result = fit(tmp_path / "run", None, "data=timm", "data.num_workers=0", *tars)
+    assert (result["train_images"], result["val_images"], result["classes"]) == (24, 15, 3)
+
+
+def test_torchvision_folder_trains(fit, images, tmp_path):
+    names = ("data.name=torch/image_folder", f"data.root={images}", "data.num_workers=0")
+    result = fit(tmp_path / "run", None, "data=timm", *names)
+    assert (result["train_images"], result["val_images"], result["classes"]) == (24, 15, 3)
+
+
+@pytest.fixture(scope="module")
+def shards(images, tmp_path_factory):
+    """The images as webdataset shards."""
+    webdataset = pytest.importorskip("webdataset")
+    root = tmp_path_factory.mktemp("shards")
+    classes = ["apple", "banana", "cherry"]
+    for split in ("train", "val"):
+        with webdataset.TarWriter(str(root / f"{split}-0000.tar")) as writer:
+            for number, path in enumerate(sorted((images / split).rglob("*.jpg"))):
+                label = classes.index(path.parent.name)
+                writer.write({"__key__": f"{number:04d}", "jpg": path.read_bytes(), "cls": label})
+    return root
+
+
+STREAM = ("data=timm", "data.train_split=train-0000.tar", "data.val_split=val-0000.tar", "data.num_classes=3")
+COUNTS = ("data.num_samples=24", "data.val_num_samples=15")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stream_trains(fit, shards, tmp_path, workers):
+    where = ("data.name=wds/shards", f"data.root={shards}", f"data.num_workers={workers}")
+    result = fit(tmp_path / "run", None, *STREAM, *COUNTS, *where, "trainer.epochs=2")
+    assert (result["train_images"], result["val_images"], result["updates"]) == (24, 15, 6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stream_resumes_bit_identically(fit, shards, tmp_path, weights, same, workers):
+    where = ("data.name=wds/shards", f"data.root={shards}", f"data.num_workers={workers}", "trainer.epochs=3")
+    fit(tmp_path / "whole", None, *STREAM, *COUNTS, *where)
+    fit(tmp_path / "parts", None, *STREAM, *COUNTS, *where, "trainer.max_updates=4")
+    fit(tmp_path / "parts", None, *STREAM, *COUNTS, *where)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+
+
+def test_unknown_kind_of_data(fit, tmp_path):
+    with pytest.raises(RunError, match="can't be opened"):
+        fit(tmp_path / "run", None, "data=timm", "data.name=torch/no_such_set", f"data.root={tmp_path}")
+
+
+# Starting from weights.
+
+
+@pytest.fixture(scope="module")
+def two_classes(make_folder, tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("two") / "all", classes=("day", "night"), per_class=6)
+
+
+@pytest.mark.parametrize("what", ["run folder", "safetensors", "pth"])
+def test_backbone_is_taken_over_and_the_classifier_is_new(compose, finished, weights, tmp_path, what):
+    path = {"run folder": finished, "safetensors": finished / "best.safetensors"}.get(what, tmp_path / "weights.pth")
+    if what == "pth":
+        torch.save(weights(finished), path)
+    source = load_file(finished / "best.safetensors") if what == "safetensors" else weights(finished)
+    cfg = compose("model=test_vit", "data.img_size=32", f"pretrained={path}")
+    state = build_model(cfg, num_classes=2).state_dict()
+    assert state["head.weight"].shape[0] == 2
+    assert [
+        name for name in source if not name.startswith("head.") and not torch.equal(state[name], source[name])
+    ] == []
+
+
+def test_classifier_is_kept_for_as_many_classes(compose, finished, weights, same):
+    cfg = compose("model=test_vit", "data.img_size=32", f"pretrained={finished}")
+    assert same(dict(build_model(cfg, num_classes=3).state_dict()), weights(finished))
+
+
+def test_fine_tuning_from_a_run(fit, finished, two_classes, tmp_path):
+    result = fit(tmp_path / "run", two_classes, f"pretrained={finished}")
+    assert result["classes"] == 2
+
+
+def test_fine_tuned_run_loads_in_timm(fit, finished, two_classes, tmp_path):
+    fit(tmp_path / "run", two_classes, f"pretrained={finished}")
+    assert timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).num_classes == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lr"),
+    [((), 1e-3), (("pretrained=true",), 2e-4), (("pretrained=true", "optim.lr=0.5"), 0.5), (("optim.lr=0.5",), 0.5)],
+    ids=["scratch", "weights", "weights and lr", "lr"],
+)
+def test_learning_rate_default(compose, overrides, lr):
+    cfg = compose("schedule=constant", *overrides)
+    training = Training(cfg, timm.create_model("test_vit", num_classes=2), 2, 4, torch.device("cpu"))
+    assert {group["lr"] for group in training.optimizer.param_groups} == {lr}
+
+
+def test_pretrained_that_does_not_exist(compose, tmp_path):
+    with pytest.raises(RunError, match="does not exist"):
+        build_model(compose(f"pretrained={tmp_path / 'none.pth'}"), 2)
+
+
+def test_pretrained_of_another_model(compose, finished):
+    with pytest.raises(RunError, match="test_van can't be created with"):
+        build_model(compose("model=test_van", f"pretrained={finished}"), 2)
+
+
+def test_wrong_model_keyword(compose):
+    with pytest.raises(RunError, match=r"model_kwargs=.*colour"):
+        build_model(compose("+model_kwargs.colour=red"), 2)
+
+
+# The loop's options.
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("augment=strong",),
+        ("augment.mixup=0.5",),
+        ("augment.cutmix=1", "augment.mixup_mode=elem"),
+        ("augment.mixup=0.5", "augment.mixup_mode=pair", "augment.smoothing=0.1"),
+        ("augment.re_prob=1", "augment.re_count=3"),
+        ("augment.re_prob=1", "augment.re_mode=const"),
+        ("trainer.channels_last=true", "model=test_van"),
+        ("trainer.grad_checkpointing=true",),
+        ("trainer.amp=bf16",),
+        ("trainer.deterministic=true",),
+        ("optim.clip_grad=1",),
+        ("optim.clip_grad=0.01", "optim.clip_mode=agc"),
+        ("optim.clip_grad=0.1", "optim.clip_mode=value"),
+        ("optim.opt=lamb", "optim.betas=[0.9,0.99]", "optim.eps=1e-6"),
+        ("schedule.sched=step", "schedule.decay_epochs=1"),
+        ("schedule.sched=multistep", "schedule.decay_milestones=[1]"),
+        ("schedule.sched=none",),
+        ("schedule.cooldown_epochs=1",),
+        ("augment.auto_augment=rand-m9-mstd0.5-inc1",),
+    ],
+    ids=lambda overrides: " ".join(overrides),
+)
+def test_option_trains(fit, images, tmp_path, overrides):
+    result = fit(tmp_path / "run", images, *overrides)
+    assert math.isfinite(result["metrics"]["loss"])
+    assert result["skipped_updates"] == 0
+
+
+@pytest.mark.slow
+def test_compiled_model_trains_and_exports_plain_names(fit, images, tmp_path, weights):
+    fit(tmp_path / "run", images, "model=test_convnext", "trainer.compile=true", "trainer.max_updates=2")
+    assert weights(tmp_path / "run").keys() == timm.create_model("test_convnext", num_classes=3).state_dict().keys()
+
+
+def test_mixed_images_have_no_training_accuracy(fit, images, tmp_path):
+    fit(tmp_path / "run", images, "augment.mixup=0.5")
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["train_top1"] is None
+
+
+def test_cooldown_follows_the_epochs(fit, images, tmp_path):
+    assert fit(tmp_path / "run", images, "schedule.cooldown_epochs=2")["epochs"] == 3
+
+
+def test_evaluation_every_other_epoch_and_at_the_end(fit, images, tmp_path):
+    fit(tmp_path / "run", images, "trainer.epochs=3", "trainer.eval_every=2")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["val_top1" in line for line in lines] == [False, True, True]
+
+
+def test_one_channel(fit, images, tmp_path, weights):
+    fit(tmp_path / "run", images, "+model_kwargs.in_chans=1")
+    assert weights(tmp_path / "run")["patch_embed.proj.weight"].shape[1] == 1
+
+
+def test_one_channel_loads_in_timm(fit, images, tmp_path):
+    fit(tmp_path / "run", images, "+model_kwargs.in_chans=1")
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
+
+
+def test_bf16_changes_the_weights_a_little(fit, images, tmp_path, weights):
+    fit(tmp_path / "a", images, *SGD)
+    fit(tmp_path / "b", images, *SGD, "trainer.amp=bf16")
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    largest = max((a[name] - b[name]).abs().max() for name in a)
+    assert 0 < largest < 0.05
+
+
+def test_exported_weights_are_the_averaged_ones(fit, images, tmp_path, weights, same):
+    fit(tmp_path / "run", images, "trainer.ema_decay=0.9")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["training"]
+    assert same(dict(state["ema"]), weights(tmp_path / "run"))
+    assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
+
+
+def test_averaged_weights_follow_their_formula(fit, images, tmp_path):
+    """timm's first average is the weights themselves, so the second is the first with two terms."""
+    states = []
+    for updates in (1, 2):
+        fit(tmp_path / "run", images, "trainer.ema_decay=0.75", f"trainer.max_updates={updates}")
+        states.append(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["training"])
+    name = "blocks.0.attn.qkv.weight"
+    expected = 0.75 * states[0]["model"][name] + 0.25 * states[1]["model"][name]
+    assert torch.allclose(states[1]["ema"][name], expected, atol=1e-7)
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_convnext"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(fit, images, tmp_path, weights, model):
+    common = (f"model={model}", *SGD, "trainer.max_updates=4", "trainer.epochs=2")
+    fit(tmp_path / "whole", images, *common, "trainer.batch_size=8")
+    fit(tmp_path / "parts", images, *common, "trainer.batch_size=4", "trainer.effective_batch_size=8")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    # Sums in another order: a few units in the last place of each gradient, times few small steps.
+    assert [name for name in whole if not torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-6)] == []
+
+
+def test_accumulation_is_said(fit, images, tmp_path):
+    fit(tmp_path / "run", images, "trainer.batch_size=4", "trainer.effective_batch_size=8")
+    assert "8 images an update = 4 images x 2 passes, accumulated" in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("size", [6, 12])
+def test_effective_batch_has_to_be_a_multiple(fit, images, tmp_path, size):
+    with pytest.raises(RunError, match=rf"effective_batch_size={size} is not a multiple of 8"):
+        fit(tmp_path / "run", images, f"trainer.effective_batch_size={size}")
+
+
+@pytest.mark.parametrize("model", ["test_van", "test_vit", "test_convnext"])
+def test_layer_decay_grows_towards_the_head(compose, model):
+    cfg = compose("optim.layer_decay=0.5")
+    training = Training(cfg, timm.create_model(model, num_classes=2), 2, 4, torch.device("cpu"))
+    scales = [group["lr_scale"] for group in training.optimizer.param_groups]
+    assert scales == sorted(scales)
+    assert scales[0] < scales[-1] == 1.0
+
+
+@pytest.mark.parametrize(("epochs", "asked", "used"), [(10, 2, 2), (3, 2, 1.5), (1, 5, 0.5)])
+def test_warmup_is_at_most_half_of_the_training(compose, epochs, asked, used):
+    cfg = compose(f"trainer.epochs={epochs}", f"schedule.warmup_epochs={asked}")
+    training = Training(cfg, timm.create_model("test_vit", num_classes=2), 2, 10, torch.device("cpu"))
+    rates = []
+    for number in range(10 * epochs):
+        training.set_schedule(number)
+        rates.append(training.optimizer.param_groups[0]["lr"])
+    assert rates.index(max(rates)) == 10 * used - 1  # timm's cosine goes on from its own place after the warm-up
+
+
+def test_vectors_are_not_decayed(compose):
+    training = Training(compose(), timm.create_model("test_vit", num_classes=2), 2, 4, torch.device("cpu"))
+    decayed = [p for group in training.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]]
+    assert min(p.ndim for p in decayed) > 1
+
+
+# Determinism.
+
+RANDOM = ("augment=strong", "+model_kwargs.drop_path_rate=0.2", "trainer.ema_decay=0.9", "trainer.epochs=2")
+
+
+def test_same_seed_gives_the_same_weights(fit, images, tmp_path, weights, same):
+    fit(tmp_path / "a", images, *RANDOM)
+    fit(tmp_path / "b", images, *RANDOM)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_another_seed_gives_other_weights(fit, images, tmp_path, weights, same):
+    fit(tmp_path / "a", images, *RANDOM)
+    fit(tmp_path / "b", images, *RANDOM, "seed=1")
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_number_of_workers_does_not_matter(fit, images, tmp_path, weights, same, workers):
+    fit(tmp_path / "a", images, *RANDOM)
+    fit(tmp_path / "b", images, *RANDOM, f"data.num_workers={workers}")
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_another_run_before_does_not_matter(fit, images, tmp_path, weights, same):
+    fit(tmp_path / "a", images, *RANDOM)
+    torch.rand(3), np.random.default_rng().random(3)
+    fit(tmp_path / "other", images, "seed=5")
+    fit(tmp_path / "b", images, *RANDOM)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+# Samplers.
+
+
+def _shares(count, batch, world, epoch=0, start=0):
+    samplers = [EpochSampler(range(count), batch, 0, rank, world) for rank in range(world)]
+    for sampler in samplers:
+        sampler.epoch, sampler.start = epoch, start
+    return [list(sampler) for sampler in samplers]
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("count", [16, 23, 31])
+def test_epoch_takes_no_image_twice(count, world):
+    taken = [index for share in _shares(count, 8, world) for _, index in share]
+    assert len(taken) == len(set(taken)) == count // 8 * 8
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_update_has_the_same_images_whatever_the_processes(world):
+    (alone,) = _shares(23, 8, 1)
+    together = _shares(23, 8, world)
+    first = {pair for share in together for pair in share[: 8 // world]}
+    assert first == set(alone[:8])
+
+
+def test_epochs_have_other_orders():
+    assert [i for _, i in _shares(24, 8, 1)[0]] != [i for _, i in _shares(24, 8, 1, epoch=1)[0]]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_epoch_continues_in_the_middle(world):
+    whole, rest = _shares(24, 8, world), _shares(24, 8, world, start=8)
+    assert [share[8 // world :] for share in whole] == rest
+
+
+@pytest.mark.parametrize(("count", "world"), [(7, 1), (7, 2), (1, 2), (8, 3)])
+def test_evaluation_counts_every_image_once(count, world):
+    samplers = [EvalSampler(range(count), rank, world) for rank in range(world)]
+    counted = [index for s in samplers for _, index in list(s)[: s.num_valid_samples]]
+    assert sorted(counted) == list(range(count))

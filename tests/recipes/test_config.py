@@ -1,0 +1,320 @@
+"""Configurations, the schema, and what a misspelt command says. About 10 s, 30 s with the slow ones."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from zoo.recipes import cli, config
+from zoo.recipes.errors import RunError
+
+RECIPES = sorted(
+    str(path.relative_to(Path(cli.CONF) / "recipe").with_suffix(""))
+    for path in (Path(cli.CONF) / "recipe").rglob("*.yaml")
+)
+GROUP_OPTIONS = [
+    f"{group}={option}"
+    for group in config.GROUPS
+    if group != "recipe"
+    for option in cli._options(group)
+    if f"{group}={option}" != "data=timm"  # its name is for the user to give
+]
+
+
+def _leaves(schema, prefix=""):
+    for field in dataclasses.fields(schema):
+        value = getattr(schema(), field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(type(value), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_composes_and_passes_the_checks(compose, recipe):
+    cfg = compose(f"recipe={recipe}", "data.root=/data/imagenet")
+    config.check(cfg)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_the_keys_of_the_schema_and_no_others(compose, recipe):
+    cfg = OmegaConf.to_container(compose(f"recipe={recipe}"))
+    free = tuple(f"{name}." for name in cli._free(config.Config))
+    found = {name for name in _flat(cfg) if not name.startswith(free)} | {name[:-1] for name in free}
+    assert found == {name for name, _ in _leaves(config.Config)}
+
+
+def _flat(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_states_source_figure_and_command(recipe):
+    text = (Path(cli.CONF) / "recipe" / f"{recipe}.yaml").read_text()
+    assert re.search(r"^# .*arXiv", text, re.M)
+    assert re.search(r"^# Expected: [\d.]+ % top-1", text, re.M)
+    assert f"recipe={recipe} " in text
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_follows_the_paper_whatever_the_defaults(compose, recipe):
+    cfg = compose(f"recipe={recipe}")
+    assert (cfg.optim.opt, cfg.optim.lr, cfg.optim.weight_decay) == ("adamw", 1e-3, 0.05)
+    assert (cfg.trainer.epochs, cfg.trainer.effective_batch_size) == (300, 1024)
+    assert (cfg.augment.mixup, cfg.augment.cutmix, cfg.augment.re_prob) == (0.8, 1.0, 0.25)
+    assert (cfg.data.name, cfg.schedule.cooldown_epochs) == ("", 10)
+
+
+def test_override_beats_recipe(compose):
+    assert compose("recipe=imagenet/van_b0", "trainer.epochs=7").trainer.epochs == 7
+
+
+def test_option_beats_recipe(compose):
+    assert compose("recipe=imagenet/van_b0", "augment=none").augment.mixup == 0.0
+
+
+@pytest.mark.parametrize("override", GROUP_OPTIONS)
+def test_group_option_composes(compose, override):
+    config.check(compose(override))
+
+
+def test_default_trains_test_van_on_digits(compose):
+    cfg = compose()
+    assert (cfg.model, cfg.data.name, cfg.task) == ("test_van", "digits", "classify")
+
+
+@pytest.mark.parametrize("data", ["imagefolder", "timm data.name=tar"])
+def test_other_data_do_not_inherit_what_is_meant_for_digits(compose, data):
+    cfg = compose(*f"data={data}".split())
+    assert cfg.augment.hflip == 0.5
+    assert cfg.trainer.epochs == 30
+
+
+@pytest.mark.parametrize("sign", ["", "+", "++"])
+@pytest.mark.parametrize("words", ["model_kwargs.drop_path_rate=0.25", "model_kwargs={drop_path_rate: 0.25}"])
+def test_model_keywords_with_and_without_a_sign(run_cli, tmp_path, sign, words):
+    code, output = run_cli(sign + words, "--cfg", "job", cwd=tmp_path)
+    assert code == 0, output
+    assert OmegaConf.create(output).model_kwargs == {"drop_path_rate": 0.25}
+
+
+def test_model_keyword_of_a_recipe_is_changed(run_cli, tmp_path):
+    words = ("recipe=imagenet/van_b0", "model_kwargs.drop_path_rate=0.25", "--cfg", "job")
+    _, output = run_cli(*words, cwd=tmp_path)
+    assert OmegaConf.create(output).model_kwargs == {"drop_path_rate": 0.25}
+
+
+# The schema.
+
+
+@pytest.mark.parametrize("schema", [config.Config, config.EvalConfig], ids=lambda s: s.__name__)
+def test_every_key_has_help(schema):
+    assert [name for name, field in _leaves(schema) if not field.metadata.get("help")] == []
+
+
+NAMES = """
+model model_kwargs pretrained run resume seed task data.root data.name data.img_size data.num_workers data.max_corrupt
+optim.lr optim.weight_decay optim.layer_decay trainer.epochs trainer.batch_size trainer.device trainer.amp
+trainer.compile trainer.max_updates trainer.max_nonfinite trainer.deterministic log.wandb
+"""
+
+
+@pytest.mark.parametrize("name", NAMES.split())
+def test_name_that_scripts_rely_on(name):
+    assert name in dict(_leaves(config.Config))
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "per_class", "out", "run", "data.root"])
+def test_name_of_eval_that_scripts_rely_on(name):
+    assert name in dict(_leaves(config.EvalConfig))
+
+
+def test_keys_lists_groups_without_help():
+    assert dict(config.keys())["trainer"] == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("optim.leraning_rate", "optim.lr"),
+        ("optim.learning_rate", "optim.lr"),
+        ("learning_rate", "optim.lr"),
+        ("optim.wieght_decay", "optim.weight_decay"),
+        ("weight_decay", "optim.weight_decay"),
+        ("trainer.batchsize", "trainer.batch_size"),
+        ("batch_size", "trainer.batch_size"),
+        ("trainer.epoch", "trainer.epochs"),
+        ("train.epochs", "trainer.epochs"),
+        ("data.image_size", "data.img_size"),
+        ("data.workers", "data.num_workers"),
+        ("sed", "seed"),
+        ("modle", "model"),
+        ("pretraind", "pretrained"),
+        ("schedule.warmup", "schedule.warmup_epochs"),
+        ("log.wandd", "log.wandb"),
+    ],
+)
+def test_nearest_key(key, meant):
+    assert config.nearest_key(key) == meant
+
+
+def test_nearest_key_of_nothing_similar():
+    assert config.nearest_key("qqqqqqqq") is None
+
+
+def test_nearest_key_knows_the_keys_of_eval():
+    assert config.nearest_key("perclass", config.EvalConfig) == "per_class"
+
+
+def test_nearest():
+    assert config.nearest("VAN_B9", ["nat_tiny", "van_b0"]) == "van_b0"
+
+
+# Values that no run can use.
+
+REFUSED = [
+    ("trainer.epochs=0", "1 or more"),
+    ("trainer.batch_size=0", "1 or more"),
+    ("trainer.eval_every=0", "1 or more"),
+    ("trainer.max_updates=0", "1 or more, or null"),
+    ("trainer.max_nonfinite=-1", "0 or more"),
+    ("trainer.amp=fp8", "none, bf16 or fp16"),
+    ("trainer.parallel=dp", "ddp or fsdp"),
+    ("trainer.ema_decay=1.0", "between 0 and 1, or null"),
+    ("trainer.ema_decay=0.0", "between 0 and 1, or null"),
+    ("trainer.effective_batch_size=0", "1 or more, or null"),
+    ("optim.lr=0", "above 0, or null"),
+    ("optim.lr=nan", "above 0, or null"),
+    ("optim.weight_decay=-0.1", "0 or more"),
+    ("optim.layer_decay=0", "above 0, at most 1, or null"),
+    ("optim.layer_decay=1.5", "above 0, at most 1, or null"),
+    ("optim.clip_mode=hard", "norm, value or agc"),
+    ("schedule.warmup_epochs=-1", "0 or more"),
+    ("data.max_corrupt=-1", "0 or more"),
+    ("data.num_workers=-1", "0 or more, or null"),
+    ("data.val_fraction=0", "between 0 and 1"),
+    ("data.val_fraction=1", "between 0 and 1"),
+    ("data.img_size=0", "1 or more, or null"),
+    ("augment.smoothing=1", "0 or more and below 1"),
+    ("augment.scale=[1,0.5]", "two rising numbers above 0"),
+    ("augment.scale=[0.5]", "two rising numbers above 0"),
+    ("augment.ratio=[0,1]", "two rising numbers above 0"),
+    ("augment.mixup_mode=all", "batch, pair or elem"),
+    ("log.wandb=maybe", "offline, online or disabled"),
+    ("resume=yes", "auto, never or must"),
+    ("seed=-1", "0 or more"),
+]
+
+
+@pytest.mark.parametrize(("override", "allowed"), REFUSED, ids=[override for override, _ in REFUSED])
+def test_check_names_key_value_and_what_is_allowed(compose, override, allowed):
+    key = override.partition("=")[0]
+    with pytest.raises(RunError, match=rf"{re.escape(key)}=.* is not allowed.*{re.escape(allowed)}"):
+        config.check(compose(override))
+
+
+@pytest.mark.parametrize("mixing", ["augment.mixup=0.2", "augment.cutmix=1"])
+def test_check_refuses_mixing_of_odd_batches(compose, mixing):
+    with pytest.raises(RunError, match=r"trainer.batch_size=7 is odd"):
+        config.check(compose(mixing, "trainer.batch_size=7"))
+
+
+# The command.
+
+MISSPELT = [
+    ("optim.leraning_rate=1", "did you mean optim.lr?"),
+    ("trainer.batchsize=4", "did you mean trainer.batch_size?"),
+    ("+trainer.batchsize=4", "did you mean trainer.batch_size?"),
+    ("augment=strng", "did you mean augment=strong?"),
+    ("data=folder", "did you mean data=imagefolder?"),
+    ("recipe=imagenet/van_b9", "imagenet/van_b0"),
+    ("trainer.epochs=abc", "could not be converted to Integer"),
+    ("trainer.amp=[1", "no viable alternative"),
+    ("digits", "missing EQUAL"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISSPELT, ids=[override for override, _ in MISSPELT])
+def test_misspelt_command(run_cli, tmp_path, override, message):
+    code, output = run_cli(override, cwd=tmp_path)
+    assert code != 0
+    assert message in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("model=van_b9", "did you mean 'van_b"), ("trainer.epochs=0", "trainer.epochs=0 is not allowed")],
+)
+@pytest.mark.slow
+def test_wrong_value_on_the_command_line(run_cli, tmp_path, override, message):
+    code, output = run_cli(override, cwd=tmp_path)
+    assert code == 1
+    assert f"zoo-train: error: {message}" in output or message in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["train", "eval"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_key(run_cli, tmp_path, module, flag):
+    code, output = run_cli(flag, cwd=tmp_path, module=module)
+    schema = {"train": config.Config, "eval": config.EvalConfig}[module]
+    assert code == 0
+    assert [name for name, _ in _leaves(schema) if f"  {name}=" not in output] == []
+
+
+@pytest.mark.parametrize("module", ["train", "eval"])
+def test_cfg_job_prints_the_configuration(run_cli, tmp_path, module):
+    code, output = run_cli("--cfg", "job", "optim.lr=0.125", cwd=tmp_path, module=module)
+    assert code == 0
+    assert OmegaConf.create(output).optim.lr == 0.125
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["train", "eval"])
+def test_misspelt_key_of_eval(run_cli, tmp_path, module):
+    code, output = run_cli("per_clas=true", cwd=tmp_path, module=module)
+    assert code == 1
+    assert ("did you mean per_class?" in output) == (module == "eval")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "-m recipe=imagenet/van_b0,imagenet/van_b1",
+        "-m augment=none,light seed=range(3)",
+        "-m optim.lr=1e-3,5e-4",
+        "~recipe",
+        "hydra/launcher=basic",
+        "recipe=null",
+        "model_kwargs.drop_path_rate=0.1",
+        "+model_kwargs.drop_path_rate=0.1",
+    ],
+)
+def test_overrides_of_hydra_pass(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["zoo-train", *words.split()])
+    cli.check_overrides("zoo-train", config.Config)
+
+
+def test_misspelt_option_in_a_sweep(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["zoo-train", "-m", "augment=none,lihgt"])
+    with pytest.raises(SystemExit):
+        cli.check_overrides("zoo-train", config.Config)
+    assert "did you mean augment=light?" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sweep_makes_a_run_folder_for_each_job(run_cli, tmp_path):
+    small = ("log.wandb=disabled", "trainer.device=cpu", "model=test_vit", "data.img_size=32", "trainer.max_updates=2")
+    code, output = run_cli("-m", "seed=0,1", *small, cwd=tmp_path)
+    assert code == 0, output
+    seeds = sorted(OmegaConf.load(path).seed for path in tmp_path.glob("runs/*/config.yaml"))
+    assert seeds == [0, 1]

@@ -1,0 +1,262 @@
+"""zoo-eval: runs, models with weights, folders. 15 s; the slow ones 40 s."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zoo.recipes.classify.evaluation import Evaluation, plot_confusion
+from zoo.recipes.classify.score import score
+from zoo.recipes.errors import RunError
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of a finished run, to write into."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def evaluate(compose):
+    """Evaluate in this process as `zoo-eval` with these words does."""
+
+    def call(*words):
+        keys = [word.partition("=")[0].lstrip("+") for word in words]
+        return score(compose(*words, name="eval"), keys)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["top1", "top5", "loss"])
+def test_run_gives_the_figures_of_its_summary(evaluate, run, summary, name):
+    assert evaluate(f"run={run}")["metrics"][name] == summary(run)["metrics"][name]
+
+
+def test_best_checkpoint_gives_the_best_figure(evaluate, run, summary):
+    assert evaluate(f"run={run}", "checkpoint=best")["metrics"]["top1"] == summary(run)["best"]["top1"]
+
+
+def test_best_checkpoint_is_another_file(evaluate, run):
+    assert evaluate(f"run={run}", "checkpoint=best")["weights"].endswith("best.safetensors")
+
+
+def test_unfinished_run_is_read_from_its_checkpoint(evaluate, run, summary):
+    (run / "model.safetensors").unlink()
+    result = evaluate(f"run={run}")
+    assert result["weights"].endswith("last.pt")
+    assert result["metrics"]["top1"] == summary(run)["metrics"]["top1"]
+
+
+def test_averaged_weights_are_read_from_a_checkpoint(evaluate, fit, images, tmp_path, summary):
+    fit(tmp_path / "run", images, "trainer.ema_decay=0.9", "trainer.epochs=2")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    assert evaluate(f"run={tmp_path / 'run'}")["metrics"] == {**summary(tmp_path / "run")["metrics"], "images": 15}
+
+
+def test_run_that_went_on_after_its_export_is_read_from_its_checkpoint(evaluate, fit, images, run, spoiled_epoch):
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, images, "trainer.epochs=6", "optim.lr=3e-3", "trainer.save_minutes=0")
+    assert evaluate(f"run={run}")["weights"].endswith("last.pt")
+
+
+@pytest.fixture
+def spoiled_epoch(monkeypatch):
+    """Stop a run in its second epoch from now."""
+    from zoo.recipes.classify.loop import Run
+
+    original, count = Run._update, {"updates": 0}
+
+    def update(self, batches):
+        count["updates"] += 1
+        if count["updates"] == 5:
+            raise KeyboardInterrupt
+        original(self, batches)
+
+    monkeypatch.setattr(Run, "_update", update)
+
+
+def test_files_that_are_written(evaluate, run):
+    evaluate(f"run={run}")
+    assert {path.name for path in (run / "eval").iterdir()} == {"eval.json", "confusion.png"}
+
+
+def test_file_holds_what_was_returned(evaluate, run):
+    result = evaluate(f"run={run}")
+    assert json.loads((run / "eval" / "eval.json").read_text()) == result
+
+
+def test_output_folder(evaluate, run, tmp_path):
+    evaluate(f"run={run}", f"out={tmp_path / 'out'}")
+    assert (tmp_path / "out" / "eval.json").exists()
+    assert not (run / "eval").exists()
+
+
+def test_confusion_is_a_picture(evaluate, run):
+    evaluate(f"run={run}")
+    with Image.open(run / "eval" / "confusion.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
+
+
+def test_other_images(evaluate, run, images):
+    result = evaluate(f"run={run}", "data=imagefolder", f"data.root={images / 'train'}", "data.num_workers=0")
+    assert result["metrics"]["images"] == 24
+
+
+def test_other_root_with_splits_means_its_validation_split(evaluate, run, images):
+    assert evaluate(f"run={run}", f"data.root={images}")["metrics"]["images"] == 15
+
+
+def test_other_images_lacking_a_class(evaluate, run, make_folder, tmp_path):
+    make_folder(tmp_path / "other", classes=("cherry", "banana"), per_class=3, seed=2)
+    result = evaluate(f"run={run}", f"data.root={tmp_path / 'other'}")
+    assert result["per_class"]["apple"] is None
+    assert result["per_class"]["cherry"] == 100
+
+
+def test_other_images_with_an_unknown_class(evaluate, run, make_folder, tmp_path):
+    make_folder(tmp_path / "other", classes=("apple", "plum"), per_class=3)
+    with pytest.raises(RunError, match="training does not have, 'plum'"):
+        evaluate(f"run={run}", f"data.root={tmp_path / 'other'}")
+
+
+def test_held_out_images_are_evaluated_again(evaluate, fit, make_folder, tmp_path, summary):
+    root = make_folder(tmp_path / "all", per_class=20)
+    fit(tmp_path / "run", root, "data.val_fraction=0.3", "seed=3")
+    result = evaluate(f"run={tmp_path / 'run'}")
+    assert result["metrics"] == {**summary(tmp_path / "run")["metrics"], "images": 18}
+
+
+def test_per_class_accuracies_average_to_the_whole(evaluate, run):
+    result = evaluate(f"run={run}")
+    assert np.mean(list(result["per_class"].values())) == pytest.approx(result["metrics"]["top1"])
+
+
+def test_per_class_is_printed(evaluate, run, capsys):
+    evaluate(f"run={run}", "per_class=true")
+    assert re.search(r"cherry +│ +5 +│ +\d+\.\d\d %", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_model_with_weights_on_a_folder(evaluate, finished, images, summary, tmp_path, what):
+    path = finished / "model.safetensors" if what == "file" else finished
+    words = ("model=test_vit", "data=imagefolder", f"data.root={images}", "data.img_size=32", f"out={tmp_path / 'out'}")
+    result = evaluate(f"pretrained={path}", *words, "data.num_workers=0")
+    assert result["metrics"]["top1"] == summary(finished)["metrics"]["top1"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_batch_size_does_not_matter(evaluate, run, summary, size):
+    assert evaluate(f"run={run}", f"trainer.batch_size={size}")["metrics"]["top1"] == summary(run)["metrics"]["top1"]
+
+
+def test_corrupt_image_does_not_count_and_is_named(evaluate, run, make_folder, tmp_path):
+    root = make_folder(tmp_path / "other", per_class=3)
+    path = next(iter(sorted(root.rglob("*.jpg"))))
+    path.write_bytes(path.read_bytes()[:200])
+    result = evaluate(f"run={run}", f"data.root={root}")
+    assert result["metrics"]["images"] == 8
+    assert result["corrupt_images"][0].startswith(str(path))
+
+
+# Refused.
+
+
+def test_nothing_to_evaluate(evaluate):
+    with pytest.raises(RunError, match="nothing to evaluate"):
+        evaluate()
+
+
+def test_missing_run(evaluate, tmp_path):
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        evaluate(f"run={tmp_path / 'none'}")
+
+
+def test_folder_that_is_no_run(evaluate, images):
+    with pytest.raises(RunError, match="is not the folder of a run"):
+        evaluate(f"run={images}")
+
+
+def test_run_without_weights(evaluate, run):
+    for name in ("model.safetensors", "last.pt", "best.safetensors"):
+        (run / name).unlink()
+    with pytest.raises(RunError, match="there is no checkpoint"):
+        evaluate(f"run={run}")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 100], ids=["empty", "garbage"])
+def test_damaged_weights(evaluate, run, content):
+    (run / "model.safetensors").write_bytes(content)
+    with pytest.raises(RunError, match=r"model.safetensors can't be read"):
+        evaluate(f"run={run}")
+
+
+def test_unknown_checkpoint(evaluate, run):
+    with pytest.raises(RunError, match="it has to be last or best"):
+        evaluate(f"run={run}", "checkpoint=first")
+
+
+def test_wrong_number_of_classes(evaluate, finished, make_folder, tmp_path):
+    make_folder(tmp_path / "two", classes=("day", "night"))
+    words = ("model=test_vit", "data=imagefolder", f"data.root={tmp_path / 'two'}", "data.img_size=32")
+    with pytest.raises(RunError, match="tells 3 classes apart, but the data has 2"):
+        evaluate(f"pretrained={finished}", *words)
+
+
+def test_weights_of_another_model(evaluate, run):
+    with pytest.raises(RunError, match="do not fit test_vit2"):
+        evaluate(f"run={run}", "model=test_vit2")
+
+
+# The command.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [("{run}",), ("run={run}",)], ids=["short", "long"])
+def test_command(run_cli, run, tmp_path, summary, words):
+    code, output = run_cli(*(w.format(run=run) for w in words), cwd=tmp_path, module="eval")
+    assert code == 0, output
+    assert f"top-1 {summary(run)['metrics']['top1']:.2f} %" in output
+    assert "on 15 images" in output
+
+
+@pytest.mark.slow
+def test_command_with_a_wrong_folder(run_cli, tmp_path):
+    code, output = run_cli("run=none", cwd=tmp_path, module="eval")
+    assert code == 1
+    assert "zoo-eval: error: none is not the folder of a run" in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+# Evaluation in numbers.
+
+
+def _evaluation():
+    return Evaluation({}, np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0]), [])
+
+
+def test_confusion_counts():
+    assert _evaluation().confusion(3).tolist() == [[1, 1, 0], [1, 2, 0], [0, 0, 0]]
+
+
+def test_accuracy_per_class():
+    assert _evaluation().per_class(3) == [50, pytest.approx(200 / 3), None]
+
+
+@pytest.mark.parametrize("classes", [2, 40, 100])
+def test_confusion_of_many_classes_is_limited(tmp_path, classes):
+    plot_confusion(tmp_path / "c.png", np.eye(classes, dtype=int), [f"class {i}" for i in range(classes)], "title")
+    with Image.open(tmp_path / "c.png") as picture:
+        assert max(picture.size) < 2200
+
+
+def test_torch_is_left_alone(evaluate, run):
+    state = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
+    evaluate(f"run={run}")
+    assert (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()) == state

@@ -1,0 +1,431 @@
+"""Nothing is lost: killed, stopped and continued runs end as undisturbed ones. 15 s; the slow ones 2 min."""
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from zoo.recipes import runs
+from zoo.recipes.classify import loop
+from zoo.recipes.errors import RunError
+
+# Everything random at once, saved at every update.
+ARGS = (
+    "model=test_vit",
+    "+model_kwargs.drop_path_rate=0.2",
+    "data=imagefolder",
+    "data.img_size=32",
+    "data.num_workers=1",
+    "augment=strong",
+    "schedule.warmup_epochs=1",
+    "trainer.device=cpu",
+    "trainer.epochs=8",
+    "trainer.batch_size=4",
+    "trainer.effective_batch_size=8",
+    "trainer.save_minutes=0",
+    "trainer.ema_decay=0.9",
+    "log.wandb=disabled",
+)
+UPDATES = 24
+
+
+@pytest.fixture(scope="module")
+def start(start_cli, images, tmp_path_factory):
+    """Start the command in a folder; the run is below it."""
+    return lambda cwd, *more: start_cli(*ARGS, f"data.root={images}", "run=run", *more, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(start, tmp_path_factory):
+    """The run folder of a run that nothing happened to; read only."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    _finish(start(cwd))
+    return cwd / "run"
+
+
+def _update(folder):
+    """The update that last.pt stands at, 0 if there is none."""
+    path = folder / "last.pt"
+    return torch.load(path, weights_only=True)["progress"]["update"] if path.exists() else 0
+
+
+def _interrupt(process, folder, number, update):
+    """Send a signal once last.pt has reached `update`; what was printed."""
+    try:
+        while _update(folder) < update:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return output
+
+
+def _finish(process):
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+def _state(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def _trained(folder):
+    """Model, average, optimizer and scaler of last.pt."""
+    return _state(folder)["training"]
+
+
+def _lines(folder):
+    """The metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def killed(start, tmp_path_factory):
+    """The run folder of a run that was killed at two random moments and started again."""
+    cwd = tmp_path_factory.mktemp("killed")
+    seed = random.randrange(2**32)
+    print(f"random.Random({seed})")
+    rng = random.Random(seed)
+    for low, high in ((1, 8), (10, 19)):
+        process = start(cwd)
+        _interrupt(process, cwd / "run", signal.SIGKILL, rng.randint(low, high))
+        assert process.returncode == -signal.SIGKILL
+    assert _update(cwd / "run") < UPDATES
+    _finish(start(cwd))
+    return cwd / "run"
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_same_exported_weights(killed, undisturbed, weights, same):
+    assert same(weights(killed), weights(undisturbed))
+
+
+@pytest.mark.slow
+def test_killed_run_ends_with_the_same_state(killed, undisturbed, same):
+    assert same(_trained(killed), _trained(undisturbed))
+
+
+@pytest.mark.slow
+def test_killed_run_has_the_same_metrics(killed, undisturbed):
+    assert _lines(killed) == _lines(undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_run_has_the_same_best_weights(killed, undisturbed, same):
+    assert same(*(load_file(folder / "best.safetensors") for folder in (killed, undisturbed)))
+
+
+@pytest.mark.slow
+def test_killed_run_says_where_it_continued(killed):
+    assert len(re.findall(r"Continues in epoch \d+ after update \d+", (killed / "train.log").read_text())) == 2
+
+
+@pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def stopped(request, start, tmp_path_factory):
+    """A run that was stopped by a signal and not started again: signal, exit code, output, folder."""
+    cwd = tmp_path_factory.mktemp("stopped")
+    process = start(cwd)
+    output = _interrupt(process, cwd / "run", request.param, 5)
+    return request.param, process.returncode, output, cwd / "run"
+
+
+@pytest.mark.slow
+def test_signal_gives_the_exit_code_of_the_signal(stopped):
+    number, code, output, _ = stopped
+    assert code == 128 + number, output
+
+
+@pytest.mark.slow
+def test_signal_is_answered_without_a_traceback(stopped):
+    number, _, output, folder = stopped
+    assert f"Stopped by {number.name} after update {_update(folder)}, and saved." in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_signal_says_how_to_continue(stopped):
+    _, _, output, _ = stopped
+    assert re.search(r"Continue with: python -m zoo.recipes.train .*run=run", output)
+
+
+@pytest.mark.slow
+def test_stopped_run_continues_to_the_same_state(stopped, start, undisturbed, same):
+    folder = stopped[-1]
+    _finish(start(folder.parent))
+    assert same(_trained(folder), _trained(undisturbed))
+
+
+# In this process: what a run does with what it finds.
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of a finished run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for path in finished.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+LONGER = ("trainer.epochs=4", "optim.lr=3e-3")
+AGAIN = ("trainer.epochs=3", "optim.lr=3e-3")
+
+
+def test_never_refuses_an_existing_run(fit, images, copied):
+    with pytest.raises(RunError, match="holds a run already"):
+        fit(copied, images, *AGAIN, "resume=never")
+
+
+def test_must_refuses_a_new_run(fit, images, tmp_path):
+    with pytest.raises(RunError, match="has no checkpoint"):
+        fit(tmp_path / "run", images, "resume=must")
+
+
+def test_must_continues(fit, images, copied):
+    assert fit(copied, images, *LONGER, "resume=must")["epochs"] == 4
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model=test_vit2",
+        "model=test_van",
+        "trainer.batch_size=4",
+        "trainer.ema_decay=0.9",
+        "+model_kwargs.depth=3",
+    ],
+)
+def test_other_settings_refuse_the_folder(fit, images, copied, override):
+    with pytest.raises(RunError, match=r"holds a run with .* choose another run=<folder>"):
+        fit(copied, images, *AGAIN, override)
+
+
+def test_other_classes_refuse_the_folder(fit, make_folder, copied, tmp_path):
+    root = make_folder(tmp_path / "other", classes=("day", "night", "dusk"), per_class=9)
+    with pytest.raises(RunError, match="holds a run with classes"):
+        fit(copied, root, *AGAIN)
+
+
+def test_other_number_of_images_refuses_the_folder(fit, make_folder, copied, tmp_path):
+    root = make_folder(tmp_path / "other", per_class=12)
+    with pytest.raises(RunError, match="holds a run with training images"):
+        fit(copied, root, *AGAIN)
+
+
+def test_refusing_leaves_the_folder_as_it_is(fit, images, copied):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with pytest.raises(RunError):
+        fit(copied, images, *AGAIN, "model=test_vit2")
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_folder_of_a_run_without_checkpoint_refuses_another_model(fit, images, copied):
+    (copied / "last.pt").unlink()
+    with pytest.raises(RunError, match="holds a run of test_vit"):
+        fit(copied, images, *AGAIN, "model=test_vit2")
+
+
+def test_folder_of_a_run_without_checkpoint_begins_again(fit, images, copied, weights, finished, same):
+    for name in ("last.pt", "model.safetensors", "summary.json"):
+        (copied / name).unlink()
+    fit(copied, images, *AGAIN)
+    assert same(weights(copied), weights(finished))
+
+
+def test_finished_run_returns_its_summary(fit, images, copied, summary):
+    before = summary(copied)
+    assert fit(copied, images, *AGAIN) == before
+
+
+def test_finished_run_changes_no_weights(fit, images, copied, finished):
+    fit(copied, images, *AGAIN)
+    assert all(
+        (copied / name).read_bytes() == (finished / name).read_bytes() for name in ("last.pt", "model.safetensors")
+    )
+
+
+def test_finished_run_without_its_export_writes_it_again(fit, images, copied, weights, finished, same):
+    """Killed after the last checkpoint, before the summary."""
+    for name in ("model.safetensors", "summary.json", "config.json"):
+        (copied / name).unlink()
+    fit(copied, images, *AGAIN)
+    assert same(weights(copied), weights(finished))
+
+
+def test_more_epochs_continue_a_finished_run(fit, images, copied):
+    result = fit(copied, images, *LONGER)
+    assert (result["epochs"], result["updates"]) == (4, 12)
+
+
+def test_more_epochs_have_one_line_each(fit, images, copied):
+    fit(copied, images, *LONGER)
+    assert [line["epoch"] for line in _lines(copied)] == [1, 2, 3, 4]
+
+
+def test_changed_settings_are_said(fit, images, copied):
+    fit(copied, images, *LONGER)
+    assert "trainer.epochs=4 (was 3)" in (copied / "train.log").read_text()
+
+
+@pytest.mark.parametrize("updates", [1, 3, 4], ids=lambda n: f"{n} of 6 updates")
+def test_longer_run_equals_an_undisturbed_one(fit, images, tmp_path, updates, same):
+    args = ("trainer.epochs=2", "augment=strong", "trainer.ema_decay=0.9")
+    fit(tmp_path / "whole", images, *args)
+    fit(tmp_path / "parts", images, *args, f"trainer.max_updates={updates}")
+    fit(tmp_path / "parts", images, *args)
+    assert same(_trained(tmp_path / "parts"), _trained(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("updates", [1, 3, 4], ids=lambda n: f"{n} of 6 updates")
+def test_longer_run_has_the_metrics_of_an_undisturbed_one(fit, images, tmp_path, updates):
+    fit(tmp_path / "whole", images, "trainer.epochs=2")
+    fit(tmp_path / "parts", images, "trainer.epochs=2", f"trainer.max_updates={updates}")
+    fit(tmp_path / "parts", images, "trainer.epochs=2")
+    assert _lines(tmp_path / "parts") == _lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_between_the_last_update_of_an_epoch_and_its_end(fit, images, tmp_path, monkeypatch, same, workers):
+    args = ("trainer.epochs=3", "trainer.save_minutes=0", f"data.num_workers={workers}")
+    fit(tmp_path / "whole", images, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Run, "_close_epoch", _killed)
+        with pytest.raises(SystemError):
+            fit(tmp_path / "parts", images, *args)
+    fit(tmp_path / "parts", images, *args)
+    assert same(_trained(tmp_path / "parts"), _trained(tmp_path / "whole"))
+
+
+def _killed(*_):
+    raise SystemError
+
+
+@pytest.mark.parametrize("updates", [1, 3], ids=["within an epoch", "at its end"])
+def test_short_run_again_gives_the_same_summary(fit, images, tmp_path, updates):
+    first, second = (
+        fit(tmp_path / "run", images, "trainer.epochs=2", f"trainer.max_updates={updates}") for _ in range(2)
+    )
+    assert first["metrics"] == second["metrics"]
+
+
+def test_new_learning_rate_is_taken_over(fit, images, tmp_path):
+    schedule = ("trainer.epochs=2", "schedule=constant")
+    fit(tmp_path / "run", images, *schedule, "optim.lr=1e-3", "trainer.max_updates=3")
+    fit(tmp_path / "run", images, *schedule, "optim.lr=5e-4")
+    assert [line["lr"] for line in _lines(tmp_path / "run")] == [1e-3, 5e-4]
+
+
+# Damaged checkpoints.
+
+
+def _truncated(data):
+    return data[: len(data) // 2]
+
+
+def _without_end(data):
+    return data[:-100]
+
+
+def _empty(data):
+    return b""
+
+
+def _random(data):
+    return random.Random(0).randbytes(len(data))
+
+
+def _zeros(data):
+    return bytes(len(data))
+
+
+def _text(data):
+    return b"<html>quota exceeded</html>"
+
+
+DAMAGES = [_truncated, _without_end, _empty, _random, _zeros, _text]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.strip("_"))
+def test_damaged_checkpoint_is_named_and_nothing_overwritten(fit, images, copied, damage):
+    (copied / "last.pt").write_bytes(damage((copied / "last.pt").read_bytes()))
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with pytest.raises(RunError, match=re.escape(str(copied / "last.pt"))):
+        fit(copied, images, *AGAIN)
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+OTHERS = {"dict": {"weights": torch.zeros(1)}, "list": [1, 2], "tensor": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
+def test_checkpoint_of_something_else(fit, images, copied, content):
+    torch.save(content, copied / "last.pt")
+    with pytest.raises(RunError, match="is not a checkpoint of zoo-train"):
+        fit(copied, images, *AGAIN)
+
+
+# Files.
+
+
+def test_atomic_replaces(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with runs.atomic(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_atomic_shows_nothing_before_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with runs.atomic(path) as file:
+        file.write(b"new" * 10000)
+        file.flush()
+        assert path.read_bytes() == b"old"
+
+
+def _write_half(path, error, cause=None):
+    with runs.atomic(path) as file:
+        file.write(b"half")
+        raise error from cause
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_atomic_keeps_the_old_content_on_an_exception(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(error):
+        _write_half(path, error)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"old"}
+
+
+def test_atomic_says_what_the_system_said(tmp_path):
+    with pytest.raises(RunError, match=r"could not write .*none/file: No such file or directory"):
+        runs.write_text(tmp_path / "none" / "file", "text")
+
+
+def test_atomic_recognises_a_full_disk_behind_another_error(tmp_path):
+    cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(RunError, match=r"No space left on device.*Free some space"):
+        _write_half(tmp_path / "file", RuntimeError("unexpected pos 64 vs 0"), cause)
+
+
+def test_checkpoint_survives_a_round_trip(tmp_path, same):
+    state = {"progress": {"update": 3}, "tensor": torch.arange(5), "nested": [{"a": 1.5}, "text", None]}
+    runs.save_checkpoint(tmp_path / "last.pt", state)
+    assert same(runs.load_checkpoint(tmp_path / "last.pt"), state)
