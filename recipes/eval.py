@@ -23,7 +23,7 @@ def main() -> None:
     """Compose the configuration, check it, evaluate. `zoo-eval <folder>` is short for `zoo-eval run=<folder>`."""
     config.register()
     cli.show_help(__doc__, config.EvalConfig)
-    if len(sys.argv) > 1 and "=" not in sys.argv[1] and Path(sys.argv[1]).is_dir():
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and ("=" not in sys.argv[1] or Path(sys.argv[1]).is_dir()):
         quoted = sys.argv[1].replace("'", r"\'")
         sys.argv[1] = f"run='{quoted}'"
     cli.check_overrides("zoo-eval", config.EvalConfig)

@@ -226,8 +226,9 @@ def test_command(run_cli, run, tmp_path, summary, words):
 
 
 @pytest.mark.slow
-def test_command_with_a_wrong_folder(run_cli, tmp_path):
-    code, output = run_cli("run=none", cwd=tmp_path, module="eval")
+@pytest.mark.parametrize("word", ["none", "run=none"], ids=["short", "long"])
+def test_command_with_a_wrong_folder(run_cli, tmp_path, word):
+    code, output = run_cli(word, cwd=tmp_path, module="eval")
     assert code == 1
     assert "zoo-eval: error: none is not the folder of a run" in output
     assert "Traceback" not in output
