@@ -121,7 +121,7 @@ class TrainerConfig:
         None, "effective batch size of one update; reached by accumulating gradients; null: one batch per process"
     )
     device: str = option("auto", "device: auto, cpu, cuda, cuda:N, mps or xpu")
-    amp: str = option("none", "automatic mixed precision: none, bf16 or fp16")
+    amp: str = option("none", "automatic mixed precision: none (or false), bf16 (or true) or fp16")
     channels_last: bool = option(False, "channels last memory format")
     compile: bool = option(False, "compile the model with torch.compile")
     parallel: str = option("ddp", "parallel training under torchrun: ddp or fsdp (FSDP2)")
@@ -171,6 +171,9 @@ class EvalConfig(Config):
     per_class: bool = option(False, "per-class accuracies, printed and written")
     out: str | None = option(None, "output folder; <run>/eval, or runs/eval-<date>-<model>, if null")
 
+
+# Names of trainer.amp -> of torch's type; a YAML true or false arrives as text.
+AMP = {"none": None, "false": None, "bf16": "bfloat16", "true": "bfloat16", "fp16": "float16"}
 
 GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "log", "recipe")
 
@@ -224,7 +227,7 @@ def check(cfg: Config) -> None:
         "trainer.eval_every": (trainer.eval_every >= 1, "1 or more"),
         "trainer.max_updates": (trainer.max_updates is None or trainer.max_updates >= 1, "1 or more, or null"),
         "trainer.max_nonfinite": (trainer.max_nonfinite >= 0, "0 or more"),
-        "trainer.amp": (trainer.amp in ("none", "bf16", "fp16"), "none, bf16 or fp16"),
+        "trainer.amp": (trainer.amp.lower() in AMP, "none, bf16 or fp16"),
         "trainer.parallel": (trainer.parallel in ("ddp", "fsdp"), "ddp or fsdp"),
         "trainer.ema_decay": (trainer.ema_decay is None or 0 < trainer.ema_decay < 1, "between 0 and 1, or null"),
         "optim.lr": (optim.lr is None or optim.lr > 0, "above 0, or null"),

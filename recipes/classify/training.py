@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from zoo.recipes import distributed
+from zoo.recipes import config, distributed
 from zoo.recipes.errors import RunError
 from zoo.recipes.runs import log
 
@@ -76,7 +76,7 @@ class Training:
             self.task.compile()
         if distributed.world_size() > 1 and not self.sharded:
             self.task.prepare_distributed(device_ids=[device] if device.type == "cuda" else None)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=cfg.trainer.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.AMP[cfg.trainer.amp.lower()] == "float16")
         schedule = OmegaConf.to_container(cfg.schedule)
         if schedule["warmup_epochs"] > cfg.trainer.epochs / 2:
             schedule["warmup_epochs"] = cfg.trainer.epochs / 2
@@ -201,10 +201,9 @@ class Training:
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager:
-    """The context of a forward pass in mixed precision `amp`: none, bf16 or fp16."""
-    if amp == "none":
-        return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[amp])
+    """The context of a forward pass in the mixed precision that `trainer.amp` names."""
+    dtype = config.AMP[amp.lower()]
+    return torch.autocast(device.type, dtype=getattr(torch, dtype)) if dtype else nullcontext()
 
 
 def shard(model: nn.Module) -> None:

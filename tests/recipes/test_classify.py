@@ -396,6 +396,8 @@ def test_wrong_model_keyword(compose):
         ("trainer.channels_last=true", "model=test_van"),
         ("trainer.grad_checkpointing=true",),
         ("trainer.amp=bf16",),
+        ("trainer.amp=true",),
+        ("trainer.amp=fp16",),
         ("trainer.deterministic=true",),
         ("optim.clip_grad=1",),
         ("optim.clip_grad=0.01", "optim.clip_mode=agc"),
