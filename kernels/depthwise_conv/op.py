@@ -1,0 +1,87 @@
+"""The specification of depth-wise convolution and large-kernel attention, and their checks."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zoo.kernels import checks
+from zoo.kernels.depthwise_conv import reference
+
+
+def depthwise_conv2d_nhwc(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: int | tuple[int, int] = 1
+) -> Tensor:
+    """Depth-wise convolution with stride 1 and zeros around the map, which keeps its size.
+
+    out[b, y, x, c] = bias[c] + sum_ij weight[c, 0, i, j] * in[b, y + (i - kh // 2) * dy, x + (j - kw // 2) * dx, c].
+
+    Args:
+        x: (B, H, W, C).
+        weight: (C, 1, kh, kw) with odd kh and kw, as torch.nn.Conv2d has it.
+        bias: (C,), or None.
+        dilation: Distance of the taps, or one each for rows and columns.
+
+    Returns:
+        (B, H, W, C), in the type of `x`.
+
+    Raises:
+        TypeError: an integer tensor, or types that differ.
+        ValueError: a shape or an option is not as above.
+    """
+    dilations = checks.pair(dilation, "dilation")
+    checks.floating(x=x, weight=weight, bias=bias)
+    checks.shape(x, "x", (None,) * 4, "(B, H, W, C)")
+    channels = x.shape[-1]
+    checks.shape(weight, "weight", (channels, 1, None, None), "(C, 1, kh, kw)")
+    if bias is not None:
+        checks.shape(bias, "bias", (channels,), "(C,)")
+    if not weight.shape[2] % 2 or not weight.shape[3] % 2:
+        raise ValueError(
+            f"Got a kernel of {weight.shape[2]} x {weight.shape[3]}; both sides have to be odd, so that it has a "
+            "middle: pad it with zeros on one side."
+        )
+    return reference.depthwise_conv2d_nhwc(x, weight, bias, dilation=dilations)
+
+
+def large_kernel_attention(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    dilated_weight: Tensor,
+    dilated_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None,
+    *,
+    dilation: int | tuple[int, int] = 3,
+) -> Tensor:
+    """x * Linear(DWConv, dilated (DWConv(x))): a large receptive field as a gate, without a sigmoid.
+
+    VAN has a 5 x 5 kernel, then a 7 x 7 one with dilation 3: 23 x 23 pixels together.
+
+    Args:
+        x: (B, H, W, C).
+        depthwise_weight: (C, 1, kh, kw), of the first convolution; its bias (C,) or None.
+        depthwise_bias: (C,), or None.
+        dilated_weight: Likewise, of the second.
+        dilated_bias: (C,), or None.
+        pointwise_weight: (C, C), output first; the weight (C, C, 1, 1) of a 1 x 1 convolution, flattened.
+        pointwise_bias: (C,), or None.
+        dilation: Of the second convolution.
+
+    Returns:
+        (B, H, W, C), in the type of `x`.
+
+    Raises:
+        TypeError: an integer tensor, or types that differ.
+        ValueError: a shape or an option is not as above.
+
+    Source: VAN, arXiv 2202.09741, section 3.2.
+    """
+    gate = depthwise_conv2d_nhwc(x, depthwise_weight, depthwise_bias)
+    gate = depthwise_conv2d_nhwc(gate, dilated_weight, dilated_bias, dilation=dilation)
+    checks.floating(x=x, pointwise_weight=pointwise_weight, pointwise_bias=pointwise_bias)
+    channels = x.shape[-1]
+    checks.shape(pointwise_weight, "pointwise_weight", (channels, channels), "(C, C)")
+    if pointwise_bias is not None:
+        checks.shape(pointwise_bias, "pointwise_bias", (channels,), "(C,)")
+    return reference.gate(x, gate, pointwise_weight, pointwise_bias)

@@ -1,0 +1,18 @@
+"""Depth-wise convolution in plain torch: what is right."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
+    """See `op.depthwise_conv2d_nhwc`, which has checked everything."""
+    padding = tuple(d * (k // 2) for d, k in zip(dilation, weight.shape[2:], strict=True))
+    out = F.conv2d(x.movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
+    return out.movedim(1, -1)
+
+
+def gate(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x * Linear(features), all (B, H, W, C)."""
+    return x * F.linear(features, weight, bias)

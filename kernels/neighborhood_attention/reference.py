@@ -1,0 +1,63 @@
+"""Neighborhood attention in plain torch: what is right, in the memory of kh * kw copies of the keys and values.
+
+Letters: B images, H, W map, N heads, D head dim, I, J neighbours along rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def neighborhood_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    is_causal: tuple[bool, bool],
+    bias_table: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `op.neighborhood_attention`, which has checked everything."""
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    query, key, value = qkv.to(dtype).unflatten(-1, (3, num_heads, -1)).unbind(3)  # (B, H, W, N, D)
+    axes = [
+        neighbors(length, k, d, s, causal, qkv.device)
+        for length, k, d, s, causal in zip(qkv.shape[1:3], kernel_size, dilation, stride, is_causal, strict=True)
+    ]
+    (rows, down, row_valid), (columns, right, column_valid) = axes
+    key, value = (x[:, rows][:, :, :, columns] for x in (key, value))  # (B, H, I, W, J, N, D)
+    logits = scale * torch.einsum("bhwnd,bhiwjnd->bnhwij", query, key)
+    if bias_table is not None:
+        offsets_down = (down + kernel_size[0] - 1)[:, None, :, None]  # (H, 1, I, 1)
+        offsets_right = (right + kernel_size[1] - 1)[None, :, None, :]  # (1, W, 1, J)
+        logits = logits + bias_table.to(dtype)[:, offsets_down, offsets_right]
+    valid = row_valid[:, None, :, None] & column_valid[None, :, None, :]
+    weights = logits.masked_fill(~valid, -torch.inf).flatten(-2).softmax(-1).unflatten(-1, kernel_size)
+    return torch.einsum("bnhwij,bhiwjnd->bhwnd", weights, value).flatten(-2).to(qkv.dtype)
+
+
+def neighbors(
+    length: int, kernel: int, dilation: int, stride: int, causal: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each position's neighbours along one axis: (length, kernel) positions, their offsets in places, which count.
+
+    Positions and offsets that do not count (causal attention) are in range all the same.
+    """
+    position = torch.arange(length, device=device)
+    group, place = position % dilation, position // dilation
+    places = (length - group + dilation - 1) // dilation
+    steps = torch.arange(kernel, device=device)
+    if causal:
+        leader = torch.minimum(place // stride * stride + stride - 1, places - 1)
+        found = leader[:, None] - kernel + 1 + steps
+        valid = (found >= 0) & (found <= place[:, None])
+        found = torch.where(valid, found, place[:, None])
+    else:
+        leader = torch.minimum(place // stride * stride + stride // 2, places - 1)
+        start = torch.minimum((leader - kernel // 2).clamp(min=0), places - kernel)
+        found = start[:, None] + steps
+        valid = torch.ones_like(found, dtype=torch.bool)
+    return found * dilation + group[:, None], found - place[:, None], valid

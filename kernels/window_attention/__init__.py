@@ -1,0 +1,5 @@
+"""Attention within windows of a map: blocks, grids, stripes."""
+
+from zoo.kernels.window_attention.op import window_attention
+
+__all__ = ["window_attention"]

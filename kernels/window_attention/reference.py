@@ -1,0 +1,73 @@
+"""Window attention in plain torch: what is right.
+
+Letters: B images, H, W map, N heads, D head dim, G windows, T tokens of a window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def window_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    window_size: tuple[int, int],
+    layout: str,
+    bias_table: Tensor | None,
+    bias_sign: str,
+    scale: float,
+    key_mask: Tensor | None,
+    q: Tensor | None,
+) -> Tensor:
+    """See `op.window_attention`, which has checked everything."""
+    height, width = qkv.shape[1:3]
+    dtype = torch.promote_types(qkv.dtype, torch.float32)
+    windows = partition(qkv.to(dtype), window_size, layout)  # (B, G, T, C)
+    parts = windows.unflatten(-1, (-1, num_heads, windows.shape[-1] // num_heads // (3 if q is None else 2)))
+    *queries, key, value = parts.movedim((3, 4), (0, 3)).unbind(0)  # (B, G, N, T, D)
+    if q is None:
+        (query,) = queries
+    else:
+        query = q.to(dtype).unflatten(-1, (num_heads, -1)).transpose(1, 2)[:, None]  # (B, 1, N, T, D)
+    logits = scale * query @ key.transpose(-2, -1)  # (B, G, N, T, T)
+    if bias_table is not None:
+        logits = logits + expand_bias(bias_table.to(dtype), window_size, bias_sign)
+    if key_mask is not None:
+        taken = partition(key_mask[..., None], window_size, layout)[..., 0][:, :, None, None]  # (B, G, 1, 1, T)
+        weights = logits.masked_fill(~taken, -torch.inf).softmax(-1)
+        weights = torch.where(taken.any(-1, keepdim=True), weights, 0)
+    else:
+        weights = logits.softmax(-1)
+    out = (weights @ value).transpose(2, 3).flatten(-2)  # (B, G, T, N D)
+    return unpartition(out, window_size, (height, width), layout).to(qkv.dtype)
+
+
+def partition(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
+    """(B, H, W, C) -> (B, windows, tokens, C)."""
+    (wh, ww), (height, width) = window_size, x.shape[1:3]
+    if layout == "block":
+        x = x.reshape(x.shape[0], height // wh, wh, width // ww, ww, -1).permute(0, 1, 3, 2, 4, 5)
+    else:
+        x = x.reshape(x.shape[0], wh, height // wh, ww, width // ww, -1).permute(0, 2, 4, 1, 3, 5)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
+def unpartition(x: Tensor, window_size: tuple[int, int], size: tuple[int, int], layout: str) -> Tensor:
+    """(B, windows, tokens, C) -> (B, H, W, C)."""
+    (wh, ww), (height, width) = window_size, size
+    x = x.reshape(x.shape[0], height // wh, width // ww, wh, ww, -1)
+    x = x.permute(0, 1, 3, 2, 4, 5) if layout == "block" else x.permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(x.shape[0], height, width, -1)
+
+
+def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tensor:
+    """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias of each query (row) and key (column)."""
+    wh, ww = window_size
+    rows = torch.arange(wh, device=table.device).repeat_interleave(ww)
+    columns = torch.arange(ww, device=table.device).repeat(wh)
+    down, right = (x[:, None] - x[None, :] for x in (rows, columns))
+    if sign == "key_minus_query":
+        down, right = -down, -right
+    return table[:, down + wh - 1, right + ww - 1]

@@ -1,0 +1,152 @@
+"""Window attention against loops over single tokens, by gradcheck, and its messages. Some seconds."""
+
+import pytest
+import torch
+
+from zoo.kernels import window_attention
+
+from . import oracle
+
+# batch, map, heads, head dim, window: sizes of 1, odd ones, stripes, the whole map, rectangles
+CASES = {
+    "square": (2, (6, 6), 2, 4, (3, 3)),
+    "rectangle": (1, (6, 8), 3, 2, (3, 4)),
+    "single-token": (2, (3, 2), 1, 3, (1, 1)),
+    "rows": (1, (4, 5), 2, 4, (1, 5)),
+    "columns": (1, (5, 4), 2, 4, (5, 2)),
+    "whole-map": (2, (5, 3), 2, 4, (5, 3)),
+    "one-pixel-map": (1, (1, 1), 2, 1, (1, 1)),
+}
+
+
+def make(case, parts=3, seed=0):
+    batch, (height, width), num_heads, head_dim, (wh, ww) = CASES[case]
+    g = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(batch, height, width, parts * num_heads * head_dim, generator=g, dtype=torch.float64)
+    table = torch.randn(num_heads, 2 * wh - 1, 2 * ww - 1, generator=g, dtype=torch.float64)
+    mask = torch.rand(batch, height, width, generator=g) < 0.6
+    shared = torch.randn(batch, wh * ww, num_heads * head_dim, generator=g, dtype=torch.float64)
+    return qkv, table, mask, shared, {"num_heads": num_heads, "window_size": (wh, ww)}
+
+
+@pytest.mark.parametrize("sign", ["query_minus_key", "key_minus_query"])
+@pytest.mark.parametrize("layout", ["block", "grid"])
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_loops(case, layout, sign):
+    qkv, table, _, _, options = make(case)
+    out = window_attention(qkv, **options, layout=layout, bias_table=table, bias_sign=sign, scale=0.3)
+    want = oracle.window_attention(qkv, *options.values(), layout, table, sign, 0.3)
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("layout", ["block", "grid"])
+@pytest.mark.parametrize("case", CASES)
+def test_mask_agrees_with_loops(case, layout):
+    qkv, table, mask, _, options = make(case)
+    out = window_attention(qkv, **options, layout=layout, bias_table=table, key_mask=mask)
+    scale = (qkv.shape[-1] // 3 // options["num_heads"]) ** -0.5
+    want = oracle.window_attention(qkv, *options.values(), layout, table, "query_minus_key", scale, mask)
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("layout", ["block", "grid"])
+@pytest.mark.parametrize("case", CASES)
+def test_shared_query_agrees_with_loops(case, layout):
+    kv, table, _, shared, options = make(case, parts=2)
+    out = window_attention(kv, q=shared, **options, layout=layout, bias_table=table, scale=1.5)
+    want = oracle.window_attention(kv, *options.values(), layout, table, "query_minus_key", 1.5, shared=shared)
+    torch.testing.assert_close(out, want)
+
+
+def test_scale_of_zero_is_kept():
+    qkv, _, _, _, options = make("whole-map")
+    value = qkv.unflatten(-1, (3, -1))[..., 2, :]
+    out = window_attention(qkv, **options, scale=0.0)
+    torch.testing.assert_close(out, value.mean((1, 2), keepdim=True).expand_as(out))
+
+
+def test_query_without_keys_gives_zeros():
+    qkv, _, _, _, options = make("square")
+    out = window_attention(qkv, **options, key_mask=torch.zeros(2, 6, 6, dtype=torch.bool))
+    assert not out.any()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_gradients(masked):
+    qkv, table, mask, _, options = make("columns")
+    inputs = (qkv.requires_grad_(), table.requires_grad_())
+    mask[:, :, 0] = False  # whole windows without a key
+    key_mask = mask if masked else None
+    assert torch.autograd.gradcheck(
+        lambda x, t: window_attention(x, bias_table=t, key_mask=key_mask, **options), inputs
+    )
+
+
+def test_gradients_of_a_shared_query():
+    kv, table, _, shared, options = make("rows", parts=2)
+    inputs = (kv.requires_grad_(), shared.requires_grad_(), table.requires_grad_())
+    assert torch.autograd.gradcheck(lambda x, q, t: window_attention(x, q=q, bias_table=t, **options), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_computed_in_float32(dtype):
+    qkv, table, _, _, options = make("square")
+    qkv, table = qkv.to(dtype), table.to(dtype)
+    out = window_attention(qkv, bias_table=table, **options)
+    want = window_attention(qkv.double(), bias_table=table.double(), **options)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=2e-6)
+
+
+def test_strided_input():
+    qkv, table, _, _, options = make("rectangle")
+    view = qkv.movedim(-1, 1).contiguous().movedim(1, -1)
+    assert not view.is_contiguous()
+    got, want = (window_attention(x, bias_table=table, **options) for x in (view, qkv))
+    torch.testing.assert_close(got, want)
+
+
+def test_compiles_as_one_graph():
+    qkv, table, mask, _, options = make("square")
+
+    def function(x, t):
+        return window_attention(x, bias_table=t, key_mask=mask, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(qkv, table), function(qkv, table))
+
+
+QKV = torch.zeros(1, 4, 4, 12)
+BAD = [
+    ({"window_size": (3, 2)}, ValueError, "map of 4 x 4 for windows of 3 x 2.*multiples"),
+    ({"window_size": 0}, ValueError, "window_size=0; it has to be 1 or more"),
+    ({"window_size": (2, 2, 2)}, TypeError, "window_size=.*give an int, or two"),
+    ({"num_heads": 3}, ValueError, "12 channels in qkv for num_heads=3.*multiple of 3 x 3 = 9"),
+    ({"num_heads": 0}, ValueError, "num_heads=0; it has to be 1 or more"),
+    ({"layout": "stripe"}, ValueError, "layout='stripe'; it has to be 'block' or 'grid'"),
+    ({"bias_sign": "minus"}, ValueError, "bias_sign='minus'; it has to be"),
+    ({"bias_table": torch.zeros(2, 3, 2)}, ValueError, r"bias_table of shape \(2, 3, 2\).*\(2, 3, 3\)"),
+    ({"bias_table": torch.zeros(2, 3, 3).double()}, TypeError, "bias_table of torch.float64 with qkv of torch.float32"),
+    ({"key_mask": torch.ones(1, 4, 3, dtype=torch.bool)}, ValueError, r"key_mask of shape .*\(1, 4, 4\)"),
+    ({"key_mask": torch.ones(1, 4, 4)}, TypeError, "key_mask of torch.float32; it has to be bool"),
+    ({"q": torch.zeros(1, 4, 4)}, ValueError, "q of shape"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message[:30] for _, _, message in BAD])
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        window_attention(QKV, **{"num_heads": 2, "window_size": 2} | change)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "error", "message"),
+    [
+        (QKV.int(), TypeError, "qkv of torch.int32; it has to be floating point"),
+        (QKV[0], ValueError, r"qkv of shape \(4, 4, 12\); expected \(B, H, W, channels\)"),
+    ],
+    ids=["integers", "three-dimensions"],
+)
+def test_bad_tensor(qkv, error, message):
+    with pytest.raises(error, match=message):
+        window_attention(qkv, num_heads=2, window_size=2)
