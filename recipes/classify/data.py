@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import difflib
+import multiprocessing
 import os
 import random
 import signal
@@ -479,6 +481,17 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _end_workers() -> None:
+    """End what multiprocessing would wait for at the end of this process: workers ignore the signal that it sends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an accident
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+atexit.register(_end_workers)  # after multiprocessing's own, so it runs before
 
 
 def num_workers(cfg: DataConfig) -> int:

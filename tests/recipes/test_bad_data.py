@@ -6,6 +6,8 @@ import pickle
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -459,3 +461,26 @@ def test_dead_worker_is_one_error_and_keeps_the_checkpoint(start_cli, run_cli, i
     assert "zoo-train: error: a process that loads images died" in output
     assert "Traceback" not in output
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["update"] >= 1
+
+
+LINGERING = """
+import itertools
+import torch
+from zoo.recipes.classify.data import Digits, EpochSampler, Samples, build_loader
+from zoo.recipes.config import DataConfig
+
+samples = Samples(Digits(True), lambda image: torch.zeros(3, 4, 4), 0, True, (3, 4, 4))
+sampler = EpochSampler(range(64), 8, 0, 0, 1)
+loader = build_loader(samples, sampler, 8, DataConfig(num_workers=1), torch.device("cpu"), training=True)
+batches = iter(loader)
+next(batches)
+print("the worker still has batches")
+"""
+
+
+@pytest.mark.slow
+def test_process_ends_with_workers_in_use():
+    """They ignore SIGTERM, by which multiprocessing ends its children before it waits for them."""
+    done = subprocess.run([sys.executable, "-c", LINGERING], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "still has batches" in done.stdout
