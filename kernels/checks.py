@@ -51,7 +51,10 @@ def shape(tensor: Tensor, name: str, expected: tuple[int | None, ...], letters: 
         ValueError: it does not.
     """
     sizes = tuple(tensor.shape)
-    if len(sizes) != len(expected) or any(want is not None and have != want for have, want in zip(sizes, expected)):  # noqa: B905
+    fits = len(sizes) == len(expected) and all(
+        want is None or have == want for have, want in zip(sizes, expected, strict=True)
+    )
+    if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
         raise ValueError(f"Got {name} of shape {sizes}; expected {letters} = ({wanted}).")
 

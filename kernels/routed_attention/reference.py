@@ -8,29 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels.windows import partition, unpartition
+
 
 def routed_attention(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, num_heads: int, regions: int, scale: float
 ) -> Tensor:
     """See `op.routed_attention`, which has checked everything."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    query, key, value = (to_regions(x.to(dtype), regions).unflatten(-1, (num_heads, -1)) for x in (q, k, v))
+    query, key, value = (
+        partition(x.to(dtype), region_size(x, regions), "block").unflatten(-1, (num_heads, -1)) for x in (q, k, v)
+    )  # (B, R, T, N, D)
     image = torch.arange(q.shape[0], device=q.device)[:, None, None]
     key, value = (x[image, routes].flatten(2, 3) for x in (key, value))  # (B, R, K T, N, D)
     weights = (scale * torch.einsum("brind,brjnd->brnij", query, key)).softmax(-1)
     out = torch.einsum("brnij,brjnd->brind", weights, value).flatten(-2)
-    return from_regions(out, regions, tuple(q.shape[1:3])).to(q.dtype)
+    return unpartition(out, region_size(q, regions), tuple(q.shape[1:3]), "block").to(q.dtype)
 
 
-def to_regions(x: Tensor, regions: int) -> Tensor:
-    """(B, H, W, C) -> (B, R, T, C)."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, regions, height // regions, regions, width // regions, channels)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(batch, regions**2, -1, channels)
-
-
-def from_regions(x: Tensor, regions: int, size: tuple[int, int]) -> Tensor:
-    """(B, R, T, C) -> (B, H, W, C)."""
-    height, width = size
-    x = x.reshape(x.shape[0], regions, regions, height // regions, width // regions, -1)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(x.shape[0], height, width, -1)
+def region_size(x: Tensor, regions: int) -> tuple[int, int]:
+    """Rows and columns of each of regions x regions regions of a map (B, H, W, C)."""
+    return x.shape[1] // regions, x.shape[2] // regions

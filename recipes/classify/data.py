@@ -65,15 +65,21 @@ class Digits(Dataset):
 class Data:
     """The two splits (indexable, or streams) with the names of their classes.
 
-    `train` is None where only evaluation is asked for; the index lists, where not None, are the part of the data set
-    that a split consists of.
+    `train` is None where only evaluation is asked for. The indices are the part of a data set that its split consists
+    of, all of it unless given; a stream has none.
     """
 
     train: Dataset | None
     val: Dataset
     classes: list[str]
-    train_indices: list[int] | None = None
-    val_indices: list[int] | None = None
+    train_indices: Sequence[int] | None = None
+    val_indices: Sequence[int] | None = None
+
+    def __post_init__(self):
+        if self.train_indices is None and self.train is not None and not is_stream(self.train):
+            self.train_indices = range(len(self.train))
+        if self.val_indices is None and not is_stream(self.val):
+            self.val_indices = range(len(self.val))
 
 
 def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequence[str] | None = None) -> Data:
@@ -363,7 +369,7 @@ class Samples(Dataset):
         seed: int,
         training: bool,
         input_size: tuple[int, int, int],
-        indices: list[int] | None = None,
+        indices: Sequence[int] | None = None,
     ):
         if hasattr(dataset, "_max_retries"):
             dataset._max_retries = 1  # timm would put another image in its place, which nobody could count
@@ -522,3 +528,13 @@ def build_loader(
         worker_init_fn=_start_worker,
         persistent_workers=workers > 0 and sampler is not None,
     )
+
+
+def build_val_loader(
+    data: Data, samples: Samples, batch_size: int, cfg: DataConfig, device: torch.device
+) -> DataLoader:
+    """A loader of this process's share of `data.val`, which `samples` transforms."""
+    if data.val_indices is None:
+        return build_loader(Stream(data.val, samples), None, batch_size, cfg, device, training=False)
+    sampler = EvalSampler(data.val_indices, distributed.rank(), distributed.world_size())
+    return build_loader(samples, sampler, batch_size, cfg, device, training=False)

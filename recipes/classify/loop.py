@@ -12,7 +12,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
+from torch.utils.data import Dataset
 
 import zoo
 from zoo.recipes import config, distributed, runs
 from zoo.recipes.classify.data import (
     Data,
     EpochSampler,
-    EvalSampler,
     Samples,
     Stream,
     build_loader,
     build_transform,
-    is_stream,
+    build_val_loader,
     next_batch,
     open_data,
     seed_all,
@@ -108,7 +108,7 @@ class Run:
                 f"(trainer.batch_size={self.cfg.trainer.batch_size} in {distributed.world_size()} processes): "
                 f"change one of them."
             )
-        available = len(self.data.train if self.data.train_indices is None else self.data.train_indices)
+        available = _count(self.data.train, self.data.train_indices)
         if available < wanted:
             raise RunError(
                 f"one update takes {wanted} images, but there are {available} for training: "
@@ -123,22 +123,16 @@ class Run:
         transform = build_transform(cfg.augment, self.data_config)
         samples = Samples(data.train, transform, seed, True, size, data.train_indices)
         self.val_samples = Samples(data.val, build_transform(None, self.data_config), seed, False, size)
-        if is_stream(data.train):
-            samples, self.sampler, self.train_images = Stream(data.train, samples), None, len(data.train)
+        self.train_images = _count(data.train, data.train_indices)
+        self.val_images = _count(data.val, data.val_indices)
+        if data.train_indices is None:
+            samples, self.sampler = Stream(data.train, samples), None
         else:
-            indices = range(len(data.train)) if data.train_indices is None else data.train_indices
-            self.sampler = EpochSampler(indices, self.effective_batch, seed, rank, world)
-            self.train_images = len(indices)
+            self.sampler = EpochSampler(data.train_indices, self.effective_batch, seed, rank, world)
         self.updates_per_epoch = self.train_images // self.effective_batch
-        if is_stream(data.val):
-            val, val_sampler, self.val_indices = Stream(data.val, self.val_samples), None, None
-        else:
-            self.val_indices = range(len(data.val)) if data.val_indices is None else data.val_indices
-            val, val_sampler = self.val_samples, EvalSampler(self.val_indices, rank, world)
-        self.val_images = len(data.val if self.val_indices is None else self.val_indices)
         batch = cfg.trainer.batch_size
         self.loader = build_loader(samples, self.sampler, batch, cfg.data, self.device, training=True)
-        self.val_loader = build_loader(val, val_sampler, batch, cfg.data, self.device, training=False)
+        self.val_loader = build_val_loader(data, self.val_samples, batch, cfg.data, self.device)
 
     # What it leaves behind, and takes up again.
 
@@ -441,7 +435,7 @@ class Run:
             "images_per_second": speed,
         }
         if last or epoch % cfg.trainer.eval_every == 0:
-            self.bar.start_evaluation(None if self.val_indices is None else len(self.val_loader))
+            self.bar.start_evaluation(None if self.data.val_indices is None else len(self.val_loader))
             precision = autocast(cfg.trainer.amp, self.device)
             model = self.training.eval_model()
             result = evaluate(model, self.val_loader, self.normalize, precision, self._after_evaluating_batch)
@@ -529,12 +523,12 @@ class Run:
             data_config={name: self.data_config[name] for name in names},
         )
         temporary.replace(self.folder / "config.json")
-        if self.val_indices is None:
+        if self.data.val_indices is None:
             return
         model = build_model(OmegaConf.merge(self.cfg, {"pretrained": False}), len(self.data.classes))
         model.load_state_dict(weights)
         model, path = model.to(self.device), self.folder / "predictions.png"
-        plot_predictions(path, model, self.val_samples, self.val_indices, self.normalize, self.data.classes)
+        plot_predictions(path, model, self.val_samples, self.data.val_indices, self.normalize, self.data.classes)
         if self.wandb:
             runs.log_pictures(self.wandb, [path, self.folder / "curves.png"])
 
@@ -559,6 +553,11 @@ class Run:
             ):
                 return RunError(f"process {distributed.rank()} lost another process ({text}). {again}")
         return error
+
+
+def _count(dataset: Dataset, indices: Sequence[int] | None) -> int:
+    """How many images a split has; a stream has no indices."""
+    return len(dataset if indices is None else indices)
 
 
 def _new_tallies() -> dict[str, float]:

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from zoo.recipes import config, distributed, runs
-from zoo.recipes.classify.data import EvalSampler, Samples, Stream, build_loader, build_transform, is_stream, open_data
+from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
 from zoo.recipes.classify.evaluation import Evaluation, Normalize, evaluate, percentage, plot_confusion
 from zoo.recipes.classify.model import build_model, input_config, load_weights
 from zoo.recipes.classify.training import autocast
@@ -95,17 +95,12 @@ def _from_run(cfg: DictConfig, overridden: Sequence[str]) -> tuple[nn.Module, Di
 def _evaluate(cfg: DictConfig, model: nn.Module, data: Any, device: torch.device) -> Evaluation:
     data_config = input_config(model, cfg.data)
     samples = Samples(data.val, build_transform(None, data_config), cfg.seed, False, data_config["input_size"])
-    if is_stream(data.val):
-        dataset, sampler = Stream(data.val, samples), None
-    else:
-        indices = range(len(data.val)) if data.val_indices is None else data.val_indices
-        dataset, sampler = samples, EvalSampler(indices, distributed.rank(), distributed.world_size())
-    loader = build_loader(dataset, sampler, cfg.trainer.batch_size, cfg.data, device, training=False)
+    loader = build_val_loader(data, samples, cfg.trainer.batch_size, cfg.data, device)
     if cfg.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
     normalize = Normalize(data_config, device, cfg.trainer.channels_last)
     with Progress(distributed.rank() == 0) as bar:
-        bar.start_evaluation(len(loader) if sampler else None)
+        bar.start_evaluation(None if data.val_indices is None else len(loader))
         return evaluate(model, loader, normalize, autocast(cfg.trainer.amp, device), bar.advance_evaluation)
 
 

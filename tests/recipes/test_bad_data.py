@@ -275,9 +275,10 @@ def test_run_is_a_file(fit, folder, tmp_path):
 
 
 def test_missing_device(fit, folder, tmp_path):
-    if torch.accelerator.is_available():
-        pytest.skip("this machine has an accelerator")
-    _refused(fit, tmp_path, folder, "trainer.device=cuda: torch .* finds cpu only", "trainer.device=cuda")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    other = "mps" if here and here.type == "cuda" else "cuda"
+    found = f"cpu or {here.type}" if here else "cpu only"
+    _refused(fit, tmp_path, folder, f"trainer.device={other}: torch .* finds {found}", f"trainer.device={other}")
 
 
 # Bad numbers.
