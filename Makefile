@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope -m "not gpu"
 
-.PHONY: demo test check lint clean
+.PHONY: demo test check bench gpu lint clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -15,6 +15,12 @@ test: $(VENV)/dev.stamp  ## all tests
 
 check: lint  ## lint and the quick tests
 	$(TEST) -m "not slow and not gpu"
+
+bench: $(VENV)/user.stamp  ## time the operators on this machine's CPU
+	$(BIN)/zoo-bench kernels
+
+gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: its tests and timings, to docs/results
+	PYTHON=$(BIN)/python tools/gpu_session.sh
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

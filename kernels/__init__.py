@@ -1,10 +1,12 @@
 """Attention operators shared by all families, on channels-last tensors.
 
 Each function's docstring is its specification, and its `reference.py` the plain implementation that defines what is
-right. The fast paths (PyTorch on CPUs, Triton on GPUs) are to come behind the same functions.
+right. Behind the same functions are `torch_impl.py`, fast on CPUs and running anywhere, and `triton_impl.py` for GPUs;
+each call takes what suits its tensors, or what `use` and the environment variable ZOO_KERNELS say.
 """
 
 from zoo.kernels.depthwise_conv import depthwise_conv2d_nhwc, large_kernel_attention
+from zoo.kernels.dispatch import use
 from zoo.kernels.neighborhood_attention import neighborhood_attention
 from zoo.kernels.routed_attention import routed_attention
 from zoo.kernels.window_attention import window_attention
@@ -14,5 +16,6 @@ __all__ = [
     "large_kernel_attention",
     "neighborhood_attention",
     "routed_attention",
+    "use",
     "window_attention",
 ]

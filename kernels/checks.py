@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import SymBool, SymInt, Tensor
+
+
+def certain(condition: bool | SymBool) -> bool:
+    """Whether `condition` holds; for sizes that are still open, as in torch.export, whether it holds for all of them.
+
+    So a check refuses what is certainly wrong, and an exported program is not tied to the sizes it was traced with.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
@@ -13,15 +26,27 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
         ValueError: it is below 1.
     """
     values = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(values) != 2 or not all(isinstance(v, int) for v in values):
+    if len(values) != 2 or not all(isinstance(v, int | SymInt) and not isinstance(v, bool) for v in values):
         raise TypeError(f"Got {name}={value!r}; give an int, or two of them for rows and columns.")
-    if min(values) < 1:
+    if any(certain(v < 1) for v in values):
         raise ValueError(f"Got {name}={value!r}; it has to be 1 or more.")
     return values
 
 
+def flags(value: bool | tuple[bool, bool], name: str) -> tuple[bool, bool]:
+    """`value` for rows and columns.
+
+    Raises:
+        TypeError: it is neither a bool nor two.
+    """
+    values = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(values) != 2 or not all(isinstance(v, bool) for v in values):
+        raise TypeError(f"Got {name}={value!r}; give True or False, or two of them for rows and columns.")
+    return values
+
+
 def floating(**tensors: Tensor | None) -> None:
-    """Tensors are of one floating-point type, on one device.
+    """Tensors are of one floating-point type, on one device; a `bias_table` may be float32 beside half precision.
 
     Raises:
         TypeError: an integer tensor, or types that differ.
@@ -33,7 +58,10 @@ def floating(**tensors: Tensor | None) -> None:
             raise TypeError(f"Got {name} of {tensor.dtype}; it has to be floating point: convert it with .float().")
     first, *others = given
     for name in others:
-        if given[name].dtype != given[first].dtype:
+        allowed = [given[first].dtype]
+        if name == "bias_table" and allowed[0] in (torch.float16, torch.bfloat16):
+            allowed.append(torch.float32)
+        if given[name].dtype not in allowed:
             raise TypeError(
                 f"Got {name} of {given[name].dtype} with {first} of {given[first].dtype}; "
                 "they have to be of the same type: convert one of them."
@@ -51,10 +79,9 @@ def shape(tensor: Tensor, name: str, expected: tuple[int | None, ...], letters: 
         ValueError: it does not.
     """
     sizes = tuple(tensor.shape)
-    fits = len(sizes) == len(expected) and all(
-        want is None or have == want for have, want in zip(sizes, expected, strict=True)
-    )
-    if not fits:
+    if len(sizes) != len(expected) or any(
+        want is not None and certain(have != want) for have, want in zip(sizes, expected, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
         raise ValueError(f"Got {name} of shape {sizes}; expected {letters} = ({wanted}).")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -21,3 +22,43 @@ def unpartition(x: Tensor, window_size: tuple[int, int], size: tuple[int, int], 
     x = x.reshape(x.shape[0], height // wh, width // ww, wh, ww, -1)
     x = x.permute(0, 1, 3, 2, 4, 5) if layout == "block" else x.permute(0, 3, 1, 4, 2, 5)
     return x.reshape(x.shape[0], height, width, -1)
+
+
+def cut(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
+    """(B, H, W, C) -> (B * windows, tokens, C), also of sizes that torch.export leaves open."""
+    if not _open(*x.shape):
+        return partition(x, window_size, layout).flatten(0, 1)
+    (wh, ww), (batch, height, width, channels) = window_size, x.shape
+    rows, columns = height // wh, width // ww
+    # A reshape would tie the program to the sizes that it was traced with, so tokens are found by number. Remainders
+    # by subtraction: ONNX has those by constants only.
+    window = torch.arange(batch * rows * columns, device=x.device)[:, None]
+    token = torch.arange(wh * ww, device=x.device)
+    above, ty = window // columns, token // ww
+    image, wx, tx = above // rows, window - above * columns, token - ty * ww
+    wy = above - image * rows
+    y, column = (wy * wh + ty, wx * ww + tx) if layout == "block" else (ty * rows + wy, tx * columns + wx)
+    number = (image * height + y) * width + column
+    return x.reshape(-1, channels).index_select(0, number.flatten()).unflatten(0, number.shape)
+
+
+def join(x: Tensor, window_size: tuple[int, int], size: tuple[int, int, int], layout: str) -> Tensor:
+    """The reverse of `cut`: (B * windows, tokens, C) -> (B, H, W, C) of `size` B, H, W."""
+    (wh, ww), (batch, height, width) = window_size, size
+    if not _open(*x.shape, *size):
+        return unpartition(x.unflatten(0, (batch, -1)), window_size, (height, width), layout)
+    rows, columns = height // wh, width // ww
+    image, y, column = (torch.arange(n, device=x.device) for n in size)
+    image, y = image[:, None, None], y[:, None]
+    if layout == "block":
+        wy, wx = y // wh, column // ww
+        ty, tx = y - wy * wh, column - wx * ww
+    else:
+        ty, tx = y // rows, column // columns
+        wy, wx = y - ty * rows, column - tx * columns
+    number = ((image * rows + wy) * columns + wx) * (wh * ww) + ty * ww + tx
+    return x.flatten(0, 1).index_select(0, number.flatten()).unflatten(0, number.shape)
+
+
+def _open(*sizes: int) -> bool:
+    return not all(isinstance(size, int) for size in sizes)

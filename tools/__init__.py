@@ -1,1 +1,1 @@
-"""Command-line tools around the zoo. None has moved in yet."""
+"""Command-line tools around the zoo."""

@@ -15,6 +15,8 @@ FAMILIES = ("van",)
 
 
 def _register(_: ModuleType) -> None:
+    # The operators obey timm.layers.set_fused_attn and set_exportable; they know nothing of timm themselves.
+    import_module("zoo.kernels.dispatch").fused_allowed = import_module("timm.layers").use_fused_attn
     for family in FAMILIES:
         import_module(f"zoo.{family}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
-from zoo.kernels import checks
-from zoo.kernels.depthwise_conv import reference
+from zoo.kernels import checks, dispatch
+from zoo.kernels.depthwise_conv import reference, torch_impl
 
 
 def depthwise_conv2d_nhwc(
@@ -22,13 +24,14 @@ def depthwise_conv2d_nhwc(
         dilation: Distance of the taps, or one each for rows and columns.
 
     Returns:
-        (B, H, W, C), in the type of `x`.
+        (B, H, W, C), in the type of `x`. Under autocast, all tensors are taken in its type.
 
     Raises:
         TypeError: an integer tensor, or types that differ.
         ValueError: a shape or an option is not as above.
     """
     dilations = checks.pair(dilation, "dilation")
+    x, weight, bias = dispatch.autocast(x, weight, bias)
     checks.floating(x=x, weight=weight, bias=bias)
     checks.shape(x, "x", (None,) * 4, "(B, H, W, C)")
     channels = x.shape[-1]
@@ -40,7 +43,8 @@ def depthwise_conv2d_nhwc(
             f"Got a kernel of {weight.shape[2]} x {weight.shape[3]}; both sides have to be odd, so that it has a "
             "middle: pad it with zeros on one side."
         )
-    return reference.depthwise_conv2d_nhwc(x, weight, bias, dilation=dilations)
+    with dispatch.as_given(x):
+        return _implementation().depthwise_conv2d_nhwc(x, weight, bias, dilation=dilations)
 
 
 def large_kernel_attention(
@@ -69,7 +73,7 @@ def large_kernel_attention(
         dilation: Of the second convolution.
 
     Returns:
-        (B, H, W, C), in the type of `x`.
+        (B, H, W, C), in the type of `x`. Under autocast, all tensors are taken in its type.
 
     Raises:
         TypeError: an integer tensor, or types that differ.
@@ -77,11 +81,24 @@ def large_kernel_attention(
 
     Source: VAN, arXiv 2202.09741, section 3.2.
     """
-    gate = depthwise_conv2d_nhwc(x, depthwise_weight, depthwise_bias)
-    gate = depthwise_conv2d_nhwc(gate, dilated_weight, dilated_bias, dilation=dilation)
+    x, depthwise_weight, depthwise_bias, dilated_weight, dilated_bias, pointwise_weight, pointwise_bias = (
+        dispatch.autocast(
+            x, depthwise_weight, depthwise_bias, dilated_weight, dilated_bias, pointwise_weight, pointwise_bias
+        )
+    )
     checks.floating(x=x, pointwise_weight=pointwise_weight, pointwise_bias=pointwise_bias)
+    checks.shape(x, "x", (None,) * 4, "(B, H, W, C)")
     channels = x.shape[-1]
     checks.shape(pointwise_weight, "pointwise_weight", (channels, channels), "(C, C)")
     if pointwise_bias is not None:
         checks.shape(pointwise_bias, "pointwise_bias", (channels,), "(C,)")
-    return reference.gate(x, gate, pointwise_weight, pointwise_bias)
+    gate = depthwise_conv2d_nhwc(x, depthwise_weight, depthwise_bias)
+    gate = depthwise_conv2d_nhwc(gate, dilated_weight, dilated_bias, dilation=dilation)
+    with dispatch.as_given(x):
+        return _implementation().gate(x, gate, pointwise_weight, pointwise_bias)
+
+
+def _implementation() -> ModuleType:
+    # There is no Triton form, and "triton" means torch here: memory bounds these operators. cuDNN's channels-last
+    # convolutions suffice until a profile on a GPU says otherwise, and Inductor fuses the 1 x 1 and the product.
+    return reference if dispatch.current() == "reference" else torch_impl

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from torch import Tensor
 
-from zoo.kernels import checks
-from zoo.kernels.neighborhood_attention import reference
+from zoo.kernels import checks, dispatch
+from zoo.kernels.neighborhood_attention import reference, torch_impl
+from zoo.kernels.window_attention import op as window_op
 
 
 def neighborhood_attention(
@@ -43,11 +47,13 @@ def neighborhood_attention(
         stride: s, likewise; at most kernel_size.
         is_causal: Whether tokens see only places up to their own, likewise.
         bias_table: (N, 2 * kh - 1, 2 * kw - 1), added to the logits; its entry (r + kh - 1, c + kw - 1) is for a key r
-            rows and c columns of places after the query: key minus query.
+            rows and c columns of places after the query: key minus query. Of the type of `qkv`; float32 beside half
+            precision.
         scale: Of the logits; D ** -0.5 if None.
 
     Returns:
-        (B, H, W, N * D), in the type of `qkv`. Half-precision input is computed in float32.
+        (B, H, W, N * D), in the type of `qkv`. Logits and softmax of half precision are float32. Under autocast, `qkv`
+        is taken in its type.
 
     Raises:
         TypeError: an integer tensor, or types that differ.
@@ -58,30 +64,148 @@ def neighborhood_attention(
     """
     kernel, dilations = checks.pair(kernel_size, "kernel_size"), checks.pair(dilation, "dilation")
     strides = checks.pair(stride, "stride")
-    causal = (is_causal, is_causal) if isinstance(is_causal, bool) else tuple(is_causal)
+    causal = checks.flags(is_causal, "is_causal")
+    (qkv,) = dispatch.autocast(qkv)
     checks.floating(qkv=qkv, bias_table=bias_table)
     checks.shape(qkv, "qkv", (None,) * 4, "(B, H, W, channels)")
     head_dim = checks.split_heads(qkv.shape[-1], 3, num_heads, "qkv")
     for name, length, k, d, s in zip(("rows", "columns"), qkv.shape[1:3], kernel, dilations, strides, strict=True):
-        if k * d > length:
+        if checks.certain(k * d > length):
             raise ValueError(
                 f"Got kernel_size {k} with dilation {d} for a map of {length} {name}; their product {k * d} may not "
                 "exceed it: pad the map, or lower one of them."
             )
-        if s > k:
+        if checks.certain(s > k):
             raise ValueError(
                 f"Got stride {s} with kernel_size {k} along {name}; it may not exceed the kernel: lower it."
             )
     if bias_table is not None:
         sizes = (num_heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
         checks.shape(bias_table, "bias_table", sizes, "(N, 2 kh - 1, 2 kw - 1)")
-    return reference.neighborhood_attention(
-        qkv,
-        num_heads=num_heads,
-        kernel_size=kernel,
-        dilation=dilations,
-        stride=strides,
-        is_causal=causal,
-        bias_table=bias_table,
-        scale=checks.attention_scale(scale, head_dim),
+    scale = checks.attention_scale(scale, head_dim)
+    implementation = dispatch.choose("neighborhood_attention", qkv, lambda: triton_obstacle(head_dim))
+    with dispatch.as_given(qkv):
+        if implementation == "triton":
+            layout = window_layout(qkv.shape[1:3], kernel, dilations, strides, causal)
+            if layout is not None:
+                grid = layout == "grid"
+                return window_op.forward(qkv, None, bias_table, None, num_heads, *kernel, grid, True, scale)[0]
+            return forward(qkv, bias_table, num_heads, kernel, dilations, strides, causal, scale)[0]
+        compute = reference if implementation == "reference" else torch_impl
+        return compute.neighborhood_attention(
+            qkv,
+            num_heads=num_heads,
+            kernel_size=kernel,
+            dilation=dilations,
+            stride=strides,
+            is_causal=causal,
+            bias_table=bias_table,
+            scale=scale,
+        )
+
+
+def triton_obstacle(head_dim: int) -> str | None:
+    """Why Triton cannot serve this call, or None."""
+    if head_dim > 128:
+        return f"it has tiles for heads of up to 128 channels, not {head_dim}"
+    return None
+
+
+def window_layout(
+    size: Sequence[int],
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    is_causal: tuple[bool, bool],
+) -> str | None:
+    """The layout with which `window_attention`, its window the kernel and its bias key minus query, does the same.
+
+    None if there is none; for sizes that are still open, if there is none for all of them.
+    """
+    if any(is_causal):
+        return None
+    axes = list(zip(size, kernel_size, dilation, stride, strict=True))
+    # A dilation group that is no larger than the kernel has one window, whatever the stride.
+    if all(checks.certain(length == k * d) for length, k, d, _ in axes):
+        return "grid"
+    # Windows that do not overlap stand side by side if the last one has to move no place inward.
+    if all(
+        d == 1 and (checks.certain(length == k) or (s == k and checks.certain(length % k == 0)))
+        for length, k, d, s in axes
+    ):
+        return "block"
+    return None
+
+
+# The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.
+@dispatch.triton_op("zoo::na2d")
+def forward(
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    num_heads: int,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, W, N D), and each query's log2 of its sum of exponentials, (B, N, H, W) float32."""
+    from zoo.kernels.neighborhood_attention import triton_impl
+
+    return triton_impl.forward(qkv, bias_table, num_heads, kernel_size, dilation, stride, is_causal, scale)
+
+
+@dispatch.triton_op("zoo::na2d_bwd")
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and bias_table, the latter empty if it is None or not wanted."""
+    from zoo.kernels.neighborhood_attention import triton_impl
+
+    return triton_impl.backward(
+        grad, qkv, bias_table, out, lse, num_heads, kernel_size, dilation, stride, is_causal, scale, bias_grad
     )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], *output)
+    ctx.options = inputs[2:]
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, bias_table, out, lse = ctx.saved_tensors
+    if dispatch.again_differentiable(qkv, bias_table, grad):
+        num_heads, kernel_size, dilation, stride, is_causal, scale = ctx.options
+
+        def composite(qkv: Tensor, bias_table: Tensor | None) -> Tensor:
+            return torch_impl.neighborhood_attention(
+                qkv,
+                num_heads=num_heads,
+                kernel_size=tuple(kernel_size),
+                dilation=tuple(dilation),
+                stride=tuple(stride),
+                is_causal=tuple(is_causal),
+                bias_table=bias_table,
+                scale=scale,
+            )
+
+        grads = dispatch.composite_gradients(composite, (qkv, bias_table), grad)
+    else:
+        wants_bias = bias_table is not None and ctx.needs_input_grad[1]
+        qkv_grad, bias_grad = backward(grad, qkv, bias_table, out, lse, *ctx.options, wants_bias)
+        grads = qkv_grad, bias_grad if wants_bias else None
+    return *grads, *(None,) * 6
+
+
+dispatch.register_autograd(forward, _differentiate, setup_context=_save)

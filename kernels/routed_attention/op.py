@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from zoo.kernels import checks
-from zoo.kernels.routed_attention import reference
+from zoo.kernels import checks, dispatch
+from zoo.kernels.routed_attention import reference, torch_impl
 
 
 def routed_attention(
@@ -36,7 +38,8 @@ def routed_attention(
         scale: Of the logits; D ** -0.5 if None.
 
     Returns:
-        (B, H, W, N * D), in the type of `q`. Half-precision input is computed in float32.
+        (B, H, W, N * D), in the type of `q`. Logits and softmax of half precision are float32. Under autocast, `q`, `k`
+        and `v` are taken in its type.
 
     Raises:
         TypeError: an integer tensor where floats belong, types that differ, or routes that are not int64.
@@ -44,6 +47,7 @@ def routed_attention(
 
     Source: BiFormer, arXiv 2303.08810, section 3.2.
     """
+    q, k, v = dispatch.autocast(q, k, v)
     checks.floating(q=q, k=k, v=v)
     checks.shape(q, "q", (None,) * 4, "(B, H, W, channels)")
     batch, height, width, channels = q.shape
@@ -53,7 +57,8 @@ def routed_attention(
     if regions < 1:
         raise ValueError(f"Got {regions=}; it has to be 1 or more.")
     for name, (rows, columns) in (("q", (height, width)), ("k and v", tuple(k.shape[1:3]))):
-        if rows % regions or columns % regions or not rows or not columns:
+        wrong = (rows % regions != 0, columns % regions != 0, rows == 0, columns == 0)
+        if any(checks.certain(condition) for condition in wrong):
             raise ValueError(
                 f"Got {name} of {rows} x {columns} tokens for {regions} x {regions} regions; "
                 f"both sides have to be multiples of {regions}: pad the map."
@@ -61,7 +66,71 @@ def routed_attention(
     checks.shape(routes, "routes", (batch, regions**2, None), "(B, S * S, topk)")
     if routes.dtype != torch.int64:
         raise TypeError(f"Got routes of {routes.dtype}; they have to be int64, as torch.topk gives them.")
-    if routes.shape[2] == 0:
+    if checks.certain(routes.shape[2] == 0):
         raise ValueError("Got routes to no region; each region needs one or more.")
     scale = checks.attention_scale(scale, head_dim)
-    return reference.routed_attention(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
+    implementation = dispatch.choose("routed_attention", q, lambda: triton_obstacle(head_dim))
+    with dispatch.as_given(q):
+        if implementation == "triton":
+            return forward(q, k, v, routes, num_heads, regions, scale)[0]
+        compute = reference if implementation == "reference" else torch_impl
+        return compute.routed_attention(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
+
+
+def triton_obstacle(head_dim: int) -> str | None:
+    """Why Triton cannot serve this call, or None."""
+    if head_dim > 128:
+        return f"it has tiles for heads of up to 128 channels, not {head_dim}"
+    return None
+
+
+# The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.
+@dispatch.triton_op("zoo::routed_attn")
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, num_heads: int, regions: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, W, N D), and each query's log2 of its sum of exponentials, by regions: (B, S S, N, T)."""
+    from zoo.kernels.routed_attention import triton_impl
+
+    return triton_impl.forward(q, k, v, routes, num_heads, regions, scale)
+
+
+@dispatch.triton_op("zoo::routed_attn_bwd")
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    routes: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    regions: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from zoo.kernels.routed_attention import triton_impl
+
+    return triton_impl.backward(grad, q, k, v, routes, out, lse, num_heads, regions, scale)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.options = inputs[4:]
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, routes, out, lse = ctx.saved_tensors
+    num_heads, regions, scale = ctx.options
+    if dispatch.again_differentiable(q, k, v, grad):
+
+        def composite(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch_impl.routed_attention(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
+
+        grads = dispatch.composite_gradients(composite, (q, k, v), grad)
+    else:
+        grads = backward(grad, q, k, v, routes, out, lse, num_heads, regions, scale)
+    return *grads, *(None,) * 4
+
+
+dispatch.register_autograd(forward, _differentiate, setup_context=_save)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from zoo.kernels import checks
-from zoo.kernels.window_attention import reference
+from zoo.kernels import checks, dispatch
+from zoo.kernels.window_attention import reference, torch_impl
 
 
 def window_attention(
@@ -40,7 +40,7 @@ def window_attention(
         window_size: (wh, ww), or one number for both.
         layout: Which tokens make a window.
         bias_table: (N, 2 * wh - 1, 2 * ww - 1), added to the logits; its entry (r + wh - 1, c + ww - 1) is for tokens
-            that are r rows and c columns of the window apart.
+            that are r rows and c columns of the window apart. Of the type of `qkv`; float32 beside half precision.
         bias_sign: Whether r and c are counted as query minus key (Swin, MaxViT, GC ViT) or key minus query (NAT).
         scale: Of the logits; D ** -0.5 if None.
         key_mask: (B, H, W) bool, True for tokens that may be attended to. A query with no such token in its window
@@ -48,7 +48,8 @@ def window_attention(
         q: (B, wh * ww, N * D), queries that all windows of an image share (GC ViT's global attention).
 
     Returns:
-        (B, H, W, N * D), in the type of `qkv`. Half-precision input is computed in float32.
+        (B, H, W, N * D), in the type of `qkv`. Logits and softmax of half precision are float32. Under autocast, `qkv`
+        and `q` are taken in its type.
 
     Raises:
         TypeError: an integer tensor, or types that differ.
@@ -58,11 +59,12 @@ def window_attention(
     section 3.2.
     """
     wh, ww = checks.pair(window_size, "window_size")
+    qkv, q = dispatch.autocast(qkv, q)
     checks.floating(qkv=qkv, bias_table=bias_table, q=q)
     checks.shape(qkv, "qkv", (None,) * 4, "(B, H, W, channels)")
     batch, height, width, channels = qkv.shape
     head_dim = checks.split_heads(channels, 3 if q is None else 2, num_heads, "qkv")
-    if height % wh or width % ww or not height or not width:
+    if any(checks.certain(wrong) for wrong in (height % wh != 0, width % ww != 0, height == 0, width == 0)):
         raise ValueError(
             f"Got a map of {height} x {width} for windows of {wh} x {ww}; its sides have to be multiples of the "
             "window's: pad the map, and mask the padding with key_mask."
@@ -79,14 +81,108 @@ def window_attention(
             raise TypeError(f"Got key_mask of {key_mask.dtype}; it has to be bool, True for tokens that take part.")
     if q is not None:
         checks.shape(q, "q", (batch, wh * ww, num_heads * head_dim), "(B, wh ww, N D)")
-    return reference.window_attention(
-        qkv,
-        num_heads=num_heads,
-        window_size=(wh, ww),
-        layout=layout,
-        bias_table=bias_table,
-        bias_sign=bias_sign,
-        scale=checks.attention_scale(scale, head_dim),
-        key_mask=key_mask,
-        q=q,
+
+    scale = checks.attention_scale(scale, head_dim)
+    implementation = dispatch.choose("window_attention", qkv, lambda: triton_obstacle(head_dim))
+    with dispatch.as_given(qkv):
+        if implementation == "triton":
+            grid, key_minus_query = layout == "grid", bias_sign == "key_minus_query"
+            return forward(qkv, q, bias_table, key_mask, num_heads, wh, ww, grid, key_minus_query, scale)[0]
+        compute = reference.window_attention if implementation == "reference" else torch_impl.window_attention
+        return compute(
+            qkv,
+            num_heads=num_heads,
+            window_size=(wh, ww),
+            layout=layout,
+            bias_table=bias_table,
+            bias_sign=bias_sign,
+            scale=scale,
+            key_mask=key_mask,
+            q=q,
+        )
+
+
+def triton_obstacle(head_dim: int) -> str | None:
+    """Why Triton cannot serve this call, or None."""
+    if head_dim > 128:
+        return f"it has tiles for heads of up to 128 channels, not {head_dim}"
+    return None
+
+
+# The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.
+@dispatch.triton_op("zoo::window_attn")
+def forward(
+    qkv: Tensor,
+    q: Tensor | None,
+    bias_table: Tensor | None,
+    key_mask: Tensor | None,
+    num_heads: int,
+    wh: int,
+    ww: int,
+    grid: bool,
+    key_minus_query: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, W, N D), and log2 of each query's sum of exponentials, (B G, N, T) float32 by windows."""
+    from zoo.kernels.window_attention import triton_impl
+
+    return triton_impl.forward(qkv, q, bias_table, key_mask, num_heads, wh, ww, grid, key_minus_query, scale)
+
+
+@dispatch.triton_op("zoo::window_attn_bwd")
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    q: Tensor | None,
+    bias_table: Tensor | None,
+    key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    wh: int,
+    ww: int,
+    grid: bool,
+    key_minus_query: bool,
+    scale: float,
+    bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, q and bias_table; empty ones of what is None or not wanted."""
+    from zoo.kernels.window_attention import triton_impl
+
+    return triton_impl.backward(
+        grad, qkv, q, bias_table, key_mask, out, lse, num_heads, wh, ww, grid, key_minus_query, scale, bias_grad
     )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.options = inputs[4:]
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    qkv, q, bias_table, key_mask, out, lse = ctx.saved_tensors
+    num_heads, wh, ww, grid, key_minus_query, scale = ctx.options
+    if dispatch.again_differentiable(qkv, q, bias_table, grad):
+
+        def composite(qkv: Tensor, q: Tensor | None, bias_table: Tensor | None) -> Tensor:
+            return torch_impl.window_attention(
+                qkv,
+                num_heads=num_heads,
+                window_size=(wh, ww),
+                layout="grid" if grid else "block",
+                bias_table=bias_table,
+                bias_sign="key_minus_query" if key_minus_query else "query_minus_key",
+                scale=scale,
+                key_mask=key_mask,
+                q=q,
+            )
+
+        grads = dispatch.composite_gradients(composite, (qkv, q, bias_table), grad)
+    else:
+        wants_bias = bias_table is not None and ctx.needs_input_grad[2]
+        qkv_grad, q_grad, bias_grad = backward(grad, qkv, q, bias_table, key_mask, out, lse, *ctx.options, wants_bias)
+        grads = qkv_grad, None if q is None else q_grad, bias_grad if wants_bias else None
+    return *grads, *(None,) * 7
+
+
+dispatch.register_autograd(forward, _differentiate, setup_context=_save)

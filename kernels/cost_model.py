@@ -1,0 +1,243 @@
+"""What neighborhood attention costs on a GPU, counted before anything runs: tiles, operations, bytes, least time.
+
+A fused kernel computes whole tiles of queries and keys, so its work is the number of key tiles that the query tiles
+visit. The counts are exact, softmax and launches are left out: the time is a lower bound. After the simulator of
+Generalized NA, arXiv 2504.16922, section 4.
+
+Axes are independent: every count of a map is the product of its rows' and its columns'. On an axis, the places of a
+dilation group (see `neighborhood_attention`) are cut into query tiles from its first place on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+Pair = tuple[int, int]
+Kind = Literal["dynamic", "static"]
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Peak figures of a GPU."""
+
+    name: str
+    bandwidth: float  # bytes of memory a second
+    flops: float  # dense float16 operations a second, added up in float32
+
+
+# The vendors' data sheets; where they state figures with sparsity, half of those.
+GPUS: dict[str, GPU] = {
+    gpu.name: gpu
+    for gpu in (
+        GPU("A100", 2.039e12, 312e12),  # NVIDIA A100 Tensor Core GPU datasheet, SXM 80 GB
+        GPU("H100", 3.35e12, 989.5e12),  # NVIDIA H100 Tensor Core GPU datasheet, SXM
+        GPU("H200", 4.8e12, 989.5e12),  # NVIDIA H200 Tensor Core GPU datasheet, SXM
+        GPU("B200", 8e12, 2.25e15),  # NVIDIA DGX B200 datasheet, an eighth of the system's
+        GPU("MI300X", 5.3e12, 1307.4e12),  # AMD Instinct MI300X accelerator data sheet
+    )
+}
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """Counts of one forward pass; tiles and pairs are those of one head of one image."""
+
+    query_tiles: int
+    key_tiles: int  # visited, added up over the query tiles
+    dense_key_tiles: int  # the same for attention of all to all
+    pairs_issued: int  # of a query and a key: whole tiles
+    pairs_wanted: int  # whose weight is not zero
+    flops_issued: int  # of the two matrix products, all heads and images
+    flops_wanted: int
+    bytes_minimum: int  # query, key, value read once, output and the softmax's float32 sums written
+
+    @property
+    def speedup_bound(self) -> float:
+        """How many times faster than full attention the same tiles can be at most."""
+        return self.dense_key_tiles / self.key_tiles
+
+    @property
+    def utilization(self) -> float:
+        """The part of the issued operations that is wanted."""
+        return self.pairs_wanted / self.pairs_issued
+
+
+def window(place: int, places: int, kernel: int, stride: int, causal: bool) -> Pair:
+    """The first neighbour of `place` in a group of `places`, and the place after the last."""
+    if causal:
+        leader = min(place // stride * stride + stride - 1, places - 1)
+        return max(leader - kernel + 1, 0), place + 1
+    leader = min(place // stride * stride + stride // 2, places - 1)
+    start = min(max(leader - kernel // 2, 0), places - kernel)
+    return start, start + kernel
+
+
+def axis_visits(
+    length: int, kernel: int, dilation: int, stride: int, causal: bool, query_tile: int, key_tile: int, kind: Kind
+) -> list[int]:
+    """How many key tiles each query tile of one axis visits, for all dilation groups in turn.
+
+    Dynamic key tiles are laid from the first neighbour of the tile's first query on (the Triton kernels), static ones
+    from the group's first place on (kernels that rearrange the map into tiles).
+    """
+    visits = []
+    for group in range(dilation):
+        places = _ceil(length - group, dilation)
+        for first in range(0, places, query_tile):
+            last = min(first + query_tile, places) - 1
+            start, stop = (
+                window(first, places, kernel, stride, causal)[0],
+                window(last, places, kernel, stride, causal)[1],
+            )
+            origin = start if kind == "dynamic" else start // key_tile * key_tile
+            visits.append(_ceil(stop - origin, key_tile))
+    return visits
+
+
+def simulate(
+    size: Pair,
+    kernel_size: Pair,
+    dilation: Pair = (1, 1),
+    stride: Pair = (1, 1),
+    *,
+    is_causal: tuple[bool, bool] = (False, False),
+    query_tile: Pair = (8, 8),
+    key_tile: Pair = (4, 16),
+    kind: Kind = "dynamic",
+    num_heads: int = 1,
+    head_dim: int = 32,
+    batch: int = 1,
+    bytes_per_number: int = 2,
+) -> Simulation:
+    """Count the work of `neighborhood_attention` on a map of `size`, forward.
+
+    Args:
+        size: (H, W).
+        kernel_size: (kh, kw); with `dilation`, `stride` and `is_causal` as the operator has them.
+        dilation: As the operator.
+        stride: As the operator.
+        is_causal: As the operator.
+        query_tile: Rows and columns of queries of one program.
+        key_tile: Rows and columns of keys of one of its steps.
+        kind: Whether key tiles begin at the window of the query tile ("dynamic") or of the map ("static").
+        num_heads: N.
+        head_dim: D.
+        batch: B.
+        bytes_per_number: Of query, key, value and output.
+
+    Raises:
+        ValueError: the operator would refuse it, or another kind.
+    """
+    if kind not in ("dynamic", "static"):
+        raise ValueError(f"Got {kind=}; it has to be 'dynamic' or 'static'.")
+    _check(size, kernel_size, dilation, stride)
+    rows, columns = (
+        axis_visits(*axis, kind)
+        for axis in zip(size, kernel_size, dilation, stride, is_causal, query_tile, key_tile, strict=True)
+    )
+    down, right = (_axis_pairs(*axis) for axis in zip(size, kernel_size, dilation, stride, is_causal, strict=True))
+    dense = [
+        _ceil(length, query) * _ceil(length, key) for length, query, key in zip(size, query_tile, key_tile, strict=True)
+    ]
+    visited = sum(rows) * sum(columns)
+    issued = visited * query_tile[0] * query_tile[1] * key_tile[0] * key_tile[1]
+    wanted = down * right
+    copies = num_heads * batch
+    tokens = size[0] * size[1] * copies
+    return Simulation(
+        query_tiles=len(rows) * len(columns),
+        key_tiles=visited,
+        dense_key_tiles=dense[0] * dense[1],
+        pairs_issued=issued,
+        pairs_wanted=wanted,
+        flops_issued=4 * head_dim * issued * copies,
+        flops_wanted=4 * head_dim * wanted * copies,
+        bytes_minimum=tokens * (4 * head_dim * bytes_per_number + 4),
+    )
+
+
+def roofline_time(simulation: Simulation, gpu: GPU | str) -> float:
+    """The seconds that `gpu` needs at least: its peak at the issued operations, or its bandwidth at the bytes.
+
+    Raises:
+        KeyError: a name that is not in GPUS.
+    """
+    gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
+    return max(simulation.flops_issued / gpu.flops, simulation.bytes_minimum / gpu.bandwidth)
+
+
+def recommend_stride(
+    size: Pair,
+    kernel_size: Pair,
+    dilation: Pair = (1, 1),
+    *,
+    is_causal: tuple[bool, bool] = (False, False),
+    query_tile: Pair = (8, 8),
+    key_tile: Pair = (4, 16),
+    kind: Kind = "dynamic",
+) -> Pair:
+    """The smallest stride of each axis with which the fewest key tiles are visited; arguments as of `simulate`.
+
+    A larger stride moves the windows of more queries away from their centre, so it has to be worth it.
+
+    Raises:
+        ValueError: the operator would refuse it.
+    """
+    _check(size, kernel_size, dilation, (1, 1))
+
+    def axis(length: int, kernel: int, dilation: int, causal: bool, query: int, key: int) -> int:
+        strides = range(1, kernel + 1)
+        return min(strides, key=lambda s: sum(axis_visits(length, kernel, dilation, s, causal, query, key, kind)))
+
+    rows, columns = zip(size, kernel_size, dilation, is_causal, query_tile, key_tile, strict=True)
+    return axis(*rows), axis(*columns)
+
+
+@cache
+def best_tiles(
+    kernel_size: Pair, stride: Pair, is_causal: tuple[bool, bool], num_queries: int, num_keys: int
+) -> tuple[Pair, Pair]:
+    """The tiles of `num_queries` queries and `num_keys` keys, powers of two, with the fewest visits on a large map.
+
+    The map's size does not count, so that one compiled kernel serves all sizes; query tiles are not more than four
+    times as long as wide, for small maps. Among equals, the squarest query tile and the key tile nearest to 4 x 16.
+    """
+    size = tuple(128 * _ceil(kernel, 64) for kernel in kernel_size)
+
+    def visits(tiles: tuple[Pair, Pair]) -> int:
+        return simulate(
+            size, kernel_size, stride=stride, is_causal=is_causal, query_tile=tiles[0], key_tile=tiles[1]
+        ).key_tiles
+
+    square = [tile for tile in _shapes(num_queries) if max(tile) <= 4 * min(tile)]
+    queries = sorted(square, key=lambda tile: abs(tile[0] - tile[1]))
+    keys = sorted(_shapes(num_keys), key=lambda tile: abs(tile[1] - 4 * tile[0]))
+    return min(((query, key) for query in queries for key in keys), key=visits)
+
+
+def _shapes(tokens: int) -> list[Pair]:
+    return [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+
+
+def _axis_pairs(length: int, kernel: int, dilation: int, stride: int, causal: bool) -> int:
+    """How many neighbours the positions of one axis have together."""
+    groups = [_ceil(length - group, dilation) for group in range(dilation)]
+    windows = [window(place, places, kernel, stride, causal) for places in groups for place in range(places)]
+    return sum(stop - start for start, stop in windows)
+
+
+def _check(size: Pair, kernel_size: Pair, dilation: Pair, stride: Pair) -> None:
+    for length, kernel, step, group in zip(size, kernel_size, dilation, stride, strict=True):
+        if not 1 <= kernel * step <= length or step < 1:
+            raise ValueError(
+                f"Got {kernel_size=} with {dilation=} for a map of {size}; their product has to be from 1 to the "
+                "map's side."
+            )
+        if not 1 <= group <= kernel:
+            raise ValueError(f"Got {stride=} with {kernel_size=}; it has to be from 1 to the kernel's.")
+
+
+def _ceil(number: int, divisor: int) -> int:
+    return -(-number // divisor)

@@ -1,0 +1,47 @@
+"""Depth-wise convolution in PyTorch, fast on CPUs: a dilated kernel as a dense one on the phases of the map.
+
+Letters: B images, H, W map, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from zoo.kernels import dispatch
+from zoo.kernels.depthwise_conv import reference
+from zoo.kernels.depthwise_conv.reference import gate
+
+__all__ = ["depthwise_conv2d_nhwc", "gate"]
+
+# oneDNN has no fast convolution whose taps reach further to the side: it becomes 10 to 50 times slower.
+FAST_REACH = 6
+
+
+def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
+    """See `op.depthwise_conv2d_nhwc`, which has checked everything."""
+    if x.device.type != "cpu":
+        return reference.depthwise_conv2d_nhwc(x, weight, bias, dilation=dilation)
+    # Few CPUs convolve float16 themselves; without them it takes a hundred times as long as float32.
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    inputs = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    # Any dilation makes the gradients slow. Phases of open sizes would tie an exported program to multiples of them.
+    slow = dilation[1] * (weight.shape[3] // 2) > FAST_REACH or dispatch.again_differentiable(x, weight, bias)
+    closed = has_static_value(x.shape[1]) and has_static_value(x.shape[2])
+    convolve = _by_phases if dilation != (1, 1) and slow and closed else reference.depthwise_conv2d_nhwc
+    return convolve(*inputs, dilation=dilation).to(x.dtype)
+
+
+def _by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
+    """Pixels of the same remainder see only one another: each such phase is a small map, with zeros around it."""
+    batch, height, width, channels = x.shape
+    dy, dx = dilation
+    rows, columns = (height + dy - 1) // dy, (width + dx - 1) // dx
+    x = F.pad(x, (0, 0, 0, columns * dx - width, 0, rows * dy - height))
+    phases = x.reshape(batch, rows, dy, columns, dx, channels).permute(2, 4, 0, 1, 3, 5)
+    phases = phases.reshape(dy * dx * batch, rows, columns, channels)
+    out = reference.depthwise_conv2d_nhwc(phases, weight, bias, dilation=(1, 1))
+    out = out.reshape(dy, dx, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
+    return out.reshape(batch, rows * dy, columns * dx, channels)[:, :height, :width]

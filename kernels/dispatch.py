@@ -1,0 +1,190 @@
+"""Which implementation an operator runs: chosen at each call, in plain Python that torch.compile can trace."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "reference", "torch", "triton")
+
+
+def _checked(choice: str, where: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"Got {where}={choice!r}; it has to be one of {', '.join(CHOICES)}.")
+    return choice
+
+
+_choice = _checked(os.environ.get("ZOO_KERNELS", "auto"), "ZOO_KERNELS")
+_warned: set[str] = set()
+
+
+def fused_allowed() -> bool:
+    """Whether fused attention may be used; `import zoo` replaces this by timm.layers.use_fused_attn."""
+    return True
+
+
+class use:
+    """Choose the implementation of all operators, from now on or for a `with` block.
+
+    `use("torch")` holds until the next call; `with use("torch"):` until the end of the block. The environment variable
+    ZOO_KERNELS sets what holds at the start.
+
+    Args:
+        choice: "reference", the plain formula that defines what is right; "torch", fast PyTorch for CPUs, which runs
+            anywhere; "triton", for GPUs; or "auto", Triton where it can run and else PyTorch. Depth-wise convolutions
+            have no Triton form: "triton" is PyTorch for them.
+
+    Raises:
+        ValueError: another choice.
+    """
+
+    def __init__(self, choice: str) -> None:
+        global _choice
+        self.before = _choice
+        _choice = _checked(choice, "choice")
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _choice
+        _choice = self.before
+
+
+def current() -> str:
+    """The choice that holds, of CHOICES."""
+    return _choice
+
+
+def choose(operator: str, tensor: Tensor, obstacle: Callable[[], str | None]) -> str:
+    """The implementation for one call of `operator` on `tensor`: "reference", "torch" or "triton".
+
+    Args:
+        operator: Its name, for messages.
+        tensor: Its first input.
+        obstacle: Says why Triton cannot serve this call, or None if it can.
+
+    Raises:
+        RuntimeError: Triton was asked for by name and cannot run.
+    """
+    if _choice in ("reference", "torch"):
+        return _choice
+    if _choice == "triton":
+        reason = triton_obstacle(tensor) or obstacle()
+        if reason is not None:
+            raise RuntimeError(f"{operator} cannot run in Triton here: {reason}. Choose zoo.kernels.use('auto').")
+        return "triton"
+    if tensor.device.type != "cuda" or not fused_allowed():
+        return "torch"
+    reason = triton_obstacle(tensor) or obstacle()
+    if reason is None:
+        return "triton"
+    _warn_once(f"{operator} runs in PyTorch instead of Triton: {reason}.")
+    return "torch"
+
+
+def triton_obstacle(tensor: Tensor) -> str | None:
+    """Why no Triton kernel of ours can serve `tensor`, or None."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it computes in float16, bfloat16 and float32, not in {tensor.dtype}"
+    if transformed():
+        return "torch.func and forward-mode differentiation need operators that PyTorch can differentiate"
+    if tensor.device.type != "cuda" and not interpreting():
+        return f"the tensors are on {tensor.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
+    return _machine_obstacle(tensor.device.index or 0)
+
+
+# Triton looks at it once, and so do we.
+_interpreting = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    return _interpreting
+
+
+@torch.compiler.assume_constant_result
+def _machine_obstacle(index: int) -> str | None:
+    return _examined(index)
+
+
+@cache
+def _examined(index: int) -> str | None:
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    # Programs for a GPU are exported on machines without one, from fake tensors.
+    if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} has a compute capability below 8.0"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: Triton's operators have rules for neither."""
+    level = torch.autograd.forward_ad._current_level
+    return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
+
+
+@torch.compiler.assume_constant_result
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under torch.autocast the tensors in its type, else as they are; float64 stays float64, as autocast has it."""
+    device = next(x for x in tensors if x is not None).device.type
+    if not _autocasting(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
+
+
+def as_given(tensor: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast leaves an implementation's types alone: the operators choose their own."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
+
+
+def _autocasting(device: str) -> bool:
+    # Of a device that knows no autocast, such as "meta", torch does not answer whether it is on.
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """torch.library.triton_op where there is Triton, and nothing where there is not: torch would complain of it."""
+    return torch.library.triton_op(name, mutates_args=()) if find_spec("triton") else lambda function: function
+
+
+def register_autograd(operator: Any, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+    """torch.library.register_autograd, where `triton_op` made an operator."""
+    if find_spec("triton"):
+        operator.register_autograd(backward, setup_context=setup_context)
+
+
+def again_differentiable(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass over `tensors` has to be differentiable itself (create_graph=True)."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def composite_gradients(
+    function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `function(*inputs)` by autograd, themselves differentiable: the road of double backward."""
+    wanted = [x is not None and x.requires_grad for x in inputs]
+    with torch.enable_grad():
+        out = function(*inputs)
+        found = torch.autograd.grad(out, [x for x, w in zip(inputs, wanted, strict=True) if w], grad, create_graph=True)
+    left = iter(found)
+    return tuple(next(left) if w else None for w in wanted)

@@ -1,0 +1,265 @@
+"""Neighborhood attention in PyTorch, fast on CPUs: tiles of queries that share the keys around them.
+
+Along an axis, the places of each dilation group are cut into tiles of a few queries. The keys of a tile are as many
+places as any tile can need, shifted inward at the borders; a bias of -inf hides those that are not a query's own.
+Where a tile lies inside the map makes no difference to its bias, so a map has few kinds of tiles, often 3 x 3.
+
+Letters: B images, H, W map, N heads, D head dim, U tiles, T queries and K keys of one, P kinds of tiles. On a single
+axis, L is the length of the map.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
+
+from zoo.kernels import checks, dispatch
+from zoo.kernels.attention import attend, fused
+from zoo.kernels.constants import constant
+from zoo.kernels.window_attention.torch_impl import window_attention
+
+TILE = 4
+CHUNK = 2**21  # numbers to gather at a time where no gradient is wanted
+
+
+def neighborhood_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    is_causal: tuple[bool, bool],
+    bias_table: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See `op.neighborhood_attention`, which has checked everything."""
+    batch, height, width, channels = qkv.shape
+    layout = _window_layout((height, width), kernel_size, dilation, stride, is_causal)
+    if layout is not None:
+        return window_attention(
+            qkv,
+            num_heads=num_heads,
+            window_size=kernel_size,
+            layout=layout,
+            bias_table=bias_table,
+            bias_sign="key_minus_query",
+            scale=scale,
+            key_mask=None,
+            q=None,
+        )
+    closed = has_static_value(height) and has_static_value(width)
+    rows, columns = (
+        _axis(*options, closed=closed)
+        for options in zip((height, width), kernel_size, dilation, stride, is_causal, strict=True)
+    )
+    fuse = closed and fused(qkv, bias_table)
+    head_dim = channels // (3 * num_heads)
+    source = qkv if fuse else qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+    bias = _bias(bias_table, rows, columns, source)  # (P, N, T, K)
+
+    if closed and rows.tiles == columns.tiles == 1:
+        query, key, value = source.reshape(batch, -1, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        out = attend(query, key, value, bias, scale, fuse=fuse)
+        return out.reshape(batch, height, width, -1).to(qkv.dtype)
+
+    queries, keys = rows.tile * columns.tile, rows.keys * columns.keys
+    entries = source.reshape(-1, head_dim)
+    index = constant(_gathered, rows, columns, num_heads, like=qkv)  # (U, T + 2 K)
+    image, head = (torch.arange(count, device=qkv.device) for count in (batch, num_heads))
+    parts = (image * (height * width * 3 * num_heads))[:, None, None] + head[:, None]  # (B, N, 1)
+
+    def compute(index: Tensor, bias: Tensor) -> Tensor:
+        query, key, value = (
+            entries.index_select(0, (part[:, None, None] + parts).flatten()).reshape(
+                -1, batch, num_heads, part.shape[1], head_dim
+            )
+            for part in index.split((queries, keys, keys), 1)
+        )
+        if bias.ndim == 4:
+            query, key, value = (x.flatten(0, 1) for x in (query, key, value))
+        return attend(query, key, value, bias, scale, fuse=fuse).reshape(-1, num_heads * head_dim)
+
+    if closed and (fuse or not dispatch.again_differentiable(qkv, bias_table)):
+        chunks = []
+        for kind, like in enumerate(index.split([u * v for u in rows.kinds for v in columns.kinds])):
+            size = len(like)
+            if not torch.compiler.is_compiling():
+                size = max(1, CHUNK // (batch * num_heads * (queries + 2 * keys) * head_dim))
+            chunks += [compute(part, bias[kind : kind + 1]) for part in like.split(size)]
+        out = torch.cat(chunks)
+    else:
+        if closed:
+            bias = bias.index_select(0, constant(_kinds, rows, columns, like=qkv))
+        out = compute(index, bias[:, None])  # (U B T, N D)
+    tile, slot = constant(_places, rows, columns, like=qkv)
+    place = (tile * batch + image[:, None, None]) * queries + slot  # (B, H, W)
+    return out.index_select(0, place.flatten()).reshape(batch, height, width, -1).to(qkv.dtype)
+
+
+def _window_layout(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    causal: tuple[bool, bool],
+) -> str | None:
+    """The layout in which it is window attention, or None."""
+    if any(causal):
+        return None
+    axes = list(zip(size, kernel, dilation, stride, strict=True))
+    if all(checks.certain(k * d == length) for length, k, d, _ in axes):
+        return "grid"
+    if all(d == 1 and s == k and checks.certain(length % k == 0) for length, k, d, s in axes):
+        return "block"
+    return None
+
+
+class _Axis(NamedTuple):
+    """How one axis is cut; hashable, as a key of constants."""
+
+    length: int
+    kernel: int
+    dilation: int
+    stride: int
+    causal: bool
+    tile: int  # T
+    keys: int  # K
+    tiles: int  # U, those of one dilation group after those of another
+    order: tuple[int, ...] | None  # the tiles, those of a kind together; None where the map's size is open
+    kinds: tuple[int, ...]  # how many tiles there are of each kind
+
+
+def _axis(length: int, kernel: int, dilation: int, stride: int, causal: bool, *, closed: bool) -> _Axis:
+    places = (length + dilation - 1) // dilation
+    if closed:
+        # A group not much longer than the keys of a tile is a single one; others are cut nearly evenly.
+        tile = places if 2 * places <= 3 * (kernel + TILE - 1) else -(-places // -(-places // TILE))
+    else:
+        # An exported program holds for one tile or for several; a group has at least as many places as the kernel.
+        tile = TILE if checks.certain(places > TILE) else max(1, min(TILE, kernel - 1))
+    tiles = dilation * ((places + tile - 1) // tile)
+    # Windows of the queries of a tile start at most so far apart: their leaders do.
+    keys = kernel + (tile - 1 if causal else -(-(tile - 1) // stride) * stride)
+    if checks.certain(places <= keys):
+        keys = places
+    order, kinds = None, (tiles,)
+    if closed:
+        reach = kernel if causal else kernel // 2
+        before, after = stride + reach, stride + max(tile + kernel // 2, keys - reach)
+        order, kinds = _alike(length, dilation, stride, tile, before, after)
+    return _Axis(length, kernel, dilation, stride, causal, tile, keys, tiles, order, kinds)
+
+
+@torch.compiler.assume_constant_result
+def _alike(
+    length: int, dilation: int, stride: int, tile: int, before: int, after: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The order and kinds of an axis.
+
+    Tiles are alike whose distances to the borders are the same, or at least `before` and `after`, and which begin alike
+    in a group of the stride.
+    """
+    found: dict[tuple[int, int, int], list[int]] = {}
+    per_group = -(-length // (dilation * tile))
+    for unit in range(dilation * per_group):
+        group, first = unit // per_group, unit % per_group * tile
+        left = -(-(length - group) // dilation) - first
+        found.setdefault((min(first, before), min(left, after), first % stride), []).append(unit)
+    return tuple(unit for units in found.values() for unit in units), tuple(len(units) for units in found.values())
+
+
+def _bias(table: Tensor | None, rows: _Axis, columns: _Axis, source: Tensor) -> Tensor:
+    """(P, N, T, K), -inf where a key is not the query's; P kinds if the lengths are known, and else U."""
+    if table is None:
+        table = source.new_zeros(1, 2 * rows.kernel - 1, 2 * columns.kernel - 1)
+    table = F.pad(table.to(torch.promote_types(table.dtype, torch.float32)), (0, 1, 0, 1), value=-torch.inf)
+    for dim, axis in ((2, columns), (1, rows)):
+        offsets = constant(_offsets, axis, like=source)
+        table = table.index_select(dim, offsets.flatten()).unflatten(dim, offsets.shape)
+    return table.permute(1, 4, 0, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(0, 1)
+
+
+def _tables(axis: _Axis, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of the queries (U, T) and keys (U, K) of tiles, in order, and offsets (U, T, K) as in `_offsets`."""
+    group, tile = (torch.arange(n, device=device) for n in (axis.dilation, axis.tiles // axis.dilation))
+    group, tile = (x.flatten() for x in torch.broadcast_tensors(group[:, None], tile))
+    if axis.order is not None:
+        order = torch.tensor(axis.order, device=device)
+        group, tile = group[order], tile[order]
+    group = group[:, None]
+    places = (axis.length - group + axis.dilation - 1) // axis.dilation
+    query = tile[:, None] * axis.tile + torch.arange(axis.tile, device=device)
+    query = torch.minimum(query, places - 1)
+    begun = query // axis.stride * axis.stride
+    if axis.causal:
+        start = torch.minimum(begun + axis.stride - 1, places - 1) - axis.kernel + 1
+        last = query
+    else:
+        leader = torch.minimum(begun + axis.stride // 2, places - 1)
+        start = torch.minimum((leader - axis.kernel // 2).clamp(min=0), places - axis.kernel)
+        last = start + axis.kernel - 1
+    first = torch.minimum(start[:, :1], places - axis.keys).clamp(min=0)
+    key = first + torch.arange(axis.keys, device=device)
+    seen = (key[:, None] >= start[..., None]) & (key[:, None] <= last[..., None])
+    offsets = torch.where(seen, key[:, None] - query[..., None] + axis.kernel - 1, 2 * axis.kernel - 1)
+    key = torch.minimum(key, places - 1)
+    return query * axis.dilation + group, key * axis.dilation + group, offsets
+
+
+def _offsets(axis: _Axis, device: torch.device) -> Tensor:
+    """(P, T, K), where in a row or column of the bias table, padded by one, to look; or (U, T, K)."""
+    offsets = _tables(axis, device)[2]
+    if axis.order is None:
+        return offsets
+    return offsets[torch.tensor(list(accumulate((0, *axis.kinds[:-1]))), device=device)]
+
+
+def _gathered(rows: _Axis, columns: _Axis, num_heads: int, device: torch.device) -> Tensor:
+    """(U, T + 2 K), the numbers that a tile's queries, keys and values have in an image for the first head."""
+    (*down, _), (*right, _) = (_tables(axis, device) for axis in (rows, columns))
+    query, key = (
+        torch.cat(
+            [
+                (y[:, None, :, None] * columns.length + x[None, :, None]).flatten(2).flatten(0, 1)
+                for y in ys.split(rows.kinds)
+                for x in xs.split(columns.kinds)
+            ]
+        )
+        for ys, xs in zip(down, right, strict=True)
+    )
+    return torch.cat([query * 3, key * 3 + 1, key * 3 + 2], 1) * num_heads
+
+
+def _kinds(rows: _Axis, columns: _Axis, device: torch.device) -> Tensor:
+    """(U), the kind of each tile."""
+    counts = [u * v for u in rows.kinds for v in columns.kinds]
+    return torch.tensor([kind for kind, count in enumerate(counts) for _ in range(count)], device=device)
+
+
+def _places(rows: _Axis, columns: _Axis, device: torch.device) -> Tensor:
+    """(2, H, W), the tile of each position and its place there."""
+    (tile, slot, begin, count), (tile_x, slot_x, begin_x, count_x) = (_find(axis, device) for axis in (rows, columns))
+    tile, slot, begin, count = (x[:, None] for x in (tile, slot, begin, count))
+    # Tiles of a kind of row and a kind of column stand together, and among them row by row.
+    unit = begin * columns.tiles + count * begin_x + (tile - begin) * count_x + (tile_x - begin_x)
+    return torch.stack([unit, slot * columns.tile + slot_x])
+
+
+def _find(axis: _Axis, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each position its tile, its place there, the first tile of its kind, and how many there are; each (L)."""
+    position = torch.arange(axis.length, device=device)
+    group, place = position % axis.dilation, position // axis.dilation
+    unit = group * (axis.tiles // axis.dilation) + place // axis.tile
+    if axis.order is None:
+        return unit, place % axis.tile, torch.zeros_like(unit), torch.full_like(unit, axis.tiles)
+    tile = torch.tensor(axis.order, device=device).argsort()[unit]
+    begins = accumulate((0, *axis.kinds[:-1]))
+    kinds = [(begin, count) for begin, count in zip(begins, axis.kinds, strict=True) for _ in range(count)]
+    begin, count = torch.tensor(kinds, device=device).unbind(1)
+    return tile, place % axis.tile, begin[tile], count[tile]

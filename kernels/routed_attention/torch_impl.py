@@ -1,0 +1,42 @@
+"""Routed attention in PyTorch, fast on CPUs: regions of keys and values gathered as single rows.
+
+Letters: B images, S regions along a side, R = S * S, T tokens of a region, N heads, D head dim, K regions routed to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.attention import attend, fused
+
+
+def routed_attention(
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, num_heads: int, regions: int, scale: float
+) -> Tensor:
+    """See `op.routed_attention`, which has checked everything."""
+    batch, height, width, channels = q.shape
+    head_dim, count = channels // num_heads, regions * regions
+    fuse = fused(q, k, v)
+    query, key, value = (_cut(x, regions, num_heads, fuse) for x in (q, k, v))  # (B, R, N, T, D)
+    image, head = (torch.arange(n, device=q.device) for n in (batch, num_heads))
+    rows = (image[:, None, None] * count + routes)[:, :, None] * num_heads + head[:, None]  # (B, R, N, K)
+    key, value = (
+        x.reshape(batch * count * num_heads, -1)
+        .index_select(0, rows.flatten())
+        .reshape(batch * count, num_heads, -1, head_dim)
+        for x in (key, value)
+    )  # (B R, N, K T, D)
+    out = attend(query.flatten(0, 1), key, value, None, scale, fuse=fuse).to(q.dtype)  # (B R, T, N, D)
+    out = out.reshape(batch, regions, regions, height // regions, width // regions, channels)
+    return out.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
+
+
+def _cut(x: Tensor, regions: int, num_heads: int, fuse: bool) -> Tensor:
+    """(B, H, W, N D) -> (B, R, N, T, D), in float32 or more where attention is not fused."""
+    if not fuse:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+    # A reshape of the whole would tie an exported program to the sizes that it was traced with.
+    x = x.unflatten(3, (num_heads, -1)).unflatten(2, (regions, -1)).unflatten(1, (regions, -1))
+    x = x.permute(0, 1, 3, 5, 2, 4, 6)  # (B, S, S, N, rows, columns, D)
+    return x.reshape(x.shape[0], regions * regions, num_heads, -1, x.shape[-1])

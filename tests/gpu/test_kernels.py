@@ -1,0 +1,220 @@
+"""The operators' Triton kernels on a GPU, against the plain formula in float64; some minutes, without one skipped.
+
+`pytest -m gpu tests/gpu`, or `make gpu`, which measures too.
+"""
+
+import functools
+import inspect
+import os
+
+import pytest
+import torch
+
+from zoo import kernels
+from zoo.kernels import neighborhood_attention, routed_attention, use, window_attention
+from zoo.kernels.neighborhood_attention import cases as neighborhood_cases
+from zoo.kernels.routed_attention import cases as routed_cases
+from zoo.kernels.window_attention import cases as window_cases
+
+pytestmark = pytest.mark.gpu
+
+# "cpu" with TRITON_INTERPRET=1 tries the tests themselves where there is no GPU.
+DEVICE = os.environ.get("ZOO_GPU_TESTS_DEVICE", "cuda")
+BATCH = 2
+# The plain formula copies the keys of each query: one image of these has to do.
+LARGE = ("gna-64-kernel16-stride8", "dinat_large_384_11x11-stage1-dense", "dinat_large_384_11x11-stage1-dilated")
+OPERATORS = {
+    "window": (window_attention, window_cases),
+    "neighborhood": (neighborhood_attention, neighborhood_cases),
+    "routed": (routed_attention, routed_cases),
+}
+CASES = [(name, case) for name, (_, module) in OPERATORS.items() for case in module.CASES]
+IDS = ["/".join(pair) for pair in CASES]
+# For what is the same for all shapes: one of each kind.
+FEW = [
+    ("window", "maxvit_tiny_224-stage3-block"),
+    ("window", "maxvit_tiny_384-stage3-grid"),
+    ("window", "gcvit_tiny_224-stage3-global"),
+    ("window", "cswin_base_384-stage3-rows"),
+    ("neighborhood", "dinat_tiny-stage3-dense"),
+    ("neighborhood", "dinat_tiny-stage2-dilated"),
+    ("neighborhood", "gna-56-kernel7-stride2"),
+    ("routed", "biformer_tiny-stage1"),
+    ("routed", "biformer_tiny-stage3"),
+]
+FEW_IDS = ["/".join(pair) for pair in FEW]
+# Relative root mean square against float64: rounding of the inputs' type, in bfloat16 and float16 that of p and dS too.
+BUDGET = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def _device(monkeypatch):
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU here")
+    torch.set_float32_matmul_precision("highest")
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def _poisoned(plain):
+    """A kernel that leaves out a part of its output cannot pass."""
+
+    @functools.wraps(plain)
+    def filled(*args, **kwargs):
+        out = plain(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    return filled
+
+
+def make(name, case, dtype, batch=BATCH):
+    """The public function, its arguments by name, and which of them have gradients."""
+    function, module = OPERATORS[name]
+    args, kwargs = module.inputs(module.CASES[case], batch=batch, dtype=dtype, device=DEVICE, requires_grad=True)
+    arguments = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    wanted = [key for key, x in arguments.items() if isinstance(x, torch.Tensor) and x.requires_grad]
+    return function, arguments, wanted
+
+
+def run(function, arguments, wanted, choice="triton"):
+    """Output and gradients, with the same gradient of the output each time."""
+    with use(choice):
+        out = function(**arguments)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    return out.detach(), *torch.autograd.grad(out, [arguments[key] for key in wanted], grad)
+
+
+def exact(function, arguments, wanted):
+    """What `run` should give, from the same numbers in float64."""
+    double = {
+        key: x.detach().double().requires_grad_(key in wanted)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+        else x
+        for key, x in arguments.items()
+    }
+    # In the type of the arguments, so that the gradient of the output is rounded alike.
+    dtype = arguments[wanted[0]].dtype
+    with use("reference"):
+        out = function(**double)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out)
+    return out.detach(), *torch.autograd.grad(out, [double[key] for key in wanted], grad)
+
+
+def assert_right(got, want, names, dtype):
+    for name, have, right in zip(names, got, want, strict=True):
+        assert have.shape == right.shape
+        assert torch.isfinite(have).all(), f"{name} is not finite"
+        difference = (have.double() - right).square().mean() / right.square().mean().clamp(min=1e-30)
+        assert difference.sqrt() <= BUDGET[dtype], f"{name}: relative RMS {difference.sqrt():.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "case"), CASES, ids=IDS)
+def test_agrees_with_float64(name, case, dtype):
+    function, arguments, wanted = make(name, case, dtype, batch=1 if case in LARGE else BATCH)
+    want = exact(function, arguments, wanted)
+    assert_right(run(function, arguments, wanted), want, ("out", *wanted), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
+def test_three_runs_are_identical(name, case, dtype):
+    function, arguments, wanted = make(name, case, dtype, batch=16 if DEVICE == "cuda" else 1)
+    first, *others = (run(function, arguments, wanted) for _ in range(3))
+    for other in others:
+        for key, a, b in zip(("out", *wanted), first, other, strict=True):
+            assert torch.equal(a, b), f"{key} differs from run to run"
+
+
+@pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
+def test_compiles_as_one_graph(name, case):
+    if DEVICE == "cpu":
+        pytest.skip("the interpreter takes no fake tensors")
+    torch.compiler.reset()
+    function, arguments, wanted = make(name, case, torch.float16)
+    compiled = torch.compile(function, fullgraph=True)
+    got, want = run(compiled, arguments, wanted), run(function, arguments, wanted)
+    for key, a, b in zip(("out", *wanted), got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
+def test_cuda_graph(name, case):
+    """A captured call gives the results of new inputs in the same places."""
+    if DEVICE == "cpu":
+        pytest.skip("graphs are captured on GPUs")
+    function, arguments, wanted = make(name, case, torch.float16)
+    with torch.no_grad(), use("triton"):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # compiles what is to be captured
+            function(**arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = function(**arguments)
+        for key in wanted:
+            arguments[key].copy_(torch.randn_like(arguments[key]))
+        graph.replay()
+        torch.testing.assert_close(out, function(**arguments), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
+def test_autocast(name, case, dtype):
+    """Float32 inputs are taken in autocast's type; gradients come back in float32."""
+    if DEVICE == "cpu" and dtype == torch.float16:
+        pytest.skip("autocast of CPUs is tried with bfloat16")
+    function, arguments, wanted = make(name, case, torch.float32)
+    with torch.autocast(DEVICE, dtype), use("triton"):
+        out = function(**arguments)
+    assert out.dtype == dtype
+    grads = torch.autograd.grad(out.float().square().sum(), [arguments[key] for key in wanted])
+    assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() for grad in grads)
+    with use("reference"):
+        want = function(**{key: x.detach().double() if key in wanted else x for key, x in arguments.items()})
+    assert_right((out.detach(),), (want,), ("out",), dtype)
+
+
+@pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
+def test_auto_chooses_triton(name, case):
+    function, arguments, _ = make(name, case, torch.float16, batch=1)
+    if DEVICE == "cpu":
+        pytest.skip("on a CPU 'auto' is PyTorch")
+    with torch.no_grad():
+        with use("auto"):
+            got = function(**arguments)
+        with use("triton"):
+            want = function(**arguments)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_large_offsets(name):
+    """Numbers of elements beyond 2**31: the last image is as right as the first."""
+    if DEVICE == "cpu":
+        pytest.skip("needs 10 GB of GPU memory")
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs a GPU with 40 GB of memory")
+    case = {"window": "maxvit_tiny_224-stage1-block", "neighborhood": "dinat_tiny-stage1-dense"}.get(
+        name, "biformer_tiny-stage1"
+    )
+    function, arguments, _ = make(name, case, torch.float16, batch=1)
+    size = 64 * 56 * 56 * (1 if name == "routed" else 3)
+    copies = 2**31 // size + 2
+    images = {key for key in ("qkv", "q", "k", "v", "routes") if key in arguments}
+    many = {
+        key: x.detach().expand(copies, *x.shape[1:]).contiguous() if key in images else x
+        for key, x in arguments.items()
+    }
+    with torch.no_grad(), use("triton"):
+        out = function(**many)
+        want = function(**arguments)
+    assert torch.equal(out[-1:], want)
+    assert torch.equal(out[copies // 2], want[0])
+
+
+def test_all_public_operators_are_here():
+    """Depth-wise convolution has no Triton kernel."""
+    functions = {function.__name__ for function, _ in OPERATORS.values()}
+    assert functions == {name for name in kernels.__all__ if name.endswith("_attention")} - {"large_kernel_attention"}

@@ -1,0 +1,34 @@
+"""One function of an operator, run with two implementations."""
+
+import torch
+
+from zoo.kernels import use
+
+# relative root mean square against float64
+BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def run(choice, function, given):
+    """The output of `function(**given)` and the gradients of all that requires them."""
+    with use(choice):
+        out = function(**given)
+    inputs = [x for x in given.values() if x.requires_grad]
+    if not inputs:
+        return [out]
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+
+def assert_agree(function, given, choice="torch"):
+    """`choice` and the reference agree on the output and on all gradients."""
+    torch.testing.assert_close(run(choice, function, given), run("reference", function, given))
+
+
+def assert_within_budget(function, given, dtype, differentiated):
+    """In `dtype`, torch errs by no more than its rounding allows, against the reference on the same numbers."""
+    given = {name: x.to(dtype).requires_grad_(differentiated) for name, x in given.items()}
+    exact = {name: x.detach().double().requires_grad_(differentiated) for name, x in given.items()}
+    for got, want in zip(run("torch", function, given), run("reference", function, exact), strict=True):
+        assert got.dtype == dtype
+        error = float((got.double() - want).norm() / want.norm().clamp(min=1e-30))
+        assert error <= BUDGET[dtype], f"relative RMS {error:.2e}, allowed {BUDGET[dtype]:.0e}"

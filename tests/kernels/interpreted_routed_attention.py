@@ -1,0 +1,143 @@
+"""Routed attention in Triton, interpreted, against float64. Run by test_triton_routed_attention.py."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import is_fake
+
+from zoo.kernels import routed_attention, triton_common, use
+from zoo.kernels.routed_attention import op, reference
+
+from .interpreter import _unwritten_outputs_are_nan, assert_within_budget  # noqa: F401
+
+# map of q, map of k and v, regions, topk, heads, head dim
+CASES = {
+    "plain": ((4, 6), (4, 6), 2, 3, 2, 32),
+    "one-region": ((3, 5), (3, 5), 1, 1, 1, 8),
+    "single-tokens": ((3, 3), (3, 3), 3, 4, 2, 16),
+    "seven-of-one-token": ((7, 7), (7, 7), 7, 16, 1, 16),
+    "all-regions": ((6, 9), (6, 9), 3, 9, 1, 24),
+    "pooled-keys": ((9, 12), (3, 6), 3, 2, 2, 16),
+    "more-keys-than-queries": ((2, 4), (8, 12), 2, 2, 1, 64),
+    "one-less-than-a-tile": ((7, 9), (7, 9), 1, 1, 1, 16),
+    "one-more-than-a-tile": ((10, 26), (10, 26), 2, 2, 1, 40),
+    "seventeen-tokens": ((1, 17), (1, 17), 1, 1, 2, 32),
+}
+ROUTES = ("distinct", "repeated", "one-for-all")
+
+
+def make(case, dtype, routes="distinct", batch=2):
+    size, key_size, regions, topk, num_heads, head_dim = CASES[case]
+    g = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(batch, *s, num_heads * head_dim, generator=g).to(dtype) for s in (size, key_size, key_size, size)
+    )
+    chosen = torch.rand(batch, regions**2, regions**2, generator=g).topk(topk).indices
+    if routes == "repeated":
+        chosen = torch.randint(regions**2, chosen.shape, generator=g)
+    elif routes == "one-for-all":  # no gradient for the other regions
+        chosen = torch.full_like(chosen, regions**2 - 1)
+    return (q, k, v), chosen, grad, {"num_heads": num_heads, "regions": regions, "scale": 0.3}
+
+
+def gradients(function, tensors, grad):
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    return out, *torch.autograd.grad(out, leaves, grad)
+
+
+def check(tensors, routes, grad, options):
+    dtype = tensors[0].dtype
+    with use("triton"):
+        found = gradients(lambda *x: routed_attention(*x, routes, **options), tensors, grad)
+    exact = [x.double() for x in tensors]
+    wanted = gradients(lambda *x: reference.routed_attention(*x, routes, **options), exact, grad.double())
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == dtype
+        assert_within_budget(got, want, dtype)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_reference(case, dtype):
+    check(*make(case, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("routes", ROUTES[1:])
+@pytest.mark.parametrize("case", ["plain", "pooled-keys"])
+def test_routes_that_repeat_and_leave_out(case, routes, dtype):
+    check(*make(case, dtype, routes))
+
+
+@pytest.mark.parametrize("case", ["plain", "single-tokens"])
+def test_bfloat16(case):
+    check(*make(case, torch.bfloat16))
+
+
+def test_keys_of_regions_that_nobody_routes_to_have_no_gradient():
+    _, _, k_grad, v_grad = check(*make("plain", torch.float32, "one-for-all"))
+    assert not k_grad[:, :2].any()
+    assert not v_grad[:, :2].any()
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_sums_of_exponentials_that_underflow():
+    """They are under 2^-128: keys past the end of a list, whose logits are 0, must not come near them."""
+    (q, k, v), routes, grad, options = make("plain", torch.float32)
+    tensors = q * 0.1 + 1, k * 0.1 - 20, v
+    with use("triton"):
+        found = gradients(lambda *x: routed_attention(*x, routes, **options), tensors, grad)
+    wanted = gradients(lambda *x: reference.routed_attention(*x, routes, **options), tensors, grad)
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["plain", "pooled-keys"])
+def test_views(case):
+    """Parts of one projection are read where they are; a map in another order of memory is copied."""
+    (q, k, v), routes, grad, options = make(case, torch.float32)
+    kv = torch.cat((k, v), -1).chunk(2, -1)
+    other = q.movedim(-1, 1).contiguous().movedim(1, -1)
+    assert not any(x.is_contiguous() for x in (*kv, other))
+    expanded = routes[:1].expand(routes.shape)
+    check((other, *kv), expanded, grad[:1].expand(grad.shape), options)
+
+
+def test_gradients_are_the_same_each_time():
+    case = make("pooled-keys", torch.float32, "repeated")
+    for first, second in zip(check(*case), check(*case), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_double_backward():
+    tensors, routes, grad, options = make("plain", torch.float32)
+
+    def second(function, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in tensors]
+        firsts = torch.autograd.grad(function(*leaves), leaves, grad.to(dtype), create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in firsts), leaves)
+
+    with use("triton"):
+        found = second(lambda *x: routed_attention(*x, routes, **options), torch.float32)
+    wanted = second(lambda *x: reference.routed_attention(*x, routes, **options), torch.float64)
+    for got, want in zip(found, wanted, strict=True):
+        assert_within_budget(got, want, torch.float32)
+
+
+def test_operators_are_registered_rightly(monkeypatch):
+    launch = triton_common.launch
+
+    def launch_unless_fake(kernel, grid, **arguments):
+        if not any(map(is_fake, arguments.values())):
+            launch(kernel, grid, **arguments)
+
+    # The interpreter cannot do with tensors that hold nothing.
+    monkeypatch.setattr(triton_common, "launch", launch_unless_fake)
+    tensors, routes, grad, options = make("single-tokens", torch.float32, batch=1)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*(x.requires_grad_() for x in tensors), routes, *options.values())
+    torch.library.opcheck(op.forward, arguments, test_utils=utils)
+    plain = [x.detach() for x in tensors]
+    out, lse = op.forward(*plain, routes, *options.values())
+    torch.library.opcheck(op.backward, (grad, *plain, routes, out, lse, *options.values()), test_utils=utils)

@@ -1,0 +1,207 @@
+"""The Triton window attention under Triton's interpreter, against float64. Run by test_triton_window_attention.py."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import is_fake
+
+from zoo.kernels import triton_common, use, window_attention
+from zoo.kernels.window_attention import op, triton_impl
+from zoo.kernels.window_attention.cases import Case, inputs
+
+from .interpreter import _unwritten_outputs_are_nan, assert_within_budget  # noqa: F401
+
+# batch and shapes; windows of up to 64 tokens have a tile, those of up to 32 share one
+CASES = {
+    "1x1": (2, Case((3, 5), 2, (1, 1), 16)),
+    "2x2-mask": (1, Case((6, 14), 2, (2, 2), 32, key_mask=True)),
+    "3x3-shared": (2, Case((6, 9), 2, (3, 3), 8, shared_query=True)),
+    "4x4-grid-mask": (1, Case((8, 12), 1, (4, 4), 24, layout="grid", key_mask=True)),
+    "4x4-wide_head": (1, Case((4, 12), 1, (4, 4), 128)),
+    "12-rows": (1, Case((7, 12), 1, (1, 12), 48, bias_sign="key_minus_query")),
+    "11x3-no_bias": (1, Case((11, 6), 2, (11, 3), 40, bias=False)),
+    "7x7": (2, Case((14, 7), 2, (7, 7), 32)),
+    "7x7-grid-mask": (1, Case((14, 21), 1, (7, 7), 32, "grid", bias_sign="key_minus_query", key_mask=True)),
+    "7x7-shared": (2, Case((14, 7), 1, (7, 7), 48, shared_query=True)),
+    "56-columns-no_bias": (1, Case((14, 4), 1, (14, 4), 1, bias=False, key_mask=True)),
+    "9x7": (1, Case((9, 14), 1, (9, 7), 64)),
+    "8x8-shared-mask": (1, Case((8, 16), 2, (8, 8), 16, shared_query=True, key_mask=True)),
+    "5x13": (1, Case((10, 13), 1, (5, 13), 24, bias_sign="key_minus_query", key_mask=True)),
+    "14x7-no_bias": (1, Case((14, 7), 2, (14, 7), 32, bias=False)),
+    "13x5-shared-grid": (2, Case((13, 10), 1, (13, 5), 16, "grid", shared_query=True, key_mask=True)),
+    "12x12": (1, Case((12, 12), 2, (12, 12), 8)),
+    "14x14": (1, Case((14, 14), 1, (14, 14), 32, bias_sign="key_minus_query")),
+}
+
+
+def make(case, batch, dtype):
+    """Arguments that want gradients, with a mask that leaves the first window nothing, and the output's gradient."""
+    (qkv,), options = inputs(case, batch=batch, dtype=dtype, device="cpu", requires_grad=True)
+    if case.key_mask:
+        (height, width), (wh, ww) = case.map_size, case.window_size
+        mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(1)) < 0.6
+        down, right = (height // wh, width // ww) if case.layout == "grid" else (1, 1)
+        mask[0, : wh * down : down, : ww * right : right] = False
+        options["key_mask"] = mask
+    grad = torch.randn(*qkv.shape[:3], case.num_heads * case.head_dim, generator=torch.Generator().manual_seed(2))
+    return {"qkv": qkv, **options}, grad.to(dtype)
+
+
+def differentiate(arguments, grad, implementation="triton"):
+    """The output and the gradients of all inputs that want one."""
+    with use(implementation):
+        out = window_attention(**arguments)
+    wanted = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
+    return out, *torch.autograd.grad(out, wanted, grad)
+
+
+def in_float64(arguments):
+    return {
+        name: x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }
+
+
+def assert_right(arguments, grad, dtype):
+    want = differentiate(in_float64(arguments), grad.double(), "reference")
+    for one, other in zip(differentiate(arguments, grad), want, strict=True):
+        assert_within_budget(one, other, dtype)
+
+
+@pytest.fixture
+def few_processors(monkeypatch):
+    """Programs take several tiles, as on maps that are large for the GPU."""
+    monkeypatch.setattr(triton_common, "_assumed", replace(triton_common.SM_90, num_processors=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_reference(name, dtype):
+    batch, case = CASES[name]
+    assert_right(*make(case, batch, dtype), dtype)
+
+
+@pytest.mark.parametrize("name", ["3x3-shared", "5x13"])
+def test_bfloat16_agrees_with_reference(name):
+    batch, case = CASES[name]
+    assert_right(*make(case, batch, torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("batch", "case"),
+    [
+        pytest.param(2, Case((14, 14), 2, (7, 7), 16, "grid", key_mask=True), id="7x7"),
+        pytest.param(2, Case((12, 24), 2, (2, 3), 16), id="2x3"),
+        pytest.param(2, Case((12, 24), 1, (2, 3), 16, shared_query=True), id="2x3-shared"),
+        pytest.param(2, Case((14, 14), 1, (7, 7), 16, shared_query=True), id="7x7-shared-parts-of-images"),
+        pytest.param(5, Case((7, 7), 1, (7, 7), 16, shared_query=True), id="7x7-shared-several-images"),
+        pytest.param(1, Case((15, 13), 1, (5, 13), 16, shared_query=True), id="5x13-shared"),
+    ],
+)
+def test_programs_with_several_tiles(batch, case, few_processors):
+    assert_right(*make(case, batch, torch.float32), torch.float32)
+
+
+def test_table_gradient_in_several_passes(monkeypatch):
+    monkeypatch.setattr(triton_impl, "MAX_PARTIAL_BYTES", 4 * 65**2)
+    assert_right(*make(Case((5, 13), 2, (5, 13), 16), 1, torch.float32), torch.float32)
+
+
+def test_float32_table_beside_half():
+    arguments, grad = make(Case((7, 7), 2, (7, 7), 16), 1, torch.float16)
+    arguments["bias_table"] = torch.randn(2, 13, 13, requires_grad=True)
+    assert_right(arguments, grad, torch.float16)
+    assert differentiate(arguments, grad)[2].dtype == torch.float32
+
+
+@pytest.mark.parametrize("window_size", [(3, 3), (7, 7)], ids=str)
+def test_large_biases(window_size):
+    """Weights of a tile's empty rows would be infinite in float16."""
+    arguments, grad = make(Case((2 * window_size[0], window_size[1]), 1, window_size, 16), 1, torch.float16)
+    arguments["bias_table"] = (50 + arguments["bias_table"].detach()).requires_grad_()
+    assert_right(arguments, grad, torch.float16)
+
+
+@pytest.mark.parametrize("window_size", [(7, 7), (5, 14)], ids=str)
+def test_views(window_size):
+    """A slice of a Linear's output is read in place; other views are copied."""
+    case = Case((window_size[0], 14), 2, window_size, 16, shared_query=True)
+    arguments, grad = make(case, 2, torch.float32)
+    whole = torch.randn(2, *case.map_size, 128)
+    table, q = arguments["bias_table"], arguments["q"]
+    arguments |= {
+        "qkv": whole[..., 64:].requires_grad_(),
+        "bias_table": table.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
+        "q": q.detach()[:1].expand_as(q).requires_grad_(),
+        "key_mask": torch.rand(2, 14, case.map_size[0]).transpose(1, 2) < 0.7,
+    }
+    assert triton_impl._readable(arguments["qkv"], 16) is arguments["qkv"]
+    assert_right(arguments, grad[:, :, :, :1].expand_as(grad), torch.float32)
+    arguments["qkv"] = torch.randn(14, 2, case.map_size[0], 64).permute(1, 2, 0, 3).requires_grad_()
+    assert_right(arguments, grad, torch.float32)
+
+
+def test_no_gradient_for_the_table():
+    arguments, grad = make(Case((7, 7), 1, (7, 7), 16), 1, torch.float32)
+    arguments["bias_table"].requires_grad_(False)
+    want = differentiate(arguments, grad, "reference")
+    torch.testing.assert_close(differentiate(arguments, grad), want)
+
+
+@pytest.mark.parametrize("window_size", [(4, 4), (9, 8)], ids=str)
+def test_masked_window_is_zero(window_size):
+    arguments, grad = make(Case(window_size, 1, window_size, 16), 1, torch.float32)
+    arguments["key_mask"] = torch.zeros(1, *window_size, dtype=torch.bool)
+    for value in differentiate(arguments, grad):
+        assert (value == 0).all()
+
+
+@pytest.mark.parametrize("name", ["7x7-shared", "5x13"])
+def test_repeats_bit_by_bit(name):
+    batch, case = CASES[name]
+    arguments, grad = make(case, batch, torch.float32)
+    for first, second in zip(differentiate(arguments, grad), differentiate(arguments, grad), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_empty_batch():
+    arguments, grad = make(Case((7, 7), 1, (7, 7), 16), 0, torch.float32)
+    out, qkv_grad, table_grad = differentiate(arguments, grad)
+    assert out.shape[0] == qkv_grad.shape[0] == 0
+    assert (table_grad == 0).all()
+
+
+def test_double_backward():
+    arguments, grad = make(CASES["3x3-shared"][1], 1, torch.float32)
+    found = []
+    for implementation, inputs_ in (("triton", arguments), ("reference", in_float64(arguments))):
+        with use(implementation):
+            out = window_attention(**inputs_)
+        wanted = [x for x in inputs_.values() if isinstance(x, torch.Tensor)]
+        first = torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True)
+        found.append(torch.autograd.grad(sum(x.square().sum() for x in first), wanted))
+    for one, other in zip(*found, strict=True):
+        assert_within_budget(one, other, torch.float32)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_opcheck(shared, monkeypatch):
+    launch = triton_common.launch
+
+    def launch_unless_fake(kernel, grid, **arguments):
+        if not any(map(is_fake, arguments.values())):
+            launch(kernel, grid, **arguments)
+
+    # The interpreter cannot do with tensors that hold nothing.
+    monkeypatch.setattr(triton_common, "launch", launch_unless_fake)
+    case = Case((4, 6), 2, (4, 3), 8, shared_query=shared, key_mask=True)
+    arguments, grad = make(case, 1, torch.float32)
+    qkv, q, table, mask = (arguments[name] for name in ("qkv", "q", "bias_table", "key_mask"))
+    options = (2, 4, 3, False, True, 0.4)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op.forward, (qkv, q, table, mask, *options), test_utils=tests)
+    with torch.no_grad():
+        out, lse = op.forward(qkv, q, table, mask, *options)
+    gradients = (grad, *(x if x is None else x.detach() for x in (qkv, q, table)), mask, out, lse, *options, True)
+    torch.library.opcheck(op.backward, gradients, test_utils=tests)

@@ -1,0 +1,22 @@
+"""Triton decides at import whether it interprets, so tests of either kind get a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def run_alone(file, interpret):
+    """Run the tests of a file of this folder in a fresh process; fail with what it printed."""
+    # Both cores, unless the workers of pytest have them already or the snapshot is written.
+    alone = "PYTEST_XDIST_WORKER" in os.environ or "ZOO_SNAPSHOT" in os.environ
+    workers = ["-p", "no:xdist"] if alone else ["-n", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in [name for name in environment if name.startswith(("TRITON_INTERPRET", "PYTEST_", "ZOO_KERNELS"))]:
+        del environment[name]
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers]
+    path = Path(__file__).with_name(file)
+    done = subprocess.run([*command, path], capture_output=True, text=True, env=environment, cwd=path.parents[2])
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -1,0 +1,55 @@
+"""What compiled kernels use, against hard limits and against what they used when it was last looked at."""
+
+import json
+import os
+from pathlib import Path
+
+import triton
+
+from zoo.kernels import testing
+
+STACK = 64  # bytes; more means that registers spill inside the loops
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+ROOM = 1.1
+
+
+def describe(launch):
+    """A readable key: the kernel, its constants, the types of its tensors, its options, sizes that 16 divides."""
+    constants = ",".join(f"{name}={value}" for name, value in launch.constants)
+    types = ",".join(kind for _, kind in launch.signature if kind.startswith("*"))
+    options = ",".join(f"{name}={value}" for name, value in launch.options)
+    tensors = {name for name, kind in launch.signature if kind.startswith("*")}
+    aligned = "".join(f" {name}%16" for name in launch.aligned if name not in tensors)
+    return f"{launch.name}[{constants}]({types}){{{options}}}{aligned}"
+
+
+def check(launches, target, file):
+    """Compile each different launch for `target`; `file` holds what each used before, for one version of Triton.
+
+    Set ZOO_SNAPSHOT=1 to write the file anew.
+    """
+    path = Path(__file__).with_name(file)
+    kept = json.loads(path.read_text()) if path.exists() else {"triton": triton.__version__, "resources": {}}
+    same_version = kept["triton"].split(".")[:2] == triton.__version__.split(".")[:2]
+    writing = os.environ.get("ZOO_SNAPSHOT") == "1"
+    if writing and not same_version:
+        kept = {"triton": triton.__version__, "resources": {}}
+    faults = []
+    for launch in dict.fromkeys(launches):
+        report = testing.compile_launch(launch, target)
+        key = f"{target} {describe(launch)}"
+        found = {"registers": report.registers, "stack": report.stack, "shared": report.shared}
+        if report.stack > STACK or report.shared > SHARED[target]:
+            faults.append(f"{key}: {found}; at most {STACK} bytes of stack, {SHARED[target]} of shared memory")
+        if writing:
+            kept["resources"][key] = found
+        elif same_version:
+            before = kept["resources"].get(key)
+            if before is None:
+                faults.append(f"{key} is not in {file}: look at {found}, then run with ZOO_SNAPSHOT=1")
+            elif any(found[what] > before[what] * ROOM for what in found):
+                faults.append(f"{key}: {found}, before {before}")
+    if writing:
+        kept["resources"] = dict(sorted(kept["resources"].items()))
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+    assert not faults, "\n".join(faults)

@@ -1,0 +1,122 @@
+"""The counts of the cost model against loops over queries, keys and tiles, and what is known. Some seconds."""
+
+import pytest
+
+from zoo.kernels import cost_model
+from zoo.kernels.cost_model import GPUS, recommend_stride, roofline_time, simulate
+
+from . import oracle
+
+# map, kernel, dilation, stride, causal
+CASES = {
+    "plain": ((14, 11), (3, 5), (1, 1), (1, 1), (False, False)),
+    "even": ((9, 8), (4, 2), (1, 1), (1, 1), (False, False)),
+    "dilated": ((15, 13), (3, 4), (2, 3), (1, 1), (False, False)),
+    "strided": ((13, 17), (5, 7), (1, 1), (2, 3), (False, False)),
+    "blocked": ((12, 10), (4, 5), (1, 1), (4, 5), (False, False)),
+    "causal": ((12, 9), (4, 5), (1, 1), (1, 3), (True, True)),
+    "causal-dilated": ((9, 15), (3, 4), (2, 1), (2, 2), (True, False)),
+}
+
+
+def brute(size, kernel, dilation, stride, causal, query_tile, key_tile, kind):
+    """Query tiles, key tiles visited and pairs wanted of a map, from single neighbours."""
+    counts = []
+    for length, k, d, s, c, query, key in zip(
+        size, kernel, dilation, stride, causal, query_tile, key_tile, strict=True
+    ):
+        tiles, visited, pairs = 0, 0, 0
+        for group in range(d):
+            positions = list(range(group, length, d))
+            for first in range(0, len(positions), query):
+                seen = [
+                    [j // d for j, _ in oracle.axis_neighbors(i, length, k, d, s, c)]
+                    for i in positions[first : first + query]
+                ]
+                every = set().union(*seen)
+                origin = min(every) if kind == "dynamic" else 0
+                tiles += 1
+                visited += len({(place - origin) // key for place in every})
+                pairs += sum(map(len, seen))
+        counts.append((tiles, visited, pairs))
+    return tuple(down * right for down, right in zip(*counts, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(("query_tile", "key_tile"), [((8, 8), (4, 16)), ((2, 4), (3, 2))], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_counts_are_those_of_loops(case, query_tile, key_tile, kind):
+    size, kernel, dilation, stride, causal = CASES[case]
+    options = {"is_causal": causal, "query_tile": query_tile, "key_tile": key_tile, "kind": kind}
+    found = simulate(size, kernel, dilation, stride, **options)
+    want = brute(*CASES[case], query_tile, key_tile, kind)
+    assert (found.query_tiles, found.key_tiles, found.pairs_wanted) == want
+
+
+def test_kernel_7_takes_4_steps_of_64_keys_inside_the_map():
+    rows = cost_model.axis_visits(56, 7, 1, 1, False, 8, 4, "dynamic")
+    columns = cost_model.axis_visits(56, 7, 1, 1, False, 8, 16, "dynamic")
+    assert (rows, columns) == ([3, 4, 4, 4, 4, 4, 3], [1] * 7)
+
+
+def test_operations_bytes_and_bound():
+    found = simulate((56, 56), (7, 7), num_heads=2, head_dim=32, batch=128)
+    assert found.pairs_issued == 49 * 26 // 7 * 64 * 64
+    assert found.flops_wanted == 4 * 32 * 56 * 56 * 49 * 2 * 128
+    assert found.bytes_minimum == 56 * 56 * 128 * (4 * 64 * 2 + 2 * 4)
+    assert found.speedup_bound == pytest.approx(49 * 14 * 4 / 182)
+    assert found.utilization == pytest.approx(56 * 56 * 49 / (182 * 64 * 64))
+
+
+def test_full_attention_gains_nothing():
+    assert simulate((16, 16), (16, 16)).speedup_bound == 1
+
+
+def test_time_is_bound_by_bandwidth_or_by_arithmetic():
+    small = simulate((56, 56), (7, 7), num_heads=2, batch=128)
+    assert roofline_time(small, "H100") == small.bytes_minimum / GPUS["H100"].bandwidth
+    large = simulate((256, 256), (80, 80), head_dim=128)
+    assert roofline_time(large, GPUS["H100"]) == large.flops_issued / GPUS["H100"].flops
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kernel", [(7, 5), (8, 8)], ids=str)
+def test_recommended_stride_visits_fewest_tiles(kernel, kind):
+    size, tiles = (32, 30), {"query_tile": (4, 8), "key_tile": (4, 4), "kind": kind}
+    best = recommend_stride(size, kernel, **tiles)
+    visits = {
+        (s, t): simulate(size, kernel, stride=(s, t), **tiles).key_tiles
+        for s in range(1, kernel[0] + 1)
+        for t in range(1, kernel[1] + 1)
+    }
+    assert best == min(visits, key=lambda stride: (visits[stride], stride))
+
+
+def test_aligned_blocks_waste_nothing():
+    assert recommend_stride((32, 32), (8, 8), query_tile=(8, 8), key_tile=(8, 8)) == (8, 8)
+    assert simulate((32, 32), (8, 8), stride=(8, 8), query_tile=(8, 8), key_tile=(8, 8)).utilization == 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tiles"), [(1, ((8, 8), (8, 8))), (7, ((8, 8), (4, 16))), (16, ((8, 8), (8, 8)))], ids=str
+)
+def test_best_tiles(kernel, tiles):
+    assert cost_model.best_tiles((kernel, kernel), (1, 1), (False, False), 64, 64) == tiles
+
+
+def test_best_tiles_follow_the_kernel():
+    assert cost_model.best_tiles((3, 15), (1, 1), (False, False), 64, 64) == ((4, 16), (2, 32))
+
+
+BAD = [
+    ({"kernel_size": (7, 7)}, r"kernel_size=\(7, 7\) with dilation=\(1, 1\) for a map of \(6, 5\)"),
+    ({"dilation": (1, 2)}, r"with dilation=\(1, 2\) for a map"),
+    ({"stride": (1, 4)}, r"stride=\(1, 4\) with kernel_size=\(3, 3\)"),
+    ({"kind": "fixed"}, "kind='fixed'; it has to be 'dynamic' or 'static'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[next(iter(change)) for change, _ in BAD])
+def test_bad_input(change, message):
+    with pytest.raises(ValueError, match=message):
+        simulate(**{"size": (6, 5), "kernel_size": (3, 3)} | change)

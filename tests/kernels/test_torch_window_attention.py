@@ -1,0 +1,151 @@
+"""Window attention's fast PyTorch against its reference. Some seconds."""
+
+import pytest
+import torch
+
+from zoo.kernels import dispatch, use, window_attention
+
+from .comparison import BUDGET, assert_agree, assert_within_budget, run
+from .test_window_attention import CASES, make
+
+# what is added to every case
+FLAGS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "grid": {"bias": True, "layout": "grid", "bias_sign": "key_minus_query"},
+    "mask": {"bias": True, "mask": True},
+    "only-mask": {"mask": True, "layout": "grid"},
+    "shared": {"bias": True, "shared": True},
+    "shared-mask": {"mask": True, "shared": True},
+}
+
+
+def call(case, flags):
+    """The tensors that may be differentiated, and a function of them."""
+    flags = dict(FLAGS[flags])
+    qkv, table, mask, shared, options = make(case, parts=2 if flags.get("shared") else 3)
+    mask[:, 0] = False  # whole windows without a key, where windows are flat
+    given = {"qkv": qkv}
+    if flags.pop("bias", False):
+        given["bias_table"] = table
+    if flags.pop("shared", False):
+        given["q"] = shared
+    options |= {"key_mask": mask} if flags.pop("mask", False) else {}
+    return given, lambda **tensors: window_attention(**tensors, **options, **flags)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, flags, fused, monkeypatch):
+    monkeypatch.setattr(dispatch, "fused_allowed", lambda: fused)
+    given, function = call(case, flags)
+    assert_agree(function, given)
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients(case, flags):
+    given, function = call(case, flags)
+    given = {name: x.requires_grad_() for name, x in given.items()}
+    assert_agree(function, given)
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("flags", ["bias", "mask", "shared"])
+@pytest.mark.parametrize("dtype", BUDGET, ids=str)
+def test_precision(dtype, flags, differentiated):
+    given, function = call("square", flags)
+    assert_within_budget(function, given, dtype, differentiated)
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_large_logits_keep_their_precision(dtype, differentiated):
+    given, function = call("square", "plain")
+    assert_within_budget(function, {"qkv": 4 * given["qkv"]}, dtype, differentiated)
+
+
+def test_table_of_float32_beside_half_precision():
+    given, function = call("square", "bias")
+    given = {"qkv": given["qkv"].bfloat16(), "bias_table": 3 * given["bias_table"].float()}
+    (got,) = run("torch", function, given)
+    (want,) = run("reference", function, {name: x.double() for name, x in given.items()})
+    assert (got.double() - want).norm() <= BUDGET[torch.bfloat16] * want.norm()
+
+
+def test_query_without_keys_gives_zeros_and_finite_gradients():
+    qkv, table, mask, _, options = make("square")
+    qkv.requires_grad_(), table.requires_grad_()
+    with use("torch"):
+        out = window_attention(qkv, bias_table=table, key_mask=torch.zeros_like(mask), **options)
+    assert not out.any()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (qkv, table)))
+
+
+def test_inputs_stay_as_they_are():
+    given, function = call("square", "mask")
+    before = {name: x.clone() for name, x in given.items()}
+    run("torch", function, given)
+    torch.testing.assert_close(given, before, rtol=0, atol=0)
+
+
+def test_strided_input():
+    given, function = call("rectangle", "bias")
+    view = given["qkv"].movedim(-1, 1).contiguous().movedim(1, -1)
+    torch.testing.assert_close(run("torch", function, given | {"qkv": view}), run("torch", function, given))
+
+
+def test_double_backward():
+    given, function = call("columns", "mask")
+    inputs = tuple(x.requires_grad_() for x in given.values())
+    with use("torch"):
+        assert torch.autograd.gradgradcheck(lambda x, t: function(qkv=x, bias_table=t), inputs)
+
+
+def test_functional_transforms():
+    given, function = call("square", "bias")
+
+    def loss(qkv):
+        return function(qkv=qkv, bias_table=given["bias_table"]).square().sum()
+
+    direction = torch.ones_like(given["qkv"])
+    with use("reference"):
+        want = torch.func.grad(loss)(given["qkv"])
+    with use("torch"):
+        torch.testing.assert_close(torch.func.grad(loss)(given["qkv"]), want)
+        slope = torch.func.jvp(loss, (given["qkv"],), (direction,))[1]
+    torch.testing.assert_close(slope, (want * direction).sum())
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
+def test_compiles_as_one_graph(differentiated):
+    given, function = call("square", "mask")
+    given = {name: x.requires_grad_(differentiated) for name, x in given.items()}
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run("torch", compiled, given), run("torch", function, given))
+
+
+class Module(torch.nn.Module):
+    def __init__(self, layout):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(2, 5, 7))
+        self.layout = layout
+
+    def forward(self, qkv, mask):
+        options = {"num_heads": 2, "window_size": (3, 4), "layout": self.layout}
+        return window_attention(qkv, bias_table=self.table, key_mask=mask, **options)
+
+
+@pytest.mark.parametrize("layout", ["block", "grid"])
+def test_exports_with_open_sizes(layout):
+    module = Module(layout)
+    batch, rows, columns = (torch.export.Dim(name, min=2, max=20) for name in ("batch", "rows", "columns"))
+    sizes = {0: batch, 1: 3 * rows, 2: 4 * columns}
+
+    def inputs(batch, height, width):
+        return torch.randn(batch, height, width, 12), torch.rand(batch, height, width) < 0.7
+
+    program = torch.export.export(module, inputs(2, 6, 8), dynamic_shapes=(sizes, sizes))
+    again = inputs(3, 9, 16)
+    torch.testing.assert_close(program.module()(*again), module(*again))

@@ -1,0 +1,518 @@
+"""zoo-bench: how fast the operators are, and what a neighborhood should cost."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zoo.tools.benchmark_kernels import Result, Row
+
+OPERATORS = ("window", "neighborhood", "routed", "depthwise")
+DTYPES = ("fp32", "bf16", "fp16")
+
+KERNELS = """\
+Time the operators of zoo.kernels against what one would write without them.
+
+For each case every contender is first compared with the plain formula in float64, output and gradients; who is wrong
+or fails is named and not timed. The others run in turns, so that whatever else the machine does meets them all alike.
+"x ours" is a contender's time as a multiple of ours in the same turn, so above 1 it is slower than ours. Figures are
+medians, those in brackets are where eight of ten runs lie. Memory is what a call holds at most beyond its inputs."""
+KERNELS_EXAMPLES = """\
+examples:
+  zoo-bench kernels                                      the target cases on the CPU, some two minutes
+  zoo-bench kernels --cases 'dinat*stage1*' --backward   cases by name
+  zoo-bench kernels --operators depthwise --dtype bf16   all cases of an operator
+  zoo-bench kernels --device cuda --all --dtype fp16 bf16 --json all.json --picture all.png"""
+
+SIMULATE = """\
+Count what neighborhood attention costs on a GPU before anything runs: the tiles of keys and values that the tiles of
+queries visit, and so how many times faster than full attention it can be at most; bytes, operations, and the least
+time on GPUs by name. Softmax and launches are left out: times are lower bounds, nothing is measured."""
+SIMULATE_EXAMPLES = """\
+examples:
+  zoo-bench simulate --size 56x56 --kernel 7
+  zoo-bench simulate --size 56x56 --kernel 7 --dilation 8 --heads 2 --batch 128 --gpu H100 MI300X
+  zoo-bench simulate --size 256x256 --kernel 80x80 --stride 16 --heads 24 --head-dim 128"""
+
+# Rows x columns of queries of one program and of keys of one of its steps.
+TILES = (((8, 8), (4, 16)), ((8, 8), (8, 8)), ((8, 8), (2, 32)), ((4, 16), (4, 16)), ((16, 16), (8, 16)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; --help shows what there is.\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and run the sub-command."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        print(f"zoo-bench {options.command}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        _fail(options, f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+
+
+def _fail(options: argparse.Namespace, message: str, code: int) -> NoReturn:
+    print(f"zoo-bench {options.command}: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _Parser(prog="zoo-bench", description=f"Measure and predict {__doc__.partition(': ')[2]}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+
+    def command(name: str, description: str, epilog: str, run: Callable[..., None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=description.partition(":")[0].partition(".\n")[0].replace("\n", " "),
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    add = command("kernels", KERNELS, KERNELS_EXAMPLES, _kernels).add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
+    add("--operators", nargs="+", choices=OPERATORS, metavar="NAME", help=f"of {', '.join(OPERATORS)}: all their cases")
+    add("--cases", metavar="GLOB", help="cases whose name, or operator/name, matches ('target-*')")
+    add("--all", action="store_true", help="all cases of all operators, the same as --cases '*'")
+    add("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out, such as flex")
+    add("--batch", type=_count, metavar="N", help="images (4; on a GPU 128)")
+    add("--dtype", nargs="+", choices=DTYPES, metavar="TYPE", help=f"of {', '.join(DTYPES)} (fp32; on a GPU fp16)")
+    add(
+        "--backward",
+        action=argparse.BooleanOptionalAction,
+        help="also time forward and backward together (off, but for the target cases)",
+    )
+    add("--threads", type=_count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
+    add("--seconds", type=_positive, default=5.0, metavar="S", help="to time each table for, after the checks (5)")
+    add("--bandwidth", type=_positive, metavar="GB/s", help="of the memory, for the roofline (known for some GPUs)")
+    add("--peak", type=_positive, metavar="TFLOP/s", help="of the processor, likewise")
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured, after each table")
+    add("--picture", type=Path, metavar="FILE", help="draw times relative to ours, as .png, .svg or .pdf")
+
+    add = command("simulate", SIMULATE, SIMULATE_EXAMPLES, _simulate).add_argument
+    add("--size", type=_pair, required=True, metavar="HxW", help="of the map, such as 56x56")
+    add("--kernel", type=_pair, required=True, metavar="K", help="kernel size: 7, or 7x5 for rows x columns")
+    add("--dilation", type=_pair, default=(1, 1), metavar="D", help="likewise (1)")
+    add("--stride", type=_pair, default=(1, 1), metavar="S", help="likewise (1)")
+    add("--causal", action="store_true", help="tokens see only places up to their own, along both axes")
+    add("--heads", type=_count, default=1, metavar="N", help="(1)")
+    add("--head-dim", type=_count, default=32, metavar="D", help="(32)")
+    add("--batch", type=_count, default=1, metavar="N", help="images (1)")
+    add("--gpu", nargs="+", metavar="NAME", help="of the GPUs known (all)")
+    add("--json", type=Path, metavar="FILE", help="write the figures")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 1 or more")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a number above 0")
+    return number
+
+
+def _pair(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    sizes = tuple(int(part or found[1]) for part in found.groups()) if found else (0, 0)
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give rows x columns such as 56x40, or one number for both")
+    return sizes
+
+
+def _kernels(options: argparse.Namespace) -> None:
+    _check_file(options.picture, (".png", ".svg", ".pdf"), options)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which counts memory, talks on stderr
+    import torch
+    from rich.console import Console
+
+    from zoo.tools import benchmark_kernels
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        _fail(options, "Got --device cuda, and PyTorch sees no GPU here; use --device cpu.", 1)
+    chosen = _chosen_cases(options, {name: list(op.cases) for name, op in benchmark_kernels.OPERATORS.items()})
+    _check_contenders(options, benchmark_kernels.OPERATORS)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # float32 means float32, for the others too
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    on_gpu = options.device == "cuda"
+    batch = options.batch or (128 if on_gpu else 4)
+    dtypes = options.dtype or (["fp16"] if on_gpu else ["fp32"])
+    backward = options.backward if options.backward is not None else _only_targets(options)
+    machine = benchmark_kernels.machine(options.device)
+    peaks = _peaks(options, machine["gpu"])
+    console = _console()
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    console.print(f"{where}; torch {machine['torch']}, triton {machine['triton']}; batch {batch}", highlight=False)
+
+    tables = [
+        (name, case, dtype, b) for name, case in chosen for dtype in dtypes for b in (False, True)[: 1 + backward]
+    ]
+    results: list[Result] = []
+    absent: dict[tuple[str, str], int] = {}
+    errors = Console(stderr=True)
+    try:
+        for number, (name, case, dtype, with_backward) in enumerate(tables, 1):
+            label = f"[{number}/{len(tables)}] {_label(name, case, dtype, with_backward)}"
+            with _progress(errors, label) as say:
+                result = benchmark_kernels.measure(
+                    name,
+                    case,
+                    batch=batch,
+                    dtype=dtype,
+                    device=options.device,
+                    backward=with_backward,
+                    seconds=options.seconds,
+                    leave_out=tuple(options.without),
+                    say=say,
+                )
+            results.append(result)
+            for row in result.rows:
+                if row.status == "not run":
+                    absent[row.name, row.reason] = absent.get((row.name, row.reason), 0) + 1
+            _print_result(console, result, peaks, on_gpu)
+            if options.json:
+                _write_json(options.json, {"machine": machine, "results": [_as_json(r, peaks) for r in results]})
+    finally:
+        if options.picture and any(row.ratios for result in results for row in result.rows):
+            _draw(options.picture, results, where)
+    for (contender, reason), count in absent.items():
+        console.print(f"[dim]not run: {contender}: {reason} ({count} of {len(tables)} tables)[/]", highlight=False)
+    for path in filter(None, (options.json, options.picture)):
+        console.print(f"written: {path}", highlight=False)
+    _judge(options, results)
+
+
+def _check_file(path: Path | None, endings: tuple[str, ...], options: argparse.Namespace) -> None:
+    if path is not None and path.suffix not in endings:
+        _fail(options, f"Got a picture {str(path)!r}; its name has to end in {', '.join(endings)}.", 2)
+
+
+def _only_targets(options: argparse.Namespace) -> bool:
+    return not (options.all or options.cases or options.operators)
+
+
+def _chosen_cases(options: argparse.Namespace, known: dict[str, list[str]]) -> list[tuple[str, str]]:
+    if options.cases and options.all:
+        _fail(options, "Got --cases and --all; give one of them.", 2)
+    operators = options.operators or OPERATORS
+    pairs = [(name, case) for name in dict.fromkeys(operators) for case in known[name]]
+    pattern = options.cases or ("target-*" if _only_targets(options) else "*")
+    chosen = [(name, case) for name, case in pairs if fnmatch(case, pattern) or fnmatch(f"{name}/{case}", pattern)]
+    if not chosen:
+        names = list(dict.fromkeys(f"{name}/{case}" if "/" in pattern else case for name, case in pairs))
+        near = difflib.get_close_matches(pattern.strip("*"), names, n=4, cutoff=0.3)
+        hint = f"near it are {', '.join(near)}" if near else f"there are {', '.join(names[:4])} and others"
+        where = f" of {', '.join(options.operators)}" if options.operators else ""
+        _fail(options, f"Got --cases {pattern!r}, which no case{where} matches; {hint}.", 2)
+    return chosen
+
+
+def _check_contenders(options: argparse.Namespace, operators: dict[str, Any]) -> None:
+    names = list(dict.fromkeys(c.name for operator in operators.values() for c in operator.contenders))
+    # flex stands for both of its forms
+    options.without = [n for n in names for given in options.without if n == given or n.startswith(f"{given},")] + [
+        given for given in options.without if not any(n == given or n.startswith(f"{given},") for n in names)
+    ]
+    for name in options.without:
+        if name not in names:
+            _fail(options, f"Got --without {name!r}; there are {', '.join(repr(n) for n in names)}.", 2)
+
+
+def _peaks(options: argparse.Namespace, gpu: str | None) -> tuple[float, float] | None:
+    """Bytes and operations a second at most, as given or as known of the GPU."""
+    from zoo.kernels.cost_model import GPUS
+
+    # "NVIDIA H100 80GB HBM3" is an H100
+    known = next((spec for name, spec in GPUS.items() if name in (gpu or "").replace("-", " ").split()), None)
+    bandwidth = options.bandwidth * 1e9 if options.bandwidth else known and known.bandwidth
+    flops = options.peak * 1e12 if options.peak else known and known.flops
+    return (bandwidth, flops) if bandwidth and flops else None
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+@contextmanager
+def _progress(console: Console, label: str) -> Iterator[Callable[[str], None]]:
+    """Says on stderr what is under way: in a line that changes, or in a log once."""
+    if console.is_terminal:
+        with console.status(label) as status:
+            yield lambda text: status.update(f"{label}: {text}")
+    else:
+        print(label, file=sys.stderr, flush=True)
+        yield lambda text: None
+
+
+def _label(operator: str, case: str, dtype: str, backward: bool) -> str:
+    return f"{operator}/{case}, {dtype}, {'forward and backward' if backward else 'forward'}"
+
+
+def _least_time(result: Result, peaks: tuple[float, float] | None) -> float | None:
+    return max(result.min_bytes / peaks[0], result.flops / peaks[1]) if peaks else None
+
+
+def _print_result(console: Console, result: Result, peaks: tuple[float, float] | None, on_gpu: bool) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from zoo.tools.benchmark_kernels import spread
+
+    title = _label(result.operator, result.case, result.dtype, result.backward)
+    work = f"at least {result.min_bytes / 2**20:.1f} MiB moved, {result.flops / 1e9:.3g} GFLOP wanted"
+    table = Table()
+    rate, unit = (1e12, "TFLOP/s") if on_gpu else (1e9, "GFLOP/s")
+    least = _least_time(result, peaks)
+    for column in ("", "ms", "x ours", "peak MiB", "GB/s", unit, "error", *(["of roofline"] if least else [])):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    timed = sorted((row for row in result.rows if row.times), key=lambda row: spread(row.times)[0])
+    for row in timed:
+        median, low, high = spread(row.times)
+        ratio = "{:.2f} ({:.2f}-{:.2f})".format(*spread(row.ratios)) if row.ratios else ""
+        cells = [
+            f"{row.name}{' (ours)' if row.name == result.ours else ''}",
+            f"{_digits(median * 1e3)} ({_digits(low * 1e3)}-{_digits(high * 1e3)})",
+            ratio,
+            f"{row.peak_bytes / 2**20:.1f}",
+            f"{result.min_bytes / median / 1e9:.3g}",
+            f"{result.flops / median / rate:.3g}",
+            f"{row.error:.0e}",
+            *([f"{least / median:.0%}"] if least else []),
+        ]
+        table.add_row(*cells, style="bold" if row.name == result.ours else None)
+    console.print(f"{title}: {work}", style="bold", highlight=False)
+    console.print(table)
+    for row in result.rows:
+        if row.status in ("wrong", "failed"):
+            console.print(Text(f"not timed: {row.name} {row.status}: {row.reason}", style="red"))
+    console.print()
+
+
+def _digits(number: float) -> str:
+    """Three of them."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _as_json(result: Result, peaks: tuple[float, float] | None) -> dict[str, Any]:
+    from zoo.tools.benchmark_kernels import spread
+
+    least = _least_time(result, peaks)
+
+    def row_as_json(row: Row) -> dict[str, Any]:
+        error = row.error if row.error is not None and math.isfinite(row.error) else None
+        entry: dict[str, Any] = {"name": row.name, "status": row.status, "reason": row.reason, "error": error}
+        if row.times:
+            median, low, high = spread(row.times)
+            entry |= {
+                "median_s": median,
+                "low_s": low,
+                "high_s": high,
+                "ratio": dict(zip(("median", "low", "high"), spread(row.ratios), strict=True)) if row.ratios else None,
+                "peak_bytes": row.peak_bytes,
+                "bytes_per_s": result.min_bytes / median,
+                "flops_per_s": result.flops / median,
+                "roofline_fraction": least and least / median,
+                "times_s": row.times,
+            }
+        return entry
+
+    return {
+        "operator": result.operator,
+        "case": result.case,
+        "dtype": result.dtype,
+        "backward": result.backward,
+        "batch": result.batch,
+        "min_bytes": result.min_bytes,
+        "flops": result.flops,
+        "ours": result.ours,
+        "contenders": [row_as_json(row) for row in result.rows],
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+def _judge(options: argparse.Namespace, results: list[Result]) -> None:
+    """End with an error if nothing ran, or if an implementation of ours is wrong."""
+    if not any(row.times for result in results for row in result.rows):
+        _fail(options, "Nothing could be timed; the reasons are above.", 1)
+    for result in results:
+        for row in result.rows:
+            if row.name in ("triton", "torch", "reference") and row.status in ("wrong", "failed"):
+                label = _label(result.operator, result.case, result.dtype, result.backward)
+                _fail(options, f"Our {row.name} {row.status} in {label}: {row.reason}.", 1)
+
+
+def _draw(path: Path, results: list[Result], where: str) -> None:
+    """Bars of times relative to ours, a group for each table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from zoo.tools.benchmark_kernels import spread
+
+    groups = [(result, [row for row in result.rows if row.ratios]) for result in results]
+    groups = [(result, sorted(rows, key=lambda r: spread(r.ratios)[0])) for result, rows in groups if rows]
+    names = list(dict.fromkeys(row.name for result in results for row in result.rows))
+    colors = {name: plt.get_cmap("tab20").colors[i % 20] for i, name in enumerate(names)}
+    height = sum(len(rows) + 1.5 for _, rows in groups)
+    figure, axes = plt.subplots(figsize=(11, max(2.5, 0.24 * height + 1.2)), layout="constrained")
+    top = max(spread(row.ratios)[0] for _, rows in groups for row in rows)
+    bottom = min(min(spread(row.ratios)[0] for _, rows in groups for row in rows), 1.0) / 1.5
+    limit = 3 * top  # lines longer than that are cut, or their labels would leave the picture
+    y = 0.0
+    for result, rows in groups:
+        label = _label(result.operator, result.case, result.dtype, result.backward)
+        axes.text(bottom, y - 0.1, f" {label}, batch {result.batch}", va="center", fontsize=9, weight="bold")
+        for row in rows:
+            y += 1
+            median, low, high = (min(max(ratio, bottom), limit) for ratio in spread(row.ratios))
+            axes.barh(y, median - bottom, left=bottom, height=0.85, color=colors[row.name])
+            if row.name != result.ours:
+                axes.plot([low, high], [y, y], color="black", linewidth=1)
+            ours = " (ours)" if row.name == result.ours else ""
+            text = f"  {row.name}{ours}: {median:.2f}x, {_digits(spread(row.times)[0] * 1e3)} ms"
+            axes.text(high, y, text, va="center", fontsize=8)
+        y += 1.5
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlim(bottom, 4 * limit)
+    axes.set_ylim(y - 0.8, -0.8)
+    axes.set_yticks([])
+    axes.set_xlabel("time as a multiple of ours (median; line: where eight of ten runs lie)")
+    ticks = [base * 10**power for power in range(-2, 4) for base in (1, 2, 5)]
+    axes.set_xticks([tick for tick in ticks if bottom <= tick <= 4 * limit])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_title(where, fontsize=10)
+    for side in ("left", "right", "top"):
+        axes.spines[side].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from rich.table import Table
+
+    from zoo.kernels import cost_model
+
+    gpus = options.gpu or list(cost_model.GPUS)
+    for gpu in gpus:
+        if gpu not in cost_model.GPUS:
+            _fail(options, f"Got --gpu {gpu!r}; there are {', '.join(cost_model.GPUS)}.", 2)
+    causal = (options.causal, options.causal)
+    window = (options.size, options.kernel, options.dilation)
+    rows = []
+    try:
+        for query_tile, key_tile in TILES:
+            tiles = {"query_tile": query_tile, "key_tile": key_tile, "is_causal": causal}
+            counted = cost_model.simulate(
+                *window,
+                options.stride,
+                **tiles,
+                num_heads=options.heads,
+                head_dim=options.head_dim,
+                batch=options.batch,
+            )
+            rows.append(
+                {
+                    "query_tile": query_tile,
+                    "key_tile": key_tile,
+                    "key_tiles": counted.key_tiles,
+                    "dense_key_tiles": counted.dense_key_tiles,
+                    "speedup_bound": counted.speedup_bound,
+                    "utilization": counted.utilization,
+                    "flops_issued": counted.flops_issued,
+                    "flops_wanted": counted.flops_wanted,
+                    "bytes_minimum": counted.bytes_minimum,
+                    "seconds": {gpu: cost_model.roofline_time(counted, gpu) for gpu in gpus},
+                    "recommended_stride": cost_model.recommend_stride(*window, **tiles),
+                }
+            )
+    except ValueError as error:
+        _fail(options, str(error), 2)
+
+    first, console = rows[0], _console()
+    console.print(
+        f"{_by(options.size)} map, kernel {_by(options.kernel)}, dilation {_by(options.dilation)}, "
+        f"stride {_by(options.stride)}{', causal' if options.causal else ''}; {options.heads} heads of "
+        f"{options.head_dim}, batch {options.batch}, half precision, forward\n"
+        f"At least {first['bytes_minimum'] / 1e6:.4g} MB moved, {first['flops_wanted'] / 1e9:.4g} GFLOP wanted.",
+        highlight=False,
+    )
+    table = Table()
+    for column in ("queries", "keys", "K/V tiles", "of all", "bound", "useful", "GFLOP", "stride"):
+        table.add_column(column, justify="right")
+    for gpu in gpus:
+        table.add_column(gpu, justify="right")
+    for row in rows:
+        table.add_row(
+            _by(row["query_tile"]),
+            _by(row["key_tile"]),
+            f"{row['key_tiles']:,}",
+            f"{row['dense_key_tiles']:,}",
+            f"{row['speedup_bound']:.2f}",
+            f"{row['utilization']:.0%}",
+            f"{row['flops_issued'] / 1e9:.4g}",
+            _by(row["recommended_stride"]),
+            *(f"{row['seconds'][gpu] * 1e6:.4g}" for gpu in gpus),
+        )
+    console.print(table)
+    console.print(
+        "K/V tiles: visited, and those of full attention, for one head of one image; bound: on the speed-up over full\n"
+        "attention; useful: the part of GFLOP, whole tiles, that is wanted; stride: the smallest with the fewest\n"
+        "tiles; GPUs: at least so many microseconds.",
+        style="dim",
+        highlight=False,
+    )
+    if options.json:
+        keys = ("size", "kernel", "dilation", "stride", "causal", "heads", "head_dim", "batch")
+        settings = {key: getattr(options, key) for key in keys}
+        _write_json(options.json, {"settings": settings, "tiles": rows})
+        console.print(f"written: {options.json}", highlight=False)
+
+
+def _by(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+if __name__ == "__main__":
+    main()

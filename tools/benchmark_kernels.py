@@ -1,0 +1,323 @@
+"""How `zoo-bench kernels` measures: who is right, how long it takes, how much memory it holds."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+
+from zoo.tools.benchmark_peers import OPERATORS, Arguments, CannotRunError, Contender, call_ours
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Relative root mean square error against float64 up to which a contender counts as right: rounding stays well below,
+# and whoever forgets a border or a bias is far above.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+CHECKED_IMAGES = 2
+MIN_ROUNDS, MAX_ROUNDS = 5, 500
+PER_IMAGE = ("qkv", "q", "k", "v", "routes", "key_mask", "x")
+
+
+@dataclass
+class Row:
+    """How one contender did: `times` in seconds; or why it was not timed."""
+
+    name: str
+    status: str = "timed"  # or "wrong", "failed", "not run"
+    reason: str = ""
+    error: float | None = None
+    times: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+
+@dataclass
+class Result:
+    """One case at one precision, one kind of pass."""
+
+    operator: str
+    case: str
+    dtype: str
+    backward: bool
+    batch: int
+    min_bytes: int
+    flops: int
+    ours: str | None
+    rows: list[Row]
+
+
+def measure(
+    name: str,
+    case: str,
+    *,
+    batch: int,
+    dtype: str,
+    device: str,
+    backward: bool,
+    seconds: float,
+    leave_out: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Result:
+    """Check every contender of a case against float64, then time those that are right, in turns, for `seconds`."""
+    operator = OPERATORS[name]
+    torch.compiler.reset()  # it gives up on a function that it has compiled for many sizes
+    args, kwargs = operator.cases[case](batch=batch, dtype=DTYPES[dtype], device=device, requires_grad=backward)
+    bound = inspect.signature(operator.function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    want = _Wanted(operator.function, arguments, backward)
+
+    rows, runs = [], {}
+    for contender in operator.contenders:
+        if contender.name in leave_out or (contender.only_backward and not backward):
+            continue
+        say(f"checking {contender.name}")
+        row = Row(contender.name)
+        rows.append(row)
+        try:
+            row.error = want.error(contender)
+        except CannotRunError as reason:
+            row.status, row.reason = "not run", str(reason)
+        except Exception as fault:  # whatever it is, the others go on
+            row.status, row.reason = "failed", f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]}"
+        else:
+            allowed = TOLERANCE[DTYPES[dtype]]
+            if row.error <= allowed:
+                runs[contender.name] = want.run(contender)
+            else:
+                row.status = "wrong"
+                row.reason = f"relative error {row.error:.1e} against float64, {allowed:.0e} allowed"
+        _release(device)
+
+    say("timing")
+    ours = next((name for name in ("triton", "torch") if name in runs), None)
+    if runs:
+        times = _alternately(runs, device, seconds)
+        for row in rows:
+            if row.name in runs:
+                row.times = times[row.name]
+                row.ratios = [a / b for a, b in zip(row.times, times[ours], strict=True)] if ours else []
+                row.peak_bytes = _peak_bytes(runs[row.name], device)
+    return Result(
+        operator=name,
+        case=case,
+        dtype=dtype,
+        backward=backward,
+        batch=batch,
+        min_bytes=_min_bytes(arguments, want.output, backward),
+        flops=int(want.output.numel() * operator.flops(arguments) * (1 + operator.backward_flops * backward)),
+        ours=ours,
+        rows=rows,
+    )
+
+
+class _Wanted:
+    """The right results of the last images, in float64, and runs to compare with them.
+
+    The gradient that a checked run gets is zero but for those images, so that also what is summed over images
+    (weights, bias tables) can be compared; the run itself has its full size.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], arguments: Arguments, backward: bool) -> None:
+        self.arguments, self.backward = arguments, backward
+        images = next(value for name, value in arguments.items() if name in PER_IMAGE).shape[0]
+        self.last = slice(max(0, images - CHECKED_IMAGES), None)
+        with FakeTensorMode() as mode, torch.no_grad():  # its shape without the work
+            shapes = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
+            self.output = call_ours(function, "reference", **shapes)
+        self.function = function
+        like = next(value for value in arguments.values() if isinstance(value, Tensor))
+        generator = torch.Generator(like.device).manual_seed(1)
+        self.grad = None
+        if backward:
+            size = self.output.shape
+            self.grad = torch.randn(size, generator=generator, device=like.device, dtype=torch.float32).to(like.dtype)
+        self._known: dict[bool, list[Tensor]] = {}
+
+    def error(self, contender: Contender) -> float:
+        """The largest relative root mean square error of output and gradients."""
+        grad = None
+        if self.grad is not None:
+            grad = torch.zeros_like(self.grad)
+            grad[self.last] = self.grad[self.last]
+        arguments, names = _prepared(contender, self.arguments, grad)
+        got = [out.detach() for out in _call(contender.compute, arguments, names)]
+        want = self._reference(arguments, grad)
+        errors = []
+        for name, have in zip(("out", *names), got, strict=True):
+            part = have[self.last] if name in ("out", *PER_IMAGE) else have
+            errors.append(_relative_error(part, want[name]))
+        return max(errors)
+
+    def run(self, contender: Contender) -> Callable[[], object]:
+        """What the clock sees."""
+        arguments, names = _prepared(contender, self.arguments, self.grad)
+        return partial(_call, contender.compute, arguments, names)
+
+    def _reference(self, arguments: Arguments, grad: Tensor | None) -> dict[str, Tensor]:
+        with_bias = arguments.get("bias_table") is not None
+        if with_bias not in self._known:
+            exact: Arguments = {}
+            for name, value in self.arguments.items():
+                value = None if arguments[name] is None else value
+                if isinstance(value, Tensor):
+                    value = value[self.last] if name in PER_IMAGE else value
+                    wants_grad = value.requires_grad
+                    value = value.detach().double() if value.is_floating_point() else value
+                    value = value.requires_grad_(wants_grad)
+                exact[name] = value
+            if grad is not None:
+                exact["grad"] = self.grad[self.last].double()
+            names = _differentiable(exact)
+            results = _call(partial(call_ours, self.function, "reference"), exact, names)
+            self._known[with_bias] = dict(zip(("out", *names), (x.detach() for x in results), strict=True))
+        return self._known[with_bias]
+
+
+def _prepared(contender: Contender, arguments: Arguments, grad: Tensor | None) -> tuple[Arguments, list[str]]:
+    given = arguments if grad is None else {**arguments, "grad": grad}
+    prepared = {name: contender.prepare(name, value) for name, value in given.items()}
+    return prepared, _differentiable(prepared)
+
+
+def _differentiable(arguments: Arguments) -> list[str]:
+    return [name for name, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad]
+
+
+def _call(compute: Callable[..., Tensor], arguments: Arguments, names: list[str]) -> tuple[Tensor, ...]:
+    """The output, and with a `grad` among the arguments the gradients of those named."""
+    arguments = dict(arguments)
+    grad = arguments.pop("grad", None)
+    if grad is None:
+        with torch.no_grad():
+            return (compute(**arguments),)
+    out = compute(**arguments)
+    return out, *torch.autograd.grad(out, [arguments[name] for name in names], grad)
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    difference = (got.double() - want).square().mean() / want.square().mean().clamp(min=1e-30)
+    error = difference.sqrt().item()
+    return float("inf") if math.isnan(error) else error
+
+
+def _min_bytes(arguments: Arguments, out: Tensor, backward: bool) -> int:
+    """What has to be read and written at least: each input and output once, in the backward pass the gradients too."""
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    forward = sum(x.nbytes for x in tensors) + out.nbytes
+    return forward + (forward + out.nbytes + sum(x.nbytes for x in tensors if x.requires_grad)) * backward
+
+
+def _alternately(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
+    clock = _GpuClock() if device == "cuda" else _cpu_clock
+    for run in runs.values():
+        clock(run)
+    names, times = list(runs), {name: [] for name in runs}
+    start = time.perf_counter()
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
+            break
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:  # so that nobody always follows the same one
+            times[name].append(clock(runs[name]))
+    return times
+
+
+def _cpu_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    kept = run()
+    end = time.perf_counter()
+    del kept
+    return end - start
+
+
+class _GpuClock:
+    """Times a call by events, on a cold L2 cache, with a head start that hides what Python takes to launch it."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        torch.cuda._sleep(4_000_000)
+        start.record()
+        kept = run()
+        end.record()
+        end.synchronize()
+        del kept
+        return start.elapsed_time(end) / 1e3
+
+
+def _peak_bytes(run: Callable[[], object], device: str) -> int:
+    """The most memory that a call holds at once beyond its inputs: what PyTorch's allocator gives out."""
+    _release(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = run()
+        torch.cuda.synchronize()
+        del kept
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    del kept
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def _release(device: str) -> None:
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where figures were taken: names, versions, threads."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "natten": installed("natten"),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """The median, and between what eight of ten lie."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return statistics.median(values), tenths[0], tenths[-1]
