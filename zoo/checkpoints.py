@@ -7,6 +7,7 @@ family's `checkpoint_filter_fn` is one call of `convert`, which timm makes on ev
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -18,11 +19,22 @@ import timm
 import torch
 from timm.models import resolve_pretrained_cfg
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-__all__ = ["convert", "looks_like", "manifest", "pretrained_cfgs", "remap", "settle_num_classes", "unwrap"]
+__all__ = [
+    "convert",
+    "looks_like",
+    "manifest",
+    "pretrained_cfgs",
+    "remap",
+    "resize_table",
+    "settle_num_classes",
+    "unwrap",
+]
 
-# A family's official names in ours: regular expressions with their replacements, applied in order to every key.
-KeyMap = Iterable[tuple[str, str]]
+# A family's official names in ours: regular expressions with their replacements, applied in order to every key. None
+# drops the tensor.
+KeyMap = Iterable[tuple[str, str | None]]
 
 # In timm's order of preference, so that a file and the same file passed as a dict give the same weights.
 WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
@@ -38,10 +50,8 @@ torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace")
 def manifest(family: str) -> tuple[dict[str, Any], ...]:
     """The known checkpoints of `family`, as the manifest has them, each with the facts its family shares."""
     content = json.loads(resources.files("zoo.manifest").joinpath("manifest.json").read_text(encoding="utf-8"))
-    shared = content["families"][family]
-    return tuple(
-        {**shared, **entry} for entry in content["checkpoints"] if entry["model"].startswith(family.rstrip("_") + "_")
-    )
+    shared = dict(content[family])
+    return tuple({**shared, **entry} for entry in shared.pop("checkpoints"))
 
 
 def pretrained_cfgs(family: str) -> dict[str, dict[str, Any]]:
@@ -52,12 +62,14 @@ def pretrained_cfgs(family: str) -> dict[str, dict[str, Any]]:
 def _pretrained_cfg(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "url": entry["url"],
+        "hf_hub_id": entry.get("hf_hub_id"),
         "input_size": tuple(entry["input_size"]),
         "mean": tuple(entry["mean"]),
         "std": tuple(entry["std"]),
         "crop_pct": entry["crop_pct"],
         "interpolation": entry["interpolation"],
-        "num_classes": 1000 if entry["head"] else 0,
+        "crop_mode": entry.get("crop_mode", "center"),
+        "num_classes": entry["num_classes"],
         "license": entry["licence"],
         "origin_url": entry["origin_url"],
         "paper_ids": entry["paper_ids"],
@@ -119,16 +131,30 @@ def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state_dict.items():
-        for pattern, replacement in key_map:
-            key = re.sub(pattern, replacement, key)
-        if key in renamed:
-            raise ValueError(f"Two tensors of the checkpoint are called {key} in our naming: it mixes two models.")
-        renamed[key] = value
+        name = _rename(key, key_map)
+        if name in renamed:
+            raise ValueError(f"Two tensors of the checkpoint are called {name} in our naming: it mixes two models.")
+        if name is not None:
+            renamed[name] = value
     return renamed
 
 
-def convert(checkpoint: Mapping[str, Any], model: nn.Module, key_map: KeyMap) -> dict[str, Tensor]:
+def _rename(key: str, key_map: KeyMap) -> str | None:
+    for pattern, replacement in key_map:
+        if replacement is not None:
+            key = re.sub(pattern, replacement, key)
+        elif re.search(pattern, key):
+            return None
+    return key
+
+
+def convert(
+    checkpoint: Mapping[str, Any], model: nn.Module, key_map: KeyMap, resize: str = "bicubic"
+) -> dict[str, Tensor]:
     """The state dict that `model` shall load from `checkpoint`, which has official names or ours, wrapped or not.
+
+    Relative-position tables, whose names end in "bias_table", become those of the model's windows: by interpolation as
+    `resize` says ("bicubic" or "bilinear"), from the form ((2 wh - 1)(2 ww - 1), N) too, which Swin's code has.
 
     Left to timm, which adapts them after this function: a classifier of another number of classes than the pretrained
     configuration says the weights have, and the first convolution where the number of input channels differs.
@@ -137,8 +163,12 @@ def convert(checkpoint: Mapping[str, Any], model: nn.Module, key_map: KeyMap) ->
         ValueError: the file holds no tensors, or a name twice.
         RuntimeError: a tensor is missing, unexpected or of another shape; says which model the file looks like.
     """
-    state_dict = remap(unwrap(checkpoint), key_map)
     want = model.state_dict()
+    state_dict = {
+        key: _as_table(value, want[key].shape, resize) if key.endswith("bias_table") and key in want else value
+        for key, value in remap(unwrap(checkpoint), key_map).items()
+    }
+    state_dict = _settle_output_norms(state_dict, want)
     cfg = getattr(model, "pretrained_cfg", {})
     classifier = {key for key in want.keys() | state_dict.keys() if _is_part(key, cfg.get("classifier"))}
     headless = not classifier & want.keys()
@@ -158,6 +188,38 @@ def convert(checkpoint: Mapping[str, Any], model: nn.Module, key_map: KeyMap) ->
         name = cfg.get("architecture", type(model).__name__)
         remedy = _remedy({*missing, *unexpected, *reshaped}, name, cfg, unwrap(checkpoint))
         raise RuntimeError(f"The checkpoint does not fit {name}: {faults}. {remedy}")
+    return state_dict
+
+
+def resize_table(table: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """A relative-position table (N, h, w) for windows of other sizes: (N, *size), the corners kept at half a pixel."""
+    return F.interpolate(table[None], size=size, mode=mode, align_corners=False)[0]
+
+
+def _as_table(value: Tensor, shape: torch.Size, mode: str) -> Tensor:
+    """`value` as a table of `shape` (N, h, w), if it is one at all."""
+    side = math.isqrt(value.shape[0]) if value.ndim == 2 else 0
+    if side and value.shape == (side**2, shape[0]):
+        value = value.T.reshape(shape[0], side, side)
+    if value.ndim != 3 or value.shape[0] != shape[0] or value.shape == shape:
+        return value
+    return resize_table(value, tuple(shape[1:]), mode)
+
+
+def _settle_output_norms(state_dict: dict[str, Tensor], want: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fit a file with norms of each output (dense prediction) to a model without, and the other way round.
+
+    Features before the norms do not depend on them: a model without takes the rest of such a file, whose missing final
+    norm it keeps as it is. A model with norms starts them anew where the file, a classifier's, has none.
+    """
+    ours, theirs = ({k for k in x if _is_part(k, "output_norms")} for x in (want, state_dict))
+    final = {k for k in want.keys() | state_dict.keys() if _is_part(k, "norm") or _is_part(k, "pre_logits")}
+    if theirs and not ours:
+        kept = {k: v for k, v in state_dict.items() if k not in theirs}
+        return {k: want[k] for k in final & want.keys()} | kept
+    if ours and not theirs:
+        kept = {k: v for k, v in state_dict.items() if k not in final - want.keys()}
+        return {k: want[k] for k in ours} | kept
     return state_dict
 
 

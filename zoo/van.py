@@ -16,19 +16,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from timm.layers import (
-    DropPath,
-    LayerNorm2d,
-    calculate_drop_path_rates,
-    get_device_dtype,
-    register_notrace_function,
-    trunc_normal_,
-)
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from zoo import checkpoints
+from zoo.backbone import Backbone, Stage, check_images, check_stages, create
+from zoo.kernels import large_kernel_attention
 
 __all__ = ["VAN"]
 
@@ -44,18 +38,6 @@ VARIANTS = {
     # ours, for tests and for small images on a CPU
     "test_van": {"embed_dims": (16, 32, 64, 96), "depths": (2, 2, 2, 2)},
 }
-
-
-@register_notrace_function
-def check_images(x: Tensor, in_chans: int) -> None:
-    """Raise ValueError unless `x` is (B, in_chans, H, W) with at least 32 pixels a side."""
-    # A traced graph shall not fix the sizes, and Dynamo cannot raise; eager code alone reaches the user's mistakes.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans}, height, width).")
-    if min(x.shape[2:]) < 32:
-        raise ValueError(f"Got images of {x.shape[2]} x {x.shape[3]} pixels; enlarge or pad them to 32 x 32 at least.")
 
 
 class PatchEmbed(nn.Module):
@@ -82,6 +64,7 @@ class Stem(PatchEmbed):
         return super().forward(x)
 
 
+@register_notrace_module
 class LargeKernelAttention(nn.Module):
     """x * Conv1x1(DWConv7x7, dilation 3 (DWConv5x5(x))): a 21 x 21 receptive field as a gate, without a sigmoid."""
 
@@ -93,7 +76,10 @@ class LargeKernelAttention(nn.Module):
         self.pw_conv = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.pw_conv(self.dw_dilated_conv(self.dw_conv(x)))
+        convs = self.dw_conv, self.dw_dilated_conv, self.pw_conv
+        weights = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
+        weights[4] = weights[4].flatten(1)  # the 1 x 1 convolution as a matrix
+        return large_kernel_attention(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
 
 
 class Attention(nn.Module):
@@ -160,24 +146,7 @@ class Block(nn.Module):
         return x
 
 
-class Stage(nn.Module):
-    """Patch embedding, blocks, LayerNorm over channels."""
-
-    def __init__(self, patch_embed: PatchEmbed, blocks: Sequence[Block], norm: nn.Module):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.patch_embed = patch_embed
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return self.norm(x)
-
-
-class VAN(nn.Module):
+class VAN(Backbone):
     """Visual Attention Network: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
     Features are NCHW at strides 4, 8, 16, 32 (sizes rounded up), each after its stage's LayerNorm.
@@ -216,146 +185,26 @@ class VAN(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        if not len(embed_dims) == len(depths) == len(mlp_ratios) > 0:
-            raise ValueError(
-                f"Got {len(embed_dims)} {embed_dims=}, {len(depths)} {depths=} and {len(mlp_ratios)} {mlp_ratios=}; "
-                "give each of them one value per stage."
-            )
-        if min(*embed_dims, *depths) < 1:
-            raise ValueError(f"Got {embed_dims=} and {depths=}; every stage needs at least one channel and one block.")
+        super().__init__(in_chans)
+        check_stages(embed_dims=embed_dims, depths=depths, mlp_ratios=mlp_ratios)
         dd = {"device": device, "dtype": dtype}
-        self.in_chans = in_chans
-        self.grad_checkpointing = False
-        self.feature_info = []
-
         drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = Stem(in_chans, embed_dims[0], **dd)
         stages = []
         for i, (dim, depth, mlp_ratio) in enumerate(zip(embed_dims, depths, mlp_ratios, strict=True)):
-            if i == 0:
-                patch_embed = Stem(in_chans, dim, **dd)
-            else:
-                patch_embed = PatchEmbed(embed_dims[i - 1], dim, kernel_size=3, stride=2, **dd)
             blocks = [
                 Block(dim, mlp_ratio, proj_drop_rate, next(drop_path_rates), layer_scale_init, **dd)
                 for _ in range(depth)
             ]
-            stages.append(Stage(patch_embed, blocks, LayerNorm2d(dim, eps=norm_eps, **dd)))
+            downsample = PatchEmbed(embed_dims[i - 1], dim, kernel_size=3, stride=2, **dd) if i else None
+            stages.append(Stage(blocks, downsample, LayerNorm2d(dim, eps=norm_eps, **dd), channels_last=False))
             self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
+        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate)
 
-        self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes, global_pool)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Initialise every parameter and buffer, as the official code does."""
-        self.apply(_init_weights)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """None by name: layer scales, norms and biases are vectors, which timm leaves undecayed anyway."""
-        return set()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Timm's parameter groups, for layer-wise decay: a group per block, or per stage if `coarse`."""
-        blocks = [
-            (r"^stages\.(\d+)\.patch_embed", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", (99999,)),  # timm's mark for: with the group before
-        ]
-        return {"stem": r"^stages\.0\.patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: recompute blocks in backward. Batch norm then updates its statistics twice a step."""
-        self.grad_checkpointing = enable
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The linear classifier, or an identity without one."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one (none if `num_classes` is 0), and the pooling unless it is None."""
-        if num_classes < 0:
-            raise ValueError(f"Got {num_classes=}; it must be at least 0, which means no classifier.")
-        if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"Got {global_pool=}; VAN has 'avg', or '' for no pooling.")
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        dd = get_device_dtype(self)
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head.apply(_init_weights).train(self.training)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of chosen stages, with the last one's unless `intermediates_only`.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: stages to take; the last n if an int, all if None.
-            norm: no effect; stage outputs are normalised either way.
-            stop_early: stop after the last chosen stage.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"Got {output_fmt=}; VAN has 'NCHW': permute its features instead.")
-        take, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            x = stage(x)
-            if i in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove the stages after the last of `indices`, and with any of them, or with `prune_head`, the classifier.
-
-        `prune_norm` has no effect: there is no norm outside the stages. Returns the absolute indices.
-        """
-        take, last = feature_take_indices(len(self.stages), indices)
-        shortened = last + 1 < len(self.stages)
-        self.stages = self.stages[: last + 1]
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head or shortened:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_features, ceil(H/32), ceil(W/32))."""
-        return self.stages(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, and classify unless `pre_logits`: (B, num_features, H, W) -> (B, num_classes or num_features)."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=(2, 3))
-        elif self.num_classes > 0 and not pre_logits:
-            raise ValueError(
-                f"A classifier of {self.num_classes} classes needs pooled features: use global_pool='avg', "
-                "or num_classes=0 for feature maps."
-            )
-        x = self.head_drop(x)
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+    def init_module(self, module: nn.Module) -> None:
+        """Initialise the parameters that `module` itself has."""
+        _init_weights(module)
 
 
 def _init_weights(module: nn.Module) -> None:
@@ -375,10 +224,10 @@ def _init_weights(module: nn.Module) -> None:
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
 KEY_MAP = [
-    (r"^patch_embed1\.", "stages.0.patch_embed."),
-    (r"^patch_embed2\.", "stages.1.patch_embed."),
-    (r"^patch_embed3\.", "stages.2.patch_embed."),
-    (r"^patch_embed4\.", "stages.3.patch_embed."),
+    (r"^patch_embed1\.", "stem."),
+    (r"^patch_embed2\.", "stages.1.downsample."),
+    (r"^patch_embed3\.", "stages.2.downsample."),
+    (r"^patch_embed4\.", "stages.3.downsample."),
     (r"^block1\.", "stages.0.blocks."),
     (r"^block2\.", "stages.1.blocks."),
     (r"^block3\.", "stages.2.blocks."),
@@ -403,7 +252,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
 
 
 def _cfg(**facts) -> dict:
-    return {"pool_size": (7, 7), "first_conv": "stages.0.patch_embed.proj", "classifier": "head"} | facts
+    return {"pool_size": (7, 7), "first_conv": "stem.proj", "classifier": "head"} | facts
 
 
 default_cfgs = generate_default_cfgs(
@@ -413,14 +262,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create_van(variant: str, pretrained: bool, **kwargs) -> VAN:
-    return build_model_with_cfg(
-        VAN,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **checkpoints.settle_num_classes(variant, pretrained, VARIANTS[variant] | kwargs),
-    )
+    return create(VAN, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @register_model

@@ -9,13 +9,14 @@ import pytest
 import timm
 import torch
 
+import zoo
 from zoo import checkpoints
 
-CHECKPOINTS = checkpoints.manifest("van")
+CHECKPOINTS = [entry for family in zoo.FAMILIES for entry in checkpoints.manifest(family)]
 IDS = [f"{entry['model']}.{entry['tag']}" for entry in CHECKPOINTS]
-FIELDS = {"model", "tag", "url", "dataset", "head", "licence", "origin_url", "paper_ids", "paper_name"}
+FIELDS = {"model", "tag", "url", "dataset", "num_classes", "licence", "origin_url", "paper_ids", "paper_name"}
 FIELDS |= {"input_size", "mean", "std", "crop_pct", "interpolation"}
-OPTIONAL_FIELDS = {"licence_note", "also_at", "top1", "sha256", "sha256_prefix", "note"}
+OPTIONAL_FIELDS = {"crop_mode", "licence_note", "also_at", "top1", "sha256", "sha256_prefix", "note"}
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_manifest_entries_are_unique():
 def test_manifest_entry_is_complete(entry):
     assert entry.keys() >= FIELDS
     assert entry.keys() <= FIELDS | OPTIONAL_FIELDS
-    assert all(entry[field] not in (None, "", []) for field in entry)
+    assert all(value not in (None, "", []) for value in entry.values())
     for url in (entry["url"], entry["origin_url"], *entry.get("also_at", ())):
         assert urlsplit(url).scheme == "https"
         assert urlsplit(url).netloc
@@ -68,8 +69,8 @@ def test_pretrained_cfg_has_the_facts(entry):
     assert cfg.license
     assert cfg.origin_url
     assert cfg.paper_ids
-    assert cfg.mean == cfg.std == (0.5, 0.5, 0.5)
-    assert cfg.num_classes == (1000 if entry["head"] else 0)
+    assert cfg.mean == tuple(entry["mean"])
+    assert cfg.num_classes == entry["num_classes"]
 
 
 @pytest.mark.parametrize("model", sorted({entry["model"] for entry in CHECKPOINTS}))
@@ -172,7 +173,7 @@ def test_published_backbone_gives_a_model_without_classifier(downloads):
     assert timm.create_model("van_b4", pretrained=True, **small).num_classes == 0
     assert timm.create_model("van_b4", pretrained=True, num_classes=10, **small).num_classes == 10
     backbone = timm.create_model("van_b4", pretrained=True, features_only=True, **small)
-    assert torch.equal(backbone.stages_3.norm.weight, full["stages.3.norm.weight"])
+    assert torch.equal(backbone.model.stages[3].norm.weight, full["stages.3.norm.weight"])
     downloads[url] = full  # should the file hold a classifier after all
     assert timm.create_model("van_b4", pretrained=True, **small).num_classes == 0
 

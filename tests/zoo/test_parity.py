@@ -1,0 +1,135 @@
+"""Every variant against the official implementation: key names and shapes, parameter counts, stored outputs. 60 s.
+
+`official.json.xz` holds the names and shapes of the official state dicts, and their numbers of parameters; the goldens
+what the official code makes of weights and images that are functions of names and shapes.
+"""
+
+import json
+import lzma
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import zoo
+from zoo.checkpoints import convert, remap
+
+from . import golden
+
+TOLERANCE = 1e-6  # of the output's standard deviation; another GELU or epsilon shows as 2e-5
+OFFICIAL = json.loads(lzma.decompress(Path(__file__).with_name("official.json.xz").read_bytes()))
+OURS = {name: entry for name, entry in OFFICIAL.items() if timm.is_model(name.split("_alpha")[0])}
+
+# golden -> model, official state dict, arguments of a dense-prediction backbone
+CLASSIFIERS = {"van_b0": "van_b0", "dinat_mini": "dinat_mini"}
+BACKBONES = {
+    "van_b0_seg": ("van_b0", {"norm_eps": 1e-5}),
+    "dinat_mini_det": (
+        "dinat_mini",
+        {"output_norm": True, "dilations": [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]},
+    ),
+}
+
+
+def build(name, **kwargs):
+    entry = OFFICIAL[name]
+    return timm.create_model(name.split("_alpha")[0], **entry.get("kwargs", {}), **kwargs)
+
+
+def key_map(name):
+    return getattr(zoo, timm.model_entrypoint(name.split("_alpha")[0]).__module__.removeprefix("zoo.")).KEY_MAP
+
+
+def shapes(name):
+    return {key: tuple(shape) for key, shape in OFFICIAL[name]["keys"].items()}
+
+
+def official_weights(name, record):
+    keys = {key: tuple(shape) for key, (shape, _) in record["keys"].items()} if "keys" in record else shapes(name)
+    weights = golden.weights(keys, record.get("gain", {}))
+    return {key: weight for key, weight in weights.items() if key not in record.get("kept", ())}
+
+
+def load(name, record, **kwargs):
+    overlay = {"state_dict": official_weights(name, record)}
+    return build(name, pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64, **kwargs).eval()
+
+
+def deviation(outputs, wanted):
+    return max(golden.difference(*pair) for pair in zip(outputs, wanted, strict=True))
+
+
+def inputs(record):
+    return [prefix for prefix in ("", "second_") if f"{prefix}input" in record]
+
+
+def test_every_family_is_here():
+    families = {timm.model_entrypoint(name.split("_alpha")[0]).__module__ for name in OURS}
+    assert families == {f"zoo.{family}" for family in zoo.FAMILIES}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_parameter_count_is_official(name):
+    count = sum(parameter.numel() for parameter in build(name, device="meta").parameters())
+    assert count / 1e6 == pytest.approx(OFFICIAL[name]["params_M"], abs=6e-4)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_key_map_covers_every_official_key_once(name):
+    official = {key: torch.empty(shape, device="meta") for key, shape in shapes(name).items()}
+    model = build(name, device="meta")
+    dropped = [key for key in official if not remap({key: official[key]}, key_map(name))]
+    assert all(key.endswith("relative_position_index") for key in dropped)
+    assert len(remap(official, key_map(name))) == len(official) - len(dropped)
+    converted = convert(official, model, key_map(name))
+    ours = model.state_dict()
+    assert {key: value.shape for key, value in converted.items()} == {key: value.shape for key, value in ours.items()}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_key_map_leaves_our_own_keys_alone(name):
+    ours = build(name, device="meta").state_dict()
+    assert list(remap(ours, key_map(name))) == list(ours)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier_matches_official(name):
+    record = golden.read(name)
+    model = load(CLASSIFIERS[name], record)
+    raw = {}
+    if model.stages[0].norm.__class__ is not torch.nn.Identity:  # VAN: the record is of what its stages' norms get
+        for i, stage in enumerate(model.stages):
+            stage.norm.register_forward_pre_hook(lambda _, args, i=i: raw.update({i: args[0]}))
+    for prefix in inputs(record):
+        x = golden.image(**record[f"{prefix}input"])
+        features = model.forward_intermediates(x, intermediates_only=True)
+        features = [raw.get(i, feature) for i, feature in enumerate(features)]
+        assert deviation(features, record[f"{prefix}features"]) < TOLERANCE
+        if f"{prefix}logits" in record:
+            assert golden.difference(model(x), record[f"{prefix}logits"]) < TOLERANCE
+    if "batch2_logits" in record:
+        images = golden.image(2, record["input"]["height"], record["input"]["width"])
+        assert golden.difference(model(images), record["batch2_logits"]) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKBONES)
+def test_dense_backbone_matches_official(name):
+    record = golden.read(name)
+    model, kwargs = BACKBONES[name]
+    backbone = load(model, record, features_only=True, **kwargs)
+    for prefix in inputs(record):
+        features = backbone(golden.image(**record[f"{prefix}input"]))
+        assert deviation(features, record[f"{prefix}outputs"]) < TOLERANCE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name, (_, kwargs) in BACKBONES.items() if "output_norm" in kwargs])
+def test_raw_features_of_a_dense_checkpoint_match_official(name):
+    record = golden.read(name)
+    model, kwargs = BACKBONES[name]
+    backbone = load(model, record, features_only=True, **{k: v for k, v in kwargs.items() if k != "output_norm"})
+    features = backbone(golden.image(**record["input"]))
+    assert deviation(features, record["features"]) < TOLERANCE

@@ -1,0 +1,352 @@
+"""What the families share: timm's contract around a stem, stages and a classifier, and the usual transformer block.
+
+Images and features are NCHW, as timm's users expect; between the blocks of a transformer tokens are NHWC, as the
+operators read them. A stage's output is a view of its tokens, so the permutation costs nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerScale, get_device_dtype, register_notrace_function, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import checkpoints
+
+__all__ = [
+    "Backbone",
+    "Stage",
+    "TransformerBlock",
+    "check_images",
+    "check_stages",
+    "create",
+    "crop_tokens",
+    "init_transformer",
+    "pad_tokens",
+]
+
+
+@register_notrace_function
+def check_images(x: Tensor, in_chans: int) -> None:
+    """Raise ValueError unless `x` is (B, in_chans, H, W) with at least 32 pixels a side."""
+    # A traced graph shall not fix the sizes, and Dynamo cannot raise; eager code alone reaches the user's mistakes.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans}, height, width).")
+    if min(x.shape[2:]) < 32:
+        raise ValueError(f"Got images of {x.shape[2]} x {x.shape[3]} pixels; enlarge or pad them to 32 x 32 at least.")
+
+
+def check_stages(**settings: Sequence) -> None:
+    """Raise ValueError unless all settings have one value per stage, and each stage a block and a channel.
+
+    `depths`, `dims` and `embed_dims` have to be 1 or more.
+    """
+    if len({len(values) for values in settings.values()}) != 1 or not len(next(iter(settings.values()))):
+        listed = ", ".join(f"{len(values)} {name}={values}" for name, values in settings.items())
+        raise ValueError(f"Got {listed}; give each of them one value per stage.")
+    for name in ("depths", "dims", "embed_dims"):
+        if name in settings and min(settings[name]) < 1:
+            raise ValueError(f"Got {name}={settings[name]}; every stage needs at least one channel and one block.")
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), with drop path, and with layer scale where it is given.
+
+    Args:
+        dim: channels of the tokens (B, H, W, dim).
+        attn: a module from tokens, and what else `forward` is given, to tokens.
+        mlp: a module from tokens to tokens.
+        drop_path: probability that a branch is left out of an image in training.
+        layer_scale: initial factor of both branches; none if None.
+        norm_eps: of the LayerNorms.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.attn = attn
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """(B, H, W, dim), and what else the attention takes, to (B, H, W, dim)."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *context)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class Stage(nn.Module):
+    """Downsampling, blocks, norm: (B, C, H, W) -> (B, C', H', W').
+
+    Args:
+        blocks: modules from tokens to tokens.
+        downsample: from the output of the stage before to this one's channels and size, both NCHW; none if None.
+        norm: of the stage's output, NCHW; none if None.
+        channels_last: whether the blocks work on NHWC.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        downsample: nn.Module | None = None,
+        norm: nn.Module | None = None,
+        channels_last: bool = True,
+    ):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.channels_last = channels_last
+        self.downsample = nn.Identity() if downsample is None else downsample
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        x = self.downsample(x)
+        if self.channels_last:
+            x = self.forward_blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            x = self.forward_blocks(x)
+        return self.norm(x)
+
+    def forward_blocks(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Run the blocks, with what else their attention takes."""
+        for block in self.blocks:
+            x = checkpoint(block, x, *context) if self.grad_checkpointing else block(x, *context)
+        return x
+
+
+class Backbone(nn.Module):
+    """Images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes): stem, stages, norm, head.
+
+    A family sets `stem`, `stages` (an nn.Sequential of `Stage`s), `feature_info` and, where it has them, `norm` (of
+    the last stage's output, NCHW) and `pre_logits` (between pooling and classifier); then it calls `finish`. Features
+    are the stages' outputs, NCHW, before `norm`.
+    """
+
+    def __init__(self, in_chans: int):
+        super().__init__()
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+        self.feature_info: list[dict] = []
+
+    def finish(
+        self,
+        num_features: int,
+        num_classes: int,
+        global_pool: str,
+        drop_rate: float,
+        norm: nn.Module | None = None,
+        pre_logits: nn.Module | None = None,
+        output_norms: Sequence[nn.Module] | None = None,
+    ) -> None:
+        """What follows the stages; then initialise everything.
+
+        Args:
+            num_features: channels of the last stage.
+            num_classes, global_pool, drop_rate: of the head.
+            norm: of the last stage's output; not where there are `output_norms`.
+            pre_logits: between pooling and classifier.
+            output_norms: of each stage's output in `forward_intermediates`, for dense prediction; none if None.
+        """
+        if output_norms is not None and num_classes > 0:
+            raise ValueError(
+                f"Got output_norm=True with {num_classes} classes; norms of each output are for features_only=True or "
+                "num_classes=0."
+            )
+        self.num_features = self.head_hidden_size = num_features
+        self.norm = nn.Identity() if norm is None or output_norms is not None else norm
+        self.output_norms = None if output_norms is None else nn.ModuleList(output_norms)
+        self.pre_logits = nn.Identity() if pre_logits is None else pre_logits
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def init_module(self, module: nn.Module) -> None:
+        """Initialise the parameters that `module` itself has."""
+        init_transformer(module)
+
+    def init_weights(self) -> None:
+        """Initialise every parameter and buffer, as the official code does."""
+        self.apply(self.init_module)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """None by name; timm leaves vectors (norms, biases, layer scales) undecayed anyway."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Timm's parameter groups, for layer-wise decay: a group per block, or per stage if `coarse`."""
+        blocks = [
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),  # timm's mark for: with the group before
+            (r"^stages\.(\d+)\.", (0,)),
+        ]
+        last = (r"^(?:norm|output_norms)\.", (99999,))
+        return {"stem": r"^stem\.", "blocks": [(r"^stages\.(\d+)", None), last] if coarse else [*blocks, last]}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory: recompute blocks in backward. Batch norm then updates its statistics twice a step."""
+        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear classifier, or an identity without one."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one (none if `num_classes` is 0), and the pooling unless it is None."""
+        if num_classes < 0:
+            raise ValueError(f"Got {num_classes=}; it must be at least 0, which means no classifier.")
+        if global_pool is not None:
+            if global_pool not in ("avg", ""):
+                raise ValueError(f"Got {global_pool=}; it has to be 'avg', or '' for no pooling.")
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head.apply(self.init_module).train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of chosen stages, with those of `forward_features` unless `intermediates_only`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: stages to take; the last n if an int, all if None.
+            norm: apply the norm that follows the last stage to its features.
+            stop_early: stop after the last chosen stage.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"Got {output_fmt=}; the models here have 'NCHW': permute their features instead.")
+        take, last = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        final = len(self.stages) - 1
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
+            x = stage(x)
+            if i in take:
+                if self.output_norms is not None:
+                    intermediates.append(self.output_norms[i](x))
+                else:
+                    intermediates.append(self.norm(x) if norm and i == final else x)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if last == final or not stop_early else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the stages after the last of `indices`; with any of them, or as asked, the last norm and the head.
+
+        Returns the absolute indices.
+        """
+        take, last = feature_take_indices(len(self.stages), indices)
+        shortened = last + 1 < len(self.stages)
+        self.stages = self.stages[: last + 1]
+        if self.output_norms is not None:
+            self.output_norms = self.output_norms[: last + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if prune_head or shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.pre_logits = nn.Identity()
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_features, H', W'), normalised."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool, and classify unless `pre_logits`: (B, num_features, H, W) -> (B, num_classes or head_hidden_size)."""
+        if self.global_pool == "avg":
+            x = self.pre_logits(x.mean(dim=(2, 3)))
+        elif self.num_classes > 0 and not pre_logits:
+            raise ValueError(
+                f"A classifier of {self.num_classes} classes needs pooled features: use global_pool='avg', "
+                "or num_classes=0 for feature maps."
+            )
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def create(
+    model_cls: type[Backbone], variant: str, settings: dict[str, Any], pretrained: bool, filter_fn: Callable, **kwargs
+) -> Backbone:
+    """A registered model, by timm: `settings` of the variant, `kwargs` of the call, `filter_fn` for checkpoints."""
+    return build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_filter_fn=filter_fn,
+        feature_cfg={
+            "out_indices": tuple(range(len(settings["depths"]))),
+            "feature_cls": "getter",
+            "flatten_sequential": True,
+        },
+        **checkpoints.settle_num_classes(variant, pretrained, settings | kwargs),
+    )
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Linear layers: truncated normal of 0.02 and no bias; everything else as its `reset_parameters` has it."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def pad_tokens(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, H, W, C) with zeros at the bottom and the right, to (B, height, width, C)."""
+    bottom, right = height - x.shape[1], width - x.shape[2]
+    # Sizes that are still open in torch.export are padded by what they turn out to need, be it nothing.
+    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
+        return x
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+
+def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of tokens (B, H, W, C): (B, height, width, C)."""
+    if isinstance(height, int) and isinstance(width, int):
+        return x[:, :height, :width]
+    # A slice would have torch.export prove that it is within the map; an index need not be proved.
+    rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+    return x.index_select(1, rows).index_select(2, columns)

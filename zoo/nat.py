@@ -1,0 +1,492 @@
+"""NAT and DiNAT: (Dilated) Neighborhood Attention Transformers (Hassani et al., CVPR 2023; Hassani and Shi, 2022).
+
+https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001. Every token attends to the kernel_size x kernel_size
+tokens around it; in DiNAT every second block spreads them over the map by a dilation. DiNAT_s has Swin's layout, the
+isotropic models ViT's, and ViT-rpb is their counterpart with attention to all tokens.
+
+Official code, MIT: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer. Written from the papers and the
+facts of that code; the tests compare outputs. What differs:
+- The downsampling that ends an official level begins the next stage here, so that a stage's output is its feature.
+- ViT-rpb takes any size: its table is resized (bicubic) for maps other than 14 x 14.
+- Dense prediction has other dilations and the same weights: `dilations=[[1, 28, 1], [1, 7, 1, 14], ...]`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import checkpoints
+from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
+from zoo.kernels import neighborhood_attention, window_attention
+
+__all__ = ["NAT"]
+
+
+def _nat(embed_dim: int, depths: tuple[int, ...], heads: int, mlp_ratio: int, **settings) -> dict:
+    return {
+        "embed_dims": tuple(embed_dim * 2**i for i in range(4)),
+        "depths": depths,
+        "num_heads": tuple(heads * 2**i for i in range(4)),
+        "mlp_ratio": mlp_ratio,
+        **settings,
+    }
+
+
+def _isotropic(dim: int, **settings) -> dict:
+    return {
+        "embed_dims": (dim,) * 4,
+        "depths": (3,) * 4,
+        "num_heads": (dim // 32,) * 4,
+        "mlp_ratio": 4,
+        "layout": "isotropic",
+        **settings,
+    }
+
+
+# Tables of the papers: NAT 1, DiNAT 2 and 3 (DiNAT_s), the isotropic models of DiNAT's appendix.
+DILATED, DILATED_384 = {"dilations": (8, 4, 2, 1)}, {"dilations": (13, 6, 3, 1)}
+SWIN = {"layout": "swin", **DILATED}
+VARIANTS = {
+    "nat_mini": _nat(64, (3, 4, 6, 5), 2, 3),
+    "nat_tiny": _nat(64, (3, 4, 18, 5), 2, 3),
+    "nat_small": _nat(96, (3, 4, 18, 5), 3, 2, layer_scale=1e-5),
+    "nat_base": _nat(128, (3, 4, 18, 5), 4, 2, layer_scale=1e-5),
+    "dinat_mini": _nat(64, (3, 4, 6, 5), 2, 3, **DILATED),
+    "dinat_tiny": _nat(64, (3, 4, 18, 5), 2, 3, **DILATED),
+    "dinat_small": _nat(96, (3, 4, 18, 5), 3, 2, **DILATED),
+    "dinat_base": _nat(128, (3, 4, 18, 5), 4, 2, layer_scale=1e-5, **DILATED),
+    "dinat_large": _nat(192, (3, 4, 18, 5), 6, 2, **DILATED),
+    "dinat_large_384": _nat(192, (3, 4, 18, 5), 6, 2, **DILATED_384),
+    "dinat_large_384_11x11": _nat(192, (3, 4, 18, 5), 6, 2, kernel_size=11, **DILATED),
+    "dinat_s_tiny": _nat(96, (2, 2, 6, 2), 3, 4, **SWIN),
+    "dinat_s_small": _nat(96, (2, 2, 18, 2), 3, 4, **SWIN),
+    "dinat_s_base": _nat(128, (2, 2, 18, 2), 4, 4, **SWIN),
+    "dinat_s_large": _nat(192, (2, 2, 18, 2), 6, 4, **SWIN),
+    "dinat_s_large_384": _nat(192, (2, 2, 18, 2), 6, 4, **SWIN | DILATED_384),
+    "nat_isotropic_small": _isotropic(384),
+    "nat_isotropic_base": _isotropic(768),
+    # Stages of three blocks: the second and fourth begin with a dilated one.
+    "dinat_isotropic_small": _isotropic(384, dilations=((1, 2, 1), (2, 1, 2), (1, 2, 1), (2, 1, 2))),
+    "dinat_isotropic_base": _isotropic(768, dilations=((1, 2, 1), (2, 1, 2), (1, 2, 1), (2, 1, 2))),
+    "vitrpb_small": _isotropic(384, kernel_size=None),
+    "vitrpb_base": _isotropic(768, kernel_size=None),
+    # ours, for tests and for small images on a CPU
+    "test_nat": _nat(16, (2, 2, 2, 2), 1, 2, kernel_size=3),
+    "test_dinat": _nat(16, (2, 2, 2, 2), 1, 2, kernel_size=3, dilations=(4, 2, 1, 1)),
+}
+
+
+@register_notrace_module
+class NeighborhoodAttention(nn.Module):
+    """Neighborhood attention on tokens (B, H, W, dim), between linear layers.
+
+    Maps smaller than kernel_size * dilation are padded with zeros at the bottom and the right. The padding takes part
+    as keys and values, those of the qkv layer's bias, as in the official code.
+    """
+
+    def __init__(self, dim: int, num_heads: int, kernel_size: int, dilation: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.dilation = dilation
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def reset_parameters(self) -> None:
+        """Initialise the table."""
+        trunc_normal_(self.bias_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        _, height, width, _ = x.shape
+        span = self.kernel_size * self.dilation
+        x = pad_tokens(x, torch.sym_max(height, span), torch.sym_max(width, span))
+        x = neighborhood_attention(
+            self.qkv(x),
+            num_heads=self.num_heads,
+            kernel_size=self.kernel_size,
+            dilation=self.dilation,
+            bias_table=self.bias_table,
+        )
+        return self.proj(crop_tokens(x, height, width))
+
+
+@register_notrace_module
+class GlobalAttention(nn.Module):
+    """Attention of all tokens (B, H, W, dim) to all, with a relative-position table for a map of `size` x `size`."""
+
+    def __init__(self, dim: int, num_heads: int, size: int = 14, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * size - 1, 2 * size - 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def reset_parameters(self) -> None:
+        """Initialise the table."""
+        trunc_normal_(self.bias_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        size = tuple(x.shape[1:3])
+        x = window_attention(
+            self.qkv(x),
+            num_heads=self.num_heads,
+            window_size=size,
+            bias_table=checkpoints.resize_table(self.bias_table, tuple(2 * side - 1 for side in size)),
+            bias_sign="key_minus_query",
+        )
+        return self.proj(x)
+
+
+class ConvStem(nn.Module):
+    """Two 3 x 3 convolutions with stride 2, LayerNorm: (B, C, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4))."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1.in_channels)
+        return self.norm(self.conv2(self.conv1(x)))
+
+
+@register_notrace_module
+class PatchStem(nn.Module):
+    """Patches of `size` x `size` pixels, LayerNorm; the image is padded with zeros at the bottom and the right."""
+
+    def __init__(self, in_chans: int, dim: int, size: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.size = size
+        self.proj = nn.Conv2d(in_chans, dim, size, size, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.proj.in_channels)
+        x = F.pad(x, (0, -x.shape[3] % self.size, 0, -x.shape[2] % self.size))
+        return self.norm(self.proj(x))
+
+
+class ConvDownsample(nn.Module):
+    """3 x 3 convolution with stride 2, LayerNorm: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.reduction = nn.Conv2d(in_dim, dim, 3, 2, 1, bias=False, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.reduction(x))
+
+
+@register_notrace_module
+class PatchMerging(nn.Module):
+    """Swin's: 2 x 2 patches side by side, LayerNorm, Linear. Odd sides are padded with zeros."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(4 * in_dim, **dd)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = pad_tokens(x, x.shape[1] + x.shape[1] % 2, x.shape[2] + x.shape[2] % 2)
+        patches = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(patches, dim=-1))).permute(0, 3, 1, 2)
+
+
+def block_dilations(dilations: int | Sequence[int], depth: int) -> list[int]:
+    """The dilation of each block of a stage: d for every second one, or a pattern that repeats."""
+    pattern = (1, dilations) if isinstance(dilations, int) else tuple(dilations)
+    if (not isinstance(dilations, int) and not 0 < len(pattern) <= depth) or min(pattern) < 1:
+        raise ValueError(
+            f"Got {dilations=} for a stage of {depth} blocks; give the dilation of every second block, or a pattern "
+            f"of 1 to {depth} dilations."
+        )
+    return [pattern[i % len(pattern)] for i in range(depth)]
+
+
+class NAT(Backbone):
+    """(Dilated) Neighborhood Attention Transformer: images (B, in_chans, H, W) to logits (B, num_classes).
+
+    Features are NCHW at strides 4, 8, 16, 32 (all of them 16 in an isotropic model), sizes rounded up.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the linear classifier; 0 for none.
+        global_pool: "avg", or "" for none.
+        embed_dims, depths, num_heads: channels, blocks and heads of each stage.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        kernel_size: neighbours of a token along an axis; None for attention to all.
+        dilations: for each stage the dilation of every second block, or those of its blocks, a pattern that repeats.
+        layout: "nat", convolutional stem and downsampling; "swin", patches of 4 pixels and patch merging; "isotropic",
+            patches of 16 pixels, without downsampling.
+        layer_scale: initial factor of the residual branches; none if None.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument, or the shape of the images, is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratio: float = 3,
+        kernel_size: int | None = 7,
+        dilations: Sequence[int | Sequence[int]] | None = None,
+        layout: str = "nat",
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_norm: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_chans)
+        dilations = (1,) * len(depths) if dilations is None else dilations
+        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, dilations=dilations)
+        if layout not in ("nat", "swin", "isotropic"):
+            raise ValueError(f"Got {layout=}; it has to be 'nat', 'swin' or 'isotropic'.")
+        dd = {"device": device, "dtype": dtype}
+        stride = 16 if layout == "isotropic" else 4
+        downsample_cls = {"nat": ConvDownsample, "swin": PatchMerging}.get(layout)
+        self.stem = (
+            ConvStem(in_chans, embed_dims[0], **dd)
+            if layout == "nat"
+            else PatchStem(in_chans, embed_dims[0], stride, **dd)
+        )
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+            blocks = []
+            for dilation in block_dilations(dilations[i], depth):
+                if kernel_size is None:
+                    attn = GlobalAttention(dim, heads, **dd)
+                else:
+                    attn = NeighborhoodAttention(dim, heads, kernel_size, dilation, **dd)
+                mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd)
+                blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), layer_scale, **dd))
+            downsample = downsample_cls(embed_dims[i - 1], dim, **dd) if downsample_cls and i else None
+            stages.append(Stage(blocks, downsample))
+            reduction = stride if layout == "isotropic" else stride * 2**i
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
+        output_norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in embed_dims] if output_norm else None
+        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+
+
+# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+KEY_MAP = [
+    (r"\.relative_position_index$", None),  # ViT-rpb: a constant, which window attention knows
+    (r"^levels\.", "layers."),  # DiNAT_s's word for NAT's
+    (r"^layers\.0\.downsample\.", "stages.1.downsample."),
+    (r"^layers\.1\.downsample\.", "stages.2.downsample."),
+    (r"^layers\.2\.downsample\.", "stages.3.downsample."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    # the isotropic models: twelve layers, here in four stages of three
+    *((rf"^layers\.{i}\.", f"stages.{i // 3}.blocks.{i % 3}.") for i in range(12)),
+    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
+    (r"^patch_embed\.proj\.1\.", "stem.conv2."),
+    (r"^patch_embed\.", "stem."),
+    (r"^norm([0-3])\.", r"output_norms.\1."),  # of the detection and segmentation backbones
+    (r"\.attn\.rpb$", ".attn.bias_table"),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    return checkpoints.convert(state_dict, model, KEY_MAP)
+
+
+def _cfg(model: str, **facts) -> dict:
+    layout = VARIANTS[model].get("layout")
+    size = facts["input_size"][1]
+    side = -(-size // (16 if layout == "isotropic" else 32))
+    first_conv = "stem.proj" if layout else "stem.conv1"
+    return {"pool_size": (side, side), "first_conv": first_conv, "classifier": "head"} | facts
+
+
+_small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+default_cfgs = generate_default_cfgs(
+    {
+        name: _cfg(name.split(".")[0], **facts)
+        for name, facts in {
+            **checkpoints.pretrained_cfgs("nat"),
+            "test_nat": _small,
+            "test_dinat": _small,
+        }.items()
+    }
+)
+
+
+def _create_nat(variant: str, pretrained: bool, **kwargs) -> NAT:
+    return create(NAT, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def nat_mini(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Mini (20.0 M parameters)."""
+    return _create_nat("nat_mini", pretrained, **kwargs)
+
+
+@register_model
+def nat_tiny(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Tiny (27.9 M)."""
+    return _create_nat("nat_tiny", pretrained, **kwargs)
+
+
+@register_model
+def nat_small(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Small (50.7 M)."""
+    return _create_nat("nat_small", pretrained, **kwargs)
+
+
+@register_model
+def nat_base(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT-Base (89.8 M)."""
+    return _create_nat("nat_base", pretrained, **kwargs)
+
+
+@register_model
+def dinat_mini(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT-Mini (20.0 M)."""
+    return _create_nat("dinat_mini", pretrained, **kwargs)
+
+
+@register_model
+def dinat_tiny(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT-Tiny (27.9 M)."""
+    return _create_nat("dinat_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dinat_small(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT-Small (50.7 M)."""
+    return _create_nat("dinat_small", pretrained, **kwargs)
+
+
+@register_model
+def dinat_base(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT-Base (89.8 M)."""
+    return _create_nat("dinat_base", pretrained, **kwargs)
+
+
+@register_model
+def dinat_large(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT-Large (200.9 M)."""
+    return _create_nat("dinat_large", pretrained, **kwargs)
+
+
+@register_model
+def dinat_large_384(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT-Large with the dilations for 384 pixels (200.9 M)."""
+    return _create_nat("dinat_large_384", pretrained, **kwargs)
+
+
+@register_model
+def dinat_large_384_11x11(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT-Large with 11 x 11 neighbours, for 384 pixels (201.1 M)."""
+    return _create_nat("dinat_large_384_11x11", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_tiny(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT_s-Tiny, in Swin's layout (28.3 M)."""
+    return _create_nat("dinat_s_tiny", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_small(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT_s-Small (49.6 M)."""
+    return _create_nat("dinat_s_small", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_base(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT_s-Base (87.8 M)."""
+    return _create_nat("dinat_s_base", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_large(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT_s-Large (196.5 M)."""
+    return _create_nat("dinat_s_large", pretrained, **kwargs)
+
+
+@register_model
+def dinat_s_large_384(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT_s-Large with the dilations for 384 pixels (196.5 M)."""
+    return _create_nat("dinat_s_large_384", pretrained, **kwargs)
+
+
+@register_model
+def nat_isotropic_small(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT in ViT-Small's layout (22.0 M)."""
+    return _create_nat("nat_isotropic_small", pretrained, **kwargs)
+
+
+@register_model
+def nat_isotropic_base(pretrained: bool = False, **kwargs) -> NAT:
+    """NAT in ViT-Base's layout (86.5 M)."""
+    return _create_nat("nat_isotropic_base", pretrained, **kwargs)
+
+
+@register_model
+def dinat_isotropic_small(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT in ViT-Small's layout (22.0 M)."""
+    return _create_nat("dinat_isotropic_small", pretrained, **kwargs)
+
+
+@register_model
+def dinat_isotropic_base(pretrained: bool = False, **kwargs) -> NAT:
+    """DiNAT in ViT-Base's layout (86.5 M)."""
+    return _create_nat("dinat_isotropic_base", pretrained, **kwargs)
+
+
+@register_model
+def vitrpb_small(pretrained: bool = False, **kwargs) -> NAT:
+    """ViT-Small with relative positions, the isotropic models' counterpart (22.1 M)."""
+    return _create_nat("vitrpb_small", pretrained, **kwargs)
+
+
+@register_model
+def vitrpb_base(pretrained: bool = False, **kwargs) -> NAT:
+    """ViT-Base with relative positions (86.6 M)."""
+    return _create_nat("vitrpb_base", pretrained, **kwargs)
+
+
+@register_model
+def test_nat(pretrained: bool = False, **kwargs) -> NAT:
+    """A NAT of PARAM parameters, for tests and small images."""
+    return _create_nat("test_nat", pretrained, **kwargs)
+
+
+@register_model
+def test_dinat(pretrained: bool = False, **kwargs) -> NAT:
+    """A DiNAT of PARAM parameters, for tests and small images."""
+    return _create_nat("test_dinat", pretrained, **kwargs)
