@@ -11,7 +11,7 @@ from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
 
-FAMILIES = ("nat", "van")
+FAMILIES = ("biformer", "cswin", "gc_vit", "litv2", "maxvit", "nat", "van")
 
 
 def _register(_: ModuleType) -> None:

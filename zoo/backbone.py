@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, get_device_dtype, register_notrace_function, trunc_normal_
+from timm.layers import DropPath, LayerScale, get_device_dtype, register_notrace_function, trunc_normal_, use_fused_attn
 from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ __all__ = [
     "Backbone",
     "Stage",
     "TransformerBlock",
+    "attend",
     "check_images",
     "check_stages",
     "create",
@@ -350,3 +351,16 @@ def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
     # A slice would have torch.export prove that it is within the map; an index need not be proved.
     rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
     return x.index_select(1, rows).index_select(2, columns)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of all queries (B, N, T, D) to all keys and values (B, N, K, D): (B, T, N D).
+
+    `scale` of the logits is D ** -0.5 if None.
+    """
+    if use_fused_attn():
+        x = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    else:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        x = (scale * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+    return x.transpose(1, 2).flatten(2)

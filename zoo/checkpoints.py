@@ -82,18 +82,21 @@ def _pretrained_cfg(entry: Mapping[str, Any]) -> dict[str, Any]:
 def settle_num_classes(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
     """`kwargs` of `build_model_with_cfg`, with the number of classes that the weights to be loaded really have.
 
-    A published file without a classifier is configured with 0 classes, and `pretrained=True` then gives a model
-    without one. That shall not reach a model which starts from nothing or from the caller's own file: it has 1000
-    classes like every other, unless the call says otherwise. A feature extractor never has a classifier.
+    A published file without a classifier is configured with 0 classes, one of ImageNet-22k with its own, and
+    `pretrained=True` then gives a model like it. That shall not reach a model which starts from nothing or from the
+    caller's own file: it has 1000 classes like every other, unless the call says otherwise. A feature extractor never
+    has a classifier.
     """
     kwargs = dict(kwargs)
     if kwargs.get("features_only"):
         kwargs["num_classes"] = 0
     overlay = kwargs.get("pretrained_cfg_overlay") or {}
     published = pretrained and not any(overlay.get(source) for source in ("state_dict", "file", "url", "hf_hub_id"))
-    named = isinstance(kwargs.get("pretrained_cfg"), str | None)  # a tag or nothing: the manifest's configuration
-    if named and not published and resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg")).num_classes == 0:
-        kwargs["pretrained_cfg_overlay"] = {"num_classes": 1000, **overlay}
+    tag = kwargs.get("pretrained_cfg")
+    if not published and isinstance(tag, str | None):  # a tag or nothing: the manifest's configuration
+        num_classes = resolve_pretrained_cfg(variant, tag).num_classes
+        if num_classes == 0 or (tag is None and num_classes != 1000):
+            kwargs["pretrained_cfg_overlay"] = {"num_classes": 1000, **overlay}
     return kwargs
 
 

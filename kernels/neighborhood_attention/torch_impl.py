@@ -21,6 +21,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from zoo.kernels import checks, dispatch
 from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
+from zoo.kernels.neighborhood_attention import reference
 from zoo.kernels.window_attention.torch_impl import window_attention
 
 TILE = 4
@@ -54,6 +55,18 @@ def neighborhood_attention(
             q=None,
         )
     closed = has_static_value(height) and has_static_value(width)
+    if not closed and torch.compiler.is_exporting():
+        # Counts of tiles would tie the program to the sizes that it was traced with.
+        return reference.neighborhood_attention(
+            qkv,
+            num_heads=num_heads,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            stride=stride,
+            is_causal=is_causal,
+            bias_table=bias_table,
+            scale=scale,
+        )
     rows, columns = (
         _axis(*options, closed=closed)
         for options in zip((height, width), kernel_size, dilation, stride, is_causal, strict=True)
@@ -141,7 +154,7 @@ def _axis(length: int, kernel: int, dilation: int, stride: int, causal: bool, *,
         # A group not much longer than the keys of a tile is a single one; others are cut nearly evenly.
         tile = places if 2 * places <= 3 * (kernel + TILE - 1) else -(-places // -(-places // TILE))
     else:
-        # An exported program holds for one tile or for several; a group has at least as many places as the kernel.
+        # A compiled program holds for one tile or for several; a group has at least as many places as the kernel.
         tile = TILE if checks.certain(places > TILE) else max(1, min(TILE, kernel - 1))
     tiles = dilation * ((places + tile - 1) // tile)
     # Windows of the queries of a tile start at most so far apart: their leaders do.

@@ -41,7 +41,7 @@ def window_attention(
         layout: Which tokens make a window.
         bias_table: (N, 2 * wh - 1, 2 * ww - 1), added to the logits; its entry (r + wh - 1, c + ww - 1) is for tokens
             that are r rows and c columns of the window apart. Of the type of `qkv`; float32 beside half precision.
-        bias_sign: Whether r and c are counted as query minus key (Swin, MaxViT, GC ViT) or key minus query (NAT).
+        bias_sign: Whether r and c are counted as query minus key (Swin, GC ViT) or key minus query (NAT, MaxViT).
         scale: Of the logits; D ** -0.5 if None.
         key_mask: (B, H, W) bool, True for tokens that may be attended to. A query with no such token in its window
             gives zeros.

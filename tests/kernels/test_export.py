@@ -15,6 +15,8 @@ from zoo.kernels import depthwise_conv2d_nhwc, neighborhood_attention, routed_at
 
 from .calls import CALLS
 
+pytestmark = pytest.mark.slow
+
 CHANNELS = 8
 OPERATORS = {
     "window_attention": "zoo::window_attn",

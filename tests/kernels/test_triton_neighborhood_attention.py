@@ -1,6 +1,10 @@
-"""The Triton neighborhood attention, in the interpreter and compiled. Some 50 and 50 seconds on one core."""
+"""Neighborhood attention in Triton, interpreted and compiled. A minute and a half on one core."""
+
+import pytest
 
 from .processes import run_alone
+
+pytestmark = pytest.mark.slow
 
 
 def test_interpreted():

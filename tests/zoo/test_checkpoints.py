@@ -16,7 +16,7 @@ CHECKPOINTS = [entry for family in zoo.FAMILIES for entry in checkpoints.manifes
 IDS = [f"{entry['model']}.{entry['tag']}" for entry in CHECKPOINTS]
 FIELDS = {"model", "tag", "url", "dataset", "num_classes", "licence", "origin_url", "paper_ids", "paper_name"}
 FIELDS |= {"input_size", "mean", "std", "crop_pct", "interpolation"}
-OPTIONAL_FIELDS = {"crop_mode", "licence_note", "also_at", "top1", "sha256", "sha256_prefix", "note"}
+OPTIONAL_FIELDS = {"crop_mode", "hf_hub_id", "licence_note", "also_at", "top1", "sha256", "sha256_prefix", "note"}
 
 
 @pytest.fixture

@@ -13,16 +13,26 @@ import timm
 import torch
 
 import zoo
-from zoo.checkpoints import convert, remap
+from zoo.checkpoints import remap
 
 from . import golden
+
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-6  # of the output's standard deviation; another GELU or epsilon shows as 2e-5
 OFFICIAL = json.loads(lzma.decompress(Path(__file__).with_name("official.json.xz").read_bytes()))
 OURS = {name: entry for name, entry in OFFICIAL.items() if timm.is_model(name.split("_alpha")[0])}
 
 # golden -> model, official state dict, arguments of a dense-prediction backbone
-CLASSIFIERS = {"van_b0": "van_b0", "dinat_mini": "dinat_mini"}
+CLASSIFIERS = {
+    "van_b0": "van_b0",
+    "dinat_mini": "dinat_mini",
+    "maxvit_tiny_224": "maxvit_tiny",
+    "gcvit_xxtiny": "gc_vit_xxtiny",
+    "biformer_tiny": "biformer_tiny",
+    "litv2_small": "litv2_small",
+    "cswin_tiny_224": "cswin_tiny",
+}
 BACKBONES = {
     "van_b0_seg": ("van_b0", {"norm_eps": 1e-5}),
     "dinat_mini_det": (
@@ -37,8 +47,8 @@ def build(name, **kwargs):
     return timm.create_model(name.split("_alpha")[0], **entry.get("kwargs", {}), **kwargs)
 
 
-def key_map(name):
-    return getattr(zoo, timm.model_entrypoint(name.split("_alpha")[0]).__module__.removeprefix("zoo.")).KEY_MAP
+def family(name):
+    return getattr(zoo, timm.model_entrypoint(name.split("_alpha")[0]).__module__.removeprefix("zoo."))
 
 
 def shapes(name):
@@ -79,10 +89,10 @@ def test_parameter_count_is_official(name):
 def test_key_map_covers_every_official_key_once(name):
     official = {key: torch.empty(shape, device="meta") for key, shape in shapes(name).items()}
     model = build(name, device="meta")
-    dropped = [key for key in official if not remap({key: official[key]}, key_map(name))]
+    dropped = [key for key in official if not remap({key: official[key]}, family(name).KEY_MAP)]
     assert all(key.endswith("relative_position_index") for key in dropped)
-    assert len(remap(official, key_map(name))) == len(official) - len(dropped)
-    converted = convert(official, model, key_map(name))
+    assert len(remap(official, family(name).KEY_MAP)) == len(official) - len(dropped)
+    converted = family(name).checkpoint_filter_fn(official, model)
     ours = model.state_dict()
     assert {key: value.shape for key, value in converted.items()} == {key: value.shape for key, value in ours.items()}
 
@@ -90,7 +100,7 @@ def test_key_map_covers_every_official_key_once(name):
 @pytest.mark.parametrize("name", OURS)
 def test_key_map_leaves_our_own_keys_alone(name):
     ours = build(name, device="meta").state_dict()
-    assert list(remap(ours, key_map(name))) == list(ours)
+    assert list(remap(ours, family(name).KEY_MAP)) == list(ours)
 
 
 @torch.no_grad()

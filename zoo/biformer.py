@@ -1,0 +1,439 @@
+"""BiFormer: Vision Transformer with Bi-Level Routing Attention (Zhu et al., CVPR 2023, https://arxiv.org/abs/2303.08810).
+
+The map is cut into 7 x 7 regions, however large it is. Every region is routed to the few regions whose mean keys answer
+its mean query best, and its tokens attend to all tokens of those. The last stage attends to the whole map.
+
+Official code, MIT: https://github.com/rayleizhu/BiFormer. Written from the paper and the facts of that code; the tests
+compare outputs of biformer_tiny. What differs:
+- Any size, by the rules of the official `auto_pad`, its detection code's. Its classifier and biformer_stl refuse maps
+  that do not divide; biformer_stl_nchw, the refactored one, has rules of its own, extended here to maps under 7 x 7.
+- Dense prediction has more regions and the same weights: `num_regions=16` for COCO, 8 for ADE20K.
+- The downsampling before an official stage begins it here too, so that a stage's output is its feature.
+- Left out is what no published model uses: pooled keys and values, soft routing, layer scale, norms after the branches.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import checkpoints
+from zoo.backbone import (
+    Backbone,
+    Stage,
+    TransformerBlock,
+    attend,
+    check_images,
+    check_stages,
+    create,
+    crop_tokens,
+    pad_tokens,
+)
+from zoo.kernels import depthwise_conv2d_nhwc, routed_attention
+
+__all__ = ["BiFormer"]
+
+FULL = -2  # the official code's top-k for attention to the whole map
+
+
+def _biformer(embed_dim: int, depths: tuple[int, ...], mlp_ratio: int = 3, **settings) -> dict:
+    return {
+        "embed_dims": tuple(embed_dim * 2**i for i in range(4)),
+        "depths": depths,
+        # Full attention has 8 heads, whatever its width.
+        "num_heads": (*(embed_dim * 2**i // 32 for i in range(3)), 8),
+        "mlp_ratio": mlp_ratio,
+        **settings,
+    }
+
+
+# The paper's table 1, and its ablation in the layout of Swin-T.
+VARIANTS = {
+    "biformer_tiny": _biformer(64, (2, 2, 8, 2)),
+    "biformer_small": _biformer(64, (4, 4, 18, 4)),
+    "biformer_base": _biformer(96, (4, 4, 18, 4)),
+    "biformer_stl": _biformer(96, (2, 2, 6, 2), 4, layout="stl"),
+    "biformer_stl_nchw": _biformer(96, (2, 2, 6, 2), 4, layout="stl_nchw"),
+    # ours, for tests and for small images on a CPU
+    "test_biformer": {
+        "embed_dims": (16, 32, 64, 128),
+        "depths": (2, 2, 2, 2),
+        "num_heads": (1, 2, 4, 8),
+        "num_regions": 4,
+        "topks": (1, 2, 4, FULL),
+    },
+}
+
+
+def split(number: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder by `size`, without the operator % that ONNX lacks for sizes that are open."""
+    quotient = number // size
+    return quotient, number - quotient * size
+
+
+@register_notrace_module
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise convolution of tokens (B, H, W, dim), with zeros around the map."""
+
+    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return depthwise_conv2d_nhwc(x, self.weight, self.bias)
+
+
+@register_notrace_module
+class RoutedAttention(nn.Module):
+    """Bi-level routing attention of tokens (B, H, W, dim), plus LePE, between linear layers.
+
+    One routing serves all heads: mean queries times mean keys over all channels. It is a choice, without a gradient.
+    Maps that do not divide are padded with zeros at the bottom and the right, before the linear layer: the padding
+    takes part in the means, in attention and in LePE, as query, key and value that are the layer's bias.
+    """
+
+    def __init__(self, dim: int, num_heads: int, num_regions: int, topk: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.num_regions = num_regions
+        self.topk = topk
+        self.scale = dim**-0.5  # of all channels, in attention too: not of a head's
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.lepe = DepthwiseConv(dim, 5, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        height, width, regions = *x.shape[1:3], self.num_regions
+        rows, columns = ((side + regions - 1) // regions for side in (height, width))  # of a region
+        x = pad_tokens(x, regions * rows, regions * columns)
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        if torch.compiler.is_exporting():
+            x = self.attend_by_index(query, key, value, rows, columns)
+        else:
+            routes = self.route(self.region_means(query), self.region_means(key))
+            x = routed_attention(query, key, value, routes, num_heads=self.num_heads, regions=regions, scale=self.scale)
+        return self.proj(crop_tokens(x + self.lepe(value), height, width))
+
+    def region_means(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, regions, dim)."""
+        split = (self.num_regions, -1)
+        return x.detach().unflatten(2, split).unflatten(1, split).mean(dim=(2, 4)).flatten(1, 2)
+
+    def route(self, query: Tensor, key: Tensor) -> Tensor:
+        """The regions that each region attends to: means (B, regions, dim) twice -> (B, regions, topk)."""
+        logits = self.scale * query @ key.transpose(1, 2)
+        return logits.topk(min(self.topk, logits.shape[2]), dim=2).indices
+
+    def attend_by_index(self, query: Tensor, key: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
+        """Routing and attention for sizes that are open, as in torch.export, which cannot prove that regions divide.
+
+        So no reshape touches a side of the map: tokens come and go by their numbers. Nor may a region have a side of
+        1, which torch.export takes for another case: there its tokens come twice, which changes neither mean nor sum.
+        """
+        side, device = self.num_regions, query.device
+        across = torch.sym_max(columns, 2)
+        tokens = torch.sym_max(rows, 2) * across
+        down, right = split(torch.arange(side**2, device=device)[:, None], side)
+        row, column = split(torch.arange(tokens, device=device), across)
+        row, column = down * rows + row.clamp(max=rows - 1), right * columns + column.clamp(max=columns - 1)
+        query, key, value = (x[:, row, column] for x in (query, key, value))  # (B, regions, tokens, dim)
+
+        routes = self.route(query.mean(dim=2), key.mean(dim=2))
+        image = torch.arange(query.shape[0], device=device)[:, None, None]
+        choice, token = split(torch.arange(self.topk * tokens, device=device), tokens)
+        key, value = (x[image, routes[:, :, choice], token] for x in (key, value))
+        heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for x in (query, key, value))
+        x = attend(*heads, self.scale).unflatten(0, (-1, side**2))  # (B, regions, tokens, dim)
+
+        down, row = split(torch.arange(side * rows, device=device)[:, None], rows)
+        right, column = split(torch.arange(side * columns, device=device), columns)
+        return x[:, down * side + right, row * across + column]
+
+
+@register_notrace_module
+class GrowingRoutedAttention(RoutedAttention):
+    """The same as the official refactored code has it, where a map that does not divide gets more regions.
+
+    Their sides are those of the map over `num_regions`, rounded down, and what is left over makes regions of its own.
+    Those are padded after the linear layer: the padding takes part as keys and values of zeros, and nowhere else.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        height, width = x.shape[1:3]
+        region = tuple(max(side // self.num_regions, 1) for side in (height, width))
+        grid = tuple(-(-side // extent) for side, extent in zip((height, width), region, strict=True))
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        routes = self.route(*(self.real_means(x, region) for x in (query, key)))
+        # The operator wants as many regions down as across: more of them, which nobody is routed to.
+        regions = max(grid)
+        routes = (routes // grid[1] * regions + routes % grid[1]).unflatten(1, grid)
+        routes = F.pad(routes, (0, 0, 0, regions - grid[1], 0, regions - grid[0])).flatten(1, 2)
+        size = tuple(regions * extent for extent in region)
+        padded = (pad_tokens(x, *size) for x in (query, key, value))
+        x = routed_attention(*padded, routes, num_heads=self.num_heads, regions=regions, scale=self.scale)
+        return self.proj(crop_tokens(x, height, width) + self.lepe(value))
+
+    @staticmethod
+    def real_means(x: Tensor, region: tuple[int, int]) -> Tensor:
+        """(B, H, W, dim) -> (B, regions, dim), where the last regions may be smaller."""
+        x = x.detach().permute(0, 3, 1, 2)
+        return F.avg_pool2d(x, region, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
+
+
+@register_notrace_module
+class FullAttention(nn.Module):
+    """Attention of all tokens (B, H, W, dim) to all, plus LePE of the input or the values, between linear layers."""
+
+    def __init__(self, dim: int, num_heads: int, lepe_of: str = "input", device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
+        self.lepe_of = lepe_of
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.lepe = DepthwiseConv(dim, 5, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        size = x.shape[1:3]
+        qkv = self.qkv(x).unflatten(-1, (3, -1))
+        lepe = self.lepe(qkv[..., 2, :] if self.lepe_of == "value" else x)
+        heads = qkv.unflatten(-1, (self.num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
+        return self.proj(attend(*heads, self.scale).unflatten(1, size) + lepe)
+
+
+class Block(TransformerBlock):
+    """A transformer block that first adds a depth-wise 3 x 3 convolution of the tokens, which tells positions apart."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__(dim, attn, mlp, drop_path, norm_eps=1e-6, device=device, dtype=dtype)
+        self.pos_embed = DepthwiseConv(dim, 3, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return super().forward(x + self.pos_embed(x))
+
+
+class ConvStem(nn.Module):
+    """Two 3 x 3 convolutions with stride 2 and batch norms: (B, C, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4))."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = nn.Conv2d(in_chans, dim // 2, 3, 2, 1, **dd)
+        self.norm1 = nn.BatchNorm2d(dim // 2, **dd)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, 1, **dd)
+        self.norm2 = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1.in_channels)
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+
+
+class PatchStem(nn.Module):
+    """Patches of 4 x 4 pixels, batch norm: (B, C, H, W) -> (B, dim, H // 4, W // 4)."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        # Both stems' first modules have the same official names, and so the same names here.
+        self.conv1 = nn.Conv2d(in_chans, dim, 4, 4, **dd)
+        self.norm1 = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1.in_channels)
+        return self.norm1(self.conv1(x))
+
+
+def conv_downsample(in_dim: int, dim: int, device=None, dtype=None) -> nn.Sequential:
+    """3 x 3 convolution with stride 2, batch norm: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+    dd = {"device": device, "dtype": dtype}
+    return nn.Sequential(nn.Conv2d(in_dim, dim, 3, 2, 1, **dd), nn.BatchNorm2d(dim, **dd))
+
+
+def patch_downsample(in_dim: int, dim: int, device=None, dtype=None) -> nn.Sequential:
+    """Batch norm, 2 x 2 convolution with stride 2: (B, C, H, W) -> (B, dim, H // 2, W // 2)."""
+    dd = {"device": device, "dtype": dtype}
+    return nn.Sequential(nn.BatchNorm2d(in_dim, **dd), nn.Conv2d(in_dim, dim, 2, 2, **dd))
+
+
+class BiFormer(Backbone):
+    """BiFormer: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
+
+    Features are NCHW at strides 4, 8, 16, 32, sizes rounded up, in the layouts "stl" and "stl_nchw" rounded down.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the linear classifier; 0 for none.
+        global_pool: "avg", or "" for none.
+        embed_dims, depths, num_heads: channels, blocks and heads of each stage.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        num_regions: regions along each side of a map.
+        topks: for each stage, how many regions a region attends to; -2 for attention to the whole map.
+        layout: "biformer", convolutional stem and downsampling, and a depth-wise convolution in each block; "stl",
+            Swin's, patches of 4 pixels and downsampling that do not overlap; "stl_nchw", the same in the official
+            refactored code: LePE of full attention is of the values, not of the input, and maps that do not divide
+            have more regions, not larger ones.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument, or the shape of the images, is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 8, 2),
+        num_heads: Sequence[int] = (2, 4, 8, 8),
+        mlp_ratio: float = 3,
+        num_regions: int = 7,
+        topks: Sequence[int] = (1, 4, 16, FULL),
+        layout: str = "biformer",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_norm: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_chans)
+        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, topks=topks)
+        if layout not in ("biformer", "stl", "stl_nchw"):
+            raise ValueError(f"Got {layout=}; it has to be 'biformer', 'stl' or 'stl_nchw'.")
+        if num_regions < 1:
+            raise ValueError(f"Got {num_regions=}; a map needs at least one region along each side.")
+        if any(topk != FULL and not 1 <= topk <= num_regions**2 for topk in topks):
+            raise ValueError(
+                f"Got {topks=}; give numbers from 1 to {num_regions**2}, the regions of a map with {num_regions=}, or "
+                f"{FULL} for attention to the whole map."
+            )
+        if any(n < 1 or dim % n for dim, n in zip(embed_dims, num_heads, strict=True)):
+            raise ValueError(f"Got {num_heads=} for {embed_dims=}; heads have to divide their stage's channels.")
+        self.layout = layout
+        dd = {"device": device, "dtype": dtype}
+        stem_cls, downsample = (ConvStem, conv_downsample) if layout == "biformer" else (PatchStem, patch_downsample)
+        routed_cls, lepe_of = (GrowingRoutedAttention, "value") if layout == "stl_nchw" else (RoutedAttention, "input")
+        self.stem = stem_cls(in_chans, embed_dims[0], **dd)
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (dim, depth, heads, topk) in enumerate(zip(embed_dims, depths, num_heads, topks, strict=True)):
+            blocks = []
+            for _ in range(depth):
+                if topk == FULL:
+                    attn = FullAttention(dim, heads, lepe_of, **dd)
+                else:
+                    attn = routed_cls(dim, heads, num_regions, topk, **dd)
+                mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+                if layout == "biformer":
+                    blocks.append(Block(dim, attn, mlp, next(drop_path_rates), **dd))
+                else:
+                    blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), norm_eps=1e-6, **dd))
+            stages.append(Stage(blocks, downsample(embed_dims[i - 1], dim, **dd) if i else None))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        norm = nn.BatchNorm2d(embed_dims[-1], **dd)
+        output_norms = [LayerNorm2d(dim, eps=1e-6, **dd) for dim in embed_dims] if output_norm else None
+        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+
+
+# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+KEY_MAP = [
+    (r"^downsample_layers\.0\.0\.", "stem.conv1."),
+    (r"^downsample_layers\.0\.1\.", "stem.norm1."),
+    (r"^downsample_layers\.0\.3\.", "stem.conv2."),
+    (r"^downsample_layers\.0\.4\.", "stem.norm2."),
+    (r"^downsample_layers\.([1-3])\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^extra_norms\.", "output_norms."),  # of the detection and segmentation backbones
+    (r"\.attn\.qkv\.qkv\.", ".attn.qkv."),
+    (r"\.attn\.wo\.", ".attn.proj."),
+    (r"\.attn\.qkv_linear\.", ".attn.qkv."),
+    (r"\.attn\.output_linear\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    # The linear layers of biformer_stl_nchw are 1 x 1 convolutions in its file; no layer here is.
+    state_dict = {
+        key: value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
+        for key, value in checkpoints.unwrap(state_dict).items()
+    }
+    converted = checkpoints.convert(state_dict, model, KEY_MAP)
+    # The two STL models have the same layers and compute different things; only the official names tell them apart.
+    for layout, other, name in (("stl", "stl_nchw", ".attn.qkv_linear."), ("stl_nchw", "stl", ".attn.qkv.qkv.")):
+        if model.layout == layout and any(name in key for key in state_dict):
+            raise RuntimeError(
+                f"The checkpoint is of biformer_{other}, not of biformer_{layout}: create that model instead."
+            )
+    return converted
+
+
+def _cfg(**facts) -> dict:
+    side = facts["input_size"][1] // 32
+    return {"pool_size": (side, side), "first_conv": "stem.conv1", "classifier": "head"} | facts
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("biformer").items()}
+    | {"test_biformer": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
+)
+
+
+def _create_biformer(variant: str, pretrained: bool, cache_dir: str | Path | None = None, **kwargs) -> BiFormer:
+    # Downloads are cached under the last part of their address, and that of all official ones is "content".
+    cache_dir = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints") / variant
+    settings = VARIANTS[variant]
+    return create(BiFormer, variant, settings, pretrained, checkpoint_filter_fn, cache_dir=cache_dir, **kwargs)
+
+
+@register_model
+def biformer_tiny(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-T (13.1 M parameters)."""
+    return _create_biformer("biformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def biformer_small(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-S (25.5 M)."""
+    return _create_biformer("biformer_small", pretrained, **kwargs)
+
+
+@register_model
+def biformer_base(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-B (56.8 M)."""
+    return _create_biformer("biformer_base", pretrained, **kwargs)
+
+
+@register_model
+def biformer_stl(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-STL, in the layout of Swin-T (28.4 M)."""
+    return _create_biformer("biformer_stl", pretrained, **kwargs)
+
+
+@register_model
+def biformer_stl_nchw(pretrained: bool = False, **kwargs) -> BiFormer:
+    """BiFormer-STL of the official refactored code, with other weights and rules (28.4 M)."""
+    return _create_biformer("biformer_stl_nchw", pretrained, **kwargs)
+
+
+@register_model
+def test_biformer(pretrained: bool = False, **kwargs) -> BiFormer:
+    """A BiFormer of 0.7 M parameters, for tests and small images."""
+    return _create_biformer("test_biformer", pretrained, **kwargs)

@@ -1,0 +1,335 @@
+"""CSWin Transformer: cross-shaped windows (Dong et al., CVPR 2022, https://arxiv.org/abs/2107.00652).
+
+Half of the heads attend within vertical stripes of the map, half within horizontal ones; the last stage attends to the
+whole map. A depth-wise convolution of the values, LePE, tells positions apart, so no parameter depends on the size.
+
+Official code, MIT: https://github.com/microsoft/CSWin-Transformer. Written from the paper and the facts of that code;
+the tests compare outputs of cswin_tiny. What differs:
+- One class serves classification and dense prediction and takes any size, with the official segmentation code's
+  padding. The official classifier takes one square size; there the two agree.
+- CSWin-L has 24 heads in its last stage, as in the code and its weights; the paper's table says 48.
+- The convolution that ends an official stage begins the next one here, so that a stage's output is its feature.
+- `drop_rate` is dropout before the classifier, as everywhere in timm; the official one is `proj_drop_rate` here.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import checkpoints
+from zoo.backbone import Backbone, Stage, TransformerBlock, attend, check_images, check_stages, create
+from zoo.kernels import depthwise_conv2d_nhwc, window_attention
+from zoo.kernels.checks import certain
+
+__all__ = ["CSWin"]
+
+
+def _cswin(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], split_size: int = 7) -> dict:
+    return {
+        "embed_dims": tuple(embed_dim * 2**i for i in range(4)),
+        "depths": depths,
+        "num_heads": num_heads,
+        "split_sizes": (1, 2, split_size, split_size),
+    }
+
+
+# The paper's table 1, and its stripes of 12 tokens for 384 pixels.
+VARIANTS = {
+    "cswin_tiny": _cswin(64, (1, 2, 21, 1), (2, 4, 8, 16)),
+    "cswin_small": _cswin(64, (2, 4, 32, 2), (2, 4, 8, 16)),
+    "cswin_base": _cswin(96, (2, 4, 32, 2), (4, 8, 16, 32)),
+    "cswin_base_384": _cswin(96, (2, 4, 32, 2), (4, 8, 16, 32), 12),
+    "cswin_large": _cswin(144, (2, 4, 32, 2), (6, 12, 24, 24)),
+    "cswin_large_384": _cswin(144, (2, 4, 32, 2), (6, 12, 24, 24), 12),
+    # ours, for tests and for small images on a CPU: 3 does not divide the map of stage 3, which is padded
+    "test_cswin": _cswin(16, (2, 2, 2, 2), (2, 4, 8, 8), 3),
+}
+
+
+def to_stripes(x: Tensor, split_size: int) -> tuple[Tensor, int]:
+    """Cut tokens (B, H, W, ...) into vertical stripes (stripes * B, H, split_size, ...), small maps of their own.
+
+    Columns of zeros on both sides, an odd one on the right, make the width a multiple of `split_size`.
+
+    Returns:
+        The stripes, and how many columns of zeros are on the left.
+    """
+    height, width = x.shape[1:3]
+    stripes = (width + split_size - 1) // split_size
+    left, bottom = (stripes * split_size - width) // 2, 0
+    if not (isinstance(height, int) and isinstance(width, int)):
+        # For sizes that are open, torch.export has to prove that reshapes are possible: it can where a side is a
+        # maximum, not a sum that it multiplies out, and never 1. A second stripe, all zeros, is cropped again.
+        stripes, bottom = torch.sym_max(stripes, 2), torch.sym_max(height, 1) - height
+    right = stripes * split_size - width - left
+    if not certain(left + right + bottom == 0):
+        x = F.pad(x, (0, 0) * (x.ndim - 3) + (left, right, 0, bottom))
+    return x.unflatten(2, (-1, split_size)).movedim(2, 0).flatten(0, 1), left
+
+
+def from_stripes(x: Tensor, batch: int, left: int, width: int) -> Tensor:
+    """(stripes * B, H, split_size, C) -> (B, H, width, C), the inverse of `to_stripes`."""
+    x = x.unflatten(0, (-1, batch)).movedim(0, 2).flatten(2, 3)
+    if isinstance(left, int) and isinstance(width, int):
+        return x[:, :, left : left + width]
+    # A slice would have torch.export prove that it is within the map; an index need not be proved.
+    return x.index_select(2, torch.arange(width, device=x.device) + left)
+
+
+def attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention of all tokens of a map to all: query, key and value (B, H, W, 3, C) -> (B, H, W, C)."""
+    heads = qkv.unflatten(-1, (num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
+    return attend(*heads).unflatten(1, qkv.shape[1:3])
+
+
+class LePE(nn.Conv2d):
+    """Locally-enhanced positional encoding: a depth-wise 3 x 3 convolution of (B, H, W, dim), zeros around each map."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim); `transposed` where rows of `x` are columns of the image."""
+        weight = self.weight.transpose(2, 3) if transposed else self.weight
+        return depthwise_conv2d_nhwc(x, weight, self.bias)
+
+
+@register_notrace_module
+class FullAttention(nn.Module):
+    """Attention of all tokens (B, H, W, dim) to all, plus LePE, between linear layers."""
+
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.lepe = nn.ModuleList([LePE(dim, **dd)])
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        qkv = self.qkv(x).unflatten(-1, (3, -1))
+        return self.proj(attend_to_all(qkv, self.num_heads) + self.lepe[0](qkv[..., 2, :]))
+
+
+@register_notrace_module
+class CrossShapedAttention(nn.Module):
+    """Attention within stripes of tokens (B, H, W, dim), plus LePE within them, between linear layers.
+
+    The first half of the channels of query, key and value, and so of the heads, has stripes of `split_size` columns,
+    the second half of as many rows. Maps that do not divide are padded with zeros on both sides, after the linear
+    layer: the padding takes part, with logits and values of 0, as in the official segmentation code.
+    """
+
+    def __init__(self, dim: int, num_heads: int, split_size: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads // 2  # of a branch
+        self.split_size = split_size
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.lepe = nn.ModuleList(LePE(dim // 2, **dd) for _ in range(2))
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        columns, rows = self.qkv(x).unflatten(-1, (3, 2, -1)).unbind(-2)  # (B, H, W, 3, dim / 2) each
+        columns = self.attend_in_stripes(columns, 0)
+        # Horizontal stripes are the vertical ones of the transposed map.
+        rows = self.attend_in_stripes(rows.transpose(1, 2), 1).transpose(1, 2)
+        return self.proj(torch.cat([columns, rows], dim=-1))
+
+    def attend_in_stripes(self, qkv: Tensor, branch: int) -> Tensor:
+        """(B, H, W, 3, C) -> (B, H, W, C), in vertical stripes."""
+        batch, width = qkv.shape[0], qkv.shape[2]
+        qkv, left = to_stripes(qkv, self.split_size)
+        if torch.compiler.is_exporting():
+            x = attend_to_all(qkv, self.num_heads)  # the same; the operator's reshapes cannot be proved for open sizes
+        else:
+            x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=tuple(qkv.shape[1:3]))
+        x = x + self.lepe[branch](qkv[..., 2, :], transposed=branch == 1)
+        return from_stripes(x, batch, left, width)
+
+
+class Stem(nn.Module):
+    """7 x 7 convolution with stride 4, LayerNorm: (B, C, H, W) -> (B, dim, (H + 1) // 4, (W + 1) // 4)."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_chans, dim, 7, 4, 2, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv.in_channels)
+        return self.norm(self.conv(x))
+
+
+class Downsample(nn.Module):
+    """3 x 3 convolution with stride 2, LayerNorm: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_dim, dim, 3, 2, 1, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class CSWin(Backbone):
+    """CSWin Transformer: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
+
+    Features are NCHW at strides 4, 8, 16, 32. Sides are (n + 1) // 4 after the stem, then halved and rounded up.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the linear classifier; 0 for none.
+        global_pool: "avg", or "" for none.
+        embed_dims, depths, num_heads: channels, blocks and heads of each stage.
+        split_sizes: columns or rows of a stripe in each stage. The last stage attends to the whole map whatever its
+            value, which stands in the paper's table for the whole map of 7 x 7.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument, or the shape of the images, is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (1, 2, 21, 1),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        split_sizes: Sequence[int] = (1, 2, 7, 7),
+        mlp_ratio: float = 4,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_norm: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_chans)
+        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, split_sizes=split_sizes)
+        if min(split_sizes) < 1:
+            raise ValueError(f"Got {split_sizes=}; every stripe needs at least one column or row.")
+        if any(n < 1 or dim % n for dim, n in zip(embed_dims, num_heads, strict=True)) or any(
+            n % 2 for n in num_heads[:-1]
+        ):
+            raise ValueError(
+                f"Got {num_heads=} for {embed_dims=}; heads have to divide their stage's channels, and to be an even "
+                "number in all stages but the last: half of them have vertical stripes, half horizontal ones."
+            )
+        dd = {"device": device, "dtype": dtype}
+        self.stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+            blocks = []
+            for _ in range(depth):
+                if i < len(depths) - 1:
+                    attn = CrossShapedAttention(dim, heads, split_sizes[i], **dd)
+                else:
+                    attn = FullAttention(dim, heads, **dd)
+                mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd)
+                blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), **dd))
+            stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
+        output_norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in embed_dims] if output_norm else None
+        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+
+
+# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+KEY_MAP = [
+    (r"^stage1_conv_embed\.0\.", "stem.conv."),
+    (r"^stage1_conv_embed\.2\.", "stem.norm."),
+    (r"^merge1\.", "stages.1.downsample."),
+    (r"^merge2\.", "stages.2.downsample."),
+    (r"^merge3\.", "stages.3.downsample."),
+    (r"^stage1\.", "stages.0.blocks."),
+    (r"^stage2\.", "stages.1.blocks."),
+    (r"^stage3\.", "stages.2.blocks."),
+    (r"^stage4\.", "stages.3.blocks."),
+    (r"^norm1\.", "output_norms.0."),  # of the segmentation backbone
+    (r"^norm2\.", "output_norms.1."),
+    (r"^norm3\.", "output_norms.2."),
+    (r"^norm4\.", "output_norms.3."),
+    (r"^(stages\.\d\.blocks\.\d+)\.(qkv|proj)\.", r"\1.attn.\2."),
+    (r"\.attns\.(\d)\.get_v\.", r".attn.lepe.\1."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    return checkpoints.convert(state_dict, model, KEY_MAP)
+
+
+def _cfg(**facts) -> dict:
+    side = facts["input_size"][1] // 32
+    return {"pool_size": (side, side), "first_conv": "stem.conv", "classifier": "head"} | facts
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("cswin").items()}
+    | {"test_cswin": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
+)
+
+
+def _create_cswin(variant: str, pretrained: bool, **kwargs) -> CSWin:
+    return create(CSWin, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def cswin_tiny(pretrained: bool = False, **kwargs) -> CSWin:
+    """CSWin-T (22.3 M parameters)."""
+    return _create_cswin("cswin_tiny", pretrained, **kwargs)
+
+
+@register_model
+def cswin_small(pretrained: bool = False, **kwargs) -> CSWin:
+    """CSWin-S (34.6 M)."""
+    return _create_cswin("cswin_small", pretrained, **kwargs)
+
+
+@register_model
+def cswin_base(pretrained: bool = False, **kwargs) -> CSWin:
+    """CSWin-B (77.4 M)."""
+    return _create_cswin("cswin_base", pretrained, **kwargs)
+
+
+@register_model
+def cswin_base_384(pretrained: bool = False, **kwargs) -> CSWin:
+    """CSWin-B with the stripes for 384 pixels (77.4 M)."""
+    return _create_cswin("cswin_base_384", pretrained, **kwargs)
+
+
+@register_model
+def cswin_large(pretrained: bool = False, **kwargs) -> CSWin:
+    """CSWin-L (173.3 M)."""
+    return _create_cswin("cswin_large", pretrained, **kwargs)
+
+
+@register_model
+def cswin_large_384(pretrained: bool = False, **kwargs) -> CSWin:
+    """CSWin-L with the stripes for 384 pixels (173.3 M)."""
+    return _create_cswin("cswin_large_384", pretrained, **kwargs)
+
+
+@register_model
+def test_cswin(pretrained: bool = False, **kwargs) -> CSWin:
+    """A CSWin of 0.8 M parameters, for tests and small images."""
+    return _create_cswin("test_cswin", pretrained, **kwargs)

@@ -1,0 +1,405 @@
+"""GC ViT: Global Context Vision Transformer (Hatamizadeh et al., ICML 2023, https://arxiv.org/abs/2206.09959).
+
+Windows as in Swin, without shifts: every second block attends within its windows, and the blocks between them ask each
+window with a global query instead, a summary of the whole map that all windows of an image share.
+
+Official code, https://github.com/NVlabs/GCVit, for research or evaluation only: nothing here comes from it. Written
+from the paper and the facts of that code; the tests compare outputs. The published weights are CC-BY-NC-SA-4.0: not for
+commercial use. What differs:
+- Any size, by the rules of the official detection code: maps are padded to whole windows, with zeros that take part as
+  keys, and a global query of another size than the window's is resized (bicubic). Its classification code takes 224 x
+  224 only.
+- Windows of another size (`window_size=24` is its detection) resize the tables (bicubic) when weights are loaded.
+- The downsampling that ends an official level begins the next stage here, so that a stage's output is its feature.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import checkpoints
+from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
+from zoo.kernels import window_attention
+
+__all__ = ["GCViT"]
+
+
+def _gc_vit(embed_dim: int, depths: tuple[int, ...], mlp_ratio: int, layer_scale: float | None, window: int) -> dict:
+    return {
+        "embed_dims": tuple(embed_dim * 2**i for i in range(4)),
+        "depths": depths,
+        "num_heads": tuple(embed_dim * 2**i // 32 for i in range(4)),
+        "mlp_ratio": mlp_ratio,
+        "layer_scale": layer_scale,
+        "window_size": (window, window, 2 * window, window),
+    }
+
+
+# The official repository's variants; the windows are (w, w, 2 w, w).
+VARIANTS = {
+    "gc_vit_xxtiny": _gc_vit(64, (2, 2, 6, 2), 3, None, 7),
+    "gc_vit_xtiny": _gc_vit(64, (3, 4, 6, 5), 3, None, 7),
+    "gc_vit_tiny": _gc_vit(64, (3, 4, 19, 5), 3, None, 7),
+    "gc_vit_tiny2": _gc_vit(64, (3, 4, 29, 5), 3, None, 7),
+    "gc_vit_small": _gc_vit(96, (3, 4, 19, 5), 2, 1e-5, 7),
+    "gc_vit_small2": _gc_vit(96, (3, 4, 23, 5), 3, 1e-5, 7),
+    "gc_vit_base": _gc_vit(128, (3, 4, 19, 5), 2, 1e-5, 7),
+    "gc_vit_large": _gc_vit(192, (3, 4, 19, 5), 2, 1e-5, 7),
+    "gc_vit_large_384": _gc_vit(192, (3, 4, 19, 5), 2, 1e-5, 12),
+    "gc_vit_large_512": _gc_vit(192, (3, 4, 19, 5), 2, 1e-5, 16),
+    # ours, for tests and for small images on a CPU
+    "test_gc_vit": {
+        "embed_dims": (16, 32, 64, 96),
+        "depths": (2, 2, 2, 2),
+        "num_heads": (1, 2, 4, 6),
+        "mlp_ratio": 2,
+        "window_size": (4, 4, 4, 2),
+    },
+}
+
+
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(MLP(mean of x over the map)), NCHW. The activation is GELU, the layers have no bias."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden = max(dim // 4, 1)
+        self.fc1 = nn.Linear(dim, hidden, bias=False, **dd)
+        self.fc2 = nn.Linear(hidden, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc2(F.gelu(self.fc1(x.mean(dim=(2, 3)))))
+        return x * gate.sigmoid()[:, :, None, None]
+
+
+class MBConv(nn.Module):
+    """x + 1 x 1 convolution(squeeze-excite(GELU(3 x 3 depth-wise convolution(x)))), NCHW, without norms and biases."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.dw_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
+        self.se = SqueezeExcite(dim, **dd)
+        self.pw_conv = nn.Conv2d(dim, dim, 1, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.pw_conv(self.se(F.gelu(self.dw_conv(x))))
+
+
+class Downsample(nn.Module):
+    """LayerNorm, MBConv, 3 x 3 convolution with stride 2, LayerNorm: (B, C, H, W) -> (B, dim, ceil(H/2), ceil(W/2))."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = LayerNorm2d(in_dim, eps=1e-5, **dd)
+        self.mbconv = MBConv(in_dim, **dd)
+        self.reduction = nn.Conv2d(in_dim, dim, 3, 2, 1, bias=False, **dd)
+        self.norm2 = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm2(self.reduction(self.mbconv(self.norm1(x))))
+
+
+class Stem(nn.Module):
+    """3 x 3 convolution with stride 2, downsampling: (B, in_chans, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4))."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_chans, dim, 3, 2, 1, **dd)
+        self.downsample = Downsample(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv.in_channels)
+        return self.downsample(self.conv(x))
+
+
+@register_notrace_module
+class GlobalQuery(nn.Module):
+    """A map of an image as the queries of a window of w x w: (B, dim, H, W) -> (B, w * w, dim).
+
+    Args:
+        dim: channels.
+        window_size: w.
+        num_convs: how many MBConvs there are.
+        pool: whether each of them is followed by max pooling, 3 x 3 with stride 2.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, dim: int, window_size: int, num_convs: int, pool: bool, device=None, dtype=None):
+        super().__init__()
+        self.window_size = window_size
+        self.pool = pool
+        self.mbconvs = nn.ModuleList(MBConv(dim, device=device, dtype=dtype) for _ in range(num_convs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mbconv in self.mbconvs:
+            x = mbconv(x)
+            if self.pool:
+                x = F.max_pool2d(x, 3, 2, 1)
+        height, width = x.shape[2:]
+        # Sizes that are still open in torch.export are resized in any case; from w x w that changes nothing.
+        if not (isinstance(height, int) and isinstance(width, int) and height == width == self.window_size):
+            x = F.interpolate(x, size=(self.window_size,) * 2, mode="bicubic", align_corners=False)
+        return x.flatten(2).transpose(1, 2)
+
+
+@register_notrace_module
+class WindowAttention(nn.Module):
+    """Attention of tokens (B, H, W, dim) in windows, between linear layers; with the image's global query if asked to.
+
+    The map is padded with zeros at the bottom and the right to whole windows. The padding takes part as keys and
+    values, those of the qkv layer's bias, as in the official detection code.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, use_global_query: bool, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.use_global_query = use_global_query
+        self.qkv = nn.Linear(dim, (2 if use_global_query else 3) * dim, **dd)
+        self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * window_size - 1, 2 * window_size - 1, **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def reset_parameters(self) -> None:
+        """Initialise the table."""
+        trunc_normal_(self.bias_table, std=0.02)
+
+    def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """(B, H, W, dim), and the queries (B, w * w, dim) that only global attention reads, to (B, H, W, dim)."""
+        _, height, width, _ = x.shape
+        w = self.window_size
+        x = pad_tokens(x, (height + w - 1) // w * w, (width + w - 1) // w * w)
+        x = window_attention(
+            self.qkv(x),
+            num_heads=self.num_heads,
+            window_size=w,
+            bias_table=self.bias_table,
+            bias_sign="query_minus_key",
+            q=query if self.use_global_query else None,
+        )
+        return self.proj(crop_tokens(x, height, width))
+
+
+class GlobalContextStage(Stage):
+    """A stage whose blocks get the global query of its input, made once; none if `query` is None."""
+
+    def __init__(self, query: GlobalQuery | None, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
+        super().__init__(blocks, downsample)
+        self.query = query
+
+    def forward_blocks(self, x: Tensor, *context: Tensor) -> Tensor:
+        """Run the blocks, with the global query."""
+        if self.query is not None:
+            context = (self.query(x.permute(0, 3, 1, 2)), *context)
+        return super().forward_blocks(x, *context)
+
+
+def pooled_stages(window_sizes: Sequence[int]) -> list[bool]:
+    """For each stage, whether the maps of its global query are pooled: not where a window is all of the map.
+
+    This is about the size that the windows are made for, at which one window of the last stage is the whole map, and
+    the map of each stage before is twice as large: 56, 28, 14 and 7 tokens for windows of 7, 7, 14 and 7. It covers
+    the official cases: the third stage pools with windows of 24 throughout (detection), and does not in classification,
+    at 384 and 512 pixels neither.
+    """
+    last = len(window_sizes) - 1
+    return [window < window_sizes[-1] * 2 ** (last - i) for i, window in enumerate(window_sizes)]
+
+
+class GCViT(Backbone):
+    """Global Context Vision Transformer: images (B, in_chans, H, W) to logits (B, num_classes).
+
+    Features are NCHW at strides 4, 8, 16, 32, sizes rounded up.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the linear classifier; 0 for none.
+        global_pool: "avg", or "" for none.
+        embed_dims, depths, num_heads: channels, blocks and heads of each stage. Every second block is global.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        window_size: side of the windows, in tokens; one number, or one per stage. A stage's global query is made of
+            maps that are pooled as often as `pooled_stages` says for them.
+        layer_scale: initial factor of the residual branches; none if None.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument, or the shape of the images, is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (3, 4, 19, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratio: float = 3,
+        window_size: int | Sequence[int] = (7, 7, 14, 7),
+        layer_scale: float | None = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_norm: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_chans)
+        windows = (window_size,) * len(depths) if isinstance(window_size, int) else tuple(window_size)
+        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, window_size=windows)
+        if min(windows) < 1:
+            raise ValueError(f"Got {window_size=}; windows have a side of 1 token or more.")
+        dd = {"device": device, "dtype": dtype}
+        self.stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        pooled = pooled_stages(windows)
+        stages = []
+        for i, (dim, depth, heads, window) in enumerate(zip(embed_dims, depths, num_heads, windows, strict=True)):
+            blocks = []
+            for j in range(depth):
+                attn = WindowAttention(dim, heads, window, use_global_query=j % 2 == 1, **dd)
+                mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd)
+                blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), layer_scale, **dd))
+            # A stage of a single block, a local one, has no use for a query.
+            query = GlobalQuery(dim, window, max(len(depths) - 1 - i, 1), pooled[i], **dd) if depth > 1 else None
+            stages.append(GlobalContextStage(query, blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
+        output_norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in embed_dims] if output_norm else None
+        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+
+
+# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+KEY_MAP = [
+    (r"\.relative_position_index$", None),  # a constant, which window attention knows
+    (r"^patch_embed\.proj\.", "stem.conv."),
+    (r"^patch_embed\.conv_down\.", "stem.downsample."),
+    (r"^levels\.0\.downsample\.", "stages.1.downsample."),
+    (r"^levels\.1\.downsample\.", "stages.2.downsample."),
+    (r"^levels\.2\.downsample\.", "stages.3.downsample."),
+    (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"^levels\.(\d+)\.q_global_gen\.to_q_global\.", r"stages.\1.query.mbconvs."),
+    (r"\.downsample\.conv\.", ".downsample.mbconv.conv."),
+    (r"\.conv\.0\.", ".dw_conv."),
+    (r"\.conv\.2\.fc\.0\.", ".se.fc1."),
+    (r"\.conv\.2\.fc\.2\.", ".se.fc2."),
+    (r"\.conv\.3\.", ".pw_conv."),
+    (r"^norm([0-3])\.", r"output_norms.\1."),  # of the detection backbone
+    (r"\.relative_position_bias_table$", ".bias_table"),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    return checkpoints.convert(state_dict, model, KEY_MAP)
+
+
+def _cfg(**facts) -> dict:
+    side = facts["input_size"][1] // 32
+    return {"pool_size": (side, side), "first_conv": "stem.conv", "classifier": "head"} | facts
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("gc_vit").items()}
+    | {"test_gc_vit": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
+)
+
+
+def _create_gc_vit(variant: str, pretrained: bool, **kwargs) -> GCViT:
+    if pretrained:
+        _mention_licence(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {})
+    return create(GCViT, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
+
+
+def _mention_licence(variant: str, cfg: object, overlay: dict) -> None:
+    """Warn of non-commercial weights, unless the caller brings other ones."""
+    own = any(overlay.get(source) for source in ("state_dict", "file", "url", "hf_hub_id"))
+    if not own and isinstance(cfg, str | None) and resolve_pretrained_cfg(variant, cfg).license == "cc-by-nc-sa-4.0":
+        _warn_of_licence()
+
+
+@cache  # once per process
+def _warn_of_licence() -> None:
+    warnings.warn("NVIDIA's weights of GC ViT are CC-BY-NC-SA-4.0: not for commercial use.", stacklevel=6)
+
+
+@register_model
+def gc_vit_xxtiny(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-XXTiny (12.0 M parameters)."""
+    return _create_gc_vit("gc_vit_xxtiny", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_xtiny(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-XTiny (20.0 M)."""
+    return _create_gc_vit("gc_vit_xtiny", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_tiny(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Tiny (28.2 M)."""
+    return _create_gc_vit("gc_vit_tiny", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_tiny2(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Tiny2 (34.5 M)."""
+    return _create_gc_vit("gc_vit_tiny2", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_small(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Small (51.1 M)."""
+    return _create_gc_vit("gc_vit_small", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_small2(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Small2 (68.6 M)."""
+    return _create_gc_vit("gc_vit_small2", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_base(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Base (90.3 M)."""
+    return _create_gc_vit("gc_vit_base", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_large(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Large (202.1 M)."""
+    return _create_gc_vit("gc_vit_large", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_large_384(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Large with windows for 384 x 384 pixels (202.9 M)."""
+    return _create_gc_vit("gc_vit_large_384", pretrained, **kwargs)
+
+
+@register_model
+def gc_vit_large_512(pretrained: bool = False, **kwargs) -> GCViT:
+    """GC ViT-Large with windows for 512 x 512 pixels (203.8 M)."""
+    return _create_gc_vit("gc_vit_large_512", pretrained, **kwargs)
+
+
+@register_model
+def test_gc_vit(pretrained: bool = False, **kwargs) -> GCViT:
+    """A GC ViT of 0.4 M parameters, for tests and small images."""
+    return _create_gc_vit("test_gc_vit", pretrained, **kwargs)

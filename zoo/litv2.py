@@ -1,0 +1,414 @@
+"""LITv2: a fast vision transformer with HiLo attention (Pan et al., NeurIPS 2022, https://arxiv.org/abs/2205.13213).
+
+HiLo gives some heads the high frequencies and the others the low ones: Hi-Fi heads attend within small windows, Lo-Fi
+heads to averages of windows. The first two stages have no attention at all, and between stages a deformable convolution
+merges tokens (Deformable Token Merging, of LIT: Pan et al., AAAI 2022, https://arxiv.org/abs/2105.14217).
+
+Official code, Apache-2.0: https://github.com/ziplab/LITv2. Written from the paper and the facts of that code; the tests
+compare outputs of litv2_small. What differs:
+- One class serves classification and dense prediction and takes any size, with the official detection code's padding.
+  The official classifier takes one square size; there the two agree. `window_size=4` is its detection's other setting.
+- The merging that ends an official stage begins the next one here, so that a stage's output is its feature.
+- Deformable sampling is torch's `grid_sample` in front of an ordinary convolution, not an operator of its own: the same
+  numbers up to rounding, two to six times as fast as torchvision's on CPUs, and known to ONNX. Sampling is in float32
+  or more, as there; the convolution follows autocast.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import checkpoints
+from zoo.backbone import (
+    Backbone,
+    Stage,
+    TransformerBlock,
+    attend,
+    check_images,
+    check_stages,
+    create,
+    crop_tokens,
+    pad_tokens,
+)
+from zoo.kernels import depthwise_conv2d_nhwc, window_attention
+from zoo.kernels.dispatch import as_given
+
+__all__ = ["LITv2"]
+
+# The official variants.
+VARIANTS = {
+    "litv2_small": {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2)},
+    "litv2_medium": {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2)},
+    "litv2_base": {"embed_dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2)},
+    # ours, for tests and for small images on a CPU: windows of 3 do not divide the map of stage 3, which is padded
+    "test_litv2": {
+        "embed_dims": (16, 32, 64, 96),
+        "depths": (2, 2, 2, 2),
+        "head_dim": 16,
+        "mlp_ratio": 2,
+        "alpha": 0.5,
+        "window_size": 3,
+    },
+}
+
+# Published weights whose model has another alpha than the 0.9 of the variants: their tags.
+TAG_ALPHAS = {
+    "in1k_alpha_0": 0.0,
+    "in1k_alpha_02": 0.2,
+    "in1k_alpha_04": 0.4,
+    "in1k_alpha_05": 0.5,
+    "in1k_alpha_07": 0.7,
+    "in1k_alpha_1": 1.0,
+}
+
+
+@register_notrace_module
+class HiFiAttention(nn.Module):
+    """Attention within windows of tokens: (B, H, W, dim), whole windows, to (B, H, W, num_heads * head_dim)."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, window_size: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, **dd)
+        self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(window_attention(self.qkv(x), num_heads=self.num_heads, window_size=self.window_size))
+
+
+@register_notrace_module
+class LoFiAttention(nn.Module):
+    """Attention of all tokens to the averages of windows, or to one another if windows are single tokens."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, window_size: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.q = nn.Linear(dim, num_heads * head_dim, **dd)
+        self.kv = nn.Linear(dim, 2 * num_heads * head_dim, **dd)
+        self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
+
+    def forward(self, x: Tensor, windows: Tensor) -> Tensor:
+        """(B, H, W, dim), and the same padded to whole windows, to (B, H, W, num_heads * head_dim)."""
+        if self.window_size > 1:
+            windows = F.avg_pool2d(windows.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
+        query = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T, D)
+        key, value = self.kv(windows).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attend(query, key, value)  # (B, T, N D)
+        return self.proj(out.unflatten(1, x.shape[1:3]))
+
+
+@register_notrace_module
+class HiLoAttention(nn.Module):
+    """Hi-Fi and Lo-Fi attention side by side, on tokens (B, H, W, dim): the channels of Hi-Fi heads come first.
+
+    The map is padded with zeros at the bottom and the right to whole windows. In Hi-Fi the padding takes part as keys
+    and values, those of the qkv layer's bias; averages of Lo-Fi count it as zeros. So has it the official code.
+
+    Args:
+        dim: channels.
+        head_dim: channels of a head.
+        window_size: side of the windows, in tokens; 1 makes it ordinary attention, whatever `alpha` says.
+        alpha: share of Lo-Fi heads; their number is rounded down.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(self, dim: int, head_dim: int, window_size: int, alpha: float, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        num_heads = dim // head_dim
+        low = num_heads if window_size == 1 else int(num_heads * alpha)
+        self.window_size = window_size
+        self.hifi = HiFiAttention(dim, num_heads - low, head_dim, window_size, **dd) if low < num_heads else None
+        self.lofi = LoFiAttention(dim, low, head_dim, window_size, **dd) if low else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        _, height, width, _ = x.shape
+        s = self.window_size
+        windows = pad_tokens(x, (height + s - 1) // s * s, (width + s - 1) // s * s)
+        outputs = []
+        if self.hifi is not None:
+            outputs.append(crop_tokens(self.hifi(windows), height, width))
+        if self.lofi is not None:
+            outputs.append(self.lofi(x, windows))
+        return torch.cat(outputs, dim=-1)
+
+
+@register_notrace_module
+class ConvMlp(nn.Module):
+    """Linear, depth-wise 3 x 3 convolution, GELU, Linear on tokens (B, H, W, dim). The convolution knows positions."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.dw_conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def reset_parameters(self) -> None:
+        """Initialise the convolution by its 3 x 3 taps."""
+        nn.init.normal_(self.dw_conv.weight, std=(2 / 9) ** 0.5)
+        nn.init.zeros_(self.dw_conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = depthwise_conv2d_nhwc(self.fc1(x), self.dw_conv.weight, self.dw_conv.bias)
+        return self.drop2(self.fc2(self.drop1(self.act(x))))
+
+
+class MlpBlock(nn.Module):
+    """x + MLP(norm(x)), with drop path: the blocks of the first two stages."""
+
+    def __init__(self, dim: int, mlp: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, device=device, dtype=dtype)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm(x)))
+
+
+@register_notrace_module
+class Stem(nn.Module):
+    """Patches of 4 x 4 pixels, LayerNorm; the image is padded with zeros at the bottom and the right."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_chans, dim, 4, 4, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.proj.in_channels)
+        height, width = x.shape[2:]
+        # In a form of which torch.export can tell the range.
+        x = F.pad(x, (0, (width + 3) // 4 * 4 - width, 0, (height + 3) // 4 * 4 - height))
+        return self.norm(self.proj(x))
+
+
+def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
+    """The map (B, C, H, W) at the taps of 2 x 2 patches, each of them moved: (B, C, 2 h, 2 w).
+
+    Args:
+        x: read bilinearly; outside of it there are zeros.
+        offset: (B, 8, h, w), the rows and columns by which each patch's four taps move; they are in the order 2 (2 i +
+            j) for the rows and 2 (2 i + j) + 1 for the columns of the tap in row i and column j.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    height, width = x.shape[2:]
+    batch, _, down, across = offset.shape
+    offset = offset.to(dtype).unflatten(1, (2, 2, 2)).permute(0, 4, 1, 5, 2, 3)  # (B, h, i, w, j, 2)
+    # From one dimension, as torch.export cannot prove of sizes that are still open that h and 2 make 2 h.
+    offset = offset.flatten().view(batch, 2 * down, 2 * across, 2)
+    rows = offset[..., 0] + torch.arange(2 * down, dtype=dtype, device=x.device)[:, None]
+    columns = offset[..., 1] + torch.arange(2 * across, dtype=dtype, device=x.device)
+    # The form of grid_sample: the map from edge to edge is -1 to 1. Training starts from offsets of zero, at which the
+    # derivative by a coordinate jumps. It has to be that to the right and below, as in the official code: more than
+    # what rounding takes away from a coordinate is added.
+    grid = torch.stack(((2 * columns + 1) / width, (2 * rows + 1) / height), dim=-1) - (1 - 4 * torch.finfo(dtype).eps)
+    return F.grid_sample(x.to(dtype), grid, align_corners=False)
+
+
+@register_notrace_module
+class DeformableMerging(nn.Module):
+    """Deformable 2 x 2 convolution with stride 2, batch norm, GELU: (B, C, H, W) -> (B, dim, H // 2, W // 2).
+
+    The last row or column of an odd map is read through offsets only.
+    """
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.offset = nn.Conv2d(in_dim, 8, 2, 2, **dd)
+        self.proj = nn.Conv2d(in_dim, dim, 2, 2, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+
+    def reset_parameters(self) -> None:
+        """Start as an ordinary convolution."""
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In bfloat16, offsets would be multiples of 1/32 pixels from 4 pixels on.
+        with as_given(x):
+            patches = sample_patches(x, self.offset(x.to(self.offset.weight.dtype)))
+        x = F.gelu(self.norm(self.proj(patches.to(x.dtype))))
+        return x.contiguous(memory_format=torch.channels_last)  # the stage's tokens shall lie as NHWC
+
+
+class LITv2(Backbone):
+    """LITv2: images (B, in_chans, H, W) to logits (B, num_classes).
+
+    Features are NCHW at strides 4, 8, 16, 32: ceil(H / 4), and half of that, rounded down, from stage to stage.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the linear classifier; 0 for none.
+        global_pool: "avg", or "" for none.
+        embed_dims, depths: channels and blocks of each stage. The first two stages have no attention, the last one has
+            ordinary attention, those between have HiLo.
+        head_dim: channels of an attention head.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        alpha: share of Lo-Fi heads in HiLo; their number is rounded down.
+        window_size: side of HiLo's windows, in tokens: Hi-Fi attends within them, Lo-Fi to their averages.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        output_norm: a LayerNorm on each feature, as segmentation has it, or on those of the stages listed: (1, 2, 3)
+            for detection, whose first feature has none. Without classifier only.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument, or the shape of the images, is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        head_dim: int = 32,
+        mlp_ratio: float = 4,
+        alpha: float = 0.9,
+        window_size: int = 2,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_norm: bool | Sequence[int] = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_chans)
+        check_stages(embed_dims=embed_dims, depths=depths)
+        if head_dim < 1 or any(dim % head_dim for dim in embed_dims[2:]):
+            raise ValueError(
+                f"Got {head_dim=} for {embed_dims=}; the channels from the third stage on have to be multiples of it."
+            )
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"Got {alpha=}; the share of Lo-Fi heads is between 0 and 1.")
+        if window_size < 1:
+            raise ValueError(f"Got {window_size=}; windows have a side of 1 token or more.")
+        last = len(depths) - 1
+        normed = range(last + 1) if output_norm is True else output_norm or ()
+        if not set(normed) <= set(range(last + 1)):
+            raise ValueError(f"Got {output_norm=}; it has to be True, False or a list of stages from 0 to {last}.")
+        dd = {"device": device, "dtype": dtype}
+        self.stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+            blocks = []
+            for _ in range(depth):
+                mlp = ConvMlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
+                if i < 2:
+                    blocks.append(MlpBlock(dim, mlp, next(drop_path_rates), **dd))
+                else:
+                    attn = HiLoAttention(dim, head_dim, 1 if i == last else window_size, alpha, **dd)
+                    blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), **dd))
+            stages.append(Stage(blocks, DeformableMerging(embed_dims[i - 1], dim, **dd) if i else None))
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
+        output_norms = [
+            LayerNorm2d(dim, eps=1e-5, **dd) if i in normed else nn.Identity() for i, dim in enumerate(embed_dims)
+        ]
+        self.finish(
+            embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms if normed else None
+        )
+
+
+# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+KEY_MAP = [
+    (r"^patch_embed\.", "stem."),
+    (r"^layers\.0\.downsample\.", "stages.1.downsample."),
+    (r"^layers\.1\.downsample\.", "stages.2.downsample."),
+    (r"^layers\.2\.downsample\.", "stages.3.downsample."),
+    (r"\.dconv\.conv_offset\.", ".offset."),
+    (r"\.dconv\.", ".proj."),
+    (r"\.norm_layer\.", ".norm."),
+    (r"^layers\.([01])\.blocks\.(\d+)\.norm2\.", r"stages.\1.blocks.\2.norm."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.attn\.h_", ".attn.hifi."),
+    (r"\.attn\.l_", ".attn.lofi."),
+    (r"\.dwconv\.dwconv\.", ".dw_conv."),
+    (r"^norm([0-3])\.", r"output_norms.\1."),  # of the detection and segmentation backbones
+]
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`.
+
+    Raises:
+        RuntimeError: it does not fit; says which `alpha` it would fit, if that is the reason.
+    """
+    _check_alpha(checkpoints.remap(checkpoints.unwrap(state_dict), KEY_MAP), model.state_dict())
+    return checkpoints.convert(state_dict, model, KEY_MAP)
+
+
+def _check_alpha(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    """Raise RuntimeError if `theirs` has other numbers of Hi-Fi and Lo-Fi channels, of as many together."""
+    attn = "stages.2.blocks.0.attn"
+    low, our_low, high, our_high = (
+        len(weights.get(f"{attn}.{part}.proj.bias", ())) for part in ("lofi", "hifi") for weights in (theirs, ours)
+    )
+    if low != our_low and low + high == our_low + our_high:
+        share, our_share = low / (low + high), our_low / (our_low + our_high)
+        raise RuntimeError(
+            f"The checkpoint has {share:.0%} Lo-Fi heads in stage 3, and the model {our_share:.0%}: create it with "
+            f"alpha={share:.2f} or a little more."
+        )
+
+
+def _cfg(**facts) -> dict:
+    side = facts["input_size"][1] // 32
+    return {"pool_size": (side, side), "first_conv": "stem.proj", "classifier": "head"} | facts
+
+
+default_cfgs = generate_default_cfgs(
+    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("litv2").items()}
+    | {"test_litv2": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
+)
+
+
+def _create_litv2(variant: str, pretrained: bool, **kwargs) -> LITv2:
+    tag = kwargs.get("pretrained_cfg")
+    if isinstance(tag, str) and tag in TAG_ALPHAS:
+        kwargs = {"alpha": TAG_ALPHAS[tag]} | kwargs
+    return create(LITv2, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def litv2_small(pretrained: bool = False, **kwargs) -> LITv2:
+    """LITv2-S (27.8 M parameters)."""
+    return _create_litv2("litv2_small", pretrained, **kwargs)
+
+
+@register_model
+def litv2_medium(pretrained: bool = False, **kwargs) -> LITv2:
+    """LITv2-M (48.8 M)."""
+    return _create_litv2("litv2_medium", pretrained, **kwargs)
+
+
+@register_model
+def litv2_base(pretrained: bool = False, **kwargs) -> LITv2:
+    """LITv2-B (86.5 M)."""
+    return _create_litv2("litv2_base", pretrained, **kwargs)
+
+
+@register_model
+def test_litv2(pretrained: bool = False, **kwargs) -> LITv2:
+    """A LITv2 of 0.4 M parameters, for tests and small images."""
+    return _create_litv2("test_litv2", pretrained, **kwargs)

@@ -1,0 +1,470 @@
+"""MaxViT: Multi-Axis Vision Transformer (Tu et al., ECCV 2022, https://arxiv.org/abs/2204.01697).
+
+Every block is an inverted-residual convolution (MBConv), then attention within windows of neighbouring tokens, then
+attention within groups of as many tokens spread evenly over the whole map (grid): near and far at linear cost.
+
+Official code, Apache-2.0: https://github.com/google-research/maxvit (TensorFlow). Written from the paper and the facts
+of that code; the tests compare outputs. What differs:
+- Any size: the official code refuses maps that its windows do not divide, and sets the window to 1/32 of the image.
+  Here `window_size` stays as it is; maps are padded at the bottom and the right, in both attentions, and no token
+  attends to the padding. Sizes that the official code takes give its numbers.
+- Query, key and value are one linear layer, as in timm's conversion of the official weights, whose names `KEY_MAP`
+  translates.
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from timm.layers import DropPath, Mlp, SqueezeExcite, register_notrace_module
+from timm.models import generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import checkpoints
+from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
+from zoo.kernels import window_attention
+from zoo.kernels.checks import certain
+
+__all__ = ["MaxViT"]
+
+# Table 1 of the paper. Windows are 1/32 of the images that a model was trained on: 224, 384 or 512 pixels.
+TINY = {"embed_dims": (64, 128, 256, 512), "depths": (2, 2, 5, 2), "stem_dim": 64}
+SMALL = {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 5, 2), "stem_dim": 64}
+BASE = {"embed_dims": (96, 192, 384, 768), "depths": (2, 6, 14, 2), "stem_dim": 64}
+LARGE = {"embed_dims": (128, 256, 512, 1024), "depths": (2, 6, 14, 2), "stem_dim": 128}
+XLARGE = {"embed_dims": (192, 384, 768, 1536), "depths": (2, 6, 14, 2), "stem_dim": 192}
+VARIANTS = {
+    "maxvit_tiny": {**TINY, "window_size": 7},
+    "maxvit_tiny_384": {**TINY, "window_size": 12},
+    "maxvit_tiny_512": {**TINY, "window_size": 16},
+    "maxvit_small": {**SMALL, "window_size": 7},
+    "maxvit_small_384": {**SMALL, "window_size": 12},
+    "maxvit_small_512": {**SMALL, "window_size": 16},
+    "maxvit_base": {**BASE, "window_size": 7},
+    "maxvit_base_384": {**BASE, "window_size": 12},
+    "maxvit_base_512": {**BASE, "window_size": 16},
+    "maxvit_large": {**LARGE, "window_size": 7},
+    "maxvit_large_384": {**LARGE, "window_size": 12},
+    "maxvit_large_512": {**LARGE, "window_size": 16},
+    "maxvit_xlarge": {**XLARGE, "window_size": 7},
+    "maxvit_xlarge_384": {**XLARGE, "window_size": 12},
+    "maxvit_xlarge_512": {**XLARGE, "window_size": 16},
+    # ours, for tests and for small images on a CPU
+    "test_maxvit": {
+        "embed_dims": (16, 32, 48, 64),
+        "depths": (2, 2, 2, 2),
+        "stem_dim": 16,
+        "head_dim": 16,
+        "window_size": 4,
+        "norm_momentum": 0.1,
+    },
+}
+
+BatchNorm = partial(nn.BatchNorm2d, eps=1e-3)
+Gelu = partial(nn.GELU, approximate="tanh")
+
+
+@register_notrace_module
+class StridedConv2d(nn.Conv2d):
+    """3 x 3 convolution with stride 2 and TensorFlow's "same" padding: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2)).
+
+    An even side gets one row of zeros, at its end; PyTorch's padding of 1 would shift the output by half a pixel.
+    """
+
+    def __init__(self, in_dim: int, dim: int, groups: int = 1, bias: bool = True, device=None, dtype=None):
+        super().__init__(in_dim, dim, 3, 2, groups=groups, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = []
+        for n in (x.shape[3], x.shape[2]):
+            # The end gets 1. Said like this, torch.export sees that 2 * ceil(n / 2) + 1 rows become ceil(n / 2).
+            padding += [n % 2, 2 * ((n + 1) // 2) + 1 - n - n % 2]
+        return super().forward(F.pad(x, padding))
+
+
+@register_notrace_module
+class HalfPool2d(nn.Module):
+    """Mean of 2 x 2 pixels, or of what there is at the end of an odd side: (B, C, H, W) to half, rounded up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        right, bottom = (2 * ((n + 1) // 2) - n for n in (x.shape[3], x.shape[2]))
+        if not (certain(right == 0) and certain(bottom == 0)):
+            x = F.pad(x, (0, right, 0, bottom), mode="replicate")  # a pixel and its copy have the pixel as mean
+        return F.avg_pool2d(x, 2)
+
+
+class Stem(nn.Module):
+    """3 x 3 convolution with stride 2, batch norm, GELU, 3 x 3 convolution."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv1 = StridedConv2d(in_chans, dim, **dd)
+        self.norm = BatchNorm(dim, **dd)
+        self.act = Gelu()
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1.in_channels)
+        return self.conv2(self.act(self.norm(self.conv1(x))))
+
+
+class MBConv(nn.Module):
+    """Inverted residual with squeeze and excitation on tokens: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), dim).
+
+    Batch norm comes first, without activation; the shortcut goes around it. `dim`, not C, sets the hidden width.
+    """
+
+    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden_dim = 4 * dim
+        self.norm = BatchNorm(in_dim, **dd)
+        self.expand = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
+        self.norm1 = BatchNorm(hidden_dim, **dd)
+        self.act = Gelu()
+        self.dw_conv = (
+            StridedConv2d(hidden_dim, hidden_dim, groups=hidden_dim, bias=False, **dd)
+            if stride == 2
+            else nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False, **dd)
+        )
+        self.norm2 = BatchNorm(hidden_dim, **dd)
+        self.se = SqueezeExcite(hidden_dim, rd_channels=max(1, dim // 4), act_layer=nn.SiLU, **dd)
+        self.reduce = nn.Conv2d(hidden_dim, dim, 1, **dd)
+        self.pool = HalfPool2d() if stride == 2 else nn.Identity()
+        self.shortcut = nn.Conv2d(in_dim, dim, 1, **dd) if in_dim != dim else nn.Identity()
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        branch = self.act(self.norm1(self.expand(self.norm(x))))
+        branch = self.act(self.norm2(self.dw_conv(branch)))
+        branch = self.reduce(self.se(branch))
+        return (self.shortcut(self.pool(x)) + self.drop_path(branch)).permute(0, 2, 3, 1)
+
+
+@register_notrace_module
+class WindowAttention(nn.Module):
+    """Attention within the windows of a map (B, H, W, dim), "block" or "grid", between linear layers.
+
+    A map that the window does not divide is padded at the bottom and the right, and the padding is attended to by none.
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: tuple[int, int], layout: str, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.layout = layout
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.bias_table = nn.Parameter(torch.empty(num_heads, *(2 * side - 1 for side in window_size), **dd))
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def reset_parameters(self) -> None:
+        """Initialise the table."""
+        nn.init.normal_(self.bias_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        size = x.shape[1:3]
+        padded = [(n + side - 1) // side * side for n, side in zip(size, self.window_size, strict=True)]
+        divides = certain(padded[0] == size[0]) and certain(padded[1] == size[1])
+        x = window_attention(
+            pad_tokens(self.qkv(x), *padded),  # after the layer, which has nothing to do for the padding
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            layout=self.layout,
+            bias_table=self.bias_table,
+            bias_sign="key_minus_query",
+            key_mask=None if divides else mask_padding(x, *padded),
+        )
+        return self.proj(crop_tokens(x, *size))
+
+
+def mask_padding(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, height, width), True for what is a token of `x` (B, H, W, C) when it is padded to that size."""
+    rows = torch.arange(height, device=x.device) < x.shape[1]
+    columns = torch.arange(width, device=x.device) < x.shape[2]
+    return (rows[:, None] & columns).expand(x.shape[0], -1, -1)
+
+
+class Block(nn.Module):
+    """MBConv, block attention with its MLP, grid attention with its MLP: tokens (B, H, W, C) to tokens."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        stride: int,
+        num_heads: int,
+        window_size: tuple[int, int],
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = MBConv(in_dim, dim, stride, drop_path, **dd)
+        self.block_attn, self.grid_attn = (
+            TransformerBlock(
+                dim,
+                WindowAttention(dim, num_heads, window_size, layout, **dd),
+                Mlp(dim, 4 * dim, act_layer=Gelu, drop=proj_drop, **dd),
+                drop_path,
+                **dd,
+            )
+            for layout in ("block", "grid")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid_attn(self.block_attn(self.conv(x)))
+
+
+class PreLogits(nn.Module):
+    """LayerNorm, Linear, tanh, on pooled features (B, dim)."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd)
+        self.fc = nn.Linear(dim, dim, **dd)
+        self.act = nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.fc(self.norm(x)))
+
+
+class MaxViT(Backbone):
+    """Multi-Axis Vision Transformer: images (B, in_chans, H, W) to logits (B, num_classes).
+
+    Features are NCHW at strides 4, 8, 16, 32, sizes rounded up, each the plain output of its stage: there is no norm
+    before the pooling.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the linear classifier; 0 for none.
+        global_pool: "avg", or "" for none.
+        embed_dims, depths: channels and blocks of each stage.
+        stem_dim: channels of the stem.
+        head_dim: channels of an attention head.
+        window_size: tokens of a window along rows and columns, of the block and of the grid. The authors have 1/32 of
+            the image; weights for other windows are adapted as they load, the tables by bilinear interpolation.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: stochastic depth; block b of N is left out with this rate times b / N, each of its five
+            branches by itself.
+        norm_momentum: weight of a batch in the running statistics of batch norm. The authors' (0.99 as Keras counts)
+            needs several hundred updates until they hold, so short trainings from nothing want more.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument, or the shape of the images, is out of range.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 5, 2),
+        stem_dim: int = 64,
+        head_dim: int = 32,
+        window_size: int | tuple[int, int] = 7,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_momentum: float = 0.01,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(in_chans)
+        check_stages(embed_dims=embed_dims, depths=depths)
+        if stem_dim < 1:
+            raise ValueError(f"Got {stem_dim=}; the stem has to have 1 or more channels.")
+        if head_dim < 1 or any(dim % head_dim for dim in embed_dims):
+            raise ValueError(f"Got {head_dim=} for {embed_dims=}; the channels of each stage have to be a multiple.")
+        sides = (window_size,) * 2 if isinstance(window_size, int) else tuple(window_size)
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"Got {window_size=}; give one number for rows and columns, or two, each 1 or more.")
+        dd = {"device": device, "dtype": dtype}
+        self.stem = Stem(in_chans, stem_dim, **dd)
+        count = sum(depths)
+        drop_path_rates = iter([drop_path_rate * i / count for i in range(count)])
+        stages = []
+        dim_before = stem_dim
+        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+            blocks = []
+            for j in range(depth):
+                in_dim, stride = (dim, 1) if j else (dim_before, 2)
+                drop_path = next(drop_path_rates)
+                blocks.append(Block(in_dim, dim, stride, dim // head_dim, sides, proj_drop_rate, drop_path, **dd))
+            stages.append(Stage(blocks))
+            dim_before = dim
+            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = norm_momentum
+        pre_logits = PreLogits(dim_before, **dd)
+        self.finish(dim_before, num_classes, global_pool, drop_rate, pre_logits=pre_logits)
+
+    def init_module(self, module: nn.Module) -> None:
+        """Initialise the parameters that `module` itself has."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The relative-position tables, as in the official recipe."""
+        return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
+
+
+# Names of timm's conversions -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+KEY_MAP = [
+    (r"^stem\.norm1\.", "stem.norm."),
+    (r"\.conv\.pre_norm\.", ".conv.norm."),
+    (r"\.conv\.conv1_1x1\.", ".conv.expand."),
+    (r"\.conv\.conv2_kxk\.", ".conv.dw_conv."),
+    (r"\.conv\.conv3_1x1\.", ".conv.reduce."),
+    (r"\.shortcut\.expand\.", ".shortcut."),
+    (r"\.attn_(block|grid)\.", r".\1_attn."),
+    (r"\.rel_pos\.relative_position_bias_table$", ".bias_table"),
+    (r"^head\.norm\.", "pre_logits.norm."),
+    (r"^head\.pre_logits\.", "pre_logits."),
+    (r"^head\.fc\.", "head."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    return checkpoints.convert(state_dict, model, KEY_MAP, resize="bilinear")
+
+
+def _cfg(**facts) -> dict:
+    side = -(-facts["input_size"][1] // 32)
+    return {"pool_size": (side, side), "first_conv": "stem.conv1", "classifier": "head"} | facts
+
+
+_small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+default_cfgs = generate_default_cfgs(
+    {
+        name: _cfg(**facts)
+        for name, facts in {
+            **checkpoints.pretrained_cfgs("maxvit"),
+            "test_maxvit": _small,
+        }.items()
+    }
+)
+
+
+def _create_maxvit(variant: str, pretrained: bool, **kwargs) -> MaxViT:
+    return create(MaxViT, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def maxvit_tiny(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-T, windows of 7 for 224 pixels (30.9 M parameters)."""
+    return _create_maxvit("maxvit_tiny", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_tiny_384(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-T, windows of 12 for 384 pixels (31.0 M)."""
+    return _create_maxvit("maxvit_tiny_384", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_tiny_512(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-T, windows of 16 for 512 pixels (31.1 M)."""
+    return _create_maxvit("maxvit_tiny_512", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_small(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-S, windows of 7 for 224 pixels (68.9 M)."""
+    return _create_maxvit("maxvit_small", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_small_384(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-S, windows of 12 for 384 pixels (69.0 M)."""
+    return _create_maxvit("maxvit_small_384", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_small_512(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-S, windows of 16 for 512 pixels (69.1 M)."""
+    return _create_maxvit("maxvit_small_512", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_base(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-B, windows of 7 for 224 pixels (119.5 M)."""
+    return _create_maxvit("maxvit_base", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_base_384(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-B, windows of 12 for 384 pixels (119.7 M)."""
+    return _create_maxvit("maxvit_base_384", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_base_512(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-B, windows of 16 for 512 pixels (119.9 M)."""
+    return _create_maxvit("maxvit_base_512", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_large(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-L, windows of 7 for 224 pixels (211.8 M)."""
+    return _create_maxvit("maxvit_large", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_large_384(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-L, windows of 12 for 384 pixels (212.0 M)."""
+    return _create_maxvit("maxvit_large_384", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_large_512(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-L, windows of 16 for 512 pixels (212.3 M)."""
+    return _create_maxvit("maxvit_large_512", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_xlarge(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-XL, windows of 7 for 224 pixels (475.0 M)."""
+    return _create_maxvit("maxvit_xlarge", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_xlarge_384(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-XL, windows of 12 for 384 pixels (475.3 M)."""
+    return _create_maxvit("maxvit_xlarge_384", pretrained, **kwargs)
+
+
+@register_model
+def maxvit_xlarge_512(pretrained: bool = False, **kwargs) -> MaxViT:
+    """MaxViT-XL, windows of 16 for 512 pixels (475.8 M)."""
+    return _create_maxvit("maxvit_xlarge_512", pretrained, **kwargs)
+
+
+def test_maxvit(pretrained: bool = False, **kwargs) -> MaxViT:
+    """A MaxViT of 0.6 M parameters, for tests and small images."""
+    return _create_maxvit("test_maxvit", pretrained, **kwargs)
+
+
+# timm's own tests have a model of this name, which every family has here; whoever imports zoo means ours.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="Overwriting test_maxvit in registry")
+    register_model(test_maxvit)
