@@ -23,6 +23,8 @@ from .test_routed_attention import ROUTES, X
 from .test_window_attention import BAD as BAD_WINDOW
 from .test_window_attention import QKV as QKV_WINDOW
 
+pytestmark = pytest.mark.slow
+
 IMPLEMENTATIONS = ("reference", "torch", "triton")
 
 

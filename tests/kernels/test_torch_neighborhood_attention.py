@@ -9,6 +9,8 @@ from zoo.kernels.neighborhood_attention import torch_impl
 from .comparison import BUDGET, assert_agree, assert_within_budget, run
 from .test_neighborhood_attention import CASES as SMALL
 
+pytestmark = pytest.mark.slow
+
 # map, kernel, dilation, stride, causal; all that does not fit a tile evenly
 CASES = {
     **SMALL,

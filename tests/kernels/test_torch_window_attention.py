@@ -8,6 +8,8 @@ from zoo.kernels import dispatch, use, window_attention
 from .comparison import BUDGET, assert_agree, assert_within_budget, run
 from .test_window_attention import CASES, make
 
+pytestmark = pytest.mark.slow
+
 # what is added to every case
 FLAGS = {
     "plain": {},

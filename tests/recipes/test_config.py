@@ -32,6 +32,7 @@ def _leaves(schema, prefix=""):
             yield f"{prefix}{field.name}", field
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_composes_and_passes_the_checks(compose, recipe):
     cfg = compose(f"recipe={recipe}", "data.root=/data/imagenet")
