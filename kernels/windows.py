@@ -1,9 +1,13 @@
-"""Maps cut into windows, and put together again."""
+"""Maps cut into windows, and put together again; when windows are neighborhoods."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from zoo.kernels import checks
 
 
 def partition(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
@@ -58,6 +62,32 @@ def join(x: Tensor, window_size: tuple[int, int], size: tuple[int, int, int], la
         wy, wx = y - ty * rows, column - tx * columns
     number = ((image * rows + wy) * columns + wx) * (wh * ww) + ty * ww + tx
     return x.flatten(0, 1).index_select(0, number.flatten()).unflatten(0, number.shape)
+
+
+def neighborhood_layout(
+    size: Sequence[int],
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    is_causal: tuple[bool, bool],
+) -> str | None:
+    """The layout in which neighborhood attention is window attention, its window the kernel, its bias key minus query.
+
+    None if there is none; for sizes that are still open, if there is none for all of them.
+    """
+    if any(is_causal):
+        return None
+    axes = list(zip(size, kernel_size, dilation, stride, strict=True))
+    # A dilation group that is no larger than the kernel has one window, whatever the stride.
+    if all(checks.certain(length == k * d) for length, k, d, _ in axes):
+        return "grid"
+    # Windows that do not overlap stand side by side if the last one has to move no place inward.
+    if all(
+        d == 1 and (checks.certain(length == k) or (s == k and checks.certain(length % k == 0)))
+        for length, k, d, s in axes
+    ):
+        return "block"
+    return None
 
 
 def _open(*sizes: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from zoo.kernels import checks, dispatch
 from zoo.kernels.neighborhood_attention import reference, torch_impl
 from zoo.kernels.window_attention import op as window_op
+from zoo.kernels.windows import neighborhood_layout
 
 
 def neighborhood_attention(
@@ -86,7 +87,7 @@ def neighborhood_attention(
     implementation = dispatch.choose("neighborhood_attention", qkv, lambda: triton_obstacle(head_dim))
     with dispatch.as_given(qkv):
         if implementation == "triton":
-            layout = window_layout(qkv.shape[1:3], kernel, dilations, strides, causal)
+            layout = neighborhood_layout(qkv.shape[1:3], kernel, dilations, strides, causal)
             if layout is not None:
                 grid = layout == "grid"
                 return window_op.forward(qkv, None, bias_table, None, num_heads, *kernel, grid, True, scale)[0]
@@ -108,32 +109,6 @@ def triton_obstacle(head_dim: int) -> str | None:
     """Why Triton cannot serve this call, or None."""
     if head_dim > 128:
         return f"it has tiles for heads of up to 128 channels, not {head_dim}"
-    return None
-
-
-def window_layout(
-    size: Sequence[int],
-    kernel_size: tuple[int, int],
-    dilation: tuple[int, int],
-    stride: tuple[int, int],
-    is_causal: tuple[bool, bool],
-) -> str | None:
-    """The layout with which `window_attention`, its window the kernel and its bias key minus query, does the same.
-
-    None if there is none; for sizes that are still open, if there is none for all of them.
-    """
-    if any(is_causal):
-        return None
-    axes = list(zip(size, kernel_size, dilation, stride, strict=True))
-    # A dilation group that is no larger than the kernel has one window, whatever the stride.
-    if all(checks.certain(length == k * d) for length, k, d, _ in axes):
-        return "grid"
-    # Windows that do not overlap stand side by side if the last one has to move no place inward.
-    if all(
-        d == 1 and (checks.certain(length == k) or (s == k and checks.certain(length % k == 0)))
-        for length, k, d, s in axes
-    ):
-        return "block"
     return None
 
 

@@ -23,6 +23,7 @@ from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
 from zoo.kernels.neighborhood_attention import reference
 from zoo.kernels.window_attention.torch_impl import window_attention
+from zoo.kernels.windows import neighborhood_layout
 
 TILE = 4
 CHUNK = 2**21  # numbers to gather at a time where no gradient is wanted
@@ -41,7 +42,7 @@ def neighborhood_attention(
 ) -> Tensor:
     """See `op.neighborhood_attention`, which has checked everything."""
     batch, height, width, channels = qkv.shape
-    layout = _window_layout((height, width), kernel_size, dilation, stride, is_causal)
+    layout = neighborhood_layout((height, width), kernel_size, dilation, stride, is_causal)
     if layout is not None:
         return window_attention(
             qkv,
@@ -113,24 +114,6 @@ def neighborhood_attention(
     tile, slot = constant(_places, rows, columns, like=qkv)
     place = (tile * batch + image[:, None, None]) * queries + slot  # (B, H, W)
     return out.index_select(0, place.flatten()).reshape(batch, height, width, -1).to(qkv.dtype)
-
-
-def _window_layout(
-    size: tuple[int, int],
-    kernel: tuple[int, int],
-    dilation: tuple[int, int],
-    stride: tuple[int, int],
-    causal: tuple[bool, bool],
-) -> str | None:
-    """The layout in which it is window attention, or None."""
-    if any(causal):
-        return None
-    axes = list(zip(size, kernel, dilation, stride, strict=True))
-    if all(checks.certain(k * d == length) for length, k, d, _ in axes):
-        return "grid"
-    if all(d == 1 and s == k and checks.certain(length % k == 0) for length, k, d, s in axes):
-        return "block"
-    return None
 
 
 class _Axis(NamedTuple):

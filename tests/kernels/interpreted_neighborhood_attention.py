@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from zoo.kernels import dispatch, triton_common
 from zoo.kernels.neighborhood_attention import neighborhood_attention, op, reference
+from zoo.kernels.windows import neighborhood_layout
 
 from .interpreter import _unwritten_outputs_are_nan, assert_within_budget  # noqa: F401
 
@@ -147,7 +148,7 @@ WINDOWS = {
 @pytest.mark.parametrize("case", WINDOWS)
 def test_windows_are_left_to_window_attention(case):
     size, kernel, dilation, stride = WINDOWS[case]
-    assert op.window_layout(size, kernel, dilation, stride, NO) is not None
+    assert neighborhood_layout(size, kernel, dilation, stride, NO) is not None
     g = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, *size, 48, generator=g).requires_grad_()
     table = torch.randn(1, 2 * kernel[0] - 1, 2 * kernel[1] - 1, generator=g).requires_grad_()
@@ -172,7 +173,7 @@ NO_WINDOWS = {
 
 @pytest.mark.parametrize("case", NO_WINDOWS)
 def test_other_calls_are_not(case):
-    assert op.window_layout(*NO_WINDOWS[case]) is None
+    assert neighborhood_layout(*NO_WINDOWS[case]) is None
 
 
 def test_opcheck(monkeypatch):

@@ -19,6 +19,7 @@ CASES = {
     "strided": ((8, 7), (5, 3), (1, 1), (2, 3), (False, False)),
     "strided-dilated": ((11, 7), (4, 3), (2, 1), (3, 2), (False, False)),
     "blocked": ((6, 8), (3, 4), (1, 1), (3, 4), (False, False)),
+    "striped": ((4, 6), (4, 3), (1, 1), (2, 3), (False, False)),
     "causal": ((5, 6), (3, 3), (1, 1), (1, 1), (True, True)),
     "causal-rows": ((6, 5), (4, 3), (1, 1), (1, 1), (True, False)),
     "causal-strided-dilated": ((9, 7), (3, 3), (2, 1), (2, 3), (True, True)),
