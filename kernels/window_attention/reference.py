@@ -48,10 +48,15 @@ def window_attention(
 
 def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tensor:
     """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias of each query (row) and key (column)."""
-    wh, ww = window_size
-    rows = torch.arange(wh, device=table.device).repeat_interleave(ww)
-    columns = torch.arange(ww, device=table.device).repeat(wh)
-    down, right = (x[:, None] - x[None, :] for x in (rows, columns))
+    rows, columns = entries(*window_size, sign, table.device)
+    return table[:, rows, columns]
+
+
+def entries(wh: int, ww: int, sign: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(T, T) rows and (T, T) columns of a table, for each query (row) and key (column)."""
+    y = torch.arange(wh, device=device).repeat_interleave(ww)
+    x = torch.arange(ww, device=device).repeat(wh)
+    down, right = (place[:, None] - place[None, :] for place in (y, x))
     if sign == "key_minus_query":
         down, right = -down, -right
-    return table[:, down + wh - 1, right + ww - 1]
+    return down + wh - 1, right + ww - 1

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
+from zoo.kernels.window_attention import reference
 from zoo.kernels.windows import cut, join
 
 
@@ -59,16 +60,12 @@ def window_attention(
 
 def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tensor:
     """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias of each query (row) and key (column)."""
-    index = constant(_offsets, *window_size, sign, like=table)
+    index = constant(_entries, *window_size, sign, like=table)
     tokens = window_size[0] * window_size[1]
     return table.flatten(1).index_select(1, index).reshape(-1, tokens, tokens)
 
 
-def _offsets(wh: int, ww: int, sign: str, device: torch.device) -> Tensor:
+def _entries(wh: int, ww: int, sign: str, device: torch.device) -> Tensor:
     """(T T) entries of a flattened table."""
-    rows = torch.arange(wh, device=device).repeat_interleave(ww)
-    columns = torch.arange(ww, device=device).repeat(wh)
-    down, right = (x[:, None] - x[None, :] for x in (rows, columns))
-    if sign == "key_minus_query":
-        down, right = -down, -right
-    return ((down + wh - 1) * (2 * ww - 1) + right + ww - 1).flatten()
+    rows, columns = reference.entries(wh, ww, sign, device)
+    return (rows * (2 * ww - 1) + columns).flatten()
