@@ -64,13 +64,13 @@ def current() -> str:
     return _choice
 
 
-def choose(operator: str, tensor: Tensor, obstacle: Callable[[], str | None]) -> str:
+def choose(operator: str, tensor: Tensor, head_dim: int) -> str:
     """The implementation for one call of `operator` on `tensor`: "reference", "torch" or "triton".
 
     Args:
         operator: Its name, for messages.
         tensor: Its first input.
-        obstacle: Says why Triton cannot serve this call, or None if it can.
+        head_dim: Its channels per head.
 
     Raises:
         RuntimeError: Triton was asked for by name and cannot run.
@@ -78,13 +78,13 @@ def choose(operator: str, tensor: Tensor, obstacle: Callable[[], str | None]) ->
     if _choice in ("reference", "torch"):
         return _choice
     if _choice == "triton":
-        reason = triton_obstacle(tensor) or obstacle()
+        reason = triton_obstacle(tensor) or _head_obstacle(head_dim)
         if reason is not None:
             raise RuntimeError(f"{operator} cannot run in Triton here: {reason}. Choose zoo.kernels.use('auto').")
         return "triton"
     if tensor.device.type != "cuda" or not fused_allowed():
         return "torch"
-    reason = triton_obstacle(tensor) or obstacle()
+    reason = triton_obstacle(tensor) or _head_obstacle(head_dim)
     if reason is None:
         return "triton"
     _warn_once(f"{operator} runs in PyTorch instead of Triton: {reason}.")
@@ -100,6 +100,10 @@ def triton_obstacle(tensor: Tensor) -> str | None:
     if tensor.device.type != "cuda" and not interpreting():
         return f"the tensors are on {tensor.device}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
     return _machine_obstacle(tensor.device.index or 0)
+
+
+def _head_obstacle(head_dim: int) -> str | None:
+    return f"it has tiles for heads of up to 128 channels, not {head_dim}" if head_dim > 128 else None
 
 
 # Triton looks at it once, and so do we.

@@ -84,7 +84,7 @@ def neighborhood_attention(
         sizes = (num_heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
         checks.shape(bias_table, "bias_table", sizes, "(N, 2 kh - 1, 2 kw - 1)")
     scale = checks.attention_scale(scale, head_dim)
-    implementation = dispatch.choose("neighborhood_attention", qkv, lambda: triton_obstacle(head_dim))
+    implementation = dispatch.choose("neighborhood_attention", qkv, head_dim)
     with dispatch.as_given(qkv):
         if implementation == "triton":
             layout = neighborhood_layout(qkv.shape[1:3], kernel, dilations, strides, causal)
@@ -103,13 +103,6 @@ def neighborhood_attention(
             bias_table=bias_table,
             scale=scale,
         )
-
-
-def triton_obstacle(head_dim: int) -> str | None:
-    """Why Triton cannot serve this call, or None."""
-    if head_dim > 128:
-        return f"it has tiles for heads of up to 128 channels, not {head_dim}"
-    return None
 
 
 # The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.

@@ -69,19 +69,12 @@ def routed_attention(
     if checks.certain(routes.shape[2] == 0):
         raise ValueError("Got routes to no region; each region needs one or more.")
     scale = checks.attention_scale(scale, head_dim)
-    implementation = dispatch.choose("routed_attention", q, lambda: triton_obstacle(head_dim))
+    implementation = dispatch.choose("routed_attention", q, head_dim)
     with dispatch.as_given(q):
         if implementation == "triton":
             return forward(q, k, v, routes, num_heads, regions, scale)[0]
         compute = reference if implementation == "reference" else torch_impl
         return compute.routed_attention(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
-
-
-def triton_obstacle(head_dim: int) -> str | None:
-    """Why Triton cannot serve this call, or None."""
-    if head_dim > 128:
-        return f"it has tiles for heads of up to 128 channels, not {head_dim}"
-    return None
 
 
 # The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.

@@ -83,7 +83,7 @@ def window_attention(
         checks.shape(q, "q", (batch, wh * ww, num_heads * head_dim), "(B, wh ww, N D)")
 
     scale = checks.attention_scale(scale, head_dim)
-    implementation = dispatch.choose("window_attention", qkv, lambda: triton_obstacle(head_dim))
+    implementation = dispatch.choose("window_attention", qkv, head_dim)
     with dispatch.as_given(qkv):
         if implementation == "triton":
             grid, key_minus_query = layout == "grid", bias_sign == "key_minus_query"
@@ -100,13 +100,6 @@ def window_attention(
             key_mask=key_mask,
             q=q,
         )
-
-
-def triton_obstacle(head_dim: int) -> str | None:
-    """Why Triton cannot serve this call, or None."""
-    if head_dim > 128:
-        return f"it has tiles for heads of up to 128 channels, not {head_dim}"
-    return None
 
 
 # The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.
