@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import is_fake
 
 from zoo.kernels import dispatch, triton_common
 from zoo.kernels.neighborhood_attention import neighborhood_attention, op, reference
 from zoo.kernels.windows import neighborhood_layout
 
-from .interpreter import _unwritten_outputs_are_nan, assert_within_budget  # noqa: F401
+from .comparison import assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
 # map, kernel, dilation, stride, causal, images, heads, head dim, bias
 ONE, NO = (1, 1), (False, False)
@@ -176,15 +177,7 @@ def test_other_calls_are_not(case):
     assert neighborhood_layout(*NO_WINDOWS[case]) is None
 
 
-def test_opcheck(monkeypatch):
-    launch = triton_common.launch
-
-    def launch_unless_fake(kernel, grid, **arguments):
-        if not any(map(is_fake, arguments.values())):
-            launch(kernel, grid, **arguments)
-
-    # The interpreter cannot do with tensors that hold nothing.
-    monkeypatch.setattr(triton_common, "launch", launch_unless_fake)
+def test_opcheck(fake_tensors_launch_nothing):
     qkv, table, grad, options = make("1-high", torch.float32)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(op.forward, (qkv, table, *options), test_utils=tests)

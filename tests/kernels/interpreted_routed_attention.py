@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import is_fake
 
-from zoo.kernels import routed_attention, triton_common, use
+from zoo.kernels import routed_attention, use
 from zoo.kernels.routed_attention import op, reference
 
-from .interpreter import _unwritten_outputs_are_nan, assert_within_budget  # noqa: F401
+from .comparison import assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
 # map of q, map of k and v, regions, topk, heads, head dim
 CASES = {
@@ -125,15 +126,7 @@ def test_double_backward():
         assert_within_budget(got, want, torch.float32)
 
 
-def test_operators_are_registered_rightly(monkeypatch):
-    launch = triton_common.launch
-
-    def launch_unless_fake(kernel, grid, **arguments):
-        if not any(map(is_fake, arguments.values())):
-            launch(kernel, grid, **arguments)
-
-    # The interpreter cannot do with tensors that hold nothing.
-    monkeypatch.setattr(triton_common, "launch", launch_unless_fake)
+def test_operators_are_registered_rightly(fake_tensors_launch_nothing):
     tensors, routes, grad, options = make("single-tokens", torch.float32, batch=1)
     utils = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (*(x.requires_grad_() for x in tensors), routes, *options.values())

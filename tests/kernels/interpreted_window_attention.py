@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import is_fake
 
 from zoo.kernels import triton_common, use, window_attention
 from zoo.kernels.window_attention import op, triton_impl
 from zoo.kernels.window_attention.cases import Case, inputs
 
-from .interpreter import _unwritten_outputs_are_nan, assert_within_budget  # noqa: F401
+from .comparison import assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
 # batch and shapes; windows of up to 64 tokens have a tile, those of up to 32 share one
 CASES = {
@@ -186,15 +187,7 @@ def test_double_backward():
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
-def test_opcheck(shared, monkeypatch):
-    launch = triton_common.launch
-
-    def launch_unless_fake(kernel, grid, **arguments):
-        if not any(map(is_fake, arguments.values())):
-            launch(kernel, grid, **arguments)
-
-    # The interpreter cannot do with tensors that hold nothing.
-    monkeypatch.setattr(triton_common, "launch", launch_unless_fake)
+def test_opcheck(shared, fake_tensors_launch_nothing):
     case = Case((4, 6), 2, (4, 3), 8, shared_query=shared, key_mask=True)
     arguments, grad = make(case, 1, torch.float32)
     qkv, q, table, mask = (arguments[name] for name in ("qkv", "q", "bias_table", "key_mask"))

@@ -6,7 +6,7 @@ import torch
 from zoo.kernels import depthwise_conv2d_nhwc, large_kernel_attention, use
 from zoo.kernels.depthwise_conv import torch_impl
 
-from .comparison import BUDGET, assert_agree, assert_within_budget, run
+from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_depthwise_conv import CASES as SMALL
 
 # map, kernel, dilation
@@ -70,7 +70,7 @@ def test_large_kernel_attention():
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_precision(dtype, case, differentiated):
     given, function = call(case)
-    assert_within_budget(function, given, dtype, differentiated)
+    assert_precise(function, given, dtype, differentiated)
 
 
 @pytest.mark.parametrize("make", [lambda: call("dilated-unevenly"), call_large_kernel_attention], ids=["conv", "lka"])

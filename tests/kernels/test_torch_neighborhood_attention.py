@@ -6,7 +6,7 @@ import torch
 from zoo.kernels import dispatch, neighborhood_attention, use
 from zoo.kernels.neighborhood_attention import torch_impl
 
-from .comparison import BUDGET, assert_agree, assert_within_budget, run
+from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_neighborhood_attention import CASES as SMALL
 
 pytestmark = pytest.mark.slow
@@ -91,7 +91,7 @@ def test_a_large_map_has_few_kinds_of_tiles():
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_precision(dtype, case, differentiated):
     given, function = call(case)
-    assert_within_budget(function, given, dtype, differentiated)
+    assert_precise(function, given, dtype, differentiated)
 
 
 def test_strided_input():

@@ -5,7 +5,7 @@ import torch
 
 from zoo.kernels import dispatch, routed_attention, use
 
-from .comparison import BUDGET, assert_agree, assert_within_budget, run
+from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_routed_attention import CASES, make
 
 
@@ -32,7 +32,7 @@ def test_gradients(case):
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_precision(dtype, differentiated):
     given, function = call("all-regions")
-    assert_within_budget(function, given, dtype, differentiated)
+    assert_precise(function, given, dtype, differentiated)
 
 
 def test_region_named_twice():

@@ -5,7 +5,7 @@ import torch
 
 from zoo.kernels import dispatch, use, window_attention
 
-from .comparison import BUDGET, assert_agree, assert_within_budget, run
+from .comparison import BUDGET, assert_agree, assert_precise, assert_within_budget, run
 from .test_window_attention import CASES, make
 
 pytestmark = pytest.mark.slow
@@ -58,14 +58,14 @@ def test_gradients(case, flags):
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_precision(dtype, flags, differentiated):
     given, function = call("square", flags)
-    assert_within_budget(function, given, dtype, differentiated)
+    assert_precise(function, given, dtype, differentiated)
 
 
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_large_logits_keep_their_precision(dtype, differentiated):
     given, function = call("square", "plain")
-    assert_within_budget(function, {"qkv": 4 * given["qkv"]}, dtype, differentiated)
+    assert_precise(function, {"qkv": 4 * given["qkv"]}, dtype, differentiated)
 
 
 def test_table_of_float32_beside_half_precision():
@@ -73,7 +73,7 @@ def test_table_of_float32_beside_half_precision():
     given = {"qkv": given["qkv"].bfloat16(), "bias_table": 3 * given["bias_table"].float()}
     (got,) = run("torch", function, given)
     (want,) = run("reference", function, {name: x.double() for name, x in given.items()})
-    assert (got.double() - want).norm() <= BUDGET[torch.bfloat16] * want.norm()
+    assert_within_budget(got, want, torch.bfloat16)
 
 
 def test_query_without_keys_gives_zeros_and_finite_gradients():
