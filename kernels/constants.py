@@ -9,6 +9,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from zoo.kernels import dispatch
+
 MAX_BYTES = 256 << 20
 
 _kept: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
@@ -48,5 +50,5 @@ def constant(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor
 
 
 def _operations_are_watched() -> bool:
-    """By torch.func, or by a mode such as FakeTensorMode or make_fx's, which may turn their results into others."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack() > 0
+    """By torch.func, forward-mode differentiation, or a mode such as FakeTensorMode, which may change their results."""
+    return dispatch.transformed() or torch._C._len_torch_dispatch_stack() > 0
