@@ -90,6 +90,14 @@ def _tile(pid, height, width, num_heads, dilation_h, dilation_w, TILE_H: tl.cons
 
 
 @triton.jit
+def _rectangle(first_row, first_column, bottom, right, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The rows and columns of its places, and which of them are above `bottom` and left of `right`."""
+    index = tl.arange(0, HEIGHT * WIDTH)
+    row, column = first_row + index // WIDTH, first_column + index % WIDTH
+    return row, column, (row < bottom) & (column < right)
+
+
+@triton.jit
 def _token(image, row, column, row_group, column_group, height, width, dilation_h, dilation_w):
     """The number of the token at a place of a dilation group."""
     return (image * height + row * dilation_h + row_group) * width + column * dilation_w + column_group
@@ -152,9 +160,7 @@ def _fwd_kernel(
     column_group, first_column, last_column, columns = column_tile
     sums = (image * (num_heads - 1) + head) * height * width
 
-    index = tl.arange(0, TILE_H * TILE_W)
-    query_row, query_column = first_row + index // TILE_W, first_column + index % TILE_W
-    query_valid = (query_row < rows) & (query_column < columns)
+    query_row, query_column, query_valid = _rectangle(first_row, first_column, rows, columns, TILE_H, TILE_W)
     query_token = _token(image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w)
     q = _load(qkv_ptr, query_token, query_valid, 3 * num_heads, head, HEAD_DIM, BLOCK_D)
 
@@ -165,9 +171,7 @@ def _fwd_kernel(
     acc = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     row, column = top, left
     for _ in range(0, tl.cdiv(bottom - top, STEP_H) * tl.cdiv(right - left, STEP_W)):
-        step = tl.arange(0, STEP_H * STEP_W)
-        key_row, key_column = row + step // STEP_W, column + step % STEP_W
-        key_valid = (key_row < bottom) & (key_column < right)
+        key_row, key_column, key_valid = _rectangle(row, column, bottom, right, STEP_H, STEP_W)
         key_token = _token(image, key_row, key_column, row_group, column_group, height, width, dilation_h, dilation_w)
         k = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, num_heads + head, HEAD_DIM, BLOCK_D)
         v = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
@@ -209,9 +213,7 @@ def _bwd_query_kernel(
     column_group, first_column, last_column, columns = column_tile
     sums = (image * (num_heads - 1) + head) * height * width
 
-    index = tl.arange(0, TILE_H * TILE_W)
-    query_row, query_column = first_row + index // TILE_W, first_column + index % TILE_W
-    query_valid = (query_row < rows) & (query_column < columns)
+    query_row, query_column, query_valid = _rectangle(first_row, first_column, rows, columns, TILE_H, TILE_W)
     query_token = _token(image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w)
     q = _load(qkv_ptr, query_token, query_valid, 3 * num_heads, head, HEAD_DIM, BLOCK_D)
     grad = _load(grad_ptr, query_token, query_valid, num_heads, head, HEAD_DIM, BLOCK_D)
@@ -225,9 +227,7 @@ def _bwd_query_kernel(
     acc = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     row, column = top, left
     for _ in range(0, tl.cdiv(bottom - top, STEP_H) * tl.cdiv(right - left, STEP_W)):
-        step = tl.arange(0, STEP_H * STEP_W)
-        key_row, key_column = row + step // STEP_W, column + step % STEP_W
-        key_valid = (key_row < bottom) & (key_column < right)
+        key_row, key_column, key_valid = _rectangle(row, column, bottom, right, STEP_H, STEP_W)
         key_token = _token(image, key_row, key_column, row_group, column_group, height, width, dilation_h, dilation_w)
         k = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, num_heads + head, HEAD_DIM, BLOCK_D)
         v = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
@@ -262,9 +262,7 @@ def _bwd_key_value_kernel(
     column_group, first_column, last_column, columns = column_tile
     sums = (image * (num_heads - 1) + head) * height * width
 
-    index = tl.arange(0, TILE_H * TILE_W)
-    key_row, key_column = first_row + index // TILE_W, first_column + index % TILE_W
-    key_valid = (key_row < rows) & (key_column < columns)
+    key_row, key_column, key_valid = _rectangle(first_row, first_column, rows, columns, TILE_H, TILE_W)
     key_token = _token(image, key_row, key_column, row_group, column_group, height, width, dilation_h, dilation_w)
     k = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, num_heads + head, HEAD_DIM, BLOCK_D)
     v = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
@@ -277,9 +275,7 @@ def _bwd_key_value_kernel(
     value_grad = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     row, column = top, left
     for _ in range(0, tl.cdiv(bottom - top, STEP_H) * tl.cdiv(right - left, STEP_W)):
-        step = tl.arange(0, STEP_H * STEP_W)
-        query_row, query_column = row + step // STEP_W, column + step % STEP_W
-        query_valid = (query_row < bottom) & (query_column < right)
+        query_row, query_column, query_valid = _rectangle(row, column, bottom, right, STEP_H, STEP_W)
         query_token = _token(
             image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w
         )
@@ -342,8 +338,7 @@ def _bwd_bias_kernel(
         column = first_column + origin_w + step_column * STEP_W
         seen = (row < bottom) & (row + STEP_H > top) & (column < right) & (column + STEP_W > left)
         if seen & (first_row < rows) & (first_column < columns):
-            query_row, query_column = first_row + index // TILE_W, first_column + index % TILE_W
-            query_valid = (query_row < rows) & (query_column < columns)
+            query_row, query_column, query_valid = _rectangle(first_row, first_column, rows, columns, TILE_H, TILE_W)
             query_token = _token(
                 image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w
             )
