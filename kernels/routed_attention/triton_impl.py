@@ -42,15 +42,19 @@ def _places(image, region, token, height, width, regions):
 
 
 @triton.jit
-def _offsets(places, stride, head, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Of the channels of a head, one row for each place."""
-    return places[:, None] * stride + head * HEAD_DIM + tl.arange(0, BLOCK_D)[None, :]
+def _load(ptr, places, stride, head, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The channels of a head, one row for each place; 0 where not `valid`."""
+    channel = tl.arange(0, BLOCK_D)
+    offsets = places[:, None] * stride + head * HEAD_DIM + channel[None, :]
+    return tl.load(ptr + offsets, mask=valid[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit
-def _inside(valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The mask that goes with `_offsets`."""
-    return valid[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+def _store(ptr, value, places, stride, head, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The reverse of `_load`."""
+    channel = tl.arange(0, BLOCK_D)
+    offsets = places[:, None] * stride + head * HEAD_DIM + channel[None, :]
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=valid[:, None] & (channel < HEAD_DIM)[None, :])
 
 
 @triton.jit
@@ -93,8 +97,7 @@ def _fwd_kernel(
     token = first + tl.arange(0, BLOCK_Q)
     valid = token < tokens
     places = _places(image, region, token, height, width, regions)
-    inside = _inside(valid, HEAD_DIM, BLOCK_D)
-    query = tl.load(q_ptr + _offsets(places, q_stride, head, HEAD_DIM, BLOCK_D), mask=inside, other=0.0)
+    query = _load(q_ptr, places, q_stride, head, valid, HEAD_DIM, BLOCK_D)
 
     row = image.to(tl.int64) * regions * regions + region
     count = (key_height // regions) * (key_width // regions) * topk
@@ -103,9 +106,8 @@ def _fwd_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK_K):
         keys, taken = _routed_keys(routes_ptr, row, start, count, image, key_height, key_width, regions, topk, BLOCK_K)
-        there = _inside(taken, HEAD_DIM, BLOCK_D)
-        key = tl.load(k_ptr + _offsets(keys, k_stride, head, HEAD_DIM, BLOCK_D), mask=there, other=0.0)
-        value = tl.load(v_ptr + _offsets(keys, v_stride, head, HEAD_DIM, BLOCK_D), mask=there, other=0.0)
+        key = _load(k_ptr, keys, k_stride, head, taken, HEAD_DIM, BLOCK_D)
+        value = _load(v_ptr, keys, v_stride, head, taken, HEAD_DIM, BLOCK_D)
         scores = dot(query, tl.trans(key), PRECISION) * (scale * LOG2E)
         scores = tl.where(taken[None, :], scores, -float("inf"))
         above = tl.maximum(top, tl.max(scores, 1))
@@ -115,9 +117,7 @@ def _fwd_kernel(
         acc = acc * shrink[:, None] + dot(weights.to(value.dtype), value, PRECISION)
         top = above
 
-    out = acc / total[:, None]
-    offsets = _offsets(places, num_heads * HEAD_DIM, head, HEAD_DIM, BLOCK_D)
-    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+    _store(out_ptr, acc / total[:, None], places, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + (row * num_heads + head) * tokens + token, top + tl.log2(total), mask=valid)
 
 
@@ -155,11 +155,9 @@ def _bwd_q_kernel(
     token = first + tl.arange(0, BLOCK_Q)
     valid = token < tokens
     places = _places(image, region, token, height, width, regions)
-    inside = _inside(valid, HEAD_DIM, BLOCK_D)
-    offsets = _offsets(places, num_heads * HEAD_DIM, head, HEAD_DIM, BLOCK_D)
-    query = tl.load(q_ptr + _offsets(places, q_stride, head, HEAD_DIM, BLOCK_D), mask=inside, other=0.0)
-    grad = tl.load(grad_ptr + _offsets(places, grad_stride, head, HEAD_DIM, BLOCK_D), mask=inside, other=0.0)
-    out = tl.load(out_ptr + offsets, mask=inside, other=0.0)
+    query = _load(q_ptr, places, q_stride, head, valid, HEAD_DIM, BLOCK_D)
+    grad = _load(grad_ptr, places, grad_stride, head, valid, HEAD_DIM, BLOCK_D)
+    out = _load(out_ptr, places, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
     row = image.to(tl.int64) * regions * regions + region
     statistics = (row * num_heads + head) * tokens + token
     lse = tl.load(lse_ptr + statistics, mask=valid, other=0.0)
@@ -170,15 +168,14 @@ def _bwd_q_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK_K):
         keys, taken = _routed_keys(routes_ptr, row, start, count, image, key_height, key_width, regions, topk, BLOCK_K)
-        there = _inside(taken, HEAD_DIM, BLOCK_D)
-        key = tl.load(k_ptr + _offsets(keys, k_stride, head, HEAD_DIM, BLOCK_D), mask=there, other=0.0)
-        value = tl.load(v_ptr + _offsets(keys, v_stride, head, HEAD_DIM, BLOCK_D), mask=there, other=0.0)
+        key = _load(k_ptr, keys, k_stride, head, taken, HEAD_DIM, BLOCK_D)
+        value = _load(v_ptr, keys, v_stride, head, taken, HEAD_DIM, BLOCK_D)
         scores = dot(query, tl.trans(key), PRECISION) * (scale * LOG2E)
         scores = tl.where(taken[None, :], scores, -float("inf"))
         weights = tl.exp2(scores - lse[:, None])
         scores_grad = weights * (dot(grad, tl.trans(value), PRECISION) - delta[:, None])
         acc += dot(scores_grad.to(key.dtype), key, PRECISION)
-    tl.store(q_grad_ptr + offsets, (acc * scale).to(q_grad_ptr.dtype.element_ty), mask=inside)
+    _store(q_grad_ptr, acc * scale, places, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -215,9 +212,9 @@ def _bwd_kv_kernel(
     head, region, image, first, key_tokens = _program(key_height, key_width, regions, num_heads, BLOCK_K)
     token = first + tl.arange(0, BLOCK_K)
     keys = _places(image, region, token, key_height, key_width, regions)
-    inside = _inside(token < key_tokens, HEAD_DIM, BLOCK_D)
-    key = tl.load(k_ptr + _offsets(keys, k_stride, head, HEAD_DIM, BLOCK_D), mask=inside, other=0.0)
-    value = tl.load(v_ptr + _offsets(keys, v_stride, head, HEAD_DIM, BLOCK_D), mask=inside, other=0.0)
+    valid = token < key_tokens
+    key = _load(k_ptr, keys, k_stride, head, valid, HEAD_DIM, BLOCK_D)
+    value = _load(v_ptr, keys, v_stride, head, valid, HEAD_DIM, BLOCK_D)
 
     areas = regions * regions
     tokens = (height // regions) * (width // regions)
@@ -234,9 +231,8 @@ def _bwd_kv_kernel(
         places = _places(image, source, index % tokens, height, width, regions)
         row = image.to(tl.int64) * areas + source
         statistics = (row * num_heads + head) * tokens + index % tokens
-        there = _inside(taken, HEAD_DIM, BLOCK_D)
-        query = tl.load(q_ptr + _offsets(places, q_stride, head, HEAD_DIM, BLOCK_D), mask=there, other=0.0)
-        grad = tl.load(grad_ptr + _offsets(places, grad_stride, head, HEAD_DIM, BLOCK_D), mask=there, other=0.0)
+        query = _load(q_ptr, places, q_stride, head, taken, HEAD_DIM, BLOCK_D)
+        grad = _load(grad_ptr, places, grad_stride, head, taken, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + statistics, mask=taken, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=taken, other=0.0)
         # Queries that are not there have zeros for q and grad, and so add nothing.
@@ -244,9 +240,8 @@ def _bwd_kv_kernel(
         value_acc += dot(weights.to(grad.dtype), grad, PRECISION)
         scores_grad = weights * (dot(value, tl.trans(grad), PRECISION) - delta[None, :])
         key_acc += dot(scores_grad.to(query.dtype), query, PRECISION)
-    offsets = _offsets(keys, num_heads * HEAD_DIM, head, HEAD_DIM, BLOCK_D)
-    tl.store(k_grad_ptr + offsets, (key_acc * scale).to(k_grad_ptr.dtype.element_ty), mask=inside)
-    tl.store(v_grad_ptr + offsets, value_acc.to(v_grad_ptr.dtype.element_ty), mask=inside)
+    _store(k_grad_ptr, key_acc * scale, keys, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
+    _store(v_grad_ptr, value_acc, keys, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
 
 
 def forward(
