@@ -16,7 +16,6 @@ from torch.library import wrap_triton
 from zoo.kernels.dispatch import interpreting
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Triton's interpreter multiplies the bits of bfloat16 numbers, not their values.
 INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
@@ -27,7 +26,6 @@ class Machine:
 
     name: str  # "sm_90", "gfx942"
     num_processors: int
-    shared_memory: int  # bytes that one program can have
 
     @property
     def is_amd(self) -> bool:
@@ -35,10 +33,10 @@ class Machine:
         return self.name.startswith("gfx")
 
 
-SM_80 = Machine("sm_80", 108, 163 << 10)
-SM_90 = Machine("sm_90", 132, 227 << 10)
-SM_100 = Machine("sm_100", 148, 227 << 10)
-GFX942 = Machine("gfx942", 304, 64 << 10)
+SM_80 = Machine("sm_80", 108)
+SM_90 = Machine("sm_90", 132)
+SM_100 = Machine("sm_100", 148)
+GFX942 = Machine("gfx942", 304)
 
 AUTOTUNE = os.environ.get("ZOO_AUTOTUNE", "0") == "1"
 
@@ -58,9 +56,8 @@ def machine(tensor: Tensor) -> Machine:
 def _machine(index: int) -> Machine:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
-        return Machine(properties.gcnArchName.split(":")[0], properties.multi_processor_count, 64 << 10)
-    name = f"sm_{properties.major}{properties.minor}"
-    return Machine(name, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+        return Machine(properties.gcnArchName.split(":")[0], properties.multi_processor_count)
+    return Machine(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:

@@ -49,11 +49,10 @@ def inputs(
     batch: int,
     dtype: torch.dtype,
     device: torch.device | str,
-    seed: int = 0,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """Positional and keyword arguments of `depthwise_conv2d_nhwc`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     taps = case.kernel_size**2
     x = torch.randn(batch * case.parts, *case.size, case.channels, generator=generator)
     weight = torch.randn(case.channels, 1, case.kernel_size, case.kernel_size, generator=generator) / taps**0.5
