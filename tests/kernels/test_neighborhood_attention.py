@@ -89,6 +89,7 @@ def test_strided_input():
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     qkv, table, options = make("strided-dilated")
 

@@ -58,16 +58,6 @@ def test_low_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=2e-6)
 
 
-def test_compiles_as_one_graph():
-    q, k, v, routes, options = make("plain")
-
-    def function(*tensors):
-        return routed_attention(*tensors, **options)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(q, k, v, routes), function(q, k, v, routes))
-
-
 X, ROUTES = torch.zeros(1, 4, 4, 6), torch.zeros(1, 4, 2, dtype=torch.int64)
 BAD = [
     ({"regions": 3}, ValueError, "q of 4 x 4 tokens for 3 x 3 regions.*multiples of 3"),

@@ -139,6 +139,7 @@ class Module(torch.nn.Module):
         return depthwise_conv2d_nhwc(x, self.conv.weight, self.conv.bias, dilation=3)
 
 
+@pytest.mark.slow
 def test_exports_with_open_sizes():
     module = Module()
     dims = {axis: torch.export.Dim(name, min=2, max=99) for axis, name in enumerate(("batch", "rows", "columns"))}

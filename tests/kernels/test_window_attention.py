@@ -12,8 +12,8 @@ CASES = {
     "square": (2, (6, 6), 2, 4, (3, 3)),
     "rectangle": (1, (6, 8), 3, 2, (3, 4)),
     "single-token": (2, (3, 2), 1, 3, (1, 1)),
-    "rows": (1, (4, 5), 2, 4, (1, 5)),
-    "columns": (1, (5, 4), 2, 4, (5, 2)),
+    "rows": (1, (3, 4), 2, 2, (1, 4)),
+    "columns": (1, (3, 4), 2, 2, (3, 2)),
     "whole-map": (2, (5, 3), 2, 4, (5, 3)),
     "one-pixel-map": (1, (1, 1), 2, 1, (1, 1)),
 }
@@ -105,16 +105,6 @@ def test_strided_input():
     assert not view.is_contiguous()
     got, want = (window_attention(x, bias_table=table, **options) for x in (view, qkv))
     torch.testing.assert_close(got, want)
-
-
-def test_compiles_as_one_graph():
-    qkv, table, mask, _, options = make("square")
-
-    def function(x, t):
-        return window_attention(x, bias_table=t, key_mask=mask, **options)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(qkv, table), function(qkv, table))
 
 
 QKV = torch.zeros(1, 4, 4, 12)
