@@ -1,0 +1,1 @@
+"""Object detection and semantic segmentation, by MMDetection and MMSegmentation."""

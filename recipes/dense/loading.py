@@ -1,0 +1,70 @@
+"""MMEngine's checkpoints, read without running what a file says."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.runner import checkpoint
+
+from zoo.recipes.errors import RunError
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """What a run's curves need of `getattr`: the statistics that they can be asked for."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
+        raise pickle.UnpicklingError(f"it asks for the attribute {name!r}")
+    return getattr(HistoryBuffer, name)
+
+
+_SAFE = [
+    *(allowed for allowed in checkpoint.get_torch_safe_globals() if allowed is not getattr),
+    (_statistic, "builtins.getattr"),
+]
+
+
+def refuse_unpickling() -> None:
+    """From now on every loader of mmengine refuses checkpoints that hold more than tensors and plain values.
+
+    As it comes, mmengine unpickles a file that torch refuses, and all that it downloads: either runs whatever code the
+    file names. It also lets every file call `getattr`, through which all modules can be reached and changed.
+
+    A refused file raises RunError. Calling this again changes nothing.
+    """
+    checkpoint._safe_torch_load = _load
+    checkpoint.load_url = _download
+
+
+def _load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
+    """`torch.load` of tensors, plain values, and the NumPy arrays and curves of an mmengine run."""
+    with _errors(file if isinstance(file, str | os.PathLike) else "the checkpoint"):
+        return torch.load(file, map_location=map_location, weights_only=True)
+
+
+def _download(url: str, **options: Any) -> Any:
+    with _errors(url):
+        return torch.hub.load_state_dict_from_url(url, **options | {"weights_only": True})
+
+
+@contextmanager
+def _errors(source: Any) -> Iterator[None]:
+    try:
+        with torch.serialization.safe_globals(_SAFE):
+            yield
+    except pickle.UnpicklingError as error:
+        # torch advises at length to unpickle it all the same; the reason is what follows.
+        reason = _short(str(error).rpartition("WeightsUnpickler error: ")[2])
+        raise RunError(
+            f"{source} can't be loaded without running code that it brings along ({reason}): give a file with tensors."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise RunError(f"{source} can't be read as a checkpoint ({_short(error)}): give another file.") from error
+
+
+def _short(reason: Any) -> str:
+    return " ".join(str(reason).split())[:200].partition(". ")[0] or "incomplete"
