@@ -87,8 +87,10 @@ def test_import_zoo_brings_nothing_heavy():
         "import timm, zoo; print(timm.is_model('van_b0'))",
         "import zoo; from timm.models import is_model; print(is_model('van_b0'))",
         "import zoo; zoo.van; import timm; print(timm.is_model('van_b0'))",
+        "import zoo.backbone, timm; print(timm.is_model('van_b0'))",
+        "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
     ],
-    ids=["zoo-first", "timm-first", "timm.models", "family-first"],
+    ids=["zoo-first", "timm-first", "timm.models", "family-first", "backbone-first", "checkpoints-first"],
 )
 def test_models_are_registered(code):
     assert run(code) == "True"

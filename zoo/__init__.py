@@ -4,6 +4,7 @@ timm brings torch and much else with it, and takes seconds; so the models regist
 if it already is, and `import zoo` by itself takes no time.
 """
 
+import sys
 from importlib import import_module
 from types import ModuleType
 
@@ -13,15 +14,22 @@ __version__ = "0.1.0"
 
 FAMILIES = ("biformer", "cswin", "gc_vit", "litv2", "maxvit", "nat", "van")
 
+# What the families are made of.
+_SHARED = ("zoo.backbone", "zoo.checkpoints")
+
 
 def _register(_: ModuleType) -> None:
+    # One of these that is imported ahead of timm brings timm in before it is made itself; at its end we are back here.
+    if not all(hasattr(sys.modules[name], "__all__") for name in _SHARED if name in sys.modules):
+        return
     # The operators obey timm.layers.set_fused_attn and set_exportable; they know nothing of timm themselves.
     import_module("zoo.kernels.dispatch").fused_allowed = import_module("timm.layers").use_fused_attn
     for family in FAMILIES:
         import_module(f"zoo.{family}")
 
 
-register_post_import_hook(_register, "timm")
+for _name in ("timm", *_SHARED):
+    register_post_import_hook(_register, _name)
 
 
 def __getattr__(name: str) -> ModuleType:

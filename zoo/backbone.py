@@ -8,19 +8,32 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerScale, get_device_dtype, register_notrace_function, trunc_normal_, use_fused_attn
+from timm.layers import (
+    DropPath,
+    LayerNorm2d,
+    LayerScale,
+    get_device_dtype,
+    register_notrace_function,
+    register_notrace_module,
+    trunc_normal_,
+    use_fused_attn,
+)
 from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import checkpoints
+from zoo.kernels import depthwise_conv2d_nhwc
 
 __all__ = [
     "Backbone",
+    "DepthwiseConv",
+    "PatchStem",
     "Stage",
     "TransformerBlock",
     "attend",
+    "attend_to_all",
     "check_images",
     "check_stages",
     "create",
@@ -53,6 +66,37 @@ def check_stages(**settings: Sequence) -> None:
     for name in ("depths", "dims", "embed_dims"):
         if name in settings and min(settings[name]) < 1:
             raise ValueError(f"Got {name}={settings[name]}; every stage needs at least one channel and one block.")
+
+
+@register_notrace_module
+class PatchStem(nn.Module):
+    """Patches of `size` x `size` pixels, LayerNorm; the image is padded with zeros at the bottom and the right."""
+
+    def __init__(self, in_chans: int, dim: int, size: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.size = size
+        self.proj = nn.Conv2d(in_chans, dim, size, size, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, dim, ceil(H / size), ceil(W / size))."""
+        check_images(x, self.proj.in_channels)
+        # In a form of which torch.export can tell the range.
+        bottom, right = ((side + self.size - 1) // self.size * self.size - side for side in x.shape[2:])
+        return self.norm(self.proj(F.pad(x, (0, right, 0, bottom))))
+
+
+@register_notrace_module
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise convolution of tokens (B, H, W, dim), with zeros around the map."""
+
+    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return depthwise_conv2d_nhwc(x, self.weight, self.bias)
 
 
 class TransformerBlock(nn.Module):
@@ -138,48 +182,66 @@ class Stage(nn.Module):
 class Backbone(nn.Module):
     """Images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes): stem, stages, norm, head.
 
-    A family sets `stem`, `stages` (an nn.Sequential of `Stage`s), `feature_info` and, where it has them, `norm` (of
-    the last stage's output, NCHW) and `pre_logits` (between pooling and classifier); then it calls `finish`. Features
-    are the stages' outputs, NCHW, before `norm`.
+    A family sets `stem` and calls `finish` with its stages and what it has behind them. Features are the stages'
+    outputs, NCHW, before `norm`.
     """
 
     def __init__(self, in_chans: int):
         super().__init__()
         self.in_chans = in_chans
         self.grad_checkpointing = False
-        self.feature_info: list[dict] = []
 
     def finish(
         self,
-        num_features: int,
+        stages: Sequence[Stage],
+        dims: Sequence[int],
         num_classes: int,
         global_pool: str,
         drop_rate: float,
+        *,
+        strides: Sequence[int] | None = None,
         norm: nn.Module | None = None,
         pre_logits: nn.Module | None = None,
-        output_norms: Sequence[nn.Module] | None = None,
+        output_norm: bool | Sequence[int] = False,
+        output_norm_eps: float = 1e-5,
     ) -> None:
-        """What follows the stages; then initialise everything.
+        """The stages and what follows them; then initialise everything.
 
         Args:
-            num_features: channels of the last stage.
+            stages, dims: the stages and their channels.
             num_classes, global_pool, drop_rate: of the head.
-            norm: of the last stage's output; not where there are `output_norms`.
+            strides: of the stages' outputs, in pixels; 4, 8, 16, ... if None.
+            norm: of the last stage's output, NCHW; not where there are norms of each output.
             pre_logits: between pooling and classifier.
-            output_norms: of each stage's output in `forward_intermediates`, for dense prediction; none if None.
+            output_norm: a LayerNorm on each output in `forward_intermediates`, or on those of the stages listed.
+            output_norm_eps: of those.
         """
-        if output_norms is not None and num_classes > 0:
+        if output_norm and num_classes > 0:
             raise ValueError(
                 f"Got output_norm=True with {num_classes} classes; norms of each output are for features_only=True or "
                 "num_classes=0."
             )
-        self.num_features = self.head_hidden_size = num_features
-        self.norm = nn.Identity() if norm is None or output_norms is not None else norm
-        self.output_norms = None if output_norms is None else nn.ModuleList(output_norms)
+        self.stages = nn.Sequential(*stages)
+        strides = [4 * 2**i for i in range(len(dims))] if strides is None else strides
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
+        ]
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.norm = nn.Identity() if norm is None or output_norm else norm
+        self.output_norms = None
+        if output_norm:
+            normed, dd = range(len(dims)) if output_norm is True else output_norm, get_device_dtype(self)
+            self.output_norms = nn.ModuleList(
+                LayerNorm2d(dim, eps=output_norm_eps, **dd) if i in normed else nn.Identity()
+                for i, dim in enumerate(dims)
+            )
         self.pre_logits = nn.Identity() if pre_logits is None else pre_logits
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        self.init_weights()
+        # Without memory there is nothing to initialise, and to find that out takes most of the time.
+        if get_device_dtype(self)["device"].type != "meta":
+            self.init_weights()
 
     def init_module(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself has."""
@@ -364,3 +426,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         x = (scale * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
     return x.transpose(1, 2).flatten(2)
+
+
+def attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention of all tokens of a map to all: query, key and value (B, H, W, 3, C) to (B, H, W, C)."""
+    heads = qkv.unflatten(-1, (num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
+    return attend(*heads).unflatten(1, qkv.shape[1:3])

@@ -16,24 +16,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
+from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import checkpoints
 from zoo.backbone import (
     Backbone,
+    DepthwiseConv,
     Stage,
     TransformerBlock,
     attend,
+    attend_to_all,
     check_images,
     check_stages,
     create,
     crop_tokens,
     pad_tokens,
 )
-from zoo.kernels import depthwise_conv2d_nhwc, routed_attention
+from zoo.kernels import routed_attention
 
 __all__ = ["BiFormer"]
 
@@ -73,18 +75,6 @@ def split(number: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Quotient and remainder by `size`, without the operator % that ONNX lacks for sizes that are open."""
     quotient = number // size
     return quotient, number - quotient * size
-
-
-@register_notrace_module
-class DepthwiseConv(nn.Conv2d):
-    """Depth-wise convolution of tokens (B, H, W, dim), with zeros around the map."""
-
-    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        return depthwise_conv2d_nhwc(x, self.weight, self.bias)
 
 
 @register_notrace_module
@@ -195,7 +185,6 @@ class FullAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
         self.lepe_of = lepe_of
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
@@ -203,11 +192,9 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        size = x.shape[1:3]
         qkv = self.qkv(x).unflatten(-1, (3, -1))
         lepe = self.lepe(qkv[..., 2, :] if self.lepe_of == "value" else x)
-        heads = qkv.unflatten(-1, (self.num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
-        return self.proj(attend(*heads, self.scale).unflatten(1, size) + lepe)
+        return self.proj(attend_to_all(qkv, self.num_heads) + lepe)
 
 
 class Block(TransformerBlock):
@@ -343,11 +330,16 @@ class BiFormer(Backbone):
                 else:
                     blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), norm_eps=1e-6, **dd))
             stages.append(Stage(blocks, downsample(embed_dims[i - 1], dim, **dd) if i else None))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
-        norm = nn.BatchNorm2d(embed_dims[-1], **dd)
-        output_norms = [LayerNorm2d(dim, eps=1e-6, **dd) for dim in embed_dims] if output_norm else None
-        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+        self.finish(
+            stages,
+            embed_dims,
+            num_classes,
+            global_pool,
+            drop_rate,
+            norm=nn.BatchNorm2d(embed_dims[-1], **dd),
+            output_norm=output_norm,
+            output_norm_eps=1e-6,
+        )
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
@@ -370,30 +362,17 @@ KEY_MAP = [
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
-    # The linear layers of biformer_stl_nchw are 1 x 1 convolutions in its file; no layer here is.
-    state_dict = {
-        key: value.flatten(1) if value.ndim == 4 and value.shape[2:] == (1, 1) else value
-        for key, value in checkpoints.unwrap(state_dict).items()
-    }
     converted = checkpoints.convert(state_dict, model, KEY_MAP)
     # The two STL models have the same layers and compute different things; only the official names tell them apart.
     for layout, other, name in (("stl", "stl_nchw", ".attn.qkv_linear."), ("stl_nchw", "stl", ".attn.qkv.qkv.")):
-        if model.layout == layout and any(name in key for key in state_dict):
+        if model.layout == layout and any(name in key for key in checkpoints.unwrap(state_dict)):
             raise RuntimeError(
                 f"The checkpoint is of biformer_{other}, not of biformer_{layout}: create that model instead."
             )
     return converted
 
 
-def _cfg(**facts) -> dict:
-    side = facts["input_size"][1] // 32
-    return {"pool_size": (side, side), "first_conv": "stem.conv1", "classifier": "head"} | facts
-
-
-default_cfgs = generate_default_cfgs(
-    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("biformer").items()}
-    | {"test_biformer": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
-)
+default_cfgs = checkpoints.default_cfgs("biformer", first_conv="stem.conv1")
 
 
 def _create_biformer(variant: str, pretrained: bool, cache_dir: str | Path | None = None, **kwargs) -> BiFormer:

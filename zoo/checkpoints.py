@@ -1,6 +1,6 @@
 """Published weights: what is known of them, and how a file becomes the state dict of one of our models.
 
-`manifest.json` (its fields: `checkpoints/README.md`) becomes timm's pretrained configurations in `pretrained_cfgs`. A
+`manifest.json` (its fields: `checkpoints/README.md`) becomes timm's pretrained configurations in `default_cfgs`. A
 family's `checkpoint_filter_fn` is one call of `convert`, which timm makes on every road: `pretrained=True`,
 `pretrained_cfg_overlay=dict(file=...)` and `pretrained_cfg_overlay=dict(state_dict=...)`.
 """
@@ -17,15 +17,18 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import resolve_pretrained_cfg
+from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import zoo
+
 __all__ = [
     "convert",
+    "default_cfgs",
     "looks_like",
     "manifest",
-    "pretrained_cfgs",
+    "published_cfg",
     "remap",
     "resize_table",
     "settle_num_classes",
@@ -54,12 +57,33 @@ def manifest(family: str) -> tuple[dict[str, Any], ...]:
     return tuple({**shared, **entry} for entry in shared.pop("checkpoints"))
 
 
-def pretrained_cfgs(family: str) -> dict[str, dict[str, Any]]:
-    """Timm's configuration of every known checkpoint of `family`, by `model.tag`, as far as the file decides it."""
-    return {f"{entry['model']}.{entry['tag']}": _pretrained_cfg(entry) for entry in manifest(family)}
+def default_cfgs(
+    family: str,
+    first_conv: str,
+    tests: Iterable[str] | None = None,
+    exceptions: Mapping[str, tuple[str, int]] | None = None,
+) -> dict[str, DefaultCfg]:
+    """Timm's configurations of every known checkpoint of `family`, and of its models for tests.
+
+    Args:
+        family: its name in the manifest.
+        first_conv: name of the convolution that reads the images.
+        tests: the models for tests; `test_<family>` if None.
+        exceptions: models with another `first_conv`, or whose last features have another stride than 32: both.
+    """
+    small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    facts = {f"{entry['model']}.{entry['tag']}": _facts(entry) for entry in manifest(family)}
+    facts |= dict.fromkeys([f"test_{family}"] if tests is None else tests, small)
+    cfgs = {}
+    for name, known in facts.items():
+        conv, stride = (exceptions or {}).get(name.split(".")[0], (first_conv, 32))
+        side = known["input_size"][1] // stride
+        cfgs[name] = {"pool_size": (side, side), "first_conv": conv, "classifier": "head", **known}
+    return generate_default_cfgs(cfgs)
 
 
-def _pretrained_cfg(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What an entry of the manifest says, in timm's words."""
     return {
         "url": entry["url"],
         "hf_hub_id": entry.get("hf_hub_id"),
@@ -90,14 +114,21 @@ def settle_num_classes(variant: str, pretrained: bool, kwargs: dict[str, Any]) -
     kwargs = dict(kwargs)
     if kwargs.get("features_only"):
         kwargs["num_classes"] = 0
-    overlay = kwargs.get("pretrained_cfg_overlay") or {}
-    published = pretrained and not any(overlay.get(source) for source in ("state_dict", "file", "url", "hf_hub_id"))
     tag = kwargs.get("pretrained_cfg")
-    if not published and isinstance(tag, str | None):  # a tag or nothing: the manifest's configuration
+    if isinstance(tag, str | None) and (not pretrained or published_cfg(variant, kwargs) is None):
         num_classes = resolve_pretrained_cfg(variant, tag).num_classes
         if num_classes == 0 or (tag is None and num_classes != 1000):
-            kwargs["pretrained_cfg_overlay"] = {"num_classes": 1000, **overlay}
+            kwargs["pretrained_cfg_overlay"] = {"num_classes": 1000, **(kwargs.get("pretrained_cfg_overlay") or {})}
     return kwargs
+
+
+def published_cfg(variant: str, kwargs: Mapping[str, Any]) -> PretrainedCfg | None:
+    """Configuration of the weights that `pretrained=True` takes; None if a call with `kwargs` brings its own."""
+    overlay, tag = kwargs.get("pretrained_cfg_overlay") or {}, kwargs.get("pretrained_cfg")
+    own = any(overlay.get(source) for source in ("state_dict", "file", "url", "hf_hub_id"))
+    if own or not isinstance(tag, str | None):  # a tag or nothing: the manifest's configuration
+        return None
+    return resolve_pretrained_cfg(variant, tag)
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -157,7 +188,8 @@ def convert(
     """The state dict that `model` shall load from `checkpoint`, which has official names or ours, wrapped or not.
 
     Relative-position tables, whose names end in "bias_table", become those of the model's windows: by interpolation as
-    `resize` says ("bicubic" or "bilinear"), from the form ((2 wh - 1)(2 ww - 1), N) too, which Swin's code has.
+    `resize` says ("bicubic" or "bilinear"), from the form ((2 wh - 1)(2 ww - 1), N) too, which Swin's code has. The
+    weights of 1 x 1 convolutions become those of linear layers, where the model has such.
 
     Left to timm, which adapts them after this function: a classifier of another number of classes than the pretrained
     configuration says the weights have, and the first convolution where the number of input channels differs.
@@ -167,10 +199,12 @@ def convert(
         RuntimeError: a tensor is missing, unexpected or of another shape; says which model the file looks like.
     """
     want = model.state_dict()
-    state_dict = {
-        key: _as_table(value, want[key].shape, resize) if key.endswith("bias_table") and key in want else value
-        for key, value in remap(unwrap(checkpoint), key_map).items()
-    }
+    state_dict = remap(unwrap(checkpoint), key_map)
+    for key in state_dict.keys() & want.keys():
+        if key.endswith("bias_table"):
+            state_dict[key] = _as_table(state_dict[key], want[key].shape, resize)
+        elif want[key].ndim == 2 and _matrix_shape(state_dict[key]) == want[key].shape:
+            state_dict[key] = state_dict[key].flatten(1)
     state_dict = _settle_output_norms(state_dict, want)
     cfg = getattr(model, "pretrained_cfg", {})
     classifier = {key for key in want.keys() | state_dict.keys() if _is_part(key, cfg.get("classifier"))}
@@ -233,19 +267,23 @@ def looks_like(state_dict: Mapping[str, Tensor]) -> tuple[str | None, float]:
     without time: for error messages only.
     """
     best, best_share = None, 0.0
-    for name in timm.list_models():
-        module = timm.model_entrypoint(name).__module__
-        if module.split(".")[0] != __package__:
-            continue
-        model = timm.create_model(name, device="meta", num_classes=0)
-        want = {key: value.shape for key, value in model.state_dict().items()}
-        classifier = model.pretrained_cfg["classifier"]
-        have = remap(state_dict, sys.modules[module].KEY_MAP)
-        have = {key: value.shape for key, value in have.items() if not _is_part(key, classifier)}
-        share = len(want.items() & have.items()) / max(len(want), len(have), 1)
-        if share > best_share:
-            best, best_share = name, share
+    for family in zoo.FAMILIES:
+        renamed = remap(state_dict, sys.modules[f"{__package__}.{family}"].KEY_MAP)
+        have = {key: _matrix_shape(value) for key, value in renamed.items()}
+        for name in timm.list_models(module=family):
+            want, classifier = _tensors(name)
+            rest = {key for key in have if not _is_part(key, classifier)}
+            share = sum(have[key] == want.get(key) for key in rest) / max(len(want), len(rest), 1)
+            if share > best_share:
+                best, best_share = name, share
     return best, best_share
+
+
+@cache
+def _tensors(name: str) -> tuple[dict[str, torch.Size], str]:
+    """The shapes of a model's tensors without its classifier, and the classifier's name."""
+    model = timm.create_model(name, device="meta", num_classes=0)
+    return {key: _matrix_shape(value) for key, value in model.state_dict().items()}, model.pretrained_cfg["classifier"]
 
 
 def _remedy(faulty: set[str], name: str, cfg: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
@@ -269,6 +307,11 @@ def _fits(key: str, have: Tensor, want: Tensor, first_conv: str | None) -> bool:
     if first_conv is not None and key == f"{first_conv}.weight":
         return have.ndim == want.ndim and (have.shape[0], *have.shape[2:]) == (want.shape[0], *want.shape[2:])
     return have.shape == want.shape
+
+
+def _matrix_shape(value: Tensor) -> torch.Size:
+    """The shape of a tensor; of a 1 x 1 convolution's weight, that of the linear layer which it is."""
+    return value.shape[:2] if value.ndim == 4 and value.shape[2:] == (1, 1) else value.shape
 
 
 def _is_part(key: str, module: str | None) -> bool:

@@ -16,12 +16,21 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import checkpoints
-from zoo.backbone import Backbone, Stage, TransformerBlock, attend, check_images, check_stages, create
+from zoo.backbone import (
+    Backbone,
+    DepthwiseConv,
+    Stage,
+    TransformerBlock,
+    attend_to_all,
+    check_images,
+    check_stages,
+    create,
+)
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
 from zoo.kernels.checks import certain
 
@@ -80,24 +89,6 @@ def from_stripes(x: Tensor, batch: int, left: int, width: int) -> Tensor:
     return x.index_select(2, torch.arange(width, device=x.device) + left)
 
 
-def attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
-    """Attention of all tokens of a map to all: query, key and value (B, H, W, 3, C) -> (B, H, W, C)."""
-    heads = qkv.unflatten(-1, (num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
-    return attend(*heads).unflatten(1, qkv.shape[1:3])
-
-
-class LePE(nn.Conv2d):
-    """Locally-enhanced positional encoding: a depth-wise 3 x 3 convolution of (B, H, W, dim), zeros around each map."""
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor, transposed: bool = False) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim); `transposed` where rows of `x` are columns of the image."""
-        weight = self.weight.transpose(2, 3) if transposed else self.weight
-        return depthwise_conv2d_nhwc(x, weight, self.bias)
-
-
 @register_notrace_module
 class FullAttention(nn.Module):
     """Attention of all tokens (B, H, W, dim) to all, plus LePE, between linear layers."""
@@ -107,7 +98,7 @@ class FullAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = nn.ModuleList([LePE(dim, **dd)])
+        self.lepe = nn.ModuleList([DepthwiseConv(dim, 3, **dd)])
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +122,7 @@ class CrossShapedAttention(nn.Module):
         self.num_heads = num_heads // 2  # of a branch
         self.split_size = split_size
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = nn.ModuleList(LePE(dim // 2, **dd) for _ in range(2))
+        self.lepe = nn.ModuleList(DepthwiseConv(dim // 2, 3, **dd) for _ in range(2))
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +141,9 @@ class CrossShapedAttention(nn.Module):
             x = attend_to_all(qkv, self.num_heads)  # the same; the operator's reshapes cannot be proved for open sizes
         else:
             x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=tuple(qkv.shape[1:3]))
-        x = x + self.lepe[branch](qkv[..., 2, :], transposed=branch == 1)
+        lepe = self.lepe[branch]
+        weight = lepe.weight.transpose(2, 3) if branch == 1 else lepe.weight  # rows of tokens are columns there
+        x = x + depthwise_conv2d_nhwc(qkv[..., 2, :], weight, lepe.bias)
         return from_stripes(x, batch, left, width)
 
 
@@ -246,11 +239,8 @@ class CSWin(Backbone):
                 mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd)
                 blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), **dd))
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
         norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        output_norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in embed_dims] if output_norm else None
-        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, norm=norm, output_norm=output_norm)
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
@@ -278,15 +268,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 
-def _cfg(**facts) -> dict:
-    side = facts["input_size"][1] // 32
-    return {"pool_size": (side, side), "first_conv": "stem.conv", "classifier": "head"} | facts
-
-
-default_cfgs = generate_default_cfgs(
-    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("cswin").items()}
-    | {"test_cswin": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
-)
+default_cfgs = checkpoints.default_cfgs("cswin", first_conv="stem.conv")
 
 
 def _create_cswin(variant: str, pretrained: bool, **kwargs) -> CSWin:

@@ -19,7 +19,7 @@ from functools import cache
 
 import torch
 from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
-from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -277,11 +277,8 @@ class GCViT(Backbone):
             # A stage of a single block, a local one, has no use for a query.
             query = GlobalQuery(dim, window, max(len(depths) - 1 - i, 1), pooled[i], **dd) if depth > 1 else None
             stages.append(GlobalContextStage(query, blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
         norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        output_norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in embed_dims] if output_norm else None
-        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, norm=norm, output_norm=output_norm)
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
@@ -310,33 +307,19 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 
-def _cfg(**facts) -> dict:
-    side = facts["input_size"][1] // 32
-    return {"pool_size": (side, side), "first_conv": "stem.conv", "classifier": "head"} | facts
-
-
-default_cfgs = generate_default_cfgs(
-    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("gc_vit").items()}
-    | {"test_gc_vit": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
-)
+default_cfgs = checkpoints.default_cfgs("gc_vit", first_conv="stem.conv")
 
 
 def _create_gc_vit(variant: str, pretrained: bool, **kwargs) -> GCViT:
-    if pretrained:
-        _mention_licence(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay") or {})
-    return create(GCViT, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
-
-
-def _mention_licence(variant: str, cfg: object, overlay: dict) -> None:
-    """Warn of non-commercial weights, unless the caller brings other ones."""
-    own = any(overlay.get(source) for source in ("state_dict", "file", "url", "hf_hub_id"))
-    if not own and isinstance(cfg, str | None) and resolve_pretrained_cfg(variant, cfg).license == "cc-by-nc-sa-4.0":
+    weights = checkpoints.published_cfg(variant, kwargs) if pretrained else None
+    if weights is not None and weights.license == "cc-by-nc-sa-4.0":
         _warn_of_licence()
+    return create(GCViT, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
 
 
 @cache  # once per process
 def _warn_of_licence() -> None:
-    warnings.warn("NVIDIA's weights of GC ViT are CC-BY-NC-SA-4.0: not for commercial use.", stacklevel=6)
+    warnings.warn("NVIDIA's weights of GC ViT are CC-BY-NC-SA-4.0: not for commercial use.", stacklevel=5)
 
 
 @register_model

@@ -18,23 +18,24 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import checkpoints
 from zoo.backbone import (
     Backbone,
+    DepthwiseConv,
+    PatchStem,
     Stage,
     TransformerBlock,
     attend,
-    check_images,
     check_stages,
     create,
     crop_tokens,
     pad_tokens,
 )
-from zoo.kernels import depthwise_conv2d_nhwc, window_attention
+from zoo.kernels import window_attention
 from zoo.kernels.dispatch import as_given
 
 __all__ = ["LITv2"]
@@ -150,7 +151,7 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dw_conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
         self.fc2 = nn.Linear(hidden_dim, dim, **dd)
@@ -162,7 +163,7 @@ class ConvMlp(nn.Module):
         nn.init.zeros_(self.dw_conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = depthwise_conv2d_nhwc(self.fc1(x), self.dw_conv.weight, self.dw_conv.bias)
+        x = self.dw_conv(self.fc1(x))
         return self.drop2(self.fc2(self.drop1(self.act(x))))
 
 
@@ -177,24 +178,6 @@ class MlpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm(x)))
-
-
-@register_notrace_module
-class Stem(nn.Module):
-    """Patches of 4 x 4 pixels, LayerNorm; the image is padded with zeros at the bottom and the right."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_chans, dim, 4, 4, **dd)
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.proj.in_channels)
-        height, width = x.shape[2:]
-        # In a form of which torch.export can tell the range.
-        x = F.pad(x, (0, (width + 3) // 4 * 4 - width, 0, (height + 3) // 4 * 4 - height))
-        return self.norm(self.proj(x))
 
 
 def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
@@ -302,11 +285,10 @@ class LITv2(Backbone):
         if window_size < 1:
             raise ValueError(f"Got {window_size=}; windows have a side of 1 token or more.")
         last = len(depths) - 1
-        normed = range(last + 1) if output_norm is True else output_norm or ()
-        if not set(normed) <= set(range(last + 1)):
+        if not isinstance(output_norm, bool) and not set(output_norm) <= set(range(last + 1)):
             raise ValueError(f"Got {output_norm=}; it has to be True, False or a list of stages from 0 to {last}.")
         dd = {"device": device, "dtype": dtype}
-        self.stem = Stem(in_chans, embed_dims[0], **dd)
+        self.stem = PatchStem(in_chans, embed_dims[0], 4, **dd)
         drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages = []
         for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
@@ -319,15 +301,8 @@ class LITv2(Backbone):
                     attn = HiLoAttention(dim, head_dim, 1 if i == last else window_size, alpha, **dd)
                     blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), **dd))
             stages.append(Stage(blocks, DeformableMerging(embed_dims[i - 1], dim, **dd) if i else None))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
         norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        output_norms = [
-            LayerNorm2d(dim, eps=1e-5, **dd) if i in normed else nn.Identity() for i, dim in enumerate(embed_dims)
-        ]
-        self.finish(
-            embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms if normed else None
-        )
+        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, norm=norm, output_norm=output_norm)
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
@@ -372,15 +347,7 @@ def _check_alpha(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
         )
 
 
-def _cfg(**facts) -> dict:
-    side = facts["input_size"][1] // 32
-    return {"pool_size": (side, side), "first_conv": "stem.proj", "classifier": "head"} | facts
-
-
-default_cfgs = generate_default_cfgs(
-    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("litv2").items()}
-    | {"test_litv2": _cfg(input_size=(3, 64, 64), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
-)
+default_cfgs = checkpoints.default_cfgs("litv2", first_conv="stem.proj")
 
 
 def _create_litv2(variant: str, pretrained: bool, **kwargs) -> LITv2:

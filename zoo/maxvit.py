@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 from timm.layers import DropPath, Mlp, SqueezeExcite, register_notrace_module
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -296,7 +296,7 @@ class MaxViT(Backbone):
         drop_path_rates = iter([drop_path_rate * i / count for i in range(count)])
         stages = []
         dim_before = stem_dim
-        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+        for dim, depth in zip(embed_dims, depths, strict=True):
             blocks = []
             for j in range(depth):
                 in_dim, stride = (dim, 1) if j else (dim_before, 2)
@@ -304,13 +304,11 @@ class MaxViT(Backbone):
                 blocks.append(Block(in_dim, dim, stride, dim // head_dim, sides, proj_drop_rate, drop_path, **dd))
             stages.append(Stage(blocks))
             dim_before = dim
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
+        pre_logits = PreLogits(dim_before, **dd)
+        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, pre_logits=pre_logits)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = norm_momentum
-        pre_logits = PreLogits(dim_before, **dd)
-        self.finish(dim_before, num_classes, global_pool, drop_rate, pre_logits=pre_logits)
 
     def init_module(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself has."""
@@ -348,21 +346,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(state_dict, model, KEY_MAP, resize="bilinear")
 
 
-def _cfg(**facts) -> dict:
-    side = -(-facts["input_size"][1] // 32)
-    return {"pool_size": (side, side), "first_conv": "stem.conv1", "classifier": "head"} | facts
-
-
-_small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg(**facts)
-        for name, facts in {
-            **checkpoints.pretrained_cfgs("maxvit"),
-            "test_maxvit": _small,
-        }.items()
-    }
-)
+default_cfgs = checkpoints.default_cfgs("maxvit", first_conv="stem.conv1")
 
 
 def _create_maxvit(variant: str, pretrained: bool, **kwargs) -> MaxViT:

@@ -15,12 +15,21 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import checkpoints
-from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
+from zoo.backbone import (
+    Backbone,
+    PatchStem,
+    Stage,
+    TransformerBlock,
+    check_images,
+    check_stages,
+    create,
+    crop_tokens,
+    pad_tokens,
+)
 from zoo.kernels import neighborhood_attention, window_attention
 
 __all__ = ["NAT"]
@@ -161,23 +170,6 @@ class ConvStem(nn.Module):
         return self.norm(self.conv2(self.conv1(x)))
 
 
-@register_notrace_module
-class PatchStem(nn.Module):
-    """Patches of `size` x `size` pixels, LayerNorm; the image is padded with zeros at the bottom and the right."""
-
-    def __init__(self, in_chans: int, dim: int, size: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.size = size
-        self.proj = nn.Conv2d(in_chans, dim, size, size, **dd)
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.proj.in_channels)
-        x = F.pad(x, (0, -x.shape[3] % self.size, 0, -x.shape[2] % self.size))
-        return self.norm(self.proj(x))
-
-
 class ConvDownsample(nn.Module):
     """3 x 3 convolution with stride 2, LayerNorm: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
 
@@ -291,12 +283,18 @@ class NAT(Backbone):
                 blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), layer_scale, **dd))
             downsample = downsample_cls(embed_dims[i - 1], dim, **dd) if downsample_cls and i else None
             stages.append(Stage(blocks, downsample))
-            reduction = stride if layout == "isotropic" else stride * 2**i
-            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
         norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        output_norms = [LayerNorm2d(dim, eps=1e-5, **dd) for dim in embed_dims] if output_norm else None
-        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate, norm, output_norms=output_norms)
+        strides = [stride] * len(depths) if layout == "isotropic" else None
+        self.finish(
+            stages,
+            embed_dims,
+            num_classes,
+            global_pool,
+            drop_rate,
+            strides=strides,
+            norm=norm,
+            output_norm=output_norm,
+        )
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
@@ -323,25 +321,13 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 
-def _cfg(model: str, **facts) -> dict:
-    layout = VARIANTS[model].get("layout")
-    size = facts["input_size"][1]
-    side = -(-size // (16 if layout == "isotropic" else 32))
-    first_conv = "stem.proj" if layout else "stem.conv1"
-    return {"pool_size": (side, side), "first_conv": first_conv, "classifier": "head"} | facts
-
-
-_small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-default_cfgs = generate_default_cfgs(
-    {
-        name: _cfg(name.split(".")[0], **facts)
-        for name, facts in {
-            **checkpoints.pretrained_cfgs("nat"),
-            "test_nat": _small,
-            "test_dinat": _small,
-        }.items()
-    }
-)
+# by model: the first convolution, and the stride of the last features
+_EXCEPTIONS = {
+    name: ("stem.proj", 16 if settings["layout"] == "isotropic" else 32)
+    for name, settings in VARIANTS.items()
+    if "layout" in settings
+}
+default_cfgs = checkpoints.default_cfgs("nat", "stem.conv1", ("test_nat", "test_dinat"), _EXCEPTIONS)
 
 
 def _create_nat(variant: str, pretrained: bool, **kwargs) -> NAT:
@@ -482,11 +468,11 @@ def vitrpb_base(pretrained: bool = False, **kwargs) -> NAT:
 
 @register_model
 def test_nat(pretrained: bool = False, **kwargs) -> NAT:
-    """A NAT of PARAM parameters, for tests and small images."""
+    """A NAT of 0.3 M parameters, for tests and small images."""
     return _create_nat("test_nat", pretrained, **kwargs)
 
 
 @register_model
 def test_dinat(pretrained: bool = False, **kwargs) -> NAT:
-    """A DiNAT of PARAM parameters, for tests and small images."""
+    """A DiNAT of 0.3 M parameters, for tests and small images."""
     return _create_nat("test_dinat", pretrained, **kwargs)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
-from timm.models import generate_default_cfgs, register_model
+from timm.models import register_model
 from torch import Tensor, nn
 
 from zoo import checkpoints
@@ -198,9 +198,7 @@ class VAN(Backbone):
             ]
             downsample = PatchEmbed(embed_dims[i - 1], dim, kernel_size=3, stride=2, **dd) if i else None
             stages.append(Stage(blocks, downsample, LayerNorm2d(dim, eps=norm_eps, **dd), channels_last=False))
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
-        self.stages = nn.Sequential(*stages)
-        self.finish(embed_dims[-1], num_classes, global_pool, drop_rate)
+        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate)
 
     def init_module(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself has."""
@@ -251,14 +249,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 
-def _cfg(**facts) -> dict:
-    return {"pool_size": (7, 7), "first_conv": "stem.proj", "classifier": "head"} | facts
-
-
-default_cfgs = generate_default_cfgs(
-    {name: _cfg(**facts) for name, facts in checkpoints.pretrained_cfgs("van").items()}
-    | {"test_van": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=0.9, mean=(0.5,) * 3, std=(0.5,) * 3)}
-)
+default_cfgs = checkpoints.default_cfgs("van", first_conv="stem.proj")
 
 
 def _create_van(variant: str, pretrained: bool, **kwargs) -> VAN:
