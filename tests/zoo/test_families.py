@@ -1,4 +1,10 @@
-"""What every family promises, on its `test_<family>` model: timm's methods, any size, export. 10 s, slow ones 60 s."""
+"""What every family promises, on its `test_<family>` model: timm's methods, any size, export. 10 s, slow ones 90 s."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -184,9 +190,10 @@ def test_channels_last(name):
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_autocast_is_finite(name):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_autocast_is_finite(name, dtype):
     model = build(name).train()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         logits = model(images())
     F.cross_entropy(logits.float(), torch.tensor([1, 2])).backward()
     assert logits.isfinite().all()
@@ -212,6 +219,29 @@ def test_wrong_images_are_named(name, shape, message, features_only):
 def test_only_nchw_intermediates(name, norm):
     with pytest.raises(ValueError, match="NCHW"):
         build(name).forward_intermediates(images(), norm=norm, output_fmt="NLC")
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    """By model, what two processes made of it: see parallel.py."""
+    results, script = tmp_path_factory.mktemp("parallel") / "results.json", Path(__file__).with_name("parallel.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", script, results]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
+    return json.loads(results.read_text())
+
+
+@pytest.mark.slow
+def test_ddp_gradients_are_those_of_one_process(name, parallel):
+    assert parallel[name]["ddp"] == pytest.approx(0, abs=1e-9)
+    assert parallel[name]["training"]
+
+
+@pytest.mark.slow
+def test_fsdp_weights_are_those_of_one_process(name, parallel):
+    assert parallel[name]["fsdp"] == pytest.approx(0, abs=1e-9)
+    assert parallel[name]["moved"]
 
 
 @pytest.mark.slow

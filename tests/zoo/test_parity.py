@@ -56,6 +56,10 @@ BACKBONES = {
 }
 
 
+# The smallest model of each family.
+SMALLEST = ("van_b0", "nat_mini", "cswin_tiny", "maxvit_tiny", "biformer_tiny", "gc_vit_xxtiny", "litv2_small")
+
+
 def build(name, **kwargs):
     entry = OFFICIAL[name]
     return timm.create_model(name.split("_alpha")[0], **entry.get("kwargs", {}), **kwargs)
@@ -166,3 +170,45 @@ def test_raw_features_of_a_dense_checkpoint_match_official(name):
     backbone = load(model, record, features_only=True, **{k: v for k, v in kwargs.items() if k != "output_norm"})
     features = backbone(golden.image(**record["input"]))
     assert deviation(features, record["features"]) < TOLERANCE
+
+
+@pytest.fixture(scope="module", params=SMALLEST)
+def official_file(request, tmp_path_factory):
+    """A model, and a file as its authors publish them."""
+    path = tmp_path_factory.mktemp("official") / f"{request.param}.pth"
+    weights = {key: value.float() for key, value in official_weights(request.param, {}).items()}
+    torch.save({"model": weights}, path)
+    yield request.param, path
+    path.unlink()
+
+
+def load_file(official_file, **kwargs):
+    name, path = official_file
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)}, **kwargs).eval()
+
+
+@torch.no_grad()
+def test_official_file_gives_features(official_file):
+    image = golden.image(1, 64, 64).float()
+    want = load_file(official_file).forward_intermediates(image, intermediates_only=True)
+    features = load_file(official_file, features_only=True, num_classes=10)(image)
+    assert all(torch.equal(*pair) for pair in zip(features, want, strict=True))
+
+
+@torch.no_grad()
+def test_official_file_gives_features_of_gray_images(official_file):
+    image = golden.image(1, 64, 64).float()[:, :1]
+    colour, gray = (load_file(official_file, features_only=True, in_chans=channels) for channels in (3, 1))
+    for feature, want in zip(gray(image), colour(image.expand(-1, 3, -1, -1)), strict=True):
+        torch.testing.assert_close(feature, want, rtol=1e-3, atol=1e-3 * want.std().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_official_file_takes_other_classes(official_file, num_classes):
+    image = golden.image(1, 64, 64).float()
+    model = load_file(official_file, num_classes=num_classes)
+    assert model(image).shape == (1, num_classes or model.head_hidden_size)
+    (want,) = load_file(official_file, features_only=True, out_indices=(3,))(image)
+    (got,) = model.forward_intermediates(image, indices=[3], intermediates_only=True)
+    assert torch.equal(got, want)

@@ -1,0 +1,35 @@
+"""Half precision: every family's smallest and largest model under autocast. All slow, 80 s."""
+
+import pytest
+import timm
+import torch
+
+from .test_parity import OFFICIAL, OURS, family
+
+pytestmark = pytest.mark.slow
+
+
+def extremes():
+    """The smallest and the largest model of every family, among those that are made for 224 pixels."""
+    models = [name for name in OURS if timm.is_model(name) and timm.get_pretrained_cfg(name).input_size[1] == 224]
+    models.sort(key=lambda name: OFFICIAL[name]["params_M"])
+    largest = {family(name): name for name in models}
+    smallest = {family(name): name for name in reversed(models)}
+    return sorted({*smallest.values(), *largest.values()})
+
+
+@pytest.fixture(scope="module", params=extremes())
+def model(request):
+    torch.manual_seed(0)
+    return timm.create_model(request.param).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_autocast_gives_numbers(model, dtype):
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", dtype):
+        logits = model(images)
+    assert logits.dtype == dtype
+    assert logits.isfinite().all()
+    assert logits.float().std() > 0.01
