@@ -1,0 +1,68 @@
+"""mmdet's COCO reader and scores, with classes told apart by name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from mmdet.datasets import CocoDataset
+from mmdet.datasets.api_wrappers import COCO
+from mmdet.evaluation.metrics import CocoMetric
+from mmdet.registry import DATASETS, METRICS
+
+from zoo.recipes.dense.data import normalise
+
+
+class NamedCoco(COCO):
+    """COCO annotations after `normalise`.
+
+    Args:
+        path: The JSON, checked by `open_detection`.
+        classes: Its class names, in the order of the labels.
+    """
+
+    def __init__(self, path: str, classes: Sequence[str]):
+        self.classes = classes
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints how quick it was
+            super().__init__(path)
+
+    def createIndex(self) -> None:
+        """Normalise what was read, then index it."""
+        normalise(self.dataset, self.classes)
+        super().createIndex()
+
+
+@DATASETS.register_module()
+class NamedCocoDataset(CocoDataset):
+    """Labels follow `metainfo["classes"]`, not the order in which the file lists its categories."""
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        """Read the annotations."""
+        self.COCOAPI = functools.partial(NamedCoco, classes=self.metainfo["classes"])
+        return super().load_data_list()
+
+    def filter_data(self) -> list[dict[str, Any]]:
+        """In training, leave out images without an object to learn."""
+        if self.test_mode or not (self.filter_cfg or {}).get("filter_empty_gt"):
+            return self.data_list
+        return [item for item in self.data_list if not all(i["ignore_flag"] for i in item["instances"])]
+
+
+@METRICS.register_module()
+class NamedCocoMetric(CocoMetric):
+    """COCO's scores, with the labels of predictions in the order of `classes`.
+
+    Category ids in result files are those of the annotations where these list the classes in the same order.
+
+    Args:
+        ann_file: The COCO JSON.
+        classes: Class names in the order of the labels.
+        options: Those of CocoMetric.
+    """
+
+    def __init__(self, ann_file: str, classes: Sequence[str], **options: Any):
+        super().__init__(**options)
+        self._coco_api = NamedCoco(ann_file, classes)

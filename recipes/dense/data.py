@@ -1,0 +1,807 @@
+"""Data for detection (COCO JSON) and segmentation (label PNGs): found, checked and counted before training starts.
+
+What the tools of COCO leave out or clip is left to them, and counted here; what would stop them half-way, or teach
+wrong classes without a word, is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from zoo.recipes.config import DataConfig
+from zoo.recipes.dense import scenes
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, reason, similar_path
+from zoo.recipes.runs import log
+
+_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+_LABELS = frozenset({".png"})
+_EXIF_ORIENTATION = 0x0112
+
+# What COCO's tools can't do without.
+_FIELDS = {
+    "images": {"id": (int, str), "file_name": (str,), "width": (int, float), "height": (int, float)},
+    "annotations": {"image_id": (int, str), "category_id": (int,), "bbox": (list,)},
+    "categories": {"id": (int,), "name": (str, int)},
+}
+_TYPES = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
+
+
+@dataclass
+class DetectionSplit:
+    """One split of a detection data set.
+
+    Attributes:
+        annotations: The COCO JSON.
+        images: The folder that its file names start from.
+        classes: Names in the order of the labels, whatever order the JSON lists them in.
+        boxes: How many boxes each class has; those that nobody can learn and crowds are not counted.
+        num_images: Images that are used: in training those with a box, in evaluation all.
+        num_empty: Images without a box.
+        has_masks: Whether every object has a mask.
+    """
+
+    annotations: Path
+    images: Path
+    classes: list[str]
+    boxes: list[int]
+    num_images: int
+    num_empty: int
+    has_masks: bool
+
+    @property
+    def num_boxes(self) -> int:
+        """Boxes of all classes."""
+        return sum(self.boxes)
+
+    def dataset(self, pipeline: list[dict], training: bool) -> dict[str, Any]:
+        """The configuration of mmdet's data set; training leaves out images without a box."""
+        from zoo.recipes.dense import coco  # noqa: F401  registers the type
+
+        return {
+            "type": "NamedCocoDataset",
+            "ann_file": str(self.annotations),
+            "data_prefix": {"img": str(self.images)},
+            "metainfo": {"classes": tuple(self.classes)},
+            "filter_cfg": {"filter_empty_gt": True} if training else None,
+            "test_mode": not training,
+            "pipeline": pipeline,
+        }
+
+    def metrics(self, masks: bool) -> dict[str, Any]:
+        """The configuration of COCO's scores, of boxes and with `masks` of masks too."""
+        from zoo.recipes.dense import coco  # noqa: F401  registers the type
+
+        metric = ["bbox", "segm"] if masks else ["bbox"]
+        return {"type": "NamedCocoMetric", "ann_file": str(self.annotations), "classes": self.classes, "metric": metric}
+
+
+@dataclass
+class DetectionData:
+    """The splits of a detection data set; `train` is None where only evaluation is asked for."""
+
+    train: DetectionSplit | None
+    val: DetectionSplit
+    classes: list[str]
+    has_masks: bool
+
+    def summary(self) -> list[str]:
+        """A line on each split."""
+        lines = []
+        for name, split in _named(self.train, self.val):
+            line = f"{name}: {split.num_boxes} boxes in {split.num_images} images"
+            if split.num_empty:
+                fate = "more without a box are left out" if split is self.train else "of them without a box"
+                line += f", {split.num_empty} {fate}"
+            lines.append(f"{line}: {_shares(split.classes, split.boxes)}")
+        return lines
+
+
+@dataclass
+class SegmentationSplit:
+    """One split of a segmentation data set: images and label PNGs of the same names.
+
+    Attributes:
+        images: The folder of images.
+        labels: The folder of labels, one channel of numbers 0 to 255, or a palette's indices.
+        classes: Names in the order of the labels.
+        ignore_index: The label of pixels that do not count.
+        reduce_zero_label: 0 in the files does not count either, and the classes are 1, 2, ... there.
+        num_images: Images with labels.
+        pixels: How many pixels each class has in the `num_checked` labels that were looked at.
+        num_checked: How many those are.
+    """
+
+    images: Path
+    labels: Path
+    classes: list[str]
+    ignore_index: int
+    reduce_zero_label: bool
+    num_images: int
+    pixels: list[int]
+    num_checked: int
+
+    def dataset(self, pipeline: list[dict], training: bool) -> dict[str, Any]:
+        """The configuration of mmseg's data set."""
+        from zoo.recipes.dense import pairs  # noqa: F401  registers the type
+
+        return {
+            "type": "PairedDataset",
+            "data_prefix": {"img_path": str(self.images), "seg_map_path": str(self.labels)},
+            "metainfo": {"classes": tuple(self.classes)},
+            "reduce_zero_label": self.reduce_zero_label,
+            "ignore_index": self.ignore_index,
+            "test_mode": not training,
+            "pipeline": pipeline,
+        }
+
+    def metrics(self, masks: bool = False) -> dict[str, Any]:
+        """The configuration of mIoU; `masks` is detection's."""
+        return {"type": "IoUMetric", "iou_metrics": ["mIoU"], "ignore_index": self.ignore_index}
+
+
+@dataclass
+class SegmentationData:
+    """The splits of a segmentation data set; `train` is None where only evaluation is asked for."""
+
+    train: SegmentationSplit | None
+    val: SegmentationSplit
+    classes: list[str]
+    ignore_index: int
+    reduce_zero_label: bool
+
+    def summary(self) -> list[str]:
+        """A line on each split."""
+        return [
+            f"{name}: {split.num_images} images, pixels of {split.num_checked}: {_shares(split.classes, split.pixels)}"
+            for name, split in _named(self.train, self.val)
+        ]
+
+
+def _named(train: Any, val: Any) -> Iterator[tuple[str, Any]]:
+    if train is not None:
+        yield "training", train
+    yield "validation", val
+
+
+def _shares(classes: Sequence[str], counts: Sequence[int], most: int = 12) -> str:
+    total = sum(counts) or 1
+    ranked = sorted(zip(classes, counts, strict=True), key=lambda pair: -pair[1])
+    named = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in ranked[:most])
+    return named + (f" and {len(ranked) - most} more" if len(ranked) > most else "")
+
+
+def _some(items: Sequence[Any], most: int = 5) -> str:
+    return ", ".join(map(repr, items[:most])) + (", ..." if len(items) > most else "")
+
+
+# Detection.
+
+
+def open_detection(
+    cfg: DataConfig, training: bool = True, classes: Sequence[str] | None = None, masks: bool = False
+) -> DetectionData:
+    """Open the COCO JSON files that `cfg` names, or the digit scenes, and check them.
+
+    Args:
+        cfg: The configuration.
+        training: Open both splits; otherwise the validation split alone.
+        classes: The names that labels have to follow, in order; from `data.class_map` or the training JSON (the
+            validation JSON where there is no training), in the order of its category ids, if None.
+        masks: The method learns masks, so every object has to have one.
+
+    Raises:
+        RunError: the data can't be used; the message names the file and what is wrong with it.
+    """
+    base = _base(cfg, cfg.val_ann)
+    splits = [(cfg.val_split, "val", cfg.val_ann, cfg.val_images)]
+    if training:
+        splits.insert(0, (cfg.train_split, "train", cfg.train_ann, cfg.train_images))
+    classes = list(classes) if classes else _class_file(Path(cfg.class_map)) if cfg.class_map else None
+    opened: list[DetectionSplit] = []
+    for split, key, given, images in splits:
+        path = _annotation_file(base, split, key, given)
+        content = _load_coco(path)
+        names = _categories(path, content)
+        if classes is None:
+            classes = list(names.values())
+        _check_same_classes(path, list(names.values()), classes)
+        folder = _image_folder(base, split, key, images, path, [str(image["file_name"]) for image in content["images"]])
+        _check_image_files(path, folder, content["images"], cfg)
+        opened.append(_count_boxes(path, folder, content, names, classes, key == "train", masks))
+    if cfg.num_classes and cfg.num_classes != len(classes):
+        raise RunError(
+            f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
+        )
+    train, val = (opened[0], opened[1]) if training else (None, opened[0])
+    data = DetectionData(train, val, classes, all(split.has_masks for split in opened))
+    for line in data.summary():
+        log.info("%s", line)
+    return data
+
+
+def _base(cfg: DataConfig, path: str | None) -> Path:
+    if cfg.name == "digit_scenes":
+        return scenes.ensure(Path(cfg.root) if cfg.root else None)
+    if cfg.root is None:
+        if path and os.path.isabs(path):
+            return Path()
+        raise RunError("data.root is not set: give the folder of the data, data.root=<folder>.")
+    _check_folder("data.root", Path(cfg.root))
+    return Path(cfg.root)
+
+
+def _check_folder(key: str, folder: Path) -> None:
+    if not folder.is_dir():
+        wrong = "is a file, not a folder." if folder.exists() else f"does not exist{similar_path(folder)}"
+        raise RunError(f"{key}={folder} {wrong}")
+
+
+def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Path:
+    if given:
+        path = base / given
+        if not path.is_file():
+            raise RunError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
+        return path
+    names = SPLIT_FOLDERS.get(split, (split,))
+    tried = [base / "annotations" / f"instances_{name}.json" for name in names]
+    tried += [base / name / "_annotations.coco.json" for name in names]
+    found = next((path for path in tried if path.is_file()), None)
+    if found is None:
+        raise RunError(
+            f"{base} has no annotations of the split {split!r} ({tried[0]} or {tried[len(names)]}): "
+            f"name them with data.{key}_ann=<file>."
+        )
+    return found
+
+
+def _load_coco(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"{path} can't be read ({error.strerror}): mend that.") from error
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}): COCO annotations are needed.") from error
+    kinds = ("images", "annotations", "categories")
+    lacking = [kind for kind in kinds if not isinstance(content, dict) or not isinstance(content.get(kind), list)]
+    if lacking:
+        raise RunError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
+    for kind, fields in _FIELDS.items():
+        for place, item in enumerate(content[kind]):
+            for field, types in fields.items():
+                value = item.get(field) if isinstance(item, dict) else None
+                if not isinstance(value, types):
+                    allowed = " or ".join(_TYPES[t] for t in types)
+                    raise RunError(
+                        f"{path}: number {place} of its {kind} has {field}={value!r}: it has to be {allowed}."
+                    )
+    twice = _twice(image["id"] for image in content["images"])
+    if twice:
+        raise RunError(f"{path} uses {len(twice)} image ids more than once, the first is {twice[0]}: make them unique.")
+    return content
+
+
+def _twice(items: Any) -> list[Any]:
+    return [item for item, count in Counter(items).items() if count > 1]
+
+
+def _categories(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
+    """Names by id, in the order of the ids."""
+    categories = content["categories"]
+    if not categories:
+        raise RunError(f"{path} has no categories: it needs one for every class.")
+    twice = _twice(category["id"] for category in categories)
+    if twice:
+        raise RunError(f"{path} uses the category id {twice[0]} more than once: make the ids unique.")
+    twice = _twice(str(category["name"]) for category in categories)
+    if twice:
+        ids = [category["id"] for category in categories if str(category["name"]) == twice[0]]
+        raise RunError(
+            f"{path} has {len(ids)} categories of the name {twice[0]!r} (ids {', '.join(map(str, ids))}): "
+            "remove those that no box has, or rename them."
+        )
+    return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda category: category["id"])}
+
+
+def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:
+    missing = [name for name in classes if name not in set(names)]
+    unknown = [name for name in names if name not in set(classes)]
+    if missing or unknown:
+        close = difflib.get_close_matches(unknown[0], missing or classes, n=1) if unknown else []
+        hint = f" (is {close[0]!r} meant?)" if close else ""
+        parts = [f"{len(missing)} missing, {_some(missing)}"] if missing else []
+        parts += [f"{len(unknown)} unknown, {_some(unknown)}{hint}"] if unknown else []
+        raise RunError(
+            f"{path} has other classes than the {len(classes)} of the training: {'; '.join(parts)}: "
+            "its names have to be the same."
+        )
+
+
+def _image_folder(base: Path, split: str, key: str, given: str | None, annotations: Path, names: Sequence[str]) -> Path:
+    if not names:
+        raise RunError(f"{annotations} has no images: there is nothing to do.")
+    if given:
+        folder = base / given
+        _check_folder(f"data.{key}_images", folder)
+        return folder
+    folders = SPLIT_FOLDERS.get(split, (split,))
+    tried = [base / "images" / name for name in folders] + [base / name for name in folders]
+    tried += [annotations.parent, base / "images", base]
+    tried = [folder for folder in dict.fromkeys(tried) if folder.is_dir()]
+    sample = _spread(names, 20)
+    best = max(tried, key=lambda folder: sum((folder / name).is_file() for name in sample))
+    if not any((best / name).is_file() for name in sample):
+        raise RunError(
+            f"the images of {annotations}, for example {names[0]}, are in none of {', '.join(map(str, tried))}: "
+            f"give data.{key}_images=<folder>."
+        )
+    return best
+
+
+def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, Any]], cfg: DataConfig) -> None:
+    present: dict[Path, set[str]] = {}
+    missing = []
+    for image in images:
+        file = folder / str(image["file_name"])
+        if file.parent not in present:
+            present[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
+        if file.name not in present[file.parent]:
+            missing.append(file)
+    if missing:
+        raise RunError(
+            f"{len(missing)} of the {len(images)} images of {path} do not exist, the first is {missing[0]}: "
+            "add them, or remove them from the annotations."
+        )
+    chosen = _chosen(images, cfg)
+    files = [str(folder / str(image["file_name"])) for image in chosen]
+    for image, file, size in zip(chosen, files, _in_threads(_image_size, files, f"images of {path.name}"), strict=True):
+        if size != (image["width"], image["height"]):
+            raise RunError(
+                f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {path} gives "
+                f"{image['width']}x{image['height']}: the boxes would lie elsewhere."
+            )
+
+
+def _count_boxes(
+    path: Path,
+    folder: Path,
+    content: Mapping[str, Any],
+    names: Mapping[int, str],
+    classes: Sequence[str],
+    training: bool,
+    masks: bool,
+) -> DetectionSplit:
+    images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    label = {number: classes.index(name) for number, name in names.items()}
+    boxes, full, crowds = [0] * len(classes), set(), 0
+    strays, uncategorised, unusable, outside, maskless = [], [], [], [], []
+    for place, annotation in enumerate(content["annotations"]):
+        name = f"annotation {annotation.get('id', f'number {place}')}"
+        if annotation["image_id"] not in images:
+            strays.append(f"{name} with image_id {annotation['image_id']!r}")
+            continue
+        if annotation["category_id"] not in label:
+            uncategorised.append(f"{name} with category_id {annotation['category_id']!r}")
+            continue
+        size = images[annotation["image_id"]]
+        if not _is_box(annotation["bbox"]):
+            raise RunError(
+                f"{path}: {name} has bbox={annotation['bbox']!r}: four numbers x, y, width, height are needed."
+            )
+        if not isinstance(annotation.get("area", 0), int | float | None):
+            raise RunError(
+                f"{path}: {name} has area={annotation['area']!r}: a number of pixels is needed, or none at all."
+            )
+        if not _is_usable(annotation, *size):
+            unusable.append(name)
+            continue
+        x, y, width, height = annotation["bbox"]
+        if min(x, y) < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:  # rounded up to a pixel is usual
+            outside.append(name)
+        if not _is_mask(annotation.get("segmentation"), *size):
+            maskless.append(name)
+        if annotation.get("iscrowd"):
+            crowds += 1
+            continue
+        boxes[label[annotation["category_id"]]] += 1
+        full.add(annotation["image_id"])
+    if strays:
+        raise RunError(
+            f"{path}: {len(strays)} annotations name an image that is not among its images, the first is {strays[0]}: "
+            "remove them or add the images."
+        )
+    if uncategorised:
+        raise RunError(
+            f"{path}: {len(uncategorised)} annotations have a category that is not among its categories, the first is "
+            f"{uncategorised[0]}: the ids are {', '.join(map(str, [*names][:10]))}{', ...' if len(names) > 10 else ''}."
+        )
+    if not full:
+        purpose = "learn from" if training else "score predictions by"
+        raise RunError(
+            f"{path} has no boxes to {purpose}: every image is empty, or all boxes are crowds or without area."
+        )
+    if masks and maskless:
+        raise RunError(
+            f"{path}: {len(maskless)} objects have no mask (a polygon, or RLE of the image's size), the first is "
+            f"{maskless[0]}: add segmentation, or find boxes alone with dense.masks=false."
+        )
+    if unusable:
+        log.warning(
+            "%s has %d boxes of less than a pixel within their image or marked `ignore`, the first is %s: training "
+            "leaves them out, COCO's scores count them as missed.",
+            path,
+            len(unusable),
+            unusable[0],
+        )
+    if outside:
+        log.warning(
+            "%s has %d boxes that reach outside, the first is %s: they are clipped.", path, len(outside), outside[0]
+        )
+    if crowds:
+        log.info("%s has %d crowds (iscrowd): no objects to learn; finding them counts neither way.", path, crowds)
+    without = [name for name, count in zip(classes, boxes, strict=True) if not count]
+    if without:
+        log.warning("%s has no box of %d of the %d classes: %s.", path, len(without), len(classes), _some(without))
+    empty = len(images) - len(full)
+    used = len(full) if training else len(images)
+    return DetectionSplit(path, folder, list(classes), boxes, used, empty, not maskless)
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and math.isfinite(v) for v in box)
+
+
+def _is_usable(annotation: Mapping[str, Any], image_width: int, image_height: int) -> bool:
+    """Whether mmdet's CocoDataset keeps the annotation."""
+    x, y, width, height = annotation["bbox"]
+    inside = min(x + width, image_width) > max(x, 0) and min(y + height, image_height) > max(y, 0)
+    area = annotation.get("area")
+    return inside and width >= 1 and height >= 1 and (area is None or area > 0) and not annotation.get("ignore")
+
+
+def _is_mask(segmentation: Any, width: int, height: int) -> bool:
+    if isinstance(segmentation, dict):
+        return segmentation.get("size") == [height, width] and isinstance(segmentation.get("counts"), str | list)
+    return bool(_polygons(segmentation))
+
+
+def _polygons(segmentation: Any) -> list[list[float]]:
+    """Those of the polygons that enclose something; as for mmdet, one is enough."""
+    polygons = segmentation if isinstance(segmentation, list) else []
+    return [
+        polygon for polygon in polygons if isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+    ]
+
+
+def normalise(content: dict[str, Any], classes: Sequence[str]) -> None:
+    """Change COCO annotations such that COCO's tools number the classes as `classes` does.
+
+    mmdet numbers classes in the order in which a file lists its categories, and pycocotools scores them in the order of
+    their ids; both are made the order of `classes`. The ids of a file that has them in that order stay as they are.
+    Fields that may be absent get their defaults, and annotations new ids: 0 means "not found" to pycocotools.
+    """
+    by_name = {str(category["name"]): category for category in content["categories"]}
+    ids = dict(zip((by_name[name]["id"] for name in classes), sorted(c["id"] for c in by_name.values()), strict=True))
+    content["categories"] = [{**by_name[name], "id": ids[by_name[name]["id"]], "name": name} for name in classes]
+    for number, annotation in enumerate(content["annotations"], 1):
+        x, y, width, height = annotation["bbox"]
+        annotation["id"] = number
+        annotation["category_id"] = ids[annotation["category_id"]]
+        annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
+        if annotation.get("area") is None:
+            annotation["area"] = width * height
+        if not isinstance(annotation.get("segmentation"), dict):
+            annotation["segmentation"] = _polygons(annotation.get("segmentation"))
+        if not annotation["segmentation"]:  # of boxes without area, or where nobody looks at masks
+            annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+# Segmentation.
+
+
+def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[str] | None = None) -> SegmentationData:
+    """Open the folders of images and label PNGs that `cfg` names, or the digit scenes, and check them.
+
+    Args:
+        cfg: The configuration.
+        training: Open both splits; otherwise the validation split alone.
+        classes: The names of the labels in order; from `data.class_map`, <root>/classes.txt or `data.num_classes` if
+            None, and compared with the former two otherwise.
+
+    Raises:
+        RunError: the data can't be used; the message names the file and what is wrong with it.
+    """
+    base = _base(cfg, cfg.val_images)
+    classes = _segmentation_classes(cfg, base, classes)
+    if cfg.reduce_zero_label and cfg.ignore_index != 255:
+        raise RunError(
+            f"data.ignore_index={cfg.ignore_index} can't be used with data.reduce_zero_label=true, which turns 0 into "
+            "255: leave it out."
+        )
+    if not 0 <= cfg.ignore_index <= 255:
+        raise RunError(f"data.ignore_index={cfg.ignore_index} is not allowed: labels are 0 to 255.")
+    splits = [(cfg.val_split, "val", cfg.val_images, cfg.val_labels)]
+    if training:
+        splits.insert(0, (cfg.train_split, "train", cfg.train_images, cfg.train_labels))
+    opened: list[SegmentationSplit] = []
+    for split, key, given_images, given_labels in splits:
+        images = _split_folder(base, split, key, "images", given_images, ("images",))
+        labels = _split_folder(base, split, key, "labels", given_labels, ("annotations", "labels"))
+        found = pair_files(images, labels, strict=True)
+        chosen = _chosen(found, cfg)
+        present = list(_in_threads(_read_label, chosen, f"labels in {labels}"))
+        reduce = _reduces(cfg, labels, present, len(classes))
+        pixels = _count_pixels(cfg, [label for _, label in chosen], present, classes, reduce)
+        if chosen:
+            whole = key == "train" and len(chosen) == len(found)
+            _check_pixels(labels, pixels, present, classes, cfg.ignore_index, reduce, whole)
+        opened.append(
+            SegmentationSplit(images, labels, classes, cfg.ignore_index, reduce, len(found), pixels, len(chosen))
+        )
+    train, val = (opened[0], opened[1]) if training else (None, opened[0])
+    data = SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
+    for line in data.summary():
+        log.info("%s", line)
+    return data
+
+
+def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | None) -> list[str]:
+    names = None
+    source = Path(cfg.class_map) if cfg.class_map else base / "classes.txt"
+    if cfg.class_map or source.is_file():
+        names = _class_file(source)
+        if cfg.num_classes and cfg.num_classes != len(names):
+            raise RunError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
+    if given is not None:
+        number = len(names) if names else cfg.num_classes or len(given)
+        different = [i for i, (a, b) in enumerate(zip(names or given, given, strict=False)) if a != b]
+        if number != len(given):
+            raise RunError(
+                f"{source if names else 'data.num_classes'} says {number} classes, but the training had {len(given)}: "
+                "they have to be the same."
+            )
+        if different:
+            first = different[0]
+            raise RunError(
+                f"{source} has other classes than the training, label {first} is {names[first]!r} and was "
+                f"{given[first]!r} ({len(different)} differ): names and order have to be the same."
+            )
+        return list(given)
+    if names is None and cfg.num_classes == 150 and cfg.reduce_zero_label:
+        from mmseg.utils.class_names import ade_classes
+
+        names = [name.strip() for name in ade_classes()]
+    if names is None and cfg.num_classes:
+        names = [str(label) for label in range(cfg.num_classes)]
+    if names is None:
+        raise RunError(
+            f"{base} does not tell its classes: write {base / 'classes.txt'} with one name a line, in the order of the "
+            "labels, or give data.class_map=<file> or data.num_classes=<number>."
+        )
+    if len(names) < 2:
+        raise RunError(f"the data has {len(names)} class, {names[0]!r}: segmentation needs two or more.")
+    return names
+
+
+def _class_file(path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    except FileNotFoundError:
+        raise RunError(f"data.class_map={path} does not exist: give a text file with one class a line.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} can't be read ({error}): a text file with one class a line is needed.") from error
+    if not names or "" in names:
+        where = f"line {names.index('') + 1} is empty" if names else "it is empty"
+        raise RunError(f"{path} has to name one class a line, but {where}.")
+    twice = _twice(names)
+    if twice:
+        raise RunError(f"{path} names the class {twice[0]!r} twice: make the names unique.")
+    return names
+
+
+def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None, parents: Sequence[str]) -> Path:
+    names = SPLIT_FOLDERS.get(split, (split,))
+    tried = [base / given] if given else [base / parent / name for parent in parents for name in names]
+    if given:
+        _check_folder(f"data.{key}_{kind}", tried[0])
+    found = next((folder for folder in tried if folder.is_dir()), None)
+    if found is None:
+        wanted = " or ".join(str(base / parent / split) for parent in parents)
+        raise RunError(
+            f"there are no {kind} of the split {split!r} in {wanted}: name the split with data.{key}_split=<name>, or "
+            f"the folder with data.{key}_{kind}=<folder>."
+        )
+    return found
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return _some(names) if names else "nothing"
+
+
+def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[Path, Path]]:
+    """Images and label PNGs of the same path below the two folders, endings apart, in the order of those paths.
+
+    Raises:
+        RunError: two images have the same path but for the ending; or, if `strict`, an image has no label, or nothing
+            is there.
+    """
+    by_stem = _files(images, _IMAGES)
+    labels_by_stem = _files(labels, _LABELS)
+    both = sorted(by_stem.keys() & labels_by_stem.keys())
+    if strict:
+        for folder, files, endings in ((images, by_stem, _IMAGES), (labels, labels_by_stem, _LABELS)):
+            if not files:
+                raise RunError(
+                    f"{folder} has no files that end in {', '.join(sorted(endings))}: it has {_listing(folder)}."
+                )
+        unlabelled = sorted(by_stem.keys() - labels_by_stem.keys())
+        if unlabelled:
+            first = by_stem[unlabelled[0]]
+            raise RunError(
+                f"{len(unlabelled)} of the {len(by_stem)} images in {images} have no label in {labels}, the first is "
+                f"{first.relative_to(images)}, which needs {unlabelled[0]}.png: add labels or remove the images."
+            )
+        unused = sorted(labels_by_stem.keys() - by_stem.keys())
+        if unused:
+            log.warning("%s has %d labels without an image, the first is %s.png.", labels, len(unused), unused[0])
+    return [(by_stem[stem], labels_by_stem[stem]) for stem in both]
+
+
+def _files(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            stem, ending = os.path.splitext(name)
+            if ending.lower() not in endings or name.startswith("."):
+                continue
+            path = Path(parent, name)
+            key = path.relative_to(folder).with_name(stem).as_posix()
+            if key in found:
+                raise RunError(f"{found[key]} and {path} differ in their endings only: remove one of them.")
+            found[key] = path
+    return found
+
+
+def _read_label(pair: tuple[Path, Path]) -> Counter:
+    """How many pixels have which label; also checks that the image belongs to it."""
+    image, label = pair
+    size = _image_size(str(image))
+    try:
+        with Image.open(label) as opened:
+            mode = opened.mode
+            pixels = np.asarray(opened)
+    except DECODING_ERRORS as error:
+        raise RunError(f"{label} {_unreadable(str(label), error)}") from error
+    if pixels.ndim != 2 or pixels.dtype.kind not in "bui":
+        raise RunError(
+            f"{label} has the mode {mode}, but a label has one channel of numbers, or a palette: "
+            "write each pixel's class as a number (mode L)."
+        )
+    if pixels.shape != size[::-1]:
+        raise RunError(
+            f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (turned as its "
+            "EXIF data say): they have to be of the same size."
+        )
+    if pixels.dtype.itemsize == 1:
+        counts = np.bincount(pixels.ravel(), minlength=256)
+        return Counter({int(value): int(counts[value]) for value in np.flatnonzero(counts)})
+    return Counter(dict(zip(*(part.tolist() for part in np.unique(pixels, return_counts=True)), strict=True)))
+
+
+def _reduces(cfg: DataConfig, folder: Path, present: Sequence[Counter], num_classes: int) -> bool:
+    """Whether 0 is no class: as configured; not guessed, since a wrong guess shifts every class by one."""
+    if cfg.reduce_zero_label is not None:
+        return cfg.reduce_zero_label
+    values = set().union(*present) - {cfg.ignore_index}
+    if values and max(values) == num_classes:
+        raise RunError(
+            f"the labels in {folder} go up to {num_classes}, but {num_classes} classes have 0 to {num_classes - 1}: "
+            "set data.reduce_zero_label=true where 0 is no class and they count from 1, or name one class more."
+        )
+    return False
+
+
+def _count_pixels(
+    cfg: DataConfig, labels: Sequence[Path], present: Sequence[Counter], classes: Sequence[str], reduce: bool
+) -> list[int]:
+    first = int(reduce)
+    allowed = {*range(first, len(classes) + first), cfg.ignore_index} | ({0} if reduce else set())
+    wrong = [(label, sorted(counts.keys() - allowed)) for label, counts in zip(labels, present, strict=True)]
+    wrong = [(label, values) for label, values in wrong if values]
+    if wrong:
+        label, values = wrong[0]
+        more = f" ({len(wrong)} of {len(labels)} files have such labels)" if len(wrong) > 1 else ""
+        remedy = "" if reduce else ", or data.reduce_zero_label=true where 0 is no class"
+        raise RunError(
+            f"{label} has the label {values[-1]}{more}, but {len(classes)} classes have {first} to "
+            f"{len(classes) + first - 1}, and {'0 and ' if reduce else ''}{cfg.ignore_index} do not count: mend "
+            f"it, or set data.ignore_index=<label> for pixels that do not count, or data.num_classes{remedy}."
+        )
+    total = sum(present, Counter())
+    ignored = {cfg.ignore_index} if not reduce else {0, 255}
+    return [0 if label in ignored else total[label] for label in range(first, len(classes) + first)]
+
+
+def _check_pixels(
+    folder: Path,
+    pixels: Sequence[int],
+    present: Sequence[Counter],
+    classes: Sequence[str],
+    ignore_index: int,
+    reduce: bool,
+    all_training: bool,
+) -> None:
+    """Refuse labels that teach nothing; that they are all of one class is known where `all_training` ones are here."""
+    ignored = f"{'0 and ' if reduce else ''}{ignore_index}"
+    if not any(pixels):
+        raise RunError(f"no pixel in {folder} counts, all labels are {ignored}: check data.ignore_index and the files.")
+    without = [name for name, count in zip(classes, pixels, strict=True) if not count]
+    if all_training and len(without) == len(classes) - 1:
+        only = next(name for name, count in zip(classes, pixels, strict=True) if count)
+        raise RunError(
+            f"all pixels in {folder} that count are of one class, {only!r} ({ignored} does not count): there is "
+            "nothing to learn; masks of 0 and 255 have to be written as 0 and 1."
+        )
+    if without:
+        shift = not reduce and not any(0 in counts for counts in present)
+        hint = "; where they count from 1, set data.reduce_zero_label=true" if shift else ""
+        log.warning(
+            "the labels in %s have no pixel of %d of the %d classes: %s%s.",
+            folder,
+            len(without),
+            len(classes),
+            _some(without),
+            hint,
+        )
+
+
+# Both.
+
+
+def _chosen(items: Sequence[Any], cfg: DataConfig) -> list[Any]:
+    """All items, or `data.check_files` of them, spread evenly."""
+    return _spread(items, len(items) if cfg.check_files < 0 else cfg.check_files)
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    count = min(most, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _in_threads(function: Callable[[Any], Any], items: Sequence[Any], description: str) -> Iterator[Any]:
+    """The results in order; decoding lets other threads run."""
+    with ThreadPool(min(8, len(os.sched_getaffinity(0)))) as pool:
+        yield from scenes.track(pool.imap(function, items), len(items), description)
+
+
+def _image_size(path: str) -> tuple[int, int]:
+    """Width and height as mmcv loads an image: turned as the EXIF data of a JPEG say.
+
+    Raises:
+        RunError: it is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = image.format in ("JPEG", "MPO") and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except DECODING_ERRORS as error:
+        raise RunError(f"{path} {_unreadable(path, error)}") from error
+
+
+def _unreadable(path: str, error: BaseException) -> str:
+    if is_text(path):
+        return "is text, not an image: remove or replace it."
+    return f"can't be read ({reason(error)}): remove or replace it."

@@ -1,0 +1,308 @@
+"""Digit scenes: handwritten digits on textured backgrounds, as real COCO and ADE20K-like files on disk.
+
+images/{train,val,test}/*.png         RGB, 128x128
+annotations/instances_{...}.json      COCO: boxes, areas, polygons or, for digits with holes, RLE
+labels/{train,val,test}/*.png         0 background, 1 to 10 the digits "0" to "9"; every pixel counts
+classes.txt                           the names of 0 to 10
+
+A pixel belongs to the digit that covers at least half of it and lies on top; boxes and areas are those of what is left
+visible. The digits are scikit-learn's: those that `classify.data.Digits` trains on are in the training scenes, one half
+of those it holds out is in val, the other in test.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from zoo.recipes.errors import RunError
+from zoo.recipes.runs import console, log
+
+SIZE = 128
+SCENES = {"train": 600, "val": 150, "test": 150}
+CLASSES = ("background", *"0123456789")
+VERSION = "digit scenes 1\n"  # raise the number when anything in the files changes
+
+_MAX_DIGITS = 5
+_HEIGHTS = (16, 48)
+_MAX_OVERLAP = 0.15  # of the smaller box
+_INK = 0.4  # share of the full ink above which a pixel is the digit's
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """Yield `items`; on a terminal, a bar shows how far it is once two seconds have passed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task, start, shown = bar.add_task(description, total=total), time.monotonic(), False
+    try:
+        for number, item in enumerate(items):
+            if not shown and time.monotonic() - start > 2:
+                bar.start()
+                shown = True
+            bar.update(task, completed=number)
+            yield item
+    finally:
+        if shown:
+            bar.stop()
+
+
+def cache_folder() -> Path:
+    """Where the scenes are where nobody names a folder: beside torch's cache."""
+    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(parent) / "zoo" / VERSION.strip().replace(" scenes ", "_scenes-")
+
+
+def ensure(root: Path | None) -> Path:
+    """Write the scenes where they are not yet, and return their folder.
+
+    The bytes are the same every time. They appear at once and whole: several processes may ask at the same time, and
+    one that is killed leaves nothing that counts.
+
+    Args:
+        root: The folder, new or empty or written by this before; `cache_folder()` if None.
+
+    Raises:
+        RunError: the folder has other content, or can't be written to.
+    """
+    folder = Path(root if root is not None else cache_folder()).absolute().resolve()
+    if _is_complete(folder):
+        return folder
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
+        temporary.mkdir()
+        log.info("Writing %d digit scenes to %s (once).", sum(SCENES.values()), folder)
+        _write(temporary)
+        os.rename(temporary, folder)  # replaces an empty folder, never a full one
+    except OSError as error:
+        if _is_complete(folder):  # another process was quicker
+            return folder
+        raise RunError(
+            f"the digit scenes can't be written to {folder} ({error.strerror or error}): "
+            "choose another folder with data.root=<folder>."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        content = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise RunError(
+            f"data.root={folder} can't be used for the digit scenes ({error.strerror}): give a new folder."
+        ) from error
+    version = folder / "VERSION"
+    if version.is_file() and version.read_bytes() == VERSION.encode():
+        return True
+    if content:
+        names = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
+        raise RunError(
+            f"data.root={folder} has other content ({names}) than these digit scenes: "
+            "give a new or empty folder, or leave data.root out to use the cache."
+        )
+    return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left; what was begun within the hour may still be written."""
+    for path in folder.parent.glob(f".{folder.name}-????????.tmp"):
+        with suppress(FileNotFoundError):  # it may just have been renamed
+            if time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(folder: Path) -> None:
+    scenes = [(split, number) for split, count in SCENES.items() for number in range(count)]
+    for kind in ("images", "labels"):
+        for split in SCENES:
+            (folder / kind / split).mkdir(parents=True)
+    files = {split: {"images": [], "annotations": []} for split in SCENES}
+    for split, number in track(scenes, len(scenes), "digit scenes"):
+        name = f"{number:04d}.png"
+        image, digits, masks = draw(split, number)
+        labels = np.zeros((SIZE, SIZE), np.uint8)
+        for digit, mask in zip(digits, masks, strict=True):
+            labels[mask] = digit + 1
+        # Noise hardly compresses, so trying harder costs time for little.
+        Image.fromarray(image).save(folder / "images" / split / name, compress_level=4)
+        Image.fromarray(labels).save(folder / "labels" / split / name)
+        content = files[split]
+        content["images"].append({"id": number + 1, "file_name": name, "width": SIZE, "height": SIZE})
+        for digit, mask in zip(digits, masks, strict=True):
+            identity = {"id": len(content["annotations"]) + 1, "image_id": number + 1, "category_id": digit + 1}
+            content["annotations"].append({**identity, **_describe(mask)})
+    (folder / "annotations").mkdir()
+    for split, content in files.items():
+        content["categories"] = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
+        (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (folder / "VERSION").write_text(VERSION)
+
+
+def _describe(mask: np.ndarray) -> dict[str, Any]:
+    """A mask (H, W), bool, in COCO's terms; a polygon where polygons say exactly the same."""
+    from pycocotools import mask as coco
+
+    rle = coco.encode(np.asfortranarray(mask, np.uint8))
+    polygons = outlines(mask)
+    if coco.merge(coco.frPyObjects(polygons, *mask.shape)) == rle:
+        segmentation = polygons
+    else:
+        segmentation = {"size": list(mask.shape), "counts": rle["counts"].decode()}
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    box = (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)
+    return {
+        "bbox": [int(value) for value in box],
+        "area": int(mask.sum()),
+        "iscrowd": 0,
+        "segmentation": segmentation,
+    }
+
+
+def outlines(mask: np.ndarray) -> list[list[int]]:
+    """The outlines of a mask (H, W), bool, along the edges of its pixels, as lists x, y, x, y, ...; holes included."""
+    padded = np.pad(mask, 1)
+    follows: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    # Each edge between inside and outside, directed such that the inside is on the right.
+    for (dy, dx), (y0, x0), (y1, x1) in (
+        ((-1, 0), (0, 0), (0, 1)),
+        ((0, 1), (0, 1), (1, 1)),
+        ((1, 0), (1, 1), (1, 0)),
+        ((0, -1), (1, 0), (0, 0)),
+    ):
+        edges = padded & ~np.roll(padded, (-dy, -dx), (0, 1))
+        for y, x in np.argwhere(edges[1:-1, 1:-1]).tolist():
+            follows.setdefault((x + x0, y + y0), []).append((x + x1, y + y1))
+    polygons = []
+    while follows:
+        start = here = next(iter(follows))
+        before, polygon = None, []
+        while before is None or here != start:
+            ends = follows[here]
+            # Where two pixels touch at a corner, turning right stays with the same one.
+            right = len(ends) > 1 and before is not None and _turns_right(before, here, ends[1])
+            after = ends.pop(1 if right else 0)
+            if not ends:
+                del follows[here]
+            if before is None or (after[0] - here[0], after[1] - here[1]) != (here[0] - before[0], here[1] - before[1]):
+                polygon += here
+            before, here = here, after
+        polygons.append(polygon)
+    return polygons
+
+
+def _turns_right(before: tuple[int, int], here: tuple[int, int], after: tuple[int, int]) -> bool:
+    a, b = (here[0] - before[0], here[1] - before[1]), (after[0] - here[0], after[1] - here[1])
+    return a[0] * b[1] - a[1] * b[0] > 0  # the vertical axis points down
+
+
+@cache
+def pools() -> dict[str, list[tuple[Image.Image, int]]]:
+    """The digits of each split: 32x32 images, mode L, and labels."""
+    from zoo.recipes.classify.data import Digits
+
+    train, held_out = ([*zip(d.images, map(int, d.targets), strict=True)] for d in (Digits(True), Digits(False)))
+    held_out.sort(key=lambda pair: pair[1])  # every second one: as many of each digit in both halves
+    return {"train": train, "val": held_out[::2], "test": held_out[1::2]}
+
+
+def draw(split: str, number: int) -> tuple[np.ndarray, list[int], list[np.ndarray]]:
+    """Scene `number` of a split, whatever was drawn before.
+
+    Returns:
+        The image, uint8 (128, 128, 3); the digits, 0 to 9, from the bottom to the top; and of each the visible mask,
+        bool (128, 128).
+    """
+    rng = np.random.default_rng([tuple(SCENES).index(split), number])
+    image, lightness = _background(rng)
+    digits: list[int] = []
+    masks: list[np.ndarray] = []
+    boxes: list[tuple[int, int, int, int]] = []
+    colours: list[np.ndarray] = []
+    wanted = int(rng.integers(1, _MAX_DIGITS + 1))
+    for _ in range(20 * wanted):
+        if len(digits) == wanted:
+            break
+        source, digit = pools()[split][rng.integers(len(pools()[split]))]
+        ink = _scale(source, int(rng.integers(_HEIGHTS[0], _HEIGHTS[1] + 1)))
+        height, width = ink.shape
+        x, y = (int(rng.integers(0, SIZE - extent + 1)) for extent in (width, height))
+        box = (x, y, x + width, y + height)
+        colour = _colour(rng, lightness, colours)
+        if any(_overlap(box, other) > _MAX_OVERLAP for other in boxes):
+            continue
+        here = np.s_[y : y + height, x : x + width]
+        cover = np.clip((ink - _INK) * height / 10 + 0.5, 0, 1)[..., None]  # an edge about a pixel wide
+        image[here] = image[here] * (1 - cover) + colour * cover
+        mask = np.zeros((SIZE, SIZE), bool)
+        mask[here] = ink >= _INK
+        masks = [*(below & ~mask for below in masks), mask]
+        digits.append(digit)
+        boxes.append(box)
+        colours.append(colour)
+    return np.clip(image, 0, 255).astype(np.uint8), digits, masks
+
+
+def _scale(source: Image.Image, height: int) -> np.ndarray:
+    """The ink of a digit, 0 to 1, scaled smoothly such that what is above `_INK` is `height` pixels high."""
+    padded = Image.new("L", (40, 40))
+    padded.paste(source, (4, 4))
+    ink = np.asarray(padded)
+    top, bottom = np.flatnonzero((ink >= _INK * 255).any(1))[[0, -1]]
+    side = round(40 * height / (bottom - top + 1))
+    ink = np.asarray(padded.resize((side, side), Image.Resampling.BICUBIC), np.float64) / 255
+    rows, columns = np.flatnonzero((ink >= _INK).any(1)), np.flatnonzero((ink >= _INK).any(0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
+    shared = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    return shared / min((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+
+
+def _background(rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """A texture, float (128, 128, 3), of clouds, stripes and grain in two colours, and its mean lightness."""
+    clouds = np.zeros((SIZE, SIZE))
+    for cells in (2, 5, 12):
+        noise = Image.fromarray(rng.random((cells, cells), np.float32))
+        clouds += np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float64) / 3
+    across, down = rng.uniform(-0.5, 0.5, 2)
+    stripes = np.sin(across * np.arange(SIZE) + down * np.arange(SIZE)[:, None] + 4 * clouds)
+    mix = np.clip(clouds + rng.uniform(0, 0.25) * stripes, 0, 1)[..., None]
+    base = rng.uniform(40, 215, 3)
+    other = np.clip(base + rng.uniform(-60, 60, 3), 0, 255)
+    image = base * (1 - mix) + other * mix + rng.normal(0, rng.uniform(1, 7), (SIZE, SIZE, 1))
+    return image, _lightness(image.mean((0, 1)))
+
+
+def _colour(rng: np.random.Generator, background: float, others: list[np.ndarray]) -> np.ndarray:
+    """A colour that stands out from the background by lightness; of eight, the one least like the `others`."""
+    if background > 127:
+        choices = rng.uniform(0, 1, (8, 3)) * (background - 85)
+    else:
+        choices = 255 - rng.uniform(0, 1, (8, 3)) * (255 - background - 85)
+    return max(choices, key=lambda c: min((float(abs(c - other).sum()) for other in others), default=0))
+
+
+def _lightness(colour: np.ndarray) -> float:
+    return float((colour * (0.299, 0.587, 0.114)).sum())
