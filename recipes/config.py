@@ -7,14 +7,17 @@ its name written out; `nearest_key` compares misspelt keys with both.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from zoo.recipes.errors import RunError
+
+DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet", "dino", "mask2former")
+SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
 
 
 def option(default: Any, help: str) -> Any:
@@ -55,6 +58,16 @@ class DataConfig:
     max_corrupt: int = option(100, "maximum of corrupt images: that many are skipped and named, one more stops the run")
     check_files: int = option(
         20000, "check files before training: how many are looked at for text saved as an image; 0 none, -1 all"
+    )
+    train_ann: str | None = option(None, "training annotations (detect): COCO JSON, absolute or below data.root")
+    val_ann: str | None = option(None, "validation annotations (detect): COCO JSON, absolute or below data.root")
+    train_images: str | None = option(None, "training images' folder, absolute or below data.root; found if null")
+    val_images: str | None = option(None, "validation images' folder, absolute or below data.root; found if null")
+    train_labels: str | None = option(None, "training labels' folder of PNGs (segment), absolute or below data.root")
+    val_labels: str | None = option(None, "validation labels' folder of PNGs (segment), absolute or below data.root")
+    ignore_index: int = option(255, "ignore index (segment): label of the pixels that do not count")
+    reduce_zero_label: bool | None = option(
+        None, "reduce zero label (segment): 0 in the PNGs is not a class and the classes count from 1, as in ADE20K"
     )
 
 
@@ -136,6 +149,47 @@ class TrainerConfig:
 
 
 @dataclass
+class DenseConfig:
+    """Detection and segmentation, by MMDetection and MMSegmentation: what classification has no use for."""
+
+    method: str = option("", f"method: {', '.join(DETECTORS)} (detect); {', '.join(SEGMENTORS)} (segment)")
+    digits_first: bool = option(
+        False, "digits first: where nothing is pretrained, the backbone learns to tell single digits apart before"
+    )
+    small: bool = option(False, "small necks, heads and anchors, for images of some 128 pixels")
+    masks: bool = option(True, "masks: find instance masks besides boxes, where data and method have them")
+    updates: int | None = option(None, "updates: length of the training, in place of trainer.epochs")
+    warmup_updates: int = option(0, "warm-up updates, linear")
+    warmup_factor: float = option(1e-3, "warm-up factor of the learning rate at the start")
+    no_decay: list[str] | None = option(
+        None, "no weight decay for parameters with one of these in their name; vectors and the model's own if null"
+    )
+    backbone_lr: float = option(1.0, "backbone learning rate as a factor of optim.lr")
+    out_indices: list[int] | None = option(
+        None, "output indices: stages whose features are used; the last four if null"
+    )
+    output_norm: bool | None = option(
+        None, "output norm: LayerNorm on each of the features; as the family's dense-prediction code has it if null"
+    )
+    frozen_stages: int = option(-1, "frozen stages: the stem and that many stages are not trained; -1 none at all")
+    norm_eval: bool = option(False, "norm evaluation: BatchNorm of the backbone keeps its statistics")
+    scales: list[int] = option(
+        lambda: [800], "scales: short sides of training images in pixels, one drawn at random; the last one evaluates"
+    )
+    max_size: int = option(1333, "maximum size of an image's long side in pixels, after resizing")
+    ratio_range: list[float] | None = option(
+        None, "ratio range: a random factor of the scale, drawn for each training image"
+    )
+    crop: list[int] | None = option(None, "crop of a training image: height and width in pixels; none if null")
+    detr_crop: bool = option(False, "DETR's crop: half of the images are cropped between two resizings (detect)")
+    photometric: bool = option(False, "photometric distortion of training images: brightness, contrast, hue")
+    size_divisor: int = option(32, "size divisor: images of a batch are padded to a multiple of it")
+    test_divisor: int | None = option(
+        None, "test divisor: images are resized to a multiple of it for evaluation (segment); not if null"
+    )
+
+
+@dataclass
 class LogConfig:
     """What is written beside the checkpoints."""
 
@@ -154,12 +208,14 @@ class Config:
     run: str | None = option(None, "run folder; runs/<date>-<model> if null")
     resume: str = option("auto", "resume: auto (where the run folder has a checkpoint), never, or must")
     seed: int = option(0, "seed of everything random")
-    task: str = option("classify", "task: classify")
+    task: str = option("classify", "task: classify, detect or segment")
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    dense: DenseConfig = field(default_factory=DenseConfig)
+    mm: dict[str, Any] = option(dict, "MMEngine configuration: whatever is given here changes what the recipe made")
     log: LogConfig = field(default_factory=LogConfig)
 
 
@@ -175,7 +231,7 @@ class EvalConfig(Config):
 # Names of trainer.amp -> of torch's type; a YAML true or false arrives as text.
 AMP = {"none": None, "false": None, "bf16": "bfloat16", "true": "bfloat16", "fp16": "float16"}
 
-GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "log", "recipe")
+GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "dense", "log", "recipe")
 
 
 def keys(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -256,6 +312,24 @@ def check(cfg: Config) -> None:
             raise RunError(f"{key}={OmegaConf.select(cfg, key)} is not allowed: it has to be {allowed}.")
     if (augment.mixup or augment.cutmix) and trainer.batch_size % 2:
         raise RunError(f"trainer.batch_size={trainer.batch_size} is odd, but mixup pairs images: make it even.")
+
+
+# Keys of `zoo-eval` that a run's configuration does not have.
+_EVAL_KEYS = ("run", "checkpoint", "per_class", "out")
+
+
+def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:
+    """The configuration `trained` of a run with what the user set in `cfg`: the keys and groups `overridden`."""
+    merged = OmegaConf.merge(cfg, trained)
+    OmegaConf.update(merged, "run", cfg.run)
+    for key in overridden:
+        if OmegaConf.select(merged, key) is not None or key in _EVAL_KEYS or "." in key or key in GROUPS:
+            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
+    # Other data come with data=<option>, which sets the whole section; what the model looks at stays as it was.
+    for name in ("img_size", "mean", "std", "interpolation", "crop_pct"):
+        if f"data.{name}" not in overridden:
+            OmegaConf.update(merged, f"data.{name}", trained.data.get(name))
+    return merged
 
 
 def _is_range(values: list[float]) -> bool:

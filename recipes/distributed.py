@@ -11,6 +11,7 @@ from timm.utils import distribute_bn
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 from torch import nn
 
+from zoo.recipes.config import TrainerConfig
 from zoo.recipes.errors import RunError
 
 
@@ -48,6 +49,27 @@ def world_size() -> int:
 def local_world_size() -> int:
     """How many of them share this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def batches(trainer: TrainerConfig) -> tuple[int, int]:
+    """Forward passes of each process in an update, and images in an update over all processes.
+
+    Raises:
+        RunError: trainer.effective_batch_size can't be reached with trainer.batch_size.
+    """
+    per_pass = trainer.batch_size * world_size()
+    wanted = trainer.effective_batch_size or per_pass
+    if wanted % per_pass:
+        raise RunError(
+            f"trainer.effective_batch_size={wanted} is not a multiple of {per_pass}, the images of one pass "
+            f"(trainer.batch_size={trainer.batch_size} in {world_size()} processes): change one of them."
+        )
+    return wanted // per_pass, wanted
+
+
+def spare_cores() -> int:
+    """How many processes may load images for this one: its share of the cores, at most eight."""
+    return min(8, max(1, len(os.sched_getaffinity(0)) // local_world_size()))
 
 
 def leave() -> None:

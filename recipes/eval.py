@@ -1,10 +1,12 @@
-"""zoo-eval: the accuracy of a run's model, or of a model by name.
+"""zoo-eval: how good a run's model is, or a classifier by name.
 
 zoo-eval runs/<folder>                             the run's model on its validation images
 zoo-eval runs/<folder> checkpoint=best data=imagefolder data.root=/data/pets/test per_class=true
                                                    its best epoch on other images
 zoo-eval model=van_b0 pretrained=true data=imagefolder data.root=/data/imagenet/val
                                                    published weights
+zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/mine/test
+                                                   a detector on other images
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from zoo.recipes import cli, config
+from zoo.recipes.tasks import task
 
 
 def main() -> None:
@@ -33,9 +36,11 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="eval")
 def _evaluate(cfg: DictConfig) -> None:
     with cli.friendly_errors("zoo-eval"):
-        from zoo.recipes.classify.score import score
+        from zoo.recipes import runs
 
-        score(cfg, [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task])
+        name = runs.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
+        overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
+        task(name, "score").score(cfg, overridden)
 
 
 if __name__ == "__main__":

@@ -48,26 +48,26 @@ class Progress:
 
     def start_epoch(self, epoch: int, done: int) -> None:
         """Epoch number `epoch`, from 0, begins or goes on after `done` updates."""
-        self.done, self.images_at_start = done, None
-        self.title = f"epoch {epoch + 1}/{self.epochs}"
-        self._start(self.title, self.updates, done)
+        self.start(f"epoch {epoch + 1}/{self.epochs}", done)
 
-    def advance(self, tallies: dict[str, float], processes: int, lr: float) -> None:
-        """One update is done; `tallies` are this process's sums over the epoch."""
+    def start(self, title: str, done: int) -> None:
+        """Training begins or goes on after `done` updates."""
+        self.done, self.images = done, 0
+        self.title = title
+        self._start(title, self.updates, done)
+
+    def advance(self, note: str, lr: float, images: int) -> None:
+        """One update is done, on so many images; `note` says how it goes."""
         self.done += 1
-        images = max(tallies["images"], 1)
-        note = f"loss {tallies['loss'] / images:.3f}  top-1 {100 * tallies['right'] / images:.1f} %"
         if self.bar.disable:
             if self.shown and self.done % self.every == 0 and self.done < self.updates:
                 log.info("%s, update %d/%d: %s, lr %.2e", self.title, self.done, self.updates, note, lr)
             return
-        self.bar.update(self.task, advance=1, note=note + self._speed(images * processes))
-
-    def _speed(self, images: float) -> str:
         elapsed = self.bar.tasks[-1].elapsed or 0.0
-        if self.images_at_start is None:
-            self.images_at_start = images
-        return f"  {(images - self.images_at_start) / elapsed:.0f} images/s" if elapsed > 1 else ""
+        if elapsed > 1:  # what came before is no measure of the speed
+            note += f"  {self.images / elapsed:.0f} images/s"
+        self.images += images
+        self.bar.update(self.task, advance=1, note=note)
 
     def start_evaluation(self, batches: int | None) -> None:
         """Evaluation of `batches` batches begins."""
@@ -76,20 +76,3 @@ class Progress:
     def advance_evaluation(self) -> None:
         """One batch is evaluated."""
         self.bar.advance(self.task)
-
-    def end_epoch(self, record: dict[str, Any], improved: bool) -> None:
-        """Print the line of an epoch."""
-        train = f"loss {record['train_loss']:.4f}"
-        if record["train_top1"] is not None:
-            train += f" top-1 {record['train_top1']:.2f} %"
-        val = ""
-        if "val_top1" in record:
-            val = f" | validation loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} %"
-        log.info(
-            "%s | training %s%s%s | %.0f images/s",
-            self.title,
-            train,
-            val,
-            " (best)" if improved else "",
-            record["images_per_second"],
-        )

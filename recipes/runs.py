@@ -204,8 +204,16 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     write_text(folder / "metrics.jsonl", "".join(json.dumps(_finite(record)) + "\n" for record in history))
 
 
-def plot_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
-    """Draw loss, accuracy and learning rate over the epochs."""
+def plot_curves(path: Path, history: list[dict[str, Any]], title: str, scores: dict[str, str]) -> None:
+    """Draw loss, scores and learning rate over the epochs.
+
+    Args:
+        path: The picture.
+        history: A record per epoch: `epoch`, `lr`, and what there is of `train_loss`, `val_loss`, `train_<score>`,
+            `val_<score>`.
+        title: Of the picture.
+        scores: The names of the scores, in percent, and how to call them; the best of the first one is marked.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -215,28 +223,31 @@ def plot_curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
 
     figure = Figure(figsize=(12, 3.8), layout="constrained", dpi=120)
     figure.suptitle(title, fontsize=11)
-    loss, accuracy, rate = figure.subplots(1, 3)
-    for key, label in (("train_loss", "training (augmented)"), ("val_loss", "validation")):
-        loss.plot(*series(key), marker=".", label=label)
-    for key, label in (("train_top1", "training (augmented)"), ("val_top1", "validation")):
+    loss, score, rate = figure.subplots(1, 3)
+    for key, where in (("train_loss", "training (augmented)"), ("val_loss", "validation")):
         if series(key)[0]:
-            accuracy.plot(*series(key), marker=".", label=label)
-    epochs, values = series("val_top1")
+            loss.plot(*series(key), marker=".", label=where)
+    for name, label in scores.items():
+        for split, where in (("train", "training (augmented)"), ("val", "validation")):
+            if series(f"{split}_{name}")[0]:
+                score.plot(*series(f"{split}_{name}"), marker=".", label=where if len(scores) == 1 else label)
+    main, label = next(iter(scores.items()))
+    epochs, values = series(f"val_{main}")
     if values:
         best = max(range(len(values)), key=values.__getitem__)
-        accuracy.axhline(values[best], color="grey", linewidth=0.8, linestyle=":")
-        accuracy.set_title(f"top-1: best {values[best]:.2f} % in epoch {epochs[best]}, last {values[-1]:.2f} %", size=9)
+        score.axhline(values[best], color="grey", linewidth=0.8, linestyle=":")
+        score.set_title(f"{label}: best {values[best]:.2f} % in epoch {epochs[best]}, last {values[-1]:.2f} %", size=9)
     rate.plot(*series("lr"), marker=".", color="tab:green")
     loss.set_title("loss", size=9)
     rate.set_title("learning rate at the end of the epoch", size=9)
-    accuracy.set_ylabel("%")
-    for axes in (loss, accuracy, rate):
+    score.set_ylabel("%")
+    for axes in (loss, score, rate):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.25)
     loss.legend(fontsize=8)
-    if accuracy.lines:
-        accuracy.legend(fontsize=8, loc="lower right")
+    if score.lines:
+        score.legend(fontsize=8, loc="lower right")
     with atomic(path) as file:
         figure.savefig(file, format="png")
 

@@ -3,6 +3,8 @@
 zoo-train                                          test_van on handwritten digits
 zoo-train model=van_b0 data=imagefolder data.root=/data/pets pretrained=true
                                                    fine-tune on a folder of images
+zoo-train task=detect                              find digits in pictures; task=segment likewise
+zoo-train recipe=coco/mask_rcnn_1x model=dinat_tiny data.root=/data/coco
 torchrun --nproc-per-node 8 -m zoo.recipes.train recipe=imagenet/van_b0 data.root=/data/imagenet
                                                    a published recipe on eight GPUs
 zoo-train run=runs/<folder> ...                    continue where that run stopped
@@ -16,6 +18,7 @@ import hydra
 from omegaconf import DictConfig
 
 from zoo.recipes import cli, config
+from zoo.recipes.tasks import task
 
 
 def main() -> None:
@@ -29,9 +32,7 @@ def main() -> None:
 @hydra.main(version_base="1.3", config_path=cli.CONF, config_name="config")
 def _train(cfg: DictConfig) -> None:
     with cli.friendly_errors("zoo-train"):
-        from zoo.recipes.classify.loop import train
-
-        train(cfg)
+        task(cfg.task, "loop").train(cfg)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,10 @@ from __future__ import annotations
 import atexit
 import bisect
 import difflib
+import json
 import multiprocessing
 import os
-import random
 import signal
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from zoo.recipes import distributed
 from zoo.recipes.config import AugmentConfig, DataConfig
 from zoo.recipes.errors import RunError
+from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, reason, similar_path
 from zoo.recipes.runs import log
-
-# What decoding a damaged file raises, PIL's and timm's ways included.
-_DECODING_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
-_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
+from zoo.recipes.seeding import seed_all
 
 
 class Digits(Dataset):
@@ -59,6 +56,41 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.images[index].convert("RGB"), int(self.targets[index])
+
+
+class DigitCrops(Dataset):
+    """The digits of the digit scenes, each cut out with what surrounds it; in training the plain digits, too.
+
+    Args:
+        root: Folder of the scenes, written if need be; the cache if None.
+        training: The scenes of the split train, or of val.
+    """
+
+    classes = Digits.classes
+
+    def __init__(self, root: str | None, training: bool):
+        from zoo.recipes.dense import scenes
+
+        split = "train" if training else "val"
+        folder = scenes.ensure(Path(root) if root else None)
+        content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+        files = {image["id"]: folder / "images" / split / image["file_name"] for image in content["images"]}
+        self.crops = [(files[item["image_id"]], item["bbox"]) for item in content["annotations"]]
+        self.targets = [item["category_id"] - 1 for item in content["annotations"]]
+        self.plain = Digits(True) if training else None
+
+    def __len__(self) -> int:
+        return len(self.crops) + (len(self.plain) if self.plain else 0)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        if index >= len(self.crops):
+            return self.plain[index - len(self.crops)]
+        path, (left, top, width, height) = self.crops[index]
+        side = 1.5 * max(width, height)
+        x, y = left + width / 2, top + height / 2
+        with Image.open(path) as image:
+            box = (round(x - side / 2), round(y - side / 2), round(x + side / 2), round(y + side / 2))
+            return image.convert("RGB").crop(box), self.targets[index]
 
 
 @dataclass
@@ -96,11 +128,13 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
     """
     if cfg.name == "digits":
         return Data(Digits(True) if training else None, Digits(False), list(Digits.classes))
+    if cfg.name == "digit_crops":
+        return Data(DigitCrops(cfg.root, True) if training else None, DigitCrops(cfg.root, False), list(Digits.classes))
     if not cfg.name:
         if cfg.root is None:
             raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
         if not os.path.exists(cfg.root):
-            raise RunError(f"data.root={cfg.root} does not exist{_similar_path(Path(cfg.root))}")
+            raise RunError(f"data.root={cfg.root} does not exist{similar_path(Path(cfg.root))}")
         # A split may also be a .tar file, or the root one; timm's reader opens those.
         if os.path.isdir(cfg.root) and not os.path.isfile(os.path.join(cfg.root, cfg.val_split)):
             return _open_folders(cfg, seed, training, classes)
@@ -229,19 +263,8 @@ def _check_not_empty(data: Data, cfg: DataConfig) -> None:
             raise RunError(f"the split {split!r} of data.name={cfg.name!r} {what}.")
 
 
-def _similar_path(path: Path) -> str:
-    """What the user may have meant: the nearest name beside the first part of `path` that does not exist."""
-    missing = next(p for p in [*reversed(path.absolute().parents), path.absolute()] if not p.exists())
-    try:
-        names = [p.name for p in missing.parent.iterdir() if p.is_dir()]
-    except OSError:
-        return "."
-    close = difflib.get_close_matches(missing.name, names, n=1)
-    return f": did you mean {missing.parent / close[0]}?" if close else f": {missing.parent} has no {missing.name!r}."
-
-
 def _split_folder(root: Path, split: str) -> Path | None:
-    names = _SPLIT_FOLDERS.get(split, (split,))
+    names = SPLIT_FOLDERS.get(split, (split,))
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
@@ -283,28 +306,10 @@ def _check_files(dataset: Dataset, cfg: DataConfig) -> None:
     names = dataset.filenames(absolute=True)
     count = len(names) if cfg.check_files < 0 else min(cfg.check_files, len(names))
     chosen = [names[i * len(names) // count] for i in range(count)]
-    text = [name for name in chosen if _is_text(name)]
+    text = [name for name in chosen if is_text(name)]
     if text:
         more = f", and {len(text) - 1} more of the {count} files looked at are" if len(text) > 1 else " is"
         raise RunError(f"{text[0]}{more} text, not an image: remove or replace it.")
-
-
-def _is_text(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256)
-    except OSError:
-        return False  # unreadable is not text; reading it later will say so
-    printable = string.printable.encode()
-    return bool(head) and all(byte in printable or byte >= 0x80 for byte in head) and _is_utf8(head)
-
-
-def _is_utf8(head: bytes) -> bool:
-    try:
-        head.decode()
-    except UnicodeDecodeError as error:
-        return error.start >= len(head) - 3  # the last character may be cut
-    return True
 
 
 def _hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -341,14 +346,6 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
         auto_augment=cfg.auto_augment,
         interpolation=cfg.interpolation,
     )
-
-
-def seed_all(*numbers: int) -> None:
-    """Seed Python's, NumPy's and torch's generators from `numbers`."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  timm's transforms and Mixup draw from the global generator
-    torch.manual_seed(seed)
 
 
 Sample = tuple[torch.Tensor, int, list[str]]
@@ -392,8 +389,8 @@ class Samples(Dataset):
             try:
                 image, target = self.dataset[position]
                 return *self._finish(image, target), corrupt
-            except _DECODING_ERRORS as error:
-                corrupt.append(f"{self._name(position)} ({_reason(error)})")
+            except DECODING_ERRORS as error:
+                corrupt.append(f"{self._name(position)} ({reason(error)})")
         if self.training:
             raise RunError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
         return torch.zeros(self.input_size, dtype=torch.uint8), -1, corrupt
@@ -410,12 +407,6 @@ class Samples(Dataset):
             except (AttributeError, IndexError, NotImplementedError, TypeError, AssertionError):
                 continue
         return f"image {position}"
-
-
-def _reason(error: BaseException) -> str:
-    cause = error.__cause__ or error.__context__ or error
-    text = str(cause).strip().splitlines()
-    return text[0] if text else type(cause).__name__
 
 
 class Stream(IterableDataset):
@@ -504,9 +495,9 @@ def num_workers(cfg: DataConfig) -> int:
     """How many processes load images: as configured, or the cores' share of this process, at most eight."""
     if cfg.num_workers is not None:
         return cfg.num_workers
-    if cfg.name == "digits":  # in memory and quick
+    if cfg.name in ("digits", "digit_crops"):  # small and quick
         return 0
-    return min(8, max(1, len(os.sched_getaffinity(0)) // distributed.local_world_size()))
+    return distributed.spare_cores()
 
 
 def build_loader(

@@ -8,21 +8,17 @@ seed and the place in the run, never from what happened before.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
 from torch.utils.data import Dataset
 
-import zoo
 from zoo.recipes import config, distributed, runs
 from zoo.recipes.classify.data import (
     Data,
@@ -34,21 +30,23 @@ from zoo.recipes.classify.data import (
     build_val_loader,
     next_batch,
     open_data,
-    seed_all,
 )
 from zoo.recipes.classify.evaluation import Normalize, evaluate, percentage, plot_predictions
 from zoo.recipes.classify.model import build_model, check_model_name, input_config, save_weights
 from zoo.recipes.classify.training import Training, autocast
-from zoo.recipes.errors import RunError, Stopped
+from zoo.recipes.course import Course
+from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
-
-# In what gloo and NCCL say when a process is gone.
-_LOST = ("gloo", "NCCL", "Connection", "timed out")
+from zoo.recipes.seeding import seed_all
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, again: str | None = None) -> dict[str, Any]:
     """Train as `cfg` says and return what `summary.json` holds.
+
+    Args:
+        cfg: The configuration.
+        again: The command that continues the run, where it is not that of this process.
 
     Raises:
         RunError: something that the user can mend.
@@ -60,16 +58,22 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     runs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg.data, cfg.seed)
     folder = Path(distributed.share(cfg.run or str(runs.default_folder("", cfg.model))))
-    return Run(cfg, data, device, folder).run()
+    return Run(cfg, data, device, folder, again).run()
 
 
-class Run:
+class Run(Course):
     """One run, from the data to `summary.json`."""
 
-    def __init__(self, cfg: DictConfig, data: Data, device: torch.device, folder: Path):
-        self.cfg, self.data, self.device, self.folder = cfg, data, device, folder
-        self.primary = distributed.rank() == 0
-        self.accumulate, self.effective_batch = self._batches()
+    def __init__(self, cfg: DictConfig, data: Data, device: torch.device, folder: Path, again: str | None = None):
+        super().__init__(cfg, device, folder, again)
+        self.data = data
+        self.accumulate, self.effective_batch = distributed.batches(cfg.trainer)
+        available = _count(data.train, data.train_indices)
+        if available < self.effective_batch:
+            raise RunError(
+                f"one update takes {self.effective_batch} images, but there are {available} for training: "
+                "lower trainer.batch_size or trainer.effective_batch_size."
+            )
         if cfg.trainer.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
@@ -81,40 +85,18 @@ class Run:
         self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)
         self._build_loaders()
         # The place in the run; `samples` counts into the epoch, over all processes.
-        self.progress = {"epoch": 0, "samples": 0, "update": 0, "nonfinite": 0, "seconds": 0.0, "finished": False}
+        self.progress |= {"epoch": 0, "samples": 0}
         self.tallies = _new_tallies()
-        self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] = {"epoch": None, "top1": -1.0}
+        self.best = {"epoch": None, "top1": -1.0}
         self.corrupt: set[str] = set()  # names of images that could not be read
         self.corrupt_known = 0  # how many of them all processes know of
-        self.wandb, self.wandb_id = None, None
-        self.stop_signal = 0
-        self.changed = ""  # what a continued run's configuration says now, and said before
-        state = self._find_checkpoint()
+        state = self.find_checkpoint()
         self.training = Training(cfg, model, len(data.classes), self.updates_per_epoch, device)
         self.epochs = self.training.epochs
         if state:
-            self._restore(state)
+            self.take_up(state)
 
     # What the run works on.
-
-    def _batches(self) -> tuple[int, int]:
-        """Forward passes per update, and images per update over all processes."""
-        per_pass = self.cfg.trainer.batch_size * distributed.world_size()
-        wanted = self.cfg.trainer.effective_batch_size or per_pass
-        if wanted % per_pass:
-            raise RunError(
-                f"trainer.effective_batch_size={wanted} is not a multiple of {per_pass}, the images of one pass "
-                f"(trainer.batch_size={self.cfg.trainer.batch_size} in {distributed.world_size()} processes): "
-                f"change one of them."
-            )
-        available = _count(self.data.train, self.data.train_indices)
-        if available < wanted:
-            raise RunError(
-                f"one update takes {wanted} images, but there are {available} for training: "
-                "lower trainer.batch_size or trainer.effective_batch_size."
-            )
-        return wanted // per_pass, wanted
 
     def _build_loaders(self) -> None:
         cfg, data, seed = self.cfg, self.data, self.cfg.seed
@@ -136,39 +118,7 @@ class Run:
 
     # What it leaves behind, and takes up again.
 
-    def _find_checkpoint(self) -> dict[str, Any] | None:
-        path, resume = self.folder / "last.pt", self.cfg.resume
-        if distributed.share(path.exists()):
-            if resume == "never":
-                raise RunError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
-            state = runs.load_checkpoint(path)
-            self._check_same_run(state)
-            return state
-        if resume == "must":
-            raise RunError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
-        if distributed.share((self.folder / "config.yaml").exists()):
-            # A run that ended before its first checkpoint: nothing of it is lost if it begins again.
-            other = runs.load_config(self.folder).get("model")
-            if other != self.cfg.model:
-                raise RunError(f"{self.folder} holds a run of {other}: choose another run=<folder>.")
-        return None
-
-    def _check_same_run(self, state: dict[str, Any]) -> None:
-        for key, value in self._identity().items():
-            if state["identity"][key] != value:
-                raise RunError(
-                    f"{self.folder} holds a run with {key} {state['identity'][key]!r}, not {value!r}: "
-                    "choose another run=<folder>, or give the settings that it was started with."
-                )
-        before = OmegaConf.create(state["config"])
-        changed = [
-            f"{key}={value} (was {OmegaConf.select(before, key)})"
-            for key, value in _flat(OmegaConf.to_container(self.cfg, resolve=True))
-            if OmegaConf.select(before, key) != value and key not in ("run", "resume") and not key.startswith("log.")
-        ]
-        self.changed = ", ".join(changed)
-
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What can't change within a run."""
         return {
             "model": self.cfg.model,
@@ -179,80 +129,40 @@ class Run:
             "averaged weights": self.cfg.trainer.ema_decay is not None,
         }
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Continue from what `save` wrote."""
+        super().take_up(state)
         self.training.load_state_dict(state["training"])
-        self.progress, self.history = state["progress"], state["history"]
         if len(state["tallies"]) == distributed.world_size():  # else the epoch's training figures start anew
             self.tallies = state["tallies"][distributed.rank()]
-        self.best, self.wandb_id = state["best"], state["wandb"]
         self.corrupt = set(state["corrupt"])
         self.corrupt_known = len(self.corrupt)
         self.training.set_schedule(self.progress["update"])
 
-    def _save(self) -> None:
-        state = {
+    def state(self) -> dict[str, Any]:
+        """What is needed to continue."""
+        return {
             "training": self.training.state_dict(),
-            "progress": {**self.progress, "seconds": self._seconds()},
             "tallies": distributed.gather(self.tallies),
-            "history": self.history,
-            "best": self.best,
             "corrupt": sorted(self.corrupt),
-            "identity": self._identity(),
-            "config": OmegaConf.to_container(self.cfg, resolve=True),
-            "wandb": self.wandb_id,
         }
-        if self.primary:
-            runs.save_checkpoint(self.folder / "last.pt", state)
-            if not self.progress["finished"]:
-                for name in ("model.safetensors", "summary.json"):  # of a shorter run that this one continues
-                    (self.folder / name).unlink(missing_ok=True)
-        self.saved_at = time.monotonic()
-
-    def _kept(self) -> str:
-        path = self.folder / "last.pt"
-        return f"The last good checkpoint is {path}." if path.exists() else "There was no checkpoint yet."
 
     # Its course.
 
-    def run(self) -> dict[str, Any]:
-        """Train to the end and return the summary."""
-        if self.primary:
-            runs.make_folder(self.folder)
-        distributed.share(None)  # the others wait for the folder
-        runs.start_log(self.folder, self.primary)
-        self._introduce()
-        summary = self.folder / "summary.json"
-        if self.progress["finished"] and self.progress["epoch"] >= self.epochs and summary.exists():
-            if self.changed:
-                raise RunError(
-                    f"{self.folder} holds a finished run, not with {self.changed}: choose another run=<folder>."
-                )
-            log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
-            return json.loads(summary.read_text())
-        self.progress["finished"] = False
-        if self.primary:
-            runs.save_config(self.folder, self.cfg)
-            self.wandb = runs.start_wandb(self.folder, self.cfg, self.wandb_id)
-            self.wandb_id = self.wandb.id if self.wandb else None
-        self.started = self.saved_at = time.monotonic()
-        self.seconds_before = self.progress["seconds"]
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, self.cfg.log.every)
-            with self.bar:
-                # An epoch that trainer.max_updates cut is closed again, for its evaluation.
-                while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self._enough()):
-                    self._epoch()
-            return self._finish()
-        except RuntimeError as error:
-            raise self._explained(error) from error
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            if self.wandb:
-                self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
+    def complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.progress["epoch"] >= self.epochs
 
-    def _introduce(self) -> None:
+    def train(self) -> None:
+        """Train to the end."""
+        self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, self.cfg.log.every)
+        with self.bar:
+            # An epoch that trainer.max_updates cut is closed again, for its evaluation.
+            while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self.enough()):
+                self._epoch()
+
+    def introduce(self) -> None:
+        """Say what is going to be trained."""
         cfg, world = self.cfg, distributed.world_size()
         size = "x".join(map(str, self.data_config["input_size"]))
         log.info(
@@ -280,18 +190,6 @@ class Run:
             log.info("Continues with another configuration: %s.", self.changed)
         log.info("Run folder: %s", self.folder)
 
-    def _on_signal(self, number: int, _: Any) -> None:
-        if self.stop_signal == number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: the user means now
-        self.stop_signal = number
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _enough(self) -> bool:
-        limit = self.cfg.trainer.max_updates
-        return limit is not None and self.progress["update"] >= limit
-
     def _epoch(self) -> None:
         progress = self.progress
         if progress["samples"] == 0:
@@ -302,32 +200,12 @@ class Run:
         self.bar.start_epoch(progress["epoch"], first)
         self.training.task.train()
         for _ in range(first, self.updates_per_epoch):
-            if self._enough():
+            if self.enough():
                 break
             self._update(batches)
-            self._save_or_stop()
+            self.save_or_stop()
         speed = (self.tallies["images"] - images_before) / (time.monotonic() - begun)
         self._close_epoch(speed * distributed.world_size())
-
-    def _save_or_stop(self) -> None:
-        """Save if it is time, or if a signal ends the run; all processes do the same."""
-        due = self.primary and time.monotonic() - self.saved_at > 60 * self.cfg.trainer.save_minutes
-        stop, save = distributed.total([float(self.stop_signal > 0), float(due)], self.device)
-        if stop:
-            self._stop()
-        if save:
-            self._save()
-
-    def _stop(self) -> None:
-        """Save and end the run."""
-        self._save()
-        number = self.stop_signal or signal.SIGTERM  # another process may have got it
-        again = runs.command() if self.cfg.run else f"{runs.command()} run={self.folder}"
-        raise Stopped(
-            f"Stopped by {signal.Signals(number).name} after update {self.progress['update']}, and saved. "
-            f"Continue with: {again}",
-            number,
-        )
 
     def _batches_from(self, epoch: int, samples: int) -> Iterator[Any]:
         """This process's batches of the rest of an epoch."""
@@ -379,20 +257,13 @@ class Run:
         else:
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
-            self._note_nonfinite()
+            tallies["skipped"] += 1
+            self.note_nonfinite()
         training.end_update(progress["update"], stepped=finite)
-        self.bar.advance(tallies, distributed.world_size(), training.optimizer.param_groups[0]["lr"])
-
-    def _note_nonfinite(self) -> None:
-        self.tallies["skipped"] += 1
-        self.progress["nonfinite"] += 1
-        count, limit = self.progress["nonfinite"], self.cfg.trainer.max_nonfinite
-        log.warning("Update %d is skipped, its loss is not finite (%d in a row).", self.progress["update"], count)
-        if count > limit:
-            raise RunError(
-                f"the loss was not finite in {count} updates in a row (trainer.max_nonfinite={limit}): "
-                f"lower optim.lr, set optim.clip_grad=1, or use trainer.amp=bf16 or none. {self._kept()}"
-            )
+        images = max(tallies["images"], 1)
+        note = f"loss {tallies['loss'] / images:.3f}  top-1 {100 * tallies['right'] / images:.1f} %"
+        lr = training.optimizer.param_groups[0]["lr"]
+        self.bar.advance(note, lr, self.effective_batch)
 
     def _note_corrupt(self, names: list[str]) -> None:
         for name in names:
@@ -412,16 +283,16 @@ class Run:
             runs.write_text(path, "\n".join(names) + "\n")
         raise RunError(
             f"{len(names)} images are corrupt, more than data.max_corrupt={self.cfg.data.max_corrupt}; {path} lists "
-            f"them, beginning with {names[0]}: repair or remove them, or raise data.max_corrupt. {self._kept()}"
+            f"them, beginning with {names[0]}: repair or remove them, or raise data.max_corrupt. {self.kept()}"
         )
 
     def _close_epoch(self, speed: float) -> None:
         cfg, progress = self.cfg, self.progress
         cut = progress["samples"] < self.updates_per_epoch * self.effective_batch  # by trainer.max_updates
         if cut:
-            self._save()  # a run with more updates continues from here, not from the next epoch
+            self.save()  # a run with more updates continues from here, not from the next epoch
         epoch = progress["epoch"] + 1
-        last = epoch >= self.epochs or self._enough()
+        last = epoch >= self.epochs or self.enough()
         names = ("loss", "right", "images", "skipped")
         loss, right, images, skipped = distributed.total([self.tallies[name] for name in names], self.device)
         record = {
@@ -442,7 +313,7 @@ class Run:
             record |= {f"val_{name}": result.metrics[name] for name in ("loss", "top1", "top5")}
             self._note_corrupt(result.corrupt)
         self._share_corrupt()
-        record |= {"corrupt_images": len(self.corrupt), "seconds": self._seconds()}
+        record |= {"corrupt_images": len(self.corrupt), "seconds": self.seconds()}
         self.history.append(record)
         improved = record.get("val_top1", -1.0) > self.best["top1"]
         if improved:
@@ -450,20 +321,18 @@ class Run:
             self._write_weights("best.safetensors")
         progress |= {"epoch": epoch, "samples": 0, "finished": last}
         if not cut:
-            self._save()
+            self.save()
         if self.primary:
             runs.write_metrics(self.folder, self.history)
-            runs.plot_curves(self.folder / "curves.png", self.history, f"{cfg.model}, {self.folder.name}")
+            title = f"{cfg.model}, {self.folder.name}"
+            runs.plot_curves(self.folder / "curves.png", self.history, title, {"top1": "top-1"})
         if self.wandb:
             self.wandb.log({key: value for key, value in record.items() if value is not None})
-        self.bar.end_epoch(record, improved)
+        log.info("%s | %s | %.0f images/s", self.bar.title, _line(record, improved), speed)
 
     def _after_evaluating_batch(self) -> None:
         self.bar.advance_evaluation()
-        # The state is still that before the evaluation, which a continued run begins again. Several processes have
-        # different numbers of batches, and stop after the next update.
-        if self.stop_signal and distributed.world_size() == 1:
-            self._stop()
+        self.stop_between_evaluations()
 
     def _write_weights(self, name: str) -> dict[str, torch.Tensor]:
         weights = self.training.weights()
@@ -471,43 +340,31 @@ class Run:
             save_weights(self.folder / name, weights, self.cfg.model, self.data.classes)
         return weights
 
-    def _finish(self) -> dict[str, Any]:
-        cfg, record = self.cfg, self.history[-1]
+    def finish(self) -> dict[str, Any]:
+        """Write what is left behind and return the summary."""
+        record = self.history[-1]
         weights = self._write_weights("model.safetensors")
-        summary = {
-            "task": cfg.task,
-            "model": cfg.model,
-            "params": self.params,
-            "metrics": {name: record[f"val_{name}"] for name in ("top1", "top5", "loss")},
-            "best": self.best,
-            "epochs": record["epoch"],
-            "updates": record["update"],
-            "train_images": self.train_images,
-            "val_images": self.val_images,
-            "classes": len(self.data.classes),
-            "skipped_updates": sum(r["skipped_updates"] for r in self.history),
-            "corrupt_images": sorted(self.corrupt),
-            "seconds": self._seconds(),
-            "processes": distributed.world_size(),
-            "device": str(self.device),
-            "seed": cfg.seed,
-            "command": runs.command(),
-            "versions": {"zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
-        }
         if self.primary:
             self._describe(weights)
-            runs.write_json(self.folder / "summary.json", summary)
-            if self.wandb:
-                self.wandb.summary.update(summary["metrics"])
-            log.info(
-                "Top-1 %s on %d validation images (best: %s in epoch %d) after %.0f s",
-                percentage(summary["metrics"]["top1"]),
-                self.val_images,
-                percentage(self.best["top1"]),
-                self.best["epoch"],
-                summary["seconds"],
-            )
-            log.info("Run folder: %s", self.folder)
+        summary = self.leave_behind(
+            {name: record[f"val_{name}"] for name in ("top1", "top5", "loss")},
+            params=self.params,
+            epochs=record["epoch"],
+            train_images=self.train_images,
+            val_images=self.val_images,
+            classes=len(self.data.classes),
+            skipped_updates=sum(r["skipped_updates"] for r in self.history),
+            corrupt_images=sorted(self.corrupt),
+        )
+        log.info(
+            "Top-1 %s on %d validation images (best: %s in epoch %d) after %.0f s",
+            percentage(summary["metrics"]["top1"]),
+            self.val_images,
+            percentage(self.best["top1"]),
+            self.best["epoch"],
+            summary["seconds"],
+        )
+        log.info("Run folder: %s", self.folder)
         distributed.share(None)  # no process leaves before the files are complete
         return summary
 
@@ -532,27 +389,15 @@ class Run:
         if self.wandb:
             runs.log_pictures(self.wandb, [path, self.folder / "curves.png"])
 
-    def _explained(self, error: RuntimeError) -> Exception:
-        """What the user can do about `error`, if that is known; `error` itself otherwise."""
-        again = f"{self._kept()} The same command continues from there."
-        for cause in runs.causes(error):
-            text = " ".join(str(cause).split())[:200]
-            if isinstance(cause, torch.OutOfMemoryError):
-                return RunError(
-                    "the device's memory is too small: lower trainer.batch_size and keep the images per update with "
-                    f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. "
-                    f"{again}"
-                )
-            if "DataLoader worker" in text:
-                return RunError(
-                    f"a process that loads images died ({text}), often for want of memory: lower data.num_workers. "
-                    f"{again}"
-                )
-            if distributed.world_size() > 1 and any(
-                word in text for word in ("gloo", "NCCL", "Connection", "timed out")
-            ):
-                return RunError(f"process {distributed.rank()} lost another process ({text}). {again}")
-        return error
+
+def _line(record: dict[str, Any], improved: bool) -> str:
+    """An epoch's record for people."""
+    text = f"training loss {record['train_loss']:.4f}"
+    if record["train_top1"] is not None:
+        text += f" top-1 {record['train_top1']:.2f} %"
+    if "val_top1" in record:
+        text += f" | validation loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} %"
+    return text + (" (best)" if improved else "")
 
 
 def _count(dataset: Dataset, indices: Sequence[int] | None) -> int:
@@ -563,12 +408,6 @@ def _count(dataset: Dataset, indices: Sequence[int] | None) -> int:
 def _new_tallies() -> dict[str, float]:
     """This process's sums over the epoch so far."""
     return {"loss": 0.0, "right": 0, "images": 0, "skipped": 0}
-
-
-def _flat(values: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        return [(prefix, values)]
-    return [pair for key, value in values.items() for pair in _flat(value, f"{prefix}.{key}" if prefix else key)]
 
 
 def _endless(loader: Any) -> Iterator[Any]:

@@ -122,7 +122,7 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
     """timm's data configuration of `model` (input_size, mean, std, ...), with what the data section `cfg` overrides."""
     names = ("img_size", "mean", "std", "interpolation", "crop_pct")
     overrides = {name: cfg[name] for name in names if cfg[name] is not None}
-    if cfg.name == "digits":
+    if cfg.name in ("digits", "digit_crops"):
         overrides.setdefault("crop_pct", 1.0)  # digits reach to the edge
     channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
     config = resolve_model_data_config(model, args={**overrides, "in_chans": channels})
@@ -154,8 +154,8 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
     if not path.is_file():
         path = folder / "last.pt"
         state = runs.load_checkpoint(path)
-        training = state["training"]
-        return training["ema"] or training["model"], state["identity"]["classes"], path
+        training = state.get("training", state)  # detectors and segmentors have no averaged weights
+        return training.get("ema") or training["model"], state["identity"]["classes"], path
     try:
         with safe_open(path, framework="pt") as opened:
             classes = json.loads(opened.metadata()["classes"])

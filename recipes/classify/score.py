@@ -20,8 +20,6 @@ from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
 
-_OWN_KEYS = ("run", "checkpoint", "per_class", "out")  # keys that a run's configuration does not have
-
 
 def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     """Evaluate what `cfg` names, print the figures, write `eval.json` and `confusion.png`, and return the figures.
@@ -74,15 +72,7 @@ def _from_run(cfg: DictConfig, overridden: Sequence[str]) -> tuple[nn.Module, Di
     """The model of a run, the run's configuration with the user's changes, its classes, and where the weights stood."""
     folder = Path(cfg.run)
     trained = runs.load_config(folder)
-    merged = OmegaConf.merge(cfg, trained)
-    OmegaConf.update(merged, "run", cfg.run)
-    for key in overridden:
-        if OmegaConf.select(merged, key) is not None or key in _OWN_KEYS or "." in key or key in config.GROUPS:
-            OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
-    # Other data come with data=<option>, which sets the whole section; what the model looks at stays as it was.
-    for name in ("img_size", "mean", "std", "interpolation", "crop_pct"):
-        if f"data.{name}" not in overridden:
-            OmegaConf.update(merged, f"data.{name}", trained.data.get(name))
+    merged = config.of_run(cfg, trained, overridden)
     weights, classes, path = load_weights(folder, cfg.checkpoint)
     model = build_model(OmegaConf.merge(merged, {"pretrained": False}), len(classes))
     try:

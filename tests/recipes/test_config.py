@@ -12,7 +12,7 @@ from zoo.recipes.errors import RunError
 
 RECIPES = sorted(
     str(path.relative_to(Path(cli.CONF) / "recipe").with_suffix(""))
-    for path in (Path(cli.CONF) / "recipe").rglob("*.yaml")
+    for path in (Path(cli.CONF) / "recipe").glob("imagenet/*.yaml")
 )
 GROUP_OPTIONS = [
     f"{group}={option}"

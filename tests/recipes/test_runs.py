@@ -115,7 +115,7 @@ def test_metrics_are_written_anew(tmp_path):
     ids=["one epoch", "some evaluated", "mixed", "nan", "300 epochs"],
 )
 def test_curves(tmp_path, history):
-    runs.plot_curves(tmp_path / "curves.png", history, "title")
+    runs.plot_curves(tmp_path / "curves.png", history, "title", {"top1": "top-1"})
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1440, 456)
 

@@ -1,0 +1,293 @@
+"""What the course of a run is in every task: a folder taken up or begun, signals, checkpoints, an end.
+
+A task's own class says what is trained and how; nothing that the run folder holds is lost, whatever ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import zoo
+from zoo.recipes import distributed, runs
+from zoo.recipes.errors import RunError, Stopped
+from zoo.recipes.runs import log
+
+# In what gloo and NCCL say when a process is gone.
+_LOST = ("gloo", "NCCL", "Connection", "timed out")
+
+
+class Course:
+    """One run in its folder.
+
+    A subclass trains in `train`, calls `save_or_stop` after every update, and ends in `finish`. It fills `progress`
+    (`update` counts the steps of the optimizer), `history` (a record per evaluation), `best`.
+
+    Args:
+        cfg: The configuration.
+        device: Where to train.
+        folder: The run folder; need not exist.
+        again: The command that continues the run, where it is not that of this process.
+    """
+
+    def __init__(self, cfg: DictConfig, device: torch.device, folder: Path, again: str | None = None):
+        self.cfg, self.device, self.folder, self.again = cfg, device, folder, again
+        self.primary = distributed.rank() == 0
+        self.progress: dict[str, Any] = {"update": 0, "nonfinite": 0, "seconds": 0.0, "finished": False}
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.wandb, self.wandb_id = None, None
+        self.stop_signal = 0
+        self.changed = ""  # what a continued run's configuration says now, and said before
+        self.effective_batch = 0  # images of an update
+
+    # What a task says about itself.
+
+    def identity(self) -> dict[str, Any]:
+        """What can't change within a run."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """What is needed to continue, besides what `save` adds. All processes are asked."""
+        raise NotImplementedError
+
+    def introduce(self) -> None:
+        """Say what is going to be trained."""
+        raise NotImplementedError
+
+    def complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """Train to the end."""
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left behind and return the summary."""
+        raise NotImplementedError
+
+    # Taking up what the folder holds.
+
+    def find_checkpoint(self) -> dict[str, Any] | None:
+        """The state to continue from, None for a new run.
+
+        Raises:
+            RunError: the folder holds another run, or `resume` says otherwise.
+        """
+        path, resume = self.folder / "last.pt", self.cfg.resume
+        if distributed.share(path.exists()):
+            if resume == "never":
+                raise RunError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
+            state = runs.load_checkpoint(path)
+            self._check_same_run(state)
+            return state
+        if resume == "must":
+            raise RunError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
+        if distributed.share((self.folder / "config.yaml").exists()):
+            # A run that ended before its first checkpoint: nothing of it is lost if it begins again.
+            before = runs.load_config(self.folder)
+            for key in ("task", "model"):
+                if before.get(key) != self.cfg[key]:
+                    raise RunError(f"{self.folder} holds a run of {before.get(key)}: choose another run=<folder>.")
+        return None
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        identity = self.identity()
+        for key in sorted(identity.keys() | state["identity"].keys()):
+            then, now = state["identity"].get(key), identity.get(key)
+            if then != now:
+                raise RunError(
+                    f"{self.folder} holds a run with {key} {then!r}, not {now!r}: "
+                    "choose another run=<folder>, or give the settings that it was started with."
+                )
+        before = OmegaConf.create(state["config"])
+        changed = [
+            f"{key}={value} (was {OmegaConf.select(before, key)})"
+            for key, value in _flat(OmegaConf.to_container(self.cfg, resolve=True))
+            if OmegaConf.select(before, key) != value and key not in ("run", "resume") and not key.startswith("log.")
+        ]
+        self.changed = ", ".join(changed)
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """Continue from what `save` wrote."""
+        self.progress, self.history = state["progress"], state["history"]
+        self.best, self.wandb_id = state["best"], state["wandb"]
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = self.state() | {
+            "progress": {**self.progress, "seconds": self.seconds()},
+            "history": self.history,
+            "best": self.best,
+            "identity": self.identity(),
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+            "wandb": self.wandb_id,
+        }
+        if self.primary:
+            runs.save_checkpoint(self.folder / "last.pt", state)
+            if not self.progress["finished"]:
+                for name in ("model.safetensors", "summary.json"):  # of a shorter run that this one continues
+                    (self.folder / name).unlink(missing_ok=True)
+        self.saved_at = time.monotonic()
+
+    def kept(self) -> str:
+        """What is left if the run breaks off now, as a sentence."""
+        path = self.folder / "last.pt"
+        return f"The last good checkpoint is {path}." if path.exists() else "There was no checkpoint yet."
+
+    # The course.
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the summary."""
+        if self.primary:
+            runs.make_folder(self.folder)
+        distributed.share(None)  # the others wait for the folder
+        runs.start_log(self.folder, self.primary)
+        self.introduce()
+        summary = self.folder / "summary.json"
+        if self.progress["finished"] and self.complete() and summary.exists():
+            if self.changed:
+                raise RunError(
+                    f"{self.folder} holds a finished run, not with {self.changed}: choose another run=<folder>."
+                )
+            log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
+            return json.loads(summary.read_text())
+        self.progress["finished"] = False
+        if self.primary:
+            runs.save_config(self.folder, self.cfg)
+            self.wandb = runs.start_wandb(self.folder, self.cfg, self.wandb_id)
+            self.wandb_id = self.wandb.id if self.wandb else None
+        self.started = self.saved_at = time.monotonic()
+        self.seconds_before = self.progress["seconds"]
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.train()
+            return self.finish()
+        except RuntimeError as error:
+            raise self._explained(error) from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if self.wandb:
+                self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
+
+    def seconds(self) -> float:
+        """How long the run has taken, over all its processes' lives."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def enough(self) -> bool:
+        """Whether trainer.max_updates is reached."""
+        limit = self.cfg.trainer.max_updates
+        return limit is not None and self.progress["update"] >= limit
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self.stop_signal == number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: the user means now
+        self.stop_signal = number
+
+    def save_or_stop(self) -> None:
+        """Save if it is time, or if a signal ends the run; all processes do the same."""
+        due = self.primary and time.monotonic() - self.saved_at > 60 * self.cfg.trainer.save_minutes
+        stop, save = distributed.total([float(self.stop_signal > 0), float(due)], self.device)
+        if stop:
+            self.stop()
+        if save:
+            self.save()
+
+    def stop_between_evaluations(self) -> None:
+        """Within an evaluation: end the run if a signal asks for it.
+
+        The state is still that before the evaluation, which a continued run begins again. Several processes have
+        different numbers of batches, and stop after the next update.
+        """
+        if self.stop_signal and distributed.world_size() == 1:
+            self.stop()
+
+    def stop(self) -> None:
+        """Save and end the run."""
+        self.save()
+        number = self.stop_signal or signal.SIGTERM  # another process may have got it
+        raise Stopped(
+            f"Stopped by {signal.Signals(number).name} after update {self.progress['update']}, and saved. "
+            f"Continue with: {self.again or continuing(self.cfg, self.folder)}",
+            number,
+        )
+
+    def note_nonfinite(self) -> None:
+        """An update was left out since its loss was not finite.
+
+        Raises:
+            RunError: one too many in a row.
+        """
+        self.progress["nonfinite"] += 1
+        count, limit = self.progress["nonfinite"], self.cfg.trainer.max_nonfinite
+        log.warning("Update %d is skipped, its loss is not finite (%d in a row).", self.progress["update"], count)
+        if count > limit:
+            raise RunError(
+                f"the loss was not finite in {count} updates in a row (trainer.max_nonfinite={limit}): "
+                f"lower optim.lr, set optim.clip_grad=1, or use trainer.amp=bf16 or none. {self.kept()}"
+            )
+
+    def leave_behind(self, metrics: dict[str, Any], **figures: Any) -> dict[str, Any]:
+        """Write `summary.json` with `metrics` and `figures`, and return it."""
+        summary = {
+            "task": self.cfg.task,
+            "model": self.cfg.model,
+            "metrics": metrics,
+            "best": self.best,
+            "updates": self.progress["update"],
+            **figures,
+            "seconds": self.seconds(),
+            "processes": distributed.world_size(),
+            "device": str(self.device),
+            "seed": self.cfg.seed,
+            "command": runs.command(),
+            "versions": {"zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        }
+        if self.primary:
+            runs.write_json(self.folder / "summary.json", summary)
+            if self.wandb:
+                self.wandb.summary.update(metrics)
+        return summary
+
+    def _explained(self, error: RuntimeError) -> Exception:
+        """What the user can do about `error`, if that is known; `error` itself otherwise."""
+        again = f"{self.kept()} The same command continues from there."
+        for cause in runs.causes(error):
+            text = " ".join(str(cause).split())[:200]
+            if isinstance(cause, torch.OutOfMemoryError):
+                return RunError(
+                    "the device's memory is too small: lower trainer.batch_size and keep the images per update with "
+                    f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. "
+                    f"{again}"
+                )
+            if "DataLoader worker" in text:
+                return RunError(
+                    f"a process that loads images died ({text}), often for want of memory: lower data.num_workers. "
+                    f"{again}"
+                )
+            if distributed.world_size() > 1 and any(word in text for word in _LOST):
+                return RunError(f"process {distributed.rank()} lost another process ({text}). {again}")
+        return error
+
+
+def continuing(cfg: DictConfig, folder: Path) -> str:
+    """The command that continues the run in `folder`."""
+    return runs.command() if cfg.run else f"{runs.command()} run={folder}"
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, dict):
+        yield prefix, values
+        return
+    for key, value in values.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else key)

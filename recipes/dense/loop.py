@@ -1,0 +1,380 @@
+"""Training a detector or segmentor: `zoo-train task=detect` and `task=segment`.
+
+MMEngine's Runner trains; a hook keeps its state in the run folder, as classification does, and takes it up again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.recipes import config, distributed, runs
+from zoo.recipes.classify.loop import train as classify
+from zoo.recipes.classify.model import check_model_name, save_weights
+from zoo.recipes.course import Course, continuing
+from zoo.recipes.dense import configure, pictures
+from zoo.recipes.dense.data import DetectionData, SegmentationData, open_detection, open_segmentation
+from zoo.recipes.errors import RunError
+from zoo.recipes.progress import Progress
+from zoo.recipes.runs import log
+from zoo.recipes.seeding import seed_all
+
+# MMEngine's names of the scores -> ours, in percent; the first one that a run has decides which epoch is the best.
+SCORES = {
+    "coco/segm_mAP": "mask_AP",
+    "coco/segm_mAP_50": "mask_AP50",
+    "coco/bbox_mAP": "bbox_AP",
+    "coco/bbox_mAP_50": "bbox_AP50",
+    "mIoU": "mIoU",
+    "mAcc": "mAcc",
+    "aAcc": "aAcc",
+}
+
+
+def train(cfg: DictConfig) -> dict[str, Any]:
+    """Train as `cfg` says and return what `summary.json` holds.
+
+    Raises:
+        RunError: something that the user can mend.
+        Stopped: a signal arrived; the state is saved.
+    """
+    config.check(cfg)
+    check_model_name(cfg.model)
+    configure.check(cfg)
+    device = distributed.setup(cfg.trainer.device)
+    runs.start_log(None, distributed.rank() == 0)
+    data = open_data(cfg)
+    folder = Path(distributed.share(cfg.run or str(runs.default_folder("", cfg.model))))
+    if cfg.dense.digits_first and not cfg.pretrained:
+        cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder)})
+    return DenseRun(cfg, data, device, folder).run()
+
+
+def _digits_first(cfg: DictConfig, folder: Path) -> str:
+    """Let the backbone learn to tell digits apart, in a run of its own below `folder`, and return that run's folder."""
+    backbone = folder / "backbone"
+    if distributed.share((folder / "last.pt").exists()):
+        return str(backbone)
+    first = compose("config", ["data=digit_crops"])
+    for key in ("model", "model_kwargs", "resume", "seed", "data.root", "trainer.device", "trainer.max_updates"):
+        OmegaConf.update(first, key, OmegaConf.select(cfg, key), force_add=True)
+    OmegaConf.update(first, "run", str(backbone))
+    OmegaConf.update(first, "log", cfg.log)
+    OmegaConf.update(first, "log.wandb", "disabled")
+    log.info("First the backbone learns to tell single digits apart (dense.digits_first=false leaves that out).")
+    classify(first, again=continuing(cfg, folder))
+    return str(backbone)
+
+
+def open_data(
+    cfg: DictConfig, training: bool = True, classes: list[str] | None = None
+) -> DetectionData | SegmentationData:
+    """The data of `cfg`, checked.
+
+    Raises:
+        RunError: they can't be used.
+    """
+    if cfg.task == "segment":
+        return open_segmentation(cfg.data, training, classes)
+    return open_detection(cfg.data, training, classes, masks=configure.finds_masks(cfg))
+
+
+def scores(metrics: dict[str, Any]) -> dict[str, float]:
+    """MMEngine's metrics under our names, in percent. COCO's -1 (nothing to find) is left out."""
+    found = {}
+    for name, ours in SCORES.items():
+        if name in metrics and metrics[name] >= 0:
+            # COCO's are fractions, segmentation's percentages.
+            found[ours] = float(metrics[name]) * (100 if name.startswith("coco/") else 1)
+    return found
+
+
+def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runner:
+    """MMEngine's Runner for `settings` and `model`."""
+    known = inspect.signature(Runner).parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _Runner(model=model, cfg=settings, **{key: settings[key] for key in settings if key in known})
+
+
+class _Runner(Runner):
+    """MMEngine's Runner; where a run goes on, `restore` says."""
+
+    restore: Callable[[Runner], None] = staticmethod(lambda runner: None)
+
+    def load_or_resume(self) -> None:
+        self.restore(self)
+
+    def dump_config(self) -> None:
+        """The run folder has it."""
+
+
+class DenseRun(Course):
+    """One run, from the data to `summary.json`."""
+
+    def __init__(self, cfg: DictConfig, data: DetectionData | SegmentationData, device: torch.device, folder: Path):
+        super().__init__(cfg, device, folder)
+        self.data = data
+        self.steps = configure.steps(cfg, data.train.num_images)
+        self.effective_batch = self.steps.batch
+        self.last = min(self.steps.updates, cfg.trainer.max_updates or self.steps.updates)
+        self.checkpoint = self.find_checkpoint()
+        seed_all(cfg.seed)
+        # The weights of a run that goes on come from its checkpoint.
+        pretrained = False if self.checkpoint else cfg.pretrained
+        self.model = configure.build_model(cfg, data.classes, device, pretrained)
+        self.params = sum(p.numel() for p in self.model.parameters())
+        self.runner: Runner | None = None
+        if self.checkpoint:
+            self.take_up(self.checkpoint)
+
+    # What it leaves behind, and takes up again.
+
+    def identity(self) -> dict[str, Any]:
+        """What can't change within a run."""
+        return {
+            "task": self.cfg.task,
+            "model": self.cfg.model,
+            "method": self.cfg.dense.method,
+            "classes": list(self.data.classes),
+            "training images": self.data.train.num_images,
+            "images per update": self.effective_batch,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What is needed to continue."""
+        runner = self.runner
+        return {
+            "model": _bare(runner.model).state_dict(),
+            "optimizer": runner.optim_wrapper.state_dict(),
+        }
+
+    def restore(self, runner: Runner) -> None:
+        """Bring `runner`, which is about to train, to the place of the checkpoint."""
+        self.runner = runner
+        if self.checkpoint:
+            self._load(runner, self.checkpoint)
+            update = self.progress["update"]
+            runner.train_loop._iter = update * self.steps.accumulate
+            evaluated = self.history[-1]["update"] if self.history else 0
+            if update > evaluated and (update % self.steps.evaluate_every == 0 or update >= self.last):
+                runner.val_loop.run()  # the run was ended between an update and the evaluation that followed it
+        self.seed()
+
+    def _load(self, runner: Runner, state: dict[str, Any]) -> None:
+        for _ in range(self.progress["update"]):  # this configuration's schedule, which may be another now
+            _advance(runner)
+        rates = [group["lr"] for group in runner.optim_wrapper.param_groups]
+        try:
+            _bare(runner.model).load_state_dict(state["model"])
+            runner.optim_wrapper.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise RunError(
+                f"{self.folder / 'last.pt'} does not fit these settings ({' '.join(str(error).split())[:200]}): "
+                "choose another run=<folder>, or give the settings that it was started with."
+            ) from error
+        for group, rate in zip(runner.optim_wrapper.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def seed(self) -> None:
+        """Draw what is random in the next update from its number, not from what happened before."""
+        seed_all(self.cfg.seed, self.progress["update"], distributed.rank())
+
+    # Its course.
+
+    def introduce(self) -> None:
+        """Say what is going to be trained."""
+        cfg, steps = self.cfg, self.steps
+        log.info(
+            "%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6,
+            len(self.data.classes),
+        )  # fmt: skip
+        batch = f"{cfg.trainer.batch_size} images"
+        if distributed.world_size() > 1:
+            batch += f" x {distributed.world_size()} processes"
+        if steps.accumulate > 1:
+            batch += f" x {steps.accumulate} passes, accumulated"
+        log.info(
+            "%d updates, %d for every image once; %s; learning rate %g; %s on %s",
+            steps.updates,
+            steps.per_epoch,
+            f"{steps.batch} images an update" + (f" = {batch}" if batch.count(" x ") else ""),
+            configure.learning_rate(cfg),
+            cfg.optim.opt,
+            self.device,
+        )
+        if self.progress["update"]:
+            log.info("Continues after update %d.", self.progress["update"])
+        if self.changed:
+            log.info("Continues with another configuration: %s.", self.changed)
+        log.info("Run folder: %s", self.folder)
+
+    def complete(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.progress["update"] >= self.last
+
+    def train(self) -> None:
+        """Train to the end."""
+        settings = configure.runner_config(self.cfg, self.data, self.steps, self.folder / "mmengine", self.device)
+        settings.train_cfg.max_iters = self.last * self.steps.accumulate
+        if self.primary:
+            runs.write_text(self.folder / "mmengine.py", settings.pretty_text)
+        runner = make_runner(settings, self.model)
+        runner.restore = self.restore
+        self.bar = Progress(self.primary, 1, self.last, self.cfg.log.every)
+        runner.register_hook(_Keeper(self), "VERY_LOW")
+        with self.bar:
+            self.bar.start("training", self.progress["update"])
+            runner.train()
+
+    def close_epoch(self, metrics: dict[str, Any], losses: dict[str, float], speed: float | None) -> None:
+        """An evaluation is over."""
+        update = self.progress["update"]
+        record = {
+            "epoch": round(update / self.steps.per_epoch, 3),
+            "update": update,
+            "lr": max(self.runner.optim_wrapper.get_lr()["lr"], default=None),
+            **{f"train_{name}": value for name, value in losses.items()},
+            **{f"val_{name}": value for name, value in scores(metrics).items()},
+            "skipped_updates": self.progress.pop("skipped", 0),
+            "images_per_second": speed,
+            "seconds": self.seconds(),
+        }
+        self.history.append(record)
+        main = self.main_score(record)
+        improved = main is not None and record[f"val_{main}"] > self.best.get(main, -1.0)
+        if improved:
+            self.best = {"epoch": record["epoch"], "update": update, main: record[f"val_{main}"]}
+            self._write_weights("best.safetensors")
+        self.progress["finished"] = update >= self.last
+        self.save()
+        if self.primary:
+            runs.write_metrics(self.folder, self.history)
+            names = {name: title(name) for name in SCORES.values() if f"val_{name}" in record}
+            if names:
+                heading = f"{self.cfg.dense.method} on {self.cfg.model}, {self.folder.name}"
+                runs.plot_curves(self.folder / "curves.png", self.history, heading, names)
+        if self.wandb:
+            self.wandb.log({key: value for key, value in record.items() if value is not None})
+        figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in scores(metrics).items())
+        loss = f"training loss {losses['loss']:.4f} | " if "loss" in losses else ""
+        log.info("update %d/%d | %s%s%s", update, self.last, loss, figures, " (best)" if improved else "")
+
+    @staticmethod
+    def main_score(record: dict[str, Any]) -> str | None:
+        """The score of `record` that decides which epoch is the best; None if nothing could be scored."""
+        return next((name for name in SCORES.values() if f"val_{name}" in record), None)
+
+    def _write_weights(self, name: str) -> None:
+        if self.primary:
+            model = _bare(self.runner.model)
+            weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+            save_weights(self.folder / name, weights, self.cfg.model, self.data.classes)
+
+    def finish(self) -> dict[str, Any]:
+        """Write what is left behind and return the summary."""
+        record = self.history[-1]
+        self._write_weights("model.safetensors")
+        if self.primary:
+            path = self.folder / "predictions.png"
+            pictures.draw_samples(path, _bare(self.runner.model), self.runner.val_dataloader.dataset, self.data.classes)
+            if self.wandb:
+                runs.log_pictures(self.wandb, [path, self.folder / "curves.png"])
+        summary = self.leave_behind(
+            {name: record[f"val_{name}"] for name in SCORES.values() if f"val_{name}" in record},
+            method=self.cfg.dense.method,
+            params=self.params,
+            epochs=record["epoch"],
+            train_images=self.data.train.num_images,
+            val_images=self.data.val.num_images,
+            classes=list(self.data.classes),
+            skipped_updates=sum(r["skipped_updates"] for r in self.history),
+        )
+        figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in summary["metrics"].items())
+        log.info("%s on %d validation images after %.0f s", figures, self.data.val.num_images, summary["seconds"])
+        log.info("Pictures of predictions: %s", self.folder / "predictions.png")
+        log.info("Run folder: %s", self.folder)
+        distributed.share(None)  # no process leaves before the files are complete
+        return summary
+
+
+class _Keeper(Hook):
+    """Tells a `DenseRun` how far MMEngine's Runner is."""
+
+    def __init__(self, run: DenseRun):
+        self.run = run
+        self.sums: dict[str, float] = defaultdict(float)
+        self.count = 0
+        self.speed: float | None = None
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        if not self.count:
+            self.started = time.monotonic()
+        if runner.iter % self.run.steps.accumulate == 0:
+            self.run.seed()  # an evaluation, or the start of a continued run, has drawn from it
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        run = self.run
+        for name, value in outputs.items():
+            self.sums[name] += float(value.detach())
+        self.count += 1
+        if (runner.iter + 1) % run.steps.accumulate:
+            return
+        run.progress["update"] += 1
+        lr = max(runner.optim_wrapper.get_lr()["lr"])
+        _advance(runner)
+        if runner.optim_wrapper.stepped:
+            run.progress["nonfinite"] = 0
+        else:
+            run.progress["skipped"] = run.progress.get("skipped", 0) + 1
+            run.note_nonfinite()
+        run.bar.advance(f"loss {self.sums['loss'] / self.count:.3f}", lr, run.effective_batch)
+        run.seed()
+        run.save_or_stop()
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        images = self.count * self.run.effective_batch / self.run.steps.accumulate
+        self.speed = images / (time.monotonic() - self.started) if self.count else None
+        self.run.bar.start_evaluation(len(runner.val_dataloader))
+
+    def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.run.bar.advance_evaluation()
+        self.run.stop_between_evaluations()
+
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
+        losses = {name: value / self.count for name, value in self.sums.items()} if self.count else {}
+        self.sums.clear()
+        self.count = 0
+        self.run.close_epoch(metrics, losses, self.speed)
+        self.run.bar.start("training", self.run.progress["update"])
+
+
+def _advance(runner: Runner) -> None:
+    """An update is done: on with the schedule."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a schedule ahead of its optimizer, as after skipped updates
+        for scheduler in runner.param_schedulers or []:
+            scheduler.step()
+
+
+def _bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The model that may be wrapped for several processes."""
+    return getattr(model, "module", model)
+
+
+def title(name: str) -> str:
+    """A score's name for people."""
+    return name.replace("bbox_", "box ").replace("mask_", "mask ")

@@ -1,0 +1,75 @@
+"""The optimizer of detection and segmentation, and updates that a bad loss can't spoil."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from zoo.recipes import distributed
+from zoo.recipes.dense.backbone import param_groups
+from zoo.recipes.errors import RunError
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class TimmOptimWrapperConstructor:
+    """Any optimizer of timm, on parameter groups with timm's layer-wise decay of the backbone.
+
+    Args:
+        optim_wrapper_cfg: what the wrapper is made from; `optimizer` has timm's name as `type`, `lr`, `weight_decay`.
+        paramwise_cfg: `layer_decay`, `no_decay`, `backbone_lr` of `param_groups`.
+    """
+
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any]):
+        self.wrapper, self.paramwise = dict(optim_wrapper_cfg), dict(paramwise_cfg)
+        self.optimizer = dict(self.wrapper.pop("optimizer"))
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """The wrapper for `model`, which may be wrapped for several processes."""
+        settings = dict(self.optimizer)
+        name, lr, weight_decay = settings.pop("type"), settings["lr"], settings["weight_decay"]
+        groups = param_groups(getattr(model, "module", model), lr=lr, weight_decay=weight_decay, **self.paramwise)
+        try:
+            optimizer = create_optimizer_v2(groups, opt=name, **settings)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise RunError(f"the optimizer can't be made from optim={self.optimizer}: {error}") from error
+        return OPTIM_WRAPPERS.build(dict(self.wrapper, optimizer=optimizer))
+
+
+class _Guarded:
+    """Leaves an update out, in all processes, if the loss of one of them is not finite.
+
+    Attributes:
+        stepped: whether the last one was not.
+    """
+
+    stepped = True
+    _bad = False
+
+    def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradients of `loss` and, with the last of an update, step the optimizer."""
+        finite = bool(torch.isfinite(loss.detach()))
+        self._bad = self._bad or bool(distributed.total([float(not finite)], loss.device)[0])
+        if not self._bad:
+            super().update_params(loss, *args, **kwargs)
+        else:
+            self._inner_count += 1
+        if self.should_update():
+            self.stepped = not self._bad
+            if self._bad:
+                self.zero_grad()
+            self._bad = False
+
+
+@OPTIM_WRAPPERS.register_module()
+class GuardedOptimWrapper(_Guarded, OptimWrapper):
+    """MMEngine's OptimWrapper without updates on a bad loss."""
+
+
+@OPTIM_WRAPPERS.register_module()
+class GuardedAmpOptimWrapper(_Guarded, AmpOptimWrapper):
+    """MMEngine's AmpOptimWrapper without updates on a bad loss."""

@@ -1,0 +1,219 @@
+"""Scoring a run's detector or segmentor: `zoo-eval`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.registry import METRICS
+from omegaconf import DictConfig
+from pycocotools.cocoeval import COCOeval
+from rich.table import Table
+
+from zoo.recipes import config, distributed, runs
+from zoo.recipes.classify.evaluation import percentage, plot_confusion
+from zoo.recipes.classify.model import load_weights
+from zoo.recipes.dense import configure, loop, pictures
+from zoo.recipes.dense.data import DetectionSplit
+from zoo.recipes.errors import RunError
+from zoo.recipes.progress import Progress
+from zoo.recipes.runs import log
+
+
+def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
+    """Evaluate the run that `cfg` names, print the figures, write `eval.json` and pictures, and return the figures.
+
+    Args:
+        cfg: The composed configuration.
+        overridden: The keys and groups that the user set; the others come from the run.
+
+    Raises:
+        RunError: something that the user can mend.
+    """
+    runs.start_log(None, distributed.rank() == 0)
+    if not cfg.run:
+        raise RunError(f"nothing to evaluate: give run=<folder> of a run with task={cfg.task}.")
+    model, cfg, classes, weights = from_run(cfg, overridden)
+    device = distributed.setup(cfg.trainer.device)
+    runs.start_log(None, distributed.rank() == 0)
+    data = loop.open_data(cfg, training=False, classes=classes)
+    folder = Path(cfg.out) if cfg.out else Path(cfg.run) / "eval"
+    if distributed.rank() == 0:
+        runs.make_folder(folder, "out")
+    distributed.share(None)
+    metrics, runner = _evaluate(cfg, model, data, folder, device)
+    summary = {
+        "task": cfg.task,
+        "model": cfg.model,
+        "method": cfg.dense.method,
+        "weights": weights,
+        "data": {"name": cfg.data.name, "root": cfg.data.root, "images": data.val.num_images},
+        "metrics": loop.scores(metrics),
+        "command": runs.command(),
+    }
+    if distributed.rank() == 0:
+        title = f"{cfg.dense.method} on {cfg.model}, {data.val.num_images} images"
+        if cfg.task == "detect":
+            summary["per_class"] = _detection_details(folder, data.val, title)
+        else:
+            summary["per_class"] = _segmentation_details(folder, metrics["confusion"], classes, title)
+        pictures.draw_samples(folder / "predictions.png", model, runner.val_dataloader.dataset, classes)
+        runs.write_json(folder / "eval.json", summary)
+        if cfg.per_class:
+            _print_classes(summary["per_class"])
+        figures = ", ".join(f"{loop.title(name)} {value:.1f}" for name, value in summary["metrics"].items())
+        log.info("%s (%s): %s on %d images", cfg.model, weights, figures, data.val.num_images)
+        log.info("Written to %s", folder)
+    distributed.share(None)
+    return summary
+
+
+def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.Module, DictConfig, list[str], str]:
+    """The model of the run `cfg.run`, the run's configuration with the user's changes, its classes, its weights' file.
+
+    Raises:
+        RunError: there is no such run, or its weights can't be read.
+    """
+    folder = Path(cfg.run)
+    cfg = config.of_run(cfg, runs.load_config(folder), overridden)
+    if cfg.checkpoint not in ("last", "best"):
+        raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
+    config.check(cfg)
+    configure.check(cfg)
+    weights, classes, path = load_weights(folder, cfg.checkpoint)
+    model = configure.build_model(cfg, classes, torch.device("cpu"), pretrained=False)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"the weights in {path} do not fit {cfg.model}: {' '.join(str(error).split())[:400]}") from error
+    return model, cfg, classes, str(path)
+
+
+def _evaluate(
+    cfg: DictConfig, model: torch.nn.Module, data: Any, folder: Path, device: torch.device
+) -> tuple[dict[str, Any], Any]:
+    settings = configure.runner_config(cfg, data, None, folder / "mmengine", device)
+    if cfg.task == "detect":
+        settings.val_evaluator.outfile_prefix = str(folder / "results")
+    else:
+        confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
+        settings.val_evaluator = [settings.val_evaluator, confusion]
+    runner = loop.make_runner(settings, model.to(device))
+    with Progress(distributed.rank() == 0) as bar:
+        runner.register_hook(_Bar(bar, runner), "VERY_LOW")
+        metrics = runner.val()
+    return metrics, runner
+
+
+class _Bar(Hook):
+    """Moves a progress bar on."""
+
+    def __init__(self, bar: Progress, runner: Any):
+        self.bar = bar
+
+    def before_val_epoch(self, runner: Any) -> None:
+        self.bar.start_evaluation(len(runner.val_dataloader))
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.bar.advance_evaluation()
+
+
+@METRICS.register_module()
+class Confusion(BaseMetric):
+    """How many pixels of class `row` were taken for class `column`, as the metric `confusion`: an array (K, K).
+
+    Args:
+        classes: K.
+        ignore_index: Label of pixels that do not count.
+    """
+
+    def __init__(self, classes: int, ignore_index: int):
+        super().__init__()
+        self.classes, self.ignore_index = classes, ignore_index
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Count the pixels of a batch."""
+        for sample in data_samples:
+            found = sample["pred_sem_seg"]["data"].flatten().cpu()
+            true = sample["gt_sem_seg"]["data"].flatten().cpu()
+            counted = true != self.ignore_index
+            pairs = true[counted].long() * self.classes + found[counted].long()
+            counts = torch.bincount(pairs, minlength=self.classes**2)
+            self.results.append(counts.view(self.classes, self.classes).numpy())
+
+    def compute_metrics(self, results: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Add up the images' counts."""
+        return {"confusion": np.sum(results, axis=0)}
+
+
+def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[str, dict[str, float | None]]:
+    """Each class's average precisions in percent; draws precision over recall."""
+    from matplotlib.figure import Figure
+
+    from zoo.recipes.dense.coco import NamedCoco
+
+    files = [(name, folder / f"results.{kind}.json", kind) for name, kind in (("box", "bbox"), ("mask", "segm"))]
+    files = [(name, path, kind) for name, path, kind in files if path.exists()]
+    table: dict[str, dict[str, float | None]] = {name: {} for name in split.classes}
+    figure = Figure(figsize=(6.2 * len(files), 4.6), layout="constrained", dpi=110)
+    figure.suptitle(title, fontsize=10)
+    palette = pictures.colors(len(split.classes))
+    for (name, path, kind), axes in zip(files, np.atleast_1d(figure.subplots(1, len(files))), strict=True):
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            truth = NamedCoco(str(split.annotations), split.classes)
+            evaluation = COCOeval(truth, truth.loadRes(str(path)), kind)
+            evaluation.evaluate()
+            evaluation.accumulate()
+        precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
+        for label, class_name in enumerate(split.classes):
+            for suffix, values in (("AP", precision[:, :, label]), ("AP50", precision[0, :, label])):
+                known = values[values > -1]
+                table[class_name][f"{name}_{suffix}"] = 100 * float(known.mean()) if known.size else None
+        seen = [label for label in range(len(split.classes)) if (precision[0, :, label] > -1).all()]
+        if len(seen) <= 20:
+            for label in seen:
+                color = [c / 255 for c in palette[label]]
+                axes.plot(evaluation.params.recThrs, precision[0, :, label], color=color, linewidth=1,
+                          label=split.classes[label])  # fmt: skip
+        axes.plot(evaluation.params.recThrs, precision[0][:, seen].mean(1), color="black", linewidth=2, label="mean")
+        axes.set_title(f"{name}: mean AP50 {100 * precision[0][:, seen].mean():.1f} %", fontsize=9)
+        axes.set_xlabel("recall at IoU 0.5")
+        axes.set_ylabel("precision")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, loc="lower left", ncols=2)
+    with runs.atomic(folder / "precision_recall.png") as file:
+        figure.savefig(file, format="png")
+    return table
+
+
+def _segmentation_details(
+    folder: Path, confusion: np.ndarray, classes: Sequence[str], title: str
+) -> dict[str, dict[str, float | None]]:
+    """Each class's IoU and accuracy in percent; draws the confusion matrix."""
+    plot_confusion(folder / "confusion.png", confusion, classes, title)
+    right, true, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    union = true + found - right
+    return {
+        name: {
+            "IoU": 100 * float(right[i] / union[i]) if union[i] else None,
+            "accuracy": 100 * float(right[i] / true[i]) if true[i] else None,
+        }
+        for i, name in enumerate(classes)
+    }
+
+
+def _print_classes(table: dict[str, dict[str, float | None]]) -> None:
+    columns = list(next(iter(table.values())))
+    shown = Table("class", *(loop.title(column) for column in columns))
+    for name, values in table.items():
+        shown.add_row(name, *(percentage(values[column]) for column in columns))
+    runs.console.print(shown)

@@ -1,0 +1,33 @@
+"""The three tasks of the commands, and where their code is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+from zoo.recipes.errors import RunError
+
+TASKS = {"classify": "classify", "detect": "dense", "segment": "dense"}
+_PACKAGES = ("mmengine", "mmcv", "mmdet", "mmseg")
+
+
+def task(name: str, part: str) -> ModuleType:
+    """The module `part` of the task `name`.
+
+    Raises:
+        RunError: there is no such task, or its packages are not installed.
+    """
+    if name not in TASKS:
+        raise RunError(f"task={name} is not allowed: it has to be {', '.join(TASKS)}.")
+    if TASKS[name] == "dense":
+        missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
+        if missing:
+            raise RunError(f"task={name} needs {', '.join(missing)}: run pip install 'zoo[dense]'.")
+        from zoo.recipes.dense import mmcv_ops
+
+        mmcv_ops.install()  # before anything imports mmcv.ops
+        from zoo.recipes.dense import loading
+
+        loading.refuse_unpickling()
+    return importlib.import_module(f"zoo.recipes.{TASKS[name]}.{part}")
