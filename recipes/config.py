@@ -120,7 +120,7 @@ class ScheduleConfig:
     min_lr: float = option(1e-6, "minimum learning rate")
     cooldown_epochs: int = option(0, "cool-down epochs at min_lr, after trainer.epochs")
     decay_epochs: float | None = option(None, "decay epochs: interval (step) or length (wsd, rsqrt)")
-    decay_milestones: list[int] = option(lambda: [90, 180, 270], "decay milestones in epochs (multistep)")
+    decay_milestones: list[float] = option(lambda: [90, 180, 270], "decay milestones in epochs (multistep)")
     decay_rate: float = option(0.1, "decay rate (step, multistep) or power (poly)")
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
+import warnings
 from types import ModuleType
 
 from zoo.recipes.errors import RunError
@@ -30,4 +33,13 @@ def task(name: str, part: str) -> ModuleType:
         from zoo.recipes.dense import loading
 
         loading.refuse_unpickling()
+        for package in ("mmdet",) if name == "detect" else ("mmdet", "mmseg"):  # mmseg's Mask2Former is mmdet's
+            _import_quietly(package)
     return importlib.import_module(f"zoo.recipes.{TASKS[name]}.{part}")
+
+
+def _import_quietly(package: str) -> None:
+    """Import `package`, which says at length what it does without."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        importlib.import_module(f"{package}.utils").register_all_modules(init_default_scope=False)

@@ -66,3 +66,8 @@ class NamedCocoMetric(CocoMetric):
     def __init__(self, ann_file: str, classes: Sequence[str], **options: Any):
         super().__init__(**options)
         self._coco_api = NamedCoco(ann_file, classes)
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Score without pycocotools' tables."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            return super().compute_metrics(results)

@@ -186,29 +186,18 @@ def build_model(
         RunError: it can't be built.
     """
     settings = model_config(cfg, classes, device, pretrained)
-    _prepare(cfg.task)
+    init_default_scope(_SCOPES[cfg.task])
     try:
-        model = MODELS.build(settings)
+        with warnings.catch_warnings():
+            # A setting that can't be changed where classes have weights.
+            warnings.filterwarnings("ignore", message="Default ``avg_non_ignore``")
+            model = MODELS.build(settings)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:400]
         raise RunError(f"dense.method={cfg.dense.method} can't be built on {cfg.model}: {reason}") from error
     if cfg.task == "segment" and _synchronised(device):
         model.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     return model
-
-
-def _prepare(task: str) -> None:
-    """Make the models, data sets and transforms of `task` known to MMEngine."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of optional packages that nothing here needs
-        import mmdet.utils
-
-        mmdet.utils.register_all_modules(init_default_scope=False)
-        if task == "segment":
-            import mmseg.utils
-
-            mmseg.utils.register_all_modules(init_default_scope=False)
-    init_default_scope(_SCOPES[task])
 
 
 def _synchronised(device: torch.device) -> bool:
@@ -565,7 +554,7 @@ def _schedule(cfg: DictConfig, length: Steps) -> list[dict[str, Any]]:
     schedule, end = cfg.schedule, length.updates
     warmup = min(cfg.dense.warmup_updates, end)
     parts: list[dict[str, Any]] = []
-    if warmup:
+    if warmup > 1:  # the last update of the warm-up has the whole learning rate
         parts.append(dict(type="LinearLR", start_factor=cfg.dense.warmup_factor, by_epoch=False, begin=0, end=warmup))
     if schedule.sched == "multistep":
         milestones = [epoch * length.per_epoch for epoch in schedule.decay_milestones]

@@ -348,6 +348,7 @@ class _Keeper(Hook):
     def before_val_epoch(self, runner: Runner) -> None:
         images = self.count * self.run.effective_batch / self.run.steps.accumulate
         self.speed = images / (time.monotonic() - self.started) if self.count else None
+        distributed.average_batchnorm(_bare(runner.model))
         self.run.bar.start_evaluation(len(runner.val_dataloader))
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:

@@ -20,6 +20,8 @@ from zoo.recipes.runs import atomic
 # Smaller pictures are enlarged to this many pixels, so that names can be read.
 _READABLE = 384
 SCORE = 0.5
+_BACKGROUND = "background"
+_MOST_NAMES = 36  # that a legend has room for
 
 
 def colors(count: int) -> list[tuple[int, int, int]]:
@@ -69,16 +71,18 @@ def draw_objects(
 
 
 def draw_labels(image: Image.Image, labels: torch.Tensor, classes: Sequence[str]) -> Image.Image:
-    """Draw the classes of pixels, (H, W) integers, on an RGB image; what is no class (255) stays as it is."""
+    """Draw the classes of pixels, (H, W) integers, on an RGB image.
+
+    What is no class (255), or one named background, stays as it is.
+    """
     factor = max(1.0, _READABLE / min(image.size))
     pixels = pil_to_tensor(image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC))
     enlarged = torch.nn.functional.interpolate(labels[None, None].float(), size=pixels.shape[1:], mode="nearest")[0, 0]
-    present = [label for label in labels.unique().tolist() if label < len(classes)]
-    masks = torch.stack([enlarged == label for label in present]) if present else None
-    if masks is None:
+    present = [i for i in labels.unique().tolist() if i < len(classes) and classes[i] != _BACKGROUND]
+    if not present:
         return to_pil_image(pixels)
-    palette = colors(len(classes))
-    return to_pil_image(draw_segmentation_masks(pixels, masks, alpha=0.5, colors=[palette[label] for label in present]))
+    masks, palette = torch.stack([enlarged == i for i in present]), colors(len(classes))
+    return to_pil_image(draw_segmentation_masks(pixels, masks, alpha=0.6, colors=[palette[i] for i in present]))
 
 
 def draw_sample(image: Image.Image, sample: Any, classes: Sequence[str], score: float = SCORE) -> Image.Image:
@@ -105,6 +109,7 @@ def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str]) -> Image
 def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequence[str], columns: int = 4) -> None:
     """Draw two rows of validation images, evenly spread, with what the model finds; below each what is there."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     model.eval()
     count = min(2 * columns, len(dataset))
@@ -124,6 +129,13 @@ def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequ
         ):
             axes[row + offset, column].imshow(np.asarray(drawn))
             axes[row + offset, column].set_title(title, fontsize=9)
+        segments = "pred_sem_seg" in result
+    if segments and len(classes) <= _MOST_NAMES:
+        drawn = [
+            (name, color) for name, color in zip(classes, colors(len(classes)), strict=True) if name != _BACKGROUND
+        ]
+        patches = [Patch(color=[c / 255 for c in color], label=name) for name, color in drawn]
+        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 12), fontsize=9)
     with atomic(path) as file:
         figure.savefig(file, format="png")
 

@@ -159,7 +159,7 @@ def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[
 
     from zoo.recipes.dense.coco import NamedCoco
 
-    files = [(name, folder / f"results.{kind}.json", kind) for name, kind in (("box", "bbox"), ("mask", "segm"))]
+    files = [(name, folder / f"results.{kind}.json", kind) for name, kind in (("bbox", "bbox"), ("mask", "segm"))]
     files = [(name, path, kind) for name, path, kind in files if path.exists()]
     table: dict[str, dict[str, float | None]] = {name: {} for name in split.classes}
     figure = Figure(figsize=(6.2 * len(files), 4.6), layout="constrained", dpi=110)
@@ -183,7 +183,7 @@ def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[
                 axes.plot(evaluation.params.recThrs, precision[0, :, label], color=color, linewidth=1,
                           label=split.classes[label])  # fmt: skip
         axes.plot(evaluation.params.recThrs, precision[0][:, seen].mean(1), color="black", linewidth=2, label="mean")
-        axes.set_title(f"{name}: mean AP50 {100 * precision[0][:, seen].mean():.1f} %", fontsize=9)
+        axes.set_title(f"{loop.title(name + '_AP50')}: mean {100 * precision[0][:, seen].mean():.1f} %", fontsize=9)
         axes.set_xlabel("recall at IoU 0.5")
         axes.set_ylabel("precision")
         axes.set_xlim(0, 1)
