@@ -171,7 +171,11 @@ class Course:
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.train()
-            return self.finish()
+            summary = self.finish()
+            if self.stop_signal and self.again:
+                # Another run follows in this process, and shall not.
+                raise Stopped(f"Stopped. Continue with: {self.again}", self.stop_signal)
+            return summary
         except RuntimeError as error:
             raise self._explained(error) from error
         finally:

@@ -42,7 +42,7 @@ def main() -> None:
             print(f"  {item.name + '=':<30}{item.metadata['help']}")
         sys.exit(0)
     with cli.friendly_errors("zoo-predict"):
-        cfg, inputs, out = _parse(words)
+        cfg, inputs, out = parse(words)
         from zoo.recipes import runs
         from zoo.recipes.tasks import task
 
@@ -53,7 +53,12 @@ def main() -> None:
         task(name, "predict").predict(cfg, inputs, out)
 
 
-def _parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
+def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
+    """The settings, the images (files and folders) and the output folder that the words of a command line name.
+
+    Raises:
+        RunError: they do not fit.
+    """
     names = [item.name for item in fields(PredictConfig)]
     settings, paths = [], []
     for word in words:

@@ -33,6 +33,11 @@ def test_command_composes(command, tmp_path):
 
         parser().parse_args(command[1:])
         return
+    if command[0] == "zoo-predict":
+        from zoo.recipes.predict import parse
+
+        parse(command[1:])
+        return
     words = [word for word in command if word != "-m" or "torchrun" in command]
     module = "zoo.recipes.eval" if words[0] == "zoo-eval" else "zoo.recipes.train"
     arguments = words[words.index("zoo.recipes.train") + 1 :] if words[0] == "torchrun" else words[1:]

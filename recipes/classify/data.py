@@ -74,23 +74,29 @@ class DigitCrops(Dataset):
         split = "train" if training else "val"
         folder = scenes.ensure(Path(root) if root else None)
         content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
-        files = {image["id"]: folder / "images" / split / image["file_name"] for image in content["images"]}
-        self.crops = [(files[item["image_id"]], item["bbox"]) for item in content["annotations"]]
-        self.targets = [item["category_id"] - 1 for item in content["annotations"]]
-        self.plain = Digits(True) if training else None
+        images = {
+            image["id"]: Image.open(folder / "images" / split / image["file_name"]) for image in content["images"]
+        }
+        self.samples = [
+            (_around(images[item["image_id"]], item["bbox"]), item["category_id"] - 1)
+            for item in content["annotations"]
+        ]
+        if training:
+            self.samples += list(Digits(True))
 
     def __len__(self) -> int:
-        return len(self.crops) + (len(self.plain) if self.plain else 0)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        if index >= len(self.crops):
-            return self.plain[index - len(self.crops)]
-        path, (left, top, width, height) = self.crops[index]
-        side = 1.5 * max(width, height)
-        x, y = left + width / 2, top + height / 2
-        with Image.open(path) as image:
-            box = (round(x - side / 2), round(y - side / 2), round(x + side / 2), round(y + side / 2))
-            return image.convert("RGB").crop(box), self.targets[index]
+        return self.samples[index]
+
+
+def _around(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """The square around a box (left, top, width, height), half as long again as its longer side."""
+    left, top, width, height = box
+    half = 0.75 * max(width, height)
+    x, y = left + width / 2, top + height / 2
+    return image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
 
 
 @dataclass

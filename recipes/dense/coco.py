@@ -68,6 +68,7 @@ class NamedCocoMetric(CocoMetric):
         self._coco_api = NamedCoco(ann_file, classes)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Score without pycocotools' tables."""
+        """Score without pycocotools' tables; finding nothing at all, of which mmdet says nothing, scores 0."""
         with contextlib.redirect_stdout(io.StringIO()):
-            return super().compute_metrics(results)
+            scores = super().compute_metrics(results)
+        return scores or {f"{kind}_{name}": 0.0 for kind in self.metrics for name in ("mAP", "mAP_50")}

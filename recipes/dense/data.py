@@ -26,7 +26,7 @@ from zoo.recipes.errors import RunError
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, reason, similar_path
 from zoo.recipes.runs import log
 
-_IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 _LABELS = frozenset({".png"})
 _EXIF_ORIENTATION = 0x0112
 
@@ -227,8 +227,6 @@ def open_detection(
         )
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
     data = DetectionData(train, val, classes, all(split.has_masks for split in opened))
-    for line in data.summary():
-        log.info("%s", line)
     return data
 
 
@@ -552,8 +550,6 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
         )
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
     data = SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
-    for line in data.summary():
-        log.info("%s", line)
     return data
 
 
@@ -638,11 +634,11 @@ def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[P
         RunError: two images have the same path but for the ending; or, if `strict`, an image has no label, or nothing
             is there.
     """
-    by_stem = _files(images, _IMAGES)
+    by_stem = _files(images, IMAGES)
     labels_by_stem = _files(labels, _LABELS)
     both = sorted(by_stem.keys() & labels_by_stem.keys())
     if strict:
-        for folder, files, endings in ((images, by_stem, _IMAGES), (labels, labels_by_stem, _LABELS)):
+        for folder, files, endings in ((images, by_stem, IMAGES), (labels, labels_by_stem, _LABELS)):
             if not files:
                 raise RunError(
                     f"{folder} has no files that end in {', '.join(sorted(endings))}: it has {_listing(folder)}."

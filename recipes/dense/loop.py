@@ -195,11 +195,10 @@ class DenseRun(Course):
 
     def introduce(self) -> None:
         """Say what is going to be trained."""
-        cfg, steps = self.cfg, self.steps
-        log.info(
-            "%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6,
-            len(self.data.classes),
-        )  # fmt: skip
+        cfg, steps, classes = self.cfg, self.steps, len(self.data.classes)
+        log.info("%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6, classes)
+        for line in self.data.summary():
+            log.info("%s", line)
         batch = f"{cfg.trainer.batch_size} images"
         if distributed.world_size() > 1:
             batch += f" x {distributed.world_size()} processes"

@@ -13,10 +13,10 @@ from mmengine.dataset import pseudo_collate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pycocotools import mask as coco_mask
-from timm.data.readers.img_extensions import get_img_extensions
 
 from zoo.recipes import config, distributed, runs
 from zoo.recipes.dense import configure, pictures, score
+from zoo.recipes.dense.data import IMAGES
 from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
@@ -67,12 +67,12 @@ def predict(settings: Any, inputs: Sequence[Path], out: Path) -> None:
 
 def _images(inputs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
     """Every image of `inputs`, and its name below the output folder."""
-    endings, names = get_img_extensions(as_set=True), set()
+    names: set[Path] = set()
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
             if not found:
-                raise RunError(f"the folder {path} has no images ({', '.join(sorted(endings))}).")
+                raise RunError(f"the folder {path} has no images ({', '.join(sorted(IMAGES))}).")
             pairs = [(p, p.relative_to(path)) for p in found]
         elif path.is_file():
             pairs = [(path, Path(path.name))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.registry import METRICS
 from omegaconf import DictConfig
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 
@@ -44,6 +46,8 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     device = distributed.setup(cfg.trainer.device)
     runs.start_log(None, distributed.rank() == 0)
     data = loop.open_data(cfg, training=False, classes=classes)
+    for line in data.summary():
+        log.info("%s", line)
     folder = Path(cfg.out) if cfg.out else Path(cfg.run) / "eval"
     if distributed.rank() == 0:
         runs.make_folder(folder, "out")
@@ -168,7 +172,9 @@ def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[
     for (name, path, kind), axes in zip(files, np.atleast_1d(figure.subplots(1, len(files))), strict=True):
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             truth = NamedCoco(str(split.annotations), split.classes)
-            evaluation = COCOeval(truth, truth.loadRes(str(path)), kind)
+            found = json.loads(path.read_text())
+            # pycocotools can't load an empty list.
+            evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), kind)
             evaluation.evaluate()
             evaluation.accumulate()
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes

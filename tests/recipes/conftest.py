@@ -168,6 +168,60 @@ def same():
     return equal
 
 
+@pytest.fixture(scope="session")
+def digit_scenes(tmp_path_factory):
+    """A folder with 16 digit scenes for training, 4 for validation and 4 for test; read only."""
+    from zoo.recipes.dense import scenes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scenes, "SCENES", {"train": 16, "val": 4, "test": 4})
+        return scenes.ensure(tmp_path_factory.mktemp("scenes") / "digits")
+
+
+# On the few scenes, a second or two of training.
+DENSE = (
+    "dense.digits_first=false",
+    "dense.warmup_updates=0",
+    "data.num_workers=0",
+    "trainer.batch_size=2",
+    "trainer.max_updates=2",
+)
+
+
+@pytest.fixture(scope="session")
+def fit_dense(digit_scenes):
+    """Train a detector or segmentor in this process; by default two updates of two digit scenes.
+
+    Pictures take longer than these trainings, so they are drawn on request only.
+    """
+    from zoo.recipes import runs, tasks
+
+    def run(folder: Path, *overrides: str, task: str = "detect", pictures: bool = False):
+        loop = tasks.task(task, "loop")
+        words = [f"task={task}", *QUIET, f"data.root={digit_scenes}", *DENSE, f"run={folder}", *overrides]
+        config.register()
+        with pytest.MonkeyPatch.context() as patch, initialize_config_dir(cli.CONF, version_base="1.3"):
+            if not pictures:
+                patch.setattr(runs, "plot_curves", lambda *args, **kwargs: None)
+                patch.setattr(loop.pictures, "draw_samples", lambda *args, **kwargs: None)
+            return loop.train(hydra_compose("config", words))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_dense(fit_dense, tmp_path_factory):
+    """The folders of finished runs of three updates, by task; read only.
+
+    They have learnt so little that the detector still finds a hundred things in every image.
+    """
+    folders = {}
+    for task in ("detect", "segment"):
+        folders[task] = tmp_path_factory.mktemp("finished") / task
+        fit_dense(folders[task], "trainer.max_updates=3", "optim.lr=1e-5", task=task, pictures=True)
+    return folders
+
+
 @pytest.fixture(autouse=True)
 def _restore_torch():
     """What a run in this process may leave behind."""

@@ -204,12 +204,6 @@ def test_summary_of_detection(coco):
     ]
 
 
-def test_summary_is_logged(coco, caplog):
-    with caplog.at_level(logging.INFO, logger="zoo"):
-        lines = coco.open().summary()
-    assert all(line in caplog.messages for line in lines)
-
-
 # Detection: what is warned about.
 
 

@@ -1,0 +1,521 @@
+"""Detection and segmentation runs in their folders: what they leave behind, continue, survive. 1 min; all 5 min."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from zoo.recipes import tasks
+from zoo.recipes.errors import RunError
+
+loop = tasks.task("detect", "loop")
+
+TASKS = ("detect", "segment")
+
+
+def _state(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+def _lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _log(folder):
+    return (folder / "train.log").read_text()
+
+
+@pytest.fixture
+def copied(finished_dense, tmp_path):
+    """A copy of the finished detection run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for path in finished_dense["detect"].iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+AGAIN = ("trainer.max_updates=3", "optim.lr=1e-5")
+
+
+# What is left behind.
+
+FILES = (
+    *("config.yaml", "train.log", "last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "predictions.png"),
+    *("model.safetensors", "summary.json", "mmengine.py"),
+)
+SCORES = {"detect": ["mask_AP", "mask_AP50", "bbox_AP", "bbox_AP50"], "segment": ["mIoU", "mAcc", "aAcc"]}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_run_leaves_its_files(finished_dense, task):
+    assert {path.name for path in finished_dense[task].iterdir()} >= set(FILES)
+    assert not list(finished_dense[task].rglob("*.pth"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_summary_has_the_figures(finished_dense, summary, task):
+    found = summary(finished_dense[task])
+    assert list(found["metrics"]) == SCORES[task]
+    assert all(0 <= value <= 100 for value in found["metrics"].values())
+    assert (found["task"], found["model"], found["updates"], found["train_images"]) == (task, "test_dinat", 3, 16)
+    assert (found["val_images"], found["processes"], found["skipped_updates"]) == (4, 1, 0)
+    assert len(found["classes"]) == {"detect": 10, "segment": 11}[task]
+    assert found["best"]["update"] == 3
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_metrics_have_a_line_per_evaluation(finished_dense, task):
+    (line,) = _lines(finished_dense[task])
+    assert (line["update"], line["epoch"]) == (3, 0.375)
+    assert line["train_loss"] > 0
+    assert line["images_per_second"] > 0
+    assert {f"val_{name}" for name in SCORES[task]} <= line.keys()
+
+
+@pytest.mark.parametrize(("task", "line"), [("detect", "training: 44 boxes"), ("segment", "training: 16 images")])
+def test_log_says_what_the_data_are(finished_dense, task, line):
+    assert line in _log(finished_dense[task])
+
+
+def test_best_weights_are_those_of_the_best_evaluation(finished_dense, same):
+    folder = finished_dense["detect"]
+    assert same(load_file(folder / "best.safetensors"), load_file(folder / "model.safetensors"))
+    assert same(load_file(folder / "model.safetensors"), dict(_state(folder)["model"]))
+
+
+def test_pictures_show_images_that_were_found_and_true(finished_dense):
+    with Image.open(finished_dense["detect"] / "predictions.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_mmengine_configuration_can_be_read_again(finished_dense):
+    from mmengine.config import Config
+
+    settings = Config.fromfile(finished_dense["segment"] / "mmengine.py")
+    assert settings.train_cfg.max_iters == 3
+
+
+def test_scores_are_percentages_and_leave_out_what_does_not_exist():
+    found = loop.scores({"coco/bbox_mAP": 0.25, "coco/bbox_mAP_50": -1.0, "mIoU": 40.5, "other": 1.0})
+    assert found == {"bbox_AP": 25.0, "mIoU": 40.5}
+
+
+# Continuing.
+
+RANDOM = ("+model_kwargs.drop_path_rate=0.3", "dense.warmup_updates=3", "optim.lr=1e-3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_continued_run_equals_an_undisturbed_one(fit_dense, tmp_path, task, same):
+    fit_dense(tmp_path / "whole", *RANDOM, "trainer.max_updates=4", task=task)
+    fit_dense(tmp_path / "parts", *RANDOM, "trainer.max_updates=2", task=task)
+    fit_dense(tmp_path / "parts", *RANDOM, "trainer.max_updates=4", task=task)
+    one, two = _state(tmp_path / "whole"), _state(tmp_path / "parts")
+    assert same(one["model"], two["model"])
+    assert same(one["optimizer"], two["optimizer"])
+    assert "Continues after update 2." in _log(tmp_path / "parts")
+    assert "trainer.max_updates=4 (was 2)" in _log(tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_evaluation_in_between_changes_nothing(fit_dense, tmp_path, same):
+    args = (*RANDOM, "trainer.max_updates=4", "trainer.batch_size=8")
+    fit_dense(tmp_path / "often", *args, "trainer.eval_every=1")
+    fit_dense(tmp_path / "once", *args, "trainer.eval_every=2")
+    assert [line["update"] for line in _lines(tmp_path / "often")] == [2, 4]
+    assert same(_state(tmp_path / "often")["model"], _state(tmp_path / "once")["model"])
+
+
+@pytest.mark.slow
+def test_longer_training_follows_its_own_schedule(fit_dense, tmp_path, same):
+    """Not the one that the checkpoint was made with."""
+    args = ("trainer.max_updates=4", "optim.lr=1e-3")
+    fit_dense(tmp_path / "run", *args, "dense.updates=3")
+    fit_dense(tmp_path / "run", *args, "dense.updates=4")
+    # 1e-3 * (1 + cos(2/3 pi)) / 2 and 1e-3 * (1 + cos(3/4 pi)) / 2: the last steps of either
+    assert [line["lr"] for line in _lines(tmp_path / "run")] == pytest.approx([2.5e-4, 1.464466e-4])
+    assert _state(tmp_path / "run")["progress"]["update"] == 4
+    fit_dense(tmp_path / "run", "dense.updates=8", "optim.lr=2e-3", "trainer.max_updates=5")
+    # Five of eight updates along a half cosine: 2e-3 * (1 + cos(5/8 pi)) / 2
+    assert _lines(tmp_path / "run")[-1]["lr"] == pytest.approx(6.173166e-4, rel=1e-4)
+
+
+def test_finished_run_says_so_and_changes_nothing(fit_dense, copied, summary):
+    before = {name: (copied / name).read_bytes() for name in ("last.pt", "model.safetensors", "summary.json")}
+    assert fit_dense(copied, *AGAIN) == summary(copied)
+    assert "This run is finished" in _log(copied)
+    assert {name: (copied / name).read_bytes() for name in before} == before
+
+
+def test_finished_run_refuses_other_settings(fit_dense, copied):
+    with pytest.raises(RunError, match=r"holds a finished run, not with seed=1 \(was 0\)"):
+        fit_dense(copied, *AGAIN, "seed=1")
+
+
+def test_finished_run_without_its_export_writes_it_again(fit_dense, copied, weights, finished_dense, same):
+    for name in ("model.safetensors", "summary.json"):
+        (copied / name).unlink()
+    fit_dense(copied, *AGAIN)
+    assert same(weights(copied), weights(finished_dense["detect"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model=test_van", "model 'test_dinat', not 'test_van'"),
+        ("dense=retinanet", "method 'mask_rcnn', not 'retinanet'"),
+        ("trainer.batch_size=4", "images per update 2, not 4"),
+    ],
+)
+def test_other_settings_refuse_the_folder(fit_dense, copied, override, key):
+    with pytest.raises(RunError, match=rf"holds a run with {key}: choose another run=<folder>"):
+        fit_dense(copied, *AGAIN, override)
+
+
+def test_other_task_refuses_the_folder(fit_dense, copied):
+    with pytest.raises(RunError, match="holds a run with classes"):
+        fit_dense(copied, *AGAIN, task="segment")
+
+
+def test_other_classes_refuse_the_folder(fit_dense, copied, digit_scenes, tmp_path):
+    for split in ("train", "val"):
+        content = json.loads((digit_scenes / "annotations" / f"instances_{split}.json").read_text())
+        content["categories"][0]["name"] = "nought"
+        (tmp_path / f"{split}.json").write_text(json.dumps(content))
+    words = [f"data.{split}_ann={tmp_path / split}.json" for split in ("train", "val")]
+    with pytest.raises(RunError, match=r"holds a run with classes \['0', .*not \['nought'"):
+        fit_dense(copied, *AGAIN, *words)
+
+
+@pytest.mark.parametrize("override", ["dense.small=false", "+model_kwargs.depths=[1,1,1,2]"])
+def test_checkpoint_of_another_shape_is_refused(fit_dense, copied, override):
+    with pytest.raises(RunError, match=r"last.pt does not fit these settings .*: choose another run=<folder>"):
+        fit_dense(copied, override, "trainer.max_updates=4")
+
+
+def test_never_refuses_an_existing_run(fit_dense, copied):
+    with pytest.raises(RunError, match="holds a run already"):
+        fit_dense(copied, *AGAIN, "resume=never")
+
+
+def test_must_refuses_a_new_run(fit_dense, tmp_path):
+    with pytest.raises(RunError, match="has no checkpoint"):
+        fit_dense(tmp_path / "run", "resume=must")
+
+
+def test_must_continues(fit_dense, copied):
+    assert fit_dense(copied, "trainer.max_updates=4", "optim.lr=1e-5", "resume=must")["updates"] == 4
+
+
+def _killed(*_, **__):
+    raise SystemError
+
+
+@pytest.mark.slow
+def test_killed_between_the_last_update_and_its_evaluation(fit_dense, tmp_path, monkeypatch, weights, same):
+    args = ("trainer.save_minutes=0", "optim.lr=1e-3")
+    fit_dense(tmp_path / "whole", *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.DenseRun, "close_epoch", _killed)
+        with pytest.raises(SystemError):
+            fit_dense(tmp_path / "parts", *args)
+    assert _state(tmp_path / "parts")["progress"] | {"seconds": 0} == {
+        **{"update": 2, "nonfinite": 0, "seconds": 0, "finished": False},
+    }
+    summary = fit_dense(tmp_path / "parts", *args)
+    assert list(summary["metrics"]) == SCORES["detect"]
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_run_ahead_of_a_lower_limit_is_evaluated_and_ends(fit_dense, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.DenseRun, "close_epoch", _killed)
+        with pytest.raises(SystemError):
+            fit_dense(tmp_path / "run", "trainer.save_minutes=0")
+    summary = fit_dense(tmp_path / "run", "trainer.max_updates=1")
+    assert summary["updates"] == 2
+    assert list(summary["metrics"]) == SCORES["detect"]
+
+
+# Gradient accumulation.
+
+
+def test_accumulated_batches_train_alike(fit_dense, tmp_path, monkeypatch):
+    """As many updates, at the same learning rates, of the same images."""
+    rates, seen = [], []
+    before = loop._Keeper.before_train_iter
+
+    def note(self, runner, batch_idx, data_batch):
+        seen.extend(sample.img_path for sample in data_batch["data_samples"])
+        before(self, runner, batch_idx, data_batch)
+
+    monkeypatch.setattr(loop._Keeper, "before_train_iter", note)
+    monkeypatch.setattr(loop.Progress, "advance", lambda self, note, lr, images: rates.append((lr, images)))
+    args = ("trainer.effective_batch_size=4", "dense.warmup_updates=3", "trainer.max_updates=3", "dense.updates=5")
+    for batch in (4, 2):
+        fit_dense(tmp_path / str(batch), f"trainer.batch_size={batch}", *args, task="segment")
+    assert rates[:3] == rates[3:] == [(pytest.approx(lr), 4) for lr in (2e-6, 1.001e-3, 2e-3)]
+    assert seen[:12] == seen[12:]
+    assert len(seen) == 24
+    four, two = (_state(tmp_path / str(batch)) for batch in (4, 2))
+    assert four["optimizer"]["param_groups"] == two["optimizer"]["param_groups"]
+    steps = [{float(value["step"]) for value in state["optimizer"]["state"].values()} for state in (four, two)]
+    assert steps == [{3.0}, {3.0}]
+    assert four["progress"]["update"] == two["progress"]["update"] == 3
+
+
+@pytest.mark.slow
+def test_accumulated_run_continues(fit_dense, tmp_path, same):
+    args = (*RANDOM, "trainer.effective_batch_size=4")
+    fit_dense(tmp_path / "whole", *args, "trainer.max_updates=3")
+    fit_dense(tmp_path / "parts", *args, "trainer.max_updates=1")
+    fit_dense(tmp_path / "parts", *args, "trainer.max_updates=3")
+    assert same(_state(tmp_path / "whole")["model"], _state(tmp_path / "parts")["model"])
+
+
+# Losses that are not finite.
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Make the losses of some passes, counted from 0, not finite; the weights before each pass."""
+    from mmdet.models.detectors import MaskRCNN
+
+    def call(*passes, value=float("nan")):
+        original, before = MaskRCNN.parse_losses, []
+
+        def parse_losses(self, losses):
+            loss, values = original(self, losses)
+            if len(before) in passes:
+                loss = loss * value
+            before.append({key: tensor.clone() for key, tensor in self.named_parameters()})
+            return loss, values
+
+        monkeypatch.setattr(MaskRCNN, "parse_losses", parse_losses)
+        return before
+
+    return call
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_loss_skips_the_update(fit_dense, tmp_path, spoil, same, value):
+    before = spoil(1, value=value)
+    summary = fit_dense(tmp_path / "run", "trainer.max_updates=4", "trainer.batch_size=8")
+    assert not same(before[0], before[1])
+    assert same(before[1], before[2])
+    assert not same(before[2], before[3])
+    assert (summary["updates"], summary["skipped_updates"]) == (4, 1)
+    assert "Update 2 is skipped, its loss is not finite (1 in a row)." in _log(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_skipped_updates_are_counted_once(fit_dense, tmp_path, spoil):
+    spoil(0, 3)
+    args = ("trainer.batch_size=8", "trainer.eval_every=1", "trainer.max_updates=6")
+    assert fit_dense(tmp_path / "run", *args)["skipped_updates"] == 2
+    assert [line["skipped_updates"] for line in _lines(tmp_path / "run")] == [1, 1, 0]
+
+
+@pytest.mark.parametrize("bad", [2, 3], ids=["first pass", "second pass"])
+def test_bad_pass_spoils_its_accumulated_update_only(fit_dense, tmp_path, spoil, same, bad):
+    before = spoil(bad)
+    summary = fit_dense(tmp_path / "run", "trainer.effective_batch_size=4", "trainer.max_updates=3")
+    assert same(before[2], before[3])
+    assert same(before[3], before[4])
+    assert not same(before[1], before[2])
+    assert (summary["updates"], summary["skipped_updates"]) == (3, 1)
+    assert len(before) == 6
+
+
+def test_too_many_bad_losses_stop_the_run(fit_dense, tmp_path, spoil):
+    spoil(1, 2, 3)
+    with pytest.raises(RunError, match=r"not finite in 3 updates in a row \(trainer.max_nonfinite=2\): lower optim.lr"):
+        fit_dense(tmp_path / "run", "trainer.max_updates=9", "trainer.max_nonfinite=2")
+
+
+@pytest.mark.slow
+def test_good_losses_in_between_start_the_count_anew(fit_dense, tmp_path, spoil):
+    spoil(0, 1, 3, 4)
+    summary = fit_dense(tmp_path / "run", "trainer.max_updates=5", "trainer.max_nonfinite=2")
+    assert summary["skipped_updates"] == 4
+
+
+# Processes that are killed and stopped.
+
+CHILD = (
+    *("dense.digits_first=false", "data.num_workers=0", "trainer.batch_size=2", "trainer.save_minutes=0"),
+    *("trainer.max_updates=400", "trainer.device=cpu", "log.wandb=disabled", "run=run"),
+)
+
+
+def _wait_for_update(process, folder, update):
+    while not (folder / "last.pt").exists() or _state(folder)["progress"]["update"] < update:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_killed_process_continues(start_cli, run_cli, digit_scenes, tmp_path):
+    words = ("task=detect", f"data.root={digit_scenes}", *CHILD)
+    process = start_cli(*words, cwd=tmp_path)
+    try:
+        _wait_for_update(process, tmp_path / "run", 2)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    update = _state(tmp_path / "run")["progress"]["update"]
+    code, output = run_cli(*words, f"trainer.max_updates={update + 1}", cwd=tmp_path)
+    assert code == 0, output
+    assert f"Continues after update {update}." in output
+    assert re.search(r"box AP50 \d", output)
+
+
+@pytest.mark.slow
+def test_stopped_process_saves_and_says_how_to_continue(start_cli, digit_scenes, tmp_path):
+    process = start_cli("task=segment", f"data.root={digit_scenes}", *CHILD, cwd=tmp_path)
+    try:
+        _wait_for_update(process, tmp_path / "run", 1)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, output
+    update = _state(tmp_path / "run")["progress"]["update"]
+    assert f"Stopped by SIGTERM after update {update}, and saved." in output
+    assert re.search(r"Continue with: python -m zoo.recipes.train task=segment .*run=run", output)
+    assert "Traceback" not in output
+
+
+# A start from somewhere.
+
+
+def test_classifier_gives_the_backbone_its_weights(fit_dense, finished, tmp_path, weights, monkeypatch, fit, images):
+    fit(tmp_path / "classifier", images, "model=test_dinat", "data.img_size=64")
+    start = {}
+
+    def keep(self, runner):
+        self.runner = runner
+        start.update(self.model.backbone.state_dict())
+        raise SystemError
+
+    monkeypatch.setattr(loop.DenseRun, "restore", keep)
+    with pytest.raises(SystemError):
+        fit_dense(tmp_path / "run", f"pretrained={tmp_path / 'classifier'}")
+    learnt = {
+        key: value for key, value in weights(tmp_path / "classifier").items() if not key.startswith(("norm.", "head"))
+    }
+    found = {key.removeprefix("body.").removeprefix("model."): value for key, value in start.items()}
+    assert learnt
+    assert [key for key, value in learnt.items() if not torch.equal(found[key], value)] == []
+
+
+def test_run_that_goes_on_needs_no_pretrained_weights(fit_dense, copied, tmp_path):
+    """They may be gone by then."""
+    state = _state(copied)
+    state["config"]["pretrained"] = str(tmp_path / "gone")
+    torch.save(state, copied / "last.pt")
+    words = ("trainer.max_updates=4", "optim.lr=1e-5", f"pretrained={tmp_path / 'gone'}")
+    assert fit_dense(copied, *words)["updates"] == 4
+
+
+@pytest.mark.slow
+def test_digits_come_first_and_once(fit_dense, tmp_path, monkeypatch):
+    words = ("dense.digits_first=true", "trainer.max_updates=1")
+    fit_dense(tmp_path / "run", *words)
+    assert "single digits" not in _log(tmp_path / "run")  # its log begins later
+    backbone = tmp_path / "run" / "backbone"
+    assert json.loads((backbone / "summary.json").read_text())["updates"] == 1
+    monkeypatch.setattr(loop, "classify", _killed)
+    assert fit_dense(tmp_path / "run", *words)["updates"] == 1
+    assert fit_dense(tmp_path / "run", "dense.digits_first=true", "trainer.max_updates=2")["updates"] == 2
+
+
+def test_digits_come_first_with_the_models_settings(fit_dense, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loop, "classify", lambda cfg, again: asked.append(cfg) or _killed())
+    with pytest.raises(SystemError):
+        fit_dense(tmp_path / "run", "dense.digits_first=true", "seed=3", "+model_kwargs.drop_path_rate=0.1")
+    (cfg,) = asked
+    assert (cfg.task, cfg.data.name, cfg.model, cfg.seed) == ("classify", "digit_crops", "test_dinat", 3)
+    assert dict(cfg.model_kwargs) == {"drop_path_rate": 0.1}
+    assert cfg.log.wandb == "disabled"
+    assert cfg.run == str(tmp_path / "run" / "backbone")
+
+
+def test_digits_do_not_come_before_pretrained_weights(fit_dense, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "classify", _killed)
+    with pytest.raises(RunError, match="none"):
+        fit_dense(tmp_path / "run", "dense.digits_first=true", f"pretrained={tmp_path / 'none'}")
+
+
+# Every family, in short.
+
+MODELS = (
+    *("test_van", "test_cswin", "test_maxvit", "test_biformer", "test_gc_vit", "test_litv2"),
+    *("convnext_atto", "davit_tiny"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("task", TASKS)
+def test_family_trains_and_evaluates(fit_dense, tmp_path, task, model):
+    # At this learning rate they still find something, however wrong.
+    summary = fit_dense(tmp_path / "run", f"model={model}", "trainer.max_updates=1", "optim.lr=1e-5", task=task)
+    assert list(summary["metrics"]) == SCORES[task]
+    assert summary["skipped_updates"] == 0
+
+
+# Two processes.
+
+KEEP_WEIGHTS = """
+import torch
+from zoo.recipes import distributed, tasks
+from zoo.recipes.train import main
+
+loop = tasks.task("detect", "loop")
+finish = loop.DenseRun.finish
+
+
+def kept(run):
+    torch.save(run.runner.model.module.state_dict(), f"rank{distributed.rank()}.pt")
+    return finish(run)
+
+
+loop.DenseRun.finish = kept
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_train_one_model(digit_scenes, tmp_path, task, same, summary):
+    (tmp_path / "keep.py").write_text(KEEP_WEIGHTS)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "keep.py")
+    words = (f"task={task}", f"data.root={digit_scenes}", "dense.digits_first=false", "run=run", "optim.lr=1e-3")
+    small = ("trainer.max_updates=2", "trainer.batch_size=2", "trainer.device=cpu", "log.wandb=disabled")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *words, *small], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
+    assert same(dict(one), dict(two))
+    assert output.count("on 4 validation images") == 1
+    assert "4 images an update = 2 images x 2 processes" in output
+    found = summary(tmp_path / "run")
+    assert (found["updates"], found["processes"], list(found["metrics"])) == (2, 2, SCORES[task])
