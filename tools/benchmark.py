@@ -1,4 +1,4 @@
-"""zoo-bench: how fast the operators are, and what a neighborhood should cost."""
+"""zoo-bench: how fast the models and the operators are, and what a neighborhood should cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,9 +19,42 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from zoo.tools.benchmark_kernels import Result, Row
+    from zoo.tools.benchmark_models import Contender, Results
 
 OPERATORS = ("window", "neighborhood", "routed", "depthwise")
 DTYPES = ("fp32", "bf16", "fp16")
+AUTOCAST = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# One of each family, GC ViT twice: that of the yardstick's size, and the smallest.
+MODELS = (
+    "maxvit_tiny",
+    "gc_vit_xxtiny",
+    "gc_vit_tiny",
+    "dinat_mini",
+    "cswin_tiny",
+    "biformer_tiny",
+    "litv2_small",
+    "van_b1",
+)
+PATHS = ("reference", "torch", "triton")
+AGAINST = "swin_tiny_patch4_window7_224"
+
+MODEL_PASSES = f"""\
+Time whole models: inference and the training step, in units of a common model, beside timm's model of the family.
+
+Inference is a forward pass in eval mode without gradients. A training step is a forward pass in train mode, cross
+entropy, a backward pass, and dropping the gradients; there is no optimizer in it, whose time depends on the number of
+parameters alone. Weights and images are random. Every contender first runs once and its results have to be finite;
+then all run in turns in one process, and a time is divided by that of {AGAINST} (or --against) of
+the same turn, so that whatever else the machine does meets both alike. Figures are medians, those in brackets are
+where eight of ten turns lie; a / b is inference / training. Memory is what a call holds at most beyond weights and
+images. The time to compile is that of the first call, without any cache."""
+MODEL_EXAMPLES = """\
+examples:
+  zoo-bench models --threads 2                              one of each family, some ten minutes
+  zoo-bench models dinat_tiny resnet50 --no-training        ours and timm's models by name
+  zoo-bench models van_b0 --batch-size 1 --dtype bfloat16   the latency of one image
+  zoo-bench models cswin_tiny --kernels reference,torch     our operators' paths against each other
+  zoo-bench models --compile --device cuda --dtype float16 --json all.json --picture all.png"""
 
 KERNELS = """\
 Time the operators of zoo.kernels against what one would write without them.
@@ -109,6 +142,40 @@ def parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write everything that was measured, after each table")
     add("--picture", type=Path, metavar="FILE", help="draw times relative to ours, as .png, .svg or .pdf")
 
+    add = command("models", MODEL_PASSES, MODEL_EXAMPLES, _models).add_argument
+    add(
+        "models",
+        nargs="*",
+        type=_without_tag,
+        metavar="MODEL",
+        help=f"names of timm's list, ours among them ({', '.join(MODELS)})",
+    )
+    add("--against", type=_without_tag, default=AGAINST, metavar="MODEL", help="whose time is the unit (%(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
+    add("--batch-size", type=_count, metavar="N", help="images (4; on a GPU 128)")
+    add("--size", type=_pair, default=(224, 224), metavar="HxW", help="of the images, or one number for both (224)")
+    add(
+        "--dtype",
+        type=lambda text: AUTOCAST.get(text, text),
+        choices=tuple(AUTOCAST.values()),
+        default="float32",
+        help="of autocast; float32 is none (float32)",
+    )
+    add("--threads", type=_count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
+    add("--training", action=argparse.BooleanOptionalAction, default=True, help="time the training step too (on)")
+    add("--compile", action="store_true", help="also run every model compiled; some minutes for each on a CPU")
+    add(
+        "--kernels",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="PATH,...",
+        help=f"run ours with each of these paths of our operators, of {', '.join(PATHS)}",
+    )
+    add("--seconds", type=_positive, default=60.0, metavar="S", help="to time each kind of pass for (60)")
+    add("--rounds", type=_count, default=10, metavar="N", help="to time at least, however long they take (10)")
+    add("--json", type=Path, metavar="FILE", help="write everything that was measured, after each kind of pass")
+    add("--picture", type=Path, metavar="FILE", help="draw throughput against published accuracy: .png, .svg or .pdf")
+
     add = command("simulate", SIMULATE, SIMULATE_EXAMPLES, _simulate).add_argument
     add("--size", type=_pair, required=True, metavar="HxW", help="of the map, such as 56x56")
     add("--kernel", type=_pair, required=True, metavar="K", help="kernel size: 7, or 7x5 for rows x columns")
@@ -121,6 +188,11 @@ def parser() -> argparse.ArgumentParser:
     add("--gpu", nargs="+", metavar="NAME", help="of the GPUs known (all)")
     add("--json", type=Path, metavar="FILE", help="write the figures")
     return parser
+
+
+def _without_tag(text: str) -> str:
+    """A tag names weights, and those measured are random."""
+    return text.partition(".")[0]
 
 
 def _count(text: str) -> int:
@@ -148,30 +220,22 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _kernels(options: argparse.Namespace) -> None:
-    _check_file(options.picture, (".png", ".svg", ".pdf"), options)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which counts memory, talks on stderr
-    import torch
+    _prepare(options)
     from rich.console import Console
 
-    from zoo.tools import benchmark_kernels
+    from zoo.tools import benchmark_kernels, benchmark_timing
 
-    if options.device == "cuda" and not torch.cuda.is_available():
-        _fail(options, "Got --device cuda, and PyTorch sees no GPU here; use --device cpu.", 1)
     chosen = _chosen_cases(options, {name: list(op.cases) for name, op in benchmark_kernels.OPERATORS.items()})
     _check_contenders(options, benchmark_kernels.OPERATORS)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    # float32 means float32, for the others too
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     on_gpu = options.device == "cuda"
     batch = options.batch or (128 if on_gpu else 4)
     dtypes = options.dtype or (["fp16"] if on_gpu else ["fp32"])
     backward = options.backward if options.backward is not None else _only_targets(options)
-    machine = benchmark_kernels.machine(options.device)
+    machine = benchmark_timing.machine(options.device)
     peaks = _peaks(options, machine["gpu"])
     console = _console()
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    where = _where(machine)
     console.print(f"{where}; torch {machine['torch']}, triton {machine['triton']}; batch {batch}", highlight=False)
 
     tables = [
@@ -210,6 +274,24 @@ def _kernels(options: argparse.Namespace) -> None:
     for path in filter(None, (options.json, options.picture)):
         console.print(f"written: {path}", highlight=False)
     _judge(options, results)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    """Look at what `kernels` and `models` have in common, and set PyTorch up as they say."""
+    _check_file(options.picture, (".png", ".svg", ".pdf"), options)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which counts memory, talks on stderr
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        _fail(options, "Got --device cuda, and PyTorch sees no GPU here; use --device cpu.", 1)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    # float32 means float32, for the others too
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _where(machine: dict[str, Any]) -> str:
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
 
 
 def _check_file(path: Path | None, endings: tuple[str, ...], options: argparse.Namespace) -> None:
@@ -288,7 +370,7 @@ def _print_result(console: Console, result: Result, peaks: tuple[float, float] |
     from rich.table import Table
     from rich.text import Text
 
-    from zoo.tools.benchmark_kernels import spread
+    from zoo.tools.benchmark_timing import digits, spread
 
     title = _label(result.operator, result.case, result.dtype, result.backward)
     work = f"at least {result.min_bytes / 2**20:.1f} MiB moved, {result.flops / 1e9:.3g} GFLOP wanted"
@@ -303,7 +385,7 @@ def _print_result(console: Console, result: Result, peaks: tuple[float, float] |
         ratio = "{:.2f} ({:.2f}-{:.2f})".format(*spread(row.ratios)) if row.ratios else ""
         cells = [
             f"{row.name}{' (ours)' if row.name == result.ours else ''}",
-            f"{_digits(median * 1e3)} ({_digits(low * 1e3)}-{_digits(high * 1e3)})",
+            f"{digits(median * 1e3)} ({digits(low * 1e3)}-{digits(high * 1e3)})",
             ratio,
             f"{row.peak_bytes / 2**20:.1f}",
             f"{result.min_bytes / median / 1e9:.3g}",
@@ -320,13 +402,8 @@ def _print_result(console: Console, result: Result, peaks: tuple[float, float] |
     console.print()
 
 
-def _digits(number: float) -> str:
-    """Three of them."""
-    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
-
-
 def _as_json(result: Result, peaks: tuple[float, float] | None) -> dict[str, Any]:
-    from zoo.tools.benchmark_kernels import spread
+    from zoo.tools.benchmark_timing import spread
 
     least = _least_time(result, peaks)
 
@@ -334,17 +411,12 @@ def _as_json(result: Result, peaks: tuple[float, float] | None) -> dict[str, Any
         error = row.error if row.error is not None and math.isfinite(row.error) else None
         entry: dict[str, Any] = {"name": row.name, "status": row.status, "reason": row.reason, "error": error}
         if row.times:
-            median, low, high = spread(row.times)
+            median = spread(row.times)[0]
+            entry |= row.figures()
             entry |= {
-                "median_s": median,
-                "low_s": low,
-                "high_s": high,
-                "ratio": dict(zip(("median", "low", "high"), spread(row.ratios), strict=True)) if row.ratios else None,
-                "peak_bytes": row.peak_bytes,
                 "bytes_per_s": result.min_bytes / median,
                 "flops_per_s": result.flops / median,
                 "roofline_fraction": least and least / median,
-                "times_s": row.times,
             }
         return entry
 
@@ -386,7 +458,7 @@ def _draw(path: Path, results: list[Result], where: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    from zoo.tools.benchmark_kernels import spread
+    from zoo.tools.benchmark_timing import digits, spread
 
     groups = [(result, [row for row in result.rows if row.ratios]) for result in results]
     groups = [(result, sorted(rows, key=lambda r: spread(r.ratios)[0])) for result, rows in groups if rows]
@@ -408,7 +480,7 @@ def _draw(path: Path, results: list[Result], where: str) -> None:
             if row.name != result.ours:
                 axes.plot([low, high], [y, y], color="black", linewidth=1)
             ours = " (ours)" if row.name == result.ours else ""
-            text = f"  {row.name}{ours}: {median:.2f}x, {_digits(spread(row.times)[0] * 1e3)} ms"
+            text = f"  {row.name}{ours}: {median:.2f}x, {digits(spread(row.times)[0] * 1e3)} ms"
             axes.text(high, y, text, va="center", fontsize=8)
         y += 1.5
     axes.axvline(1, color="black", linewidth=0.8)
@@ -427,6 +499,117 @@ def _draw(path: Path, results: list[Result], where: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _models(options: argparse.Namespace) -> None:
+    for path in options.kernels:
+        if path not in PATHS:
+            _fail(options, f"Got --kernels with {path!r}; it takes {', '.join(PATHS)}, with commas between them.", 2)
+    _prepare(options)
+    import torch
+    from rich.console import Console
+
+    from zoo.tools import benchmark_models, benchmark_timing
+
+    names = options.models or list(MODELS)
+    _check_models(options, names)
+    batch = options.batch_size or (128 if options.device == "cuda" else 4)
+    machine = benchmark_timing.machine(options.device)
+    where = _where(machine)
+    setting = f"batch {batch}, {_by(options.size)}, {options.dtype}"
+    console, errors = _console(), Console(stderr=True)
+    console.print(f"{where}; torch {machine['torch']}, timm {machine['timm']}; {setting}", highlight=False)
+
+    with ExitStack() as stack:
+        with _progress(errors, "creating the models"):
+            contenders = benchmark_models.contenders(
+                names,
+                options.against,
+                size=options.size,
+                device=options.device,
+                compiled=options.compile,
+                choices=tuple(options.kernels),
+            )
+        if options.compile:
+            stack.enter_context(benchmark_models.fresh_compiler(options.device, 4 * len(contenders)))
+        results: benchmark_models.Results = {}
+        passes = ("inference", "training")[: 1 + options.training]
+        for number, what in enumerate(passes, 1):
+            with _progress(errors, f"[{number}/{len(passes)}] {what}, {len(contenders)} contenders") as say:
+                results[what] = benchmark_models.measure(
+                    contenders,
+                    what == "training",
+                    batch=batch,
+                    size=options.size,
+                    dtype=getattr(torch, options.dtype),
+                    device=options.device,
+                    seconds=options.seconds,
+                    rounds=options.rounds,
+                    say=say,
+                )
+            if options.json:
+                keys = ("against", "size", "dtype", "seconds", "rounds")
+                settings = {key: getattr(options, key) for key in keys} | {"batch_size": batch}
+                models = benchmark_models.as_json(contenders, results, batch)
+                _write_json(options.json, {"machine": machine, "settings": settings, "models": models})
+    _print_models(console, options, contenders, results, batch)
+    if options.picture:
+        benchmark_models.draw(options.picture, contenders, results, batch, f"{where}; {setting}")
+    for path in filter(None, (options.json, options.picture)):
+        console.print(f"written: {path}", highlight=False)
+    _judge_models(options, contenders, results)
+
+
+def _check_models(options: argparse.Namespace, names: list[str]) -> None:
+    import timm
+    import torch
+
+    from zoo.kernels import dispatch
+    from zoo.tools import benchmark_models
+
+    for name in (options.against, *names):
+        if not timm.is_model(name):
+            near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+            hint = f"near it are {', '.join(near)}" if near else f"there are {', '.join(MODELS[:4])} and others"
+            _fail(options, f"Got the model {name!r}, which timm does not know; {hint}.", 2)
+    if options.kernels and not any(map(benchmark_models.is_ours, names)):
+        _fail(options, "Got --kernels and only models of timm's, which do not use them; name one of ours too.", 2)
+    if "triton" in options.kernels and (obstacle := dispatch.triton_obstacle(torch.empty(0, device=options.device))):
+        _fail(options, f"Got --kernels with 'triton', which cannot run here: {obstacle}.", 1)
+    if options.picture and not any(benchmark_models.top1(name) for name in names):
+        _fail(options, "Got --picture, and none of the models has a published accuracy; leave it out.", 2)
+
+
+def _print_models(
+    console: Console, options: argparse.Namespace, contenders: list[Contender], results: Results, batch: int
+) -> None:
+    from rich.text import Text
+
+    from zoo.tools import benchmark_models
+
+    console.print(benchmark_models.table(contenders, results, batch), highlight=False)
+    beside = "; timm's: its own model of that family" if any(c.peer for c in contenders) else ""
+    console.print(
+        f"{' and '.join(results)}: time in units of {options.against}'s{beside}; a / b: {' / '.join(results)}.",
+        style="dim",
+        highlight=False,
+    )
+    for what, rows in results.items():
+        for row in rows.values():
+            if row.status == "failed":
+                console.print(Text(f"not timed: {row.name}, {what}: {row.reason}", style="red"))
+
+
+def _judge_models(options: argparse.Namespace, contenders: list[Contender], results: Results) -> None:
+    """End with an error if there is no unit, or if a model of ours fails."""
+    for what, rows in results.items():
+        unit = next(iter(rows.values()))
+        if unit.status == "failed":
+            _fail(options, f"{unit.name}, the unit, failed in {what}: {unit.reason}; choose another by --against.", 1)
+        for contender in contenders:
+            row = rows[contender.label]
+            if contender.ours and row.status == "failed":
+                _fail(options, f"Our {row.name} failed in {what}: {row.reason}.", 1)
 
 
 def _simulate(options: argparse.Namespace) -> None:

@@ -1,25 +1,18 @@
-"""How `zoo-bench kernels` measures: who is right, how long it takes, how much memory it holds."""
+"""What `zoo-bench kernels` measures: who is right, then how long it takes and how much memory it holds."""
 
 from __future__ import annotations
 
-import gc
 import inspect
 import math
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
+from zoo.tools import benchmark_timing as timing
 from zoo.tools.benchmark_peers import OPERATORS, Arguments, CannotRunError, Contender, call_ours
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,21 +20,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # and whoever forgets a border or a bias is far above.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CHECKED_IMAGES = 2
-MIN_ROUNDS, MAX_ROUNDS = 5, 500
+MIN_ROUNDS = 5
 PER_IMAGE = ("qkv", "q", "k", "v", "routes", "key_mask", "x")
 
 
 @dataclass
-class Row:
-    """How one contender did: `times` in seconds; or why it was not timed."""
+class Row(timing.Row):
+    """How one contender did, and how far from float64."""
 
-    name: str
-    status: str = "timed"  # or "wrong", "failed", "not run"
-    reason: str = ""
     error: float | None = None
-    times: list[float] = field(default_factory=list)
-    ratios: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
 
 
 @dataclass
@@ -92,7 +79,7 @@ def measure(
         except CannotRunError as reason:
             row.status, row.reason = "not run", str(reason)
         except Exception as fault:  # whatever it is, the others go on
-            row.status, row.reason = "failed", f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]}"
+            row.failed(fault)
         else:
             allowed = TOLERANCE[DTYPES[dtype]]
             if row.error <= allowed:
@@ -100,17 +87,17 @@ def measure(
             else:
                 row.status = "wrong"
                 row.reason = f"relative error {row.error:.1e} against float64, {allowed:.0e} allowed"
-        _release(device)
+        timing.release(device)
 
     say("timing")
     ours = next((name for name in ("triton", "torch") if name in runs), None)
     if runs:
-        times = _alternately(runs, device, seconds)
+        times = timing.alternately(runs, device, seconds, MIN_ROUNDS)
         for row in rows:
             if row.name in runs:
                 row.times = times[row.name]
                 row.ratios = [a / b for a, b in zip(row.times, times[ours], strict=True)] if ours else []
-                row.peak_bytes = _peak_bytes(runs[row.name], device)
+                row.peak_bytes = timing.peak_bytes(runs[row.name], device)
     return Result(
         operator=name,
         case=case,
@@ -219,105 +206,3 @@ def _min_bytes(arguments: Arguments, out: Tensor, backward: bool) -> int:
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     forward = sum(x.nbytes for x in tensors) + out.nbytes
     return forward + (forward + out.nbytes + sum(x.nbytes for x in tensors if x.requires_grad)) * backward
-
-
-def _alternately(runs: dict[str, Callable[[], object]], device: str, seconds: float) -> dict[str, list[float]]:
-    clock = _GpuClock() if device == "cuda" else _cpu_clock
-    for run in runs.values():
-        clock(run)
-    names, times = list(runs), {name: [] for name in runs}
-    start = time.perf_counter()
-    for turn in range(MAX_ROUNDS):
-        if turn >= MIN_ROUNDS and time.perf_counter() - start > seconds:
-            break
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:  # so that nobody always follows the same one
-            times[name].append(clock(runs[name]))
-    return times
-
-
-def _cpu_clock(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    kept = run()
-    end = time.perf_counter()
-    del kept
-    return end - start
-
-
-class _GpuClock:
-    """Times a call by events, on a cold L2 cache, with a head start that hides what Python takes to launch it."""
-
-    def __init__(self) -> None:
-        self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        torch.cuda._sleep(4_000_000)
-        start.record()
-        kept = run()
-        end.record()
-        end.synchronize()
-        del kept
-        return start.elapsed_time(end) / 1e3
-
-
-def _peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory that a call holds at once beyond its inputs: what PyTorch's allocator gives out."""
-    _release(device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = run()
-        torch.cuda.synchronize()
-        del kept
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = run()
-    del kept
-    held = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def _release(device: str) -> None:
-    if device == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Where figures were taken: names, versions, threads."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "cpu": _cpu_name(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": installed("triton"),
-        "natten": installed("natten"),
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def spread(values: list[float]) -> tuple[float, float, float]:
-    """The median, and between what eight of ten lie."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return statistics.median(values), tenths[0], tenths[-1]

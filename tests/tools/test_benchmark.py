@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zoo.kernels import cost_model
-from zoo.tools import benchmark, benchmark_kernels, benchmark_peers
+from zoo.tools import benchmark, benchmark_kernels, benchmark_peers, benchmark_timing
 from zoo.tools.benchmark_peers import OPERATORS, Contender
 
 QUICK = ("--seconds", "0.01", "--batch", "1")
@@ -49,7 +49,10 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
-@pytest.mark.parametrize(("command", "example"), [("kernels", "--cases 'dinat"), ("simulate", "--size 256x256")])
+@pytest.mark.parametrize(
+    ("command", "example"),
+    [("kernels", "--cases 'dinat"), ("models", "cswin_tiny --kernels"), ("simulate", "--size 256x256")],
+)
 def test_help_has_examples(capsys, command, example):
     assert run(command, "--help") == 0
     assert example in capsys.readouterr().out
@@ -228,7 +231,7 @@ def test_peak_memory_counts_what_is_held_at_once():
         torch.zeros(1 << 20)  # freed before the next
         return kept, torch.zeros(1 << 20)
 
-    assert benchmark_kernels._peak_bytes(allocates, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
+    assert benchmark_timing.peak_bytes(allocates, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
 
 
 def test_neighborhoods_take_a_fifth_of_unfolds_memory():

@@ -1,0 +1,341 @@
+"""What `zoo-bench models` measures: passes of whole models, beside timm's models of the same families."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+
+import zoo
+from zoo import kernels
+from zoo.checkpoints import manifest
+from zoo.tools import benchmark_timing as timing
+from zoo.tools.benchmark_timing import digits, spread
+
+# The same architectures in timm. Those of the other families it does not have.
+_MAXVITS = ("tiny", "small", "base", "large", "xlarge")
+IN_TIMM = {
+    **{f"maxvit_{size}": f"maxvit_{size}_tf_224" for size in _MAXVITS},
+    **{f"maxvit_{size}_{side}": f"maxvit_{size}_tf_{side}" for size in _MAXVITS for side in (384, 512)},
+    **{f"gc_vit_{size}": f"gcvit_{size}" for size in ("xxtiny", "xtiny", "tiny", "small", "base")},
+}
+
+
+@dataclass
+class Row(timing.Row):
+    """How one contender did in one pass; `compile_seconds` is what its first call took."""
+
+    compile_seconds: float | None = None
+
+    def figures(self, batch: int) -> dict[str, Any]:
+        """What was measured, for JSON."""
+        shared = super().figures()
+        return {"images_per_s": batch / shared["median_s"], "compile_s": self.compile_seconds} | shared
+
+
+Results = dict[str, dict[str, Row]]  # by pass and by the contender's label
+
+
+@dataclass
+class Contender:
+    """A model and how it runs. `choice` is what zoo.kernels.use takes, None to leave it; `peer` the label of timm's."""
+
+    name: str
+    model: nn.Module
+    call: Callable[[Tensor], Tensor]
+    compiled: bool
+    choice: str | None = None
+    peer: str | None = None
+    shown: bool = True
+
+    @property
+    def label(self) -> str:
+        """Its name in tables."""
+        return _label(self.name, self.compiled, self.choice)
+
+    @property
+    def ours(self) -> bool:
+        """Whether the model is of this package."""
+        return is_ours(self.name)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it learns."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def _label(name: str, compiled: bool, choice: str | None = None) -> str:
+    return ", ".join([name, *(["compiled"] if compiled else []), *([f"{choice} kernels"] if choice else [])])
+
+
+def is_ours(name: str) -> bool:
+    """Whether timm has the model of that name from this package."""
+    return timm.models.model_entrypoint(name).__module__.startswith("zoo.")
+
+
+def contenders(
+    names: list[str],
+    against: str,
+    *,
+    size: tuple[int, int],
+    device: str,
+    compiled: bool = False,
+    choices: tuple[str, ...] = (),
+) -> list[Contender]:
+    """The yardstick `against`, then the models `names`, each followed by timm's model of the same family.
+
+    Args:
+        names: registered names.
+        against: the model whose time is the unit.
+        size: rows and columns of the images, for those models of timm that have to know.
+        device: where the models are to be.
+        compiled: each of them once more, compiled.
+        choices: paths of our operators, each of them for each of our models; () for what zoo.kernels chooses.
+    """
+    asked = list(dict.fromkeys([against, *names]))
+    peers = {name: IN_TIMM[name] for name in asked if name in IN_TIMM}
+    made = []
+    for name in dict.fromkeys(n for asked_name in asked for n in (asked_name, peers.get(asked_name)) if n):
+        model = _create(name, size).to(device)
+        paths = choices if choices and is_ours(name) and name != against else (None,)
+        for choice in paths:
+            for compiling in (False, True)[: 1 + compiled]:
+                call = torch.compile(model, dynamic=False) if compiling else model
+                peer = _label(peers[name], compiling) if name in peers else None
+                made.append(Contender(name, model, call, compiling, choice, peer, shown=name in asked))
+    return made
+
+
+def _create(name: str, size: tuple[int, int]) -> nn.Module:
+    torch.manual_seed(0)
+    try:
+        return timm.create_model(name, img_size=size)
+    except TypeError:  # it takes any size, as all of ours do
+        return timm.create_model(name)
+
+
+def measure(
+    contenders: list[Contender],
+    training: bool,
+    *,
+    batch: int,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: str,
+    seconds: float,
+    rounds: int,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Row]:
+    """Run every contender once and look at its results, then time them in turns; ratios are to the first one's times.
+
+    Args:
+        contenders: who takes part; the first is the yardstick.
+        training: time the training step, or else inference.
+        batch: images in a call.
+        size: their rows and columns.
+        dtype: of autocast; torch.float32 for none.
+        device: where the models are.
+        seconds: for how long to time.
+        rounds: how often to time each of them at least.
+        say: told what is under way.
+    """
+    images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    rows, runs = {}, {}
+    for contender in contenders:
+        contender.model.train(training)
+    for contender in contenders:
+        say(f"{'compiling' if contender.compiled else 'checking'} {contender.label}")
+        row = rows[contender.label] = Row(contender.label)
+        run = _Pass(contender, images, dtype, training)
+        try:
+            row.compile_seconds = run.check()
+        except Exception as fault:  # whatever it is, the others go on
+            row.failed(fault)
+        else:
+            runs[contender.label] = run
+        contender.model.zero_grad()
+        timing.release(device)
+
+    yardstick = contenders[0].label
+    if yardstick in runs:
+        say("timing")
+        for label, times in timing.alternately(runs, device, seconds, rounds).items():
+            rows[label].times = times
+        for label, run in runs.items():
+            rows[label].ratios = [a / b for a, b in zip(rows[label].times, rows[yardstick].times, strict=True)]
+            say(f"memory of {label}")
+            rows[label].peak_bytes = timing.peak_bytes(run, device)
+    return rows
+
+
+class _Pass:
+    """What the clock sees: a forward pass, or a training step that leaves no gradients behind."""
+
+    def __init__(self, contender: Contender, images: Tensor, dtype: torch.dtype, training: bool) -> None:
+        self.contender, self.images, self.dtype, self.training = contender, images, dtype, training
+        classes = max(1, contender.model.num_classes)
+        self.labels = torch.arange(len(images), device=images.device) % classes
+
+    def __call__(self) -> Tensor:
+        out = self._forward_and_backward()
+        self.contender.model.zero_grad()
+        return out
+
+    def check(self) -> float | None:
+        """Raise FloatingPointError unless what it computes is finite; the seconds that this took, if it compiled."""
+        start = time.perf_counter()
+        out = self._forward_and_backward()
+        if out.device.type == "cuda":
+            torch.cuda.synchronize()
+        took = time.perf_counter() - start
+        what = {"the loss" if self.training else "the output": out}
+        if self.training:
+            what |= {
+                f"the gradient of {n}": p.grad for n, p in self.contender.model.named_parameters() if p.grad is not None
+            }
+        for name, tensor in what.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(f"{name} is not finite")
+        return took if self.contender.compiled else None
+
+    def _forward_and_backward(self) -> Tensor:
+        choice = self.contender.choice
+        with kernels.use(choice) if choice else nullcontext(), torch.set_grad_enabled(self.training):
+            with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                out = self.contender.call(self.images)
+                if self.training:
+                    out = F.cross_entropy(out, self.labels)
+            if self.training:
+                out.backward()
+        return out.detach()
+
+
+@contextmanager
+def fresh_compiler(device: str, functions: int) -> Iterator[None]:
+    """Compile everything anew for a while, or compile times would be those of a cache; at most so many `functions`."""
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    with TemporaryDirectory(prefix="zoo-bench-", ignore_cleanup_errors=True) as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            # the forward method of a family counts as one function, of which torch compiles few
+            with torch._dynamo.config.patch(recompile_limit=functions):
+                torch.compile(torch.sin)(torch.ones(8, device=device))  # what is compiled once for all
+                yield
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            if before is not None:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+            torch.compiler.reset()
+
+
+def top1(name: str) -> float | None:
+    """The published ImageNet-1k accuracy of a model's first checkpoint in the manifest, in percent."""
+    entries = (entry for family in zoo.FAMILIES for entry in manifest(family))
+    first = next((entry for entry in entries if entry["model"] == name), {})
+    return first.get("top1", {}).get("value")
+
+
+def as_json(contenders: list[Contender], results: Results, batch: int) -> list[dict[str, Any]]:
+    """All that was measured, an entry for each contender."""
+    entries = []
+    for contender in contenders:
+        entry: dict[str, Any] = {
+            "name": contender.name,
+            "compiled": contender.compiled,
+            "kernels": contender.choice,
+            "ours": contender.ours,
+            "timm": IN_TIMM.get(contender.name),
+            "parameters": contender.parameters,
+            "top1": top1(contender.name),
+        }
+        for what, rows in results.items():
+            row = rows[contender.label]
+            entry[what] = {"status": row.status, "reason": row.reason} | (row.figures(batch) if row.times else {})
+        entries.append(entry)
+    return entries
+
+
+def table(contenders: list[Contender], results: Results, batch: int) -> Table:
+    """A line for each model, timm's of the same family at its end."""
+    compiled = any(contender.compiled for contender in contenders)
+    peers = any(contender.peer for contender in contenders)
+    made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made.add_column("", overflow="fold")
+    for column in ("M weights", "images/s", "ms", *results, "MiB", *["compiled in s"] * compiled, *["timm's"] * peers):
+        made.add_column(column, justify="right", no_wrap=True)
+
+    def each(label: str, cell: Callable[[Row], str]) -> str:
+        """Inference / training."""
+        return " / ".join(cell(row) if row.times else "-" for row in (rows[label] for rows in results.values()))
+
+    for contender in contenders:
+        if contender.shown:
+            label = contender.label
+            cells = [
+                f"{contender.parameters / 1e6:.1f}",
+                each(label, lambda row: digits(batch / spread(row.times)[0])),
+                each(label, lambda row: digits(spread(row.times)[0] * 1e3)),
+                *(_with_spread(rows[label].ratios) for rows in results.values()),
+                each(label, lambda row: digits(row.peak_bytes / 2**20)),
+            ]
+            if compiled:
+                cells.append(each(label, lambda row: digits(row.compile_seconds)) if contender.compiled else "")
+            if peers:
+                ratio = contender.peer and each(contender.peer, lambda row: f"{spread(row.ratios)[0]:.2f}")
+                cells.append(ratio or "")
+            made.add_row(label, *cells)
+    return made
+
+
+def _with_spread(ratios: list[float]) -> str:
+    return "{:.2f} ({:.2f}-{:.2f})".format(*spread(ratios)) if ratios else "-"
+
+
+def draw(path: Path, contenders: list[Contender], results: Results, batch: int, where: str) -> None:
+    """Throughput of inference against published accuracy; a thin line leads from timm's model to ours."""
+    from matplotlib.figure import Figure
+
+    rows = {label: row for label, row in results["inference"].items() if row.times}
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+
+    def speed(label: str) -> float:
+        return batch / spread(rows[label].times)[0]
+
+    known = [c for c in contenders if c.shown and c.label in rows and top1(c.name) is not None]
+    colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(c.name for c in known))}
+    for contender in known:
+        place, color = (speed(contender.label), top1(contender.name)), colors[contender.name]
+        axes.plot(*place, marker="D" if contender.compiled else "o", color=color)
+        axes.annotate(contender.label, place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        if contender.peer in rows:
+            other = (speed(contender.peer), place[1])
+            axes.plot(*other, marker="o", color=color, fillstyle="none")
+            axes.plot([other[0], place[0]], [place[1]] * 2, color=color, linewidth=0.8)
+            axes.annotate("timm's", other, (0, -13), textcoords="offset points", ha="center", fontsize=7)
+    yardstick = contenders[0].label
+    if yardstick in rows and yardstick not in {c.label for c in known}:
+        axes.axvline(speed(yardstick), color="0.6", linewidth=0.8, linestyle=":")
+        axes.annotate(yardstick, (speed(yardstick), 0.01), xycoords=("data", "axes fraction"), fontsize=7, rotation=90)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "234568" else "")
+    axes.margins(0.12)
+    axes.set_xlabel("images/s, inference")
+    axes.set_ylabel("published ImageNet-1k top-1, %")
+    axes.set_title(where, fontsize=10)
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

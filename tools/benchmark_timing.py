@@ -1,0 +1,158 @@
+"""How `zoo-bench` takes time and memory: contenders in turns, so that ratios hold on a busy machine too."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+MAX_ROUNDS = 500
+
+
+@dataclass
+class Row:
+    """How one contender did: `times` in seconds, `ratios` to the yardstick's of the same turn; or why not timed."""
+
+    name: str
+    status: str = "timed"  # or "wrong", "failed", "not run"
+    reason: str = ""
+    times: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def failed(self, fault: Exception) -> None:
+        """Keep the first line of what went wrong."""
+        self.status, self.reason = "failed", f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]}"
+
+    def figures(self) -> dict[str, Any]:
+        """What was measured, for JSON."""
+        median, low, high = spread(self.times)
+        return {
+            "median_s": median,
+            "low_s": low,
+            "high_s": high,
+            "ratio": dict(zip(("median", "low", "high"), spread(self.ratios), strict=True)) if self.ratios else None,
+            "peak_bytes": self.peak_bytes,
+            "times_s": self.times,
+        }
+
+
+def alternately(
+    runs: dict[str, Callable[[], object]], device: str, seconds: float, rounds: int
+) -> dict[str, list[float]]:
+    """The seconds of each call, after one that is not counted; for so many `seconds`, but at least so many `rounds`."""
+    clock = _GpuClock() if device == "cuda" else _cpu_clock
+    for run in runs.values():
+        clock(run)
+    names, times = list(runs), {name: [] for name in runs}
+    start = time.perf_counter()
+    for turn in range(max(rounds, MAX_ROUNDS)):
+        if turn >= rounds and time.perf_counter() - start > seconds:
+            break
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:  # so that nobody always follows the same one
+            times[name].append(clock(runs[name]))
+    return times
+
+
+def _cpu_clock(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    kept = run()
+    end = time.perf_counter()
+    del kept
+    return end - start
+
+
+class _GpuClock:
+    """Times a call by events, on a cold L2 cache, with a head start that hides what Python takes to launch it."""
+
+    def __init__(self) -> None:
+        self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush.zero_()
+        torch.cuda._sleep(4_000_000)
+        start.record()
+        kept = run()
+        end.record()
+        end.synchronize()
+        del kept
+        return start.elapsed_time(end) / 1e3
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """The most memory that a call holds at once beyond its inputs: what PyTorch's allocator gives out."""
+    release(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        kept = run()
+        torch.cuda.synchronize()
+        del kept
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = run()
+    del kept
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def release(device: str) -> None:
+    """Give memory that nothing uses back to the GPU."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Where figures were taken: names, versions, threads."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "cpu": _cpu_name(),
+        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "timm": installed("timm"),
+        "natten": installed("natten"),
+        "python": platform.python_version(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """The median, and between what eight of ten lie."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return statistics.median(values), tenths[0], tenths[-1]
+
+
+def digits(number: float) -> str:
+    """Three of them."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
