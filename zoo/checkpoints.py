@@ -8,13 +8,18 @@ family's `checkpoint_filter_fn` is one call of `convert`, which timm makes on ev
 import argparse
 import json
 import math
+import os
+import pickle
 import re
+import string
 import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_pretrained_cfg
@@ -24,11 +29,14 @@ from torch.nn import functional as F
 import zoo
 
 __all__ = [
+    "closest",
     "convert",
     "default_cfgs",
+    "left_out",
     "looks_like",
     "manifest",
     "published_cfg",
+    "read",
     "remap",
     "resize_table",
     "settle_num_classes",
@@ -131,6 +139,73 @@ def published_cfg(variant: str, kwargs: Mapping[str, Any]) -> PretrainedCfg | No
     return resolve_pretrained_cfg(variant, tag)
 
 
+class _Inert:
+    """Stands for what a training run saved beside its weights: takes everything and does nothing."""
+
+    def __new__(cls, *_: Any) -> "_Inert":
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What official files hold beside tensors and plain values: scores as NumPy scalars, configurations, MMEngine's curves.
+# None of it is of use here, so that nothing of it is made: only its names are allowed.
+_BYSTANDERS = [
+    *((_Inert, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *((_Inert, name) for name in ("numpy.dtype", "numpy.ndarray", "pathlib.PosixPath", "builtins.getattr")),
+    (_Inert, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (OrderedDict, "yacs.config.CfgNode"),
+]
+
+
+def read(path: str | os.PathLike) -> Mapping[str, Any]:
+    """The content of a checkpoint file, of safetensors or of torch; nothing that it may hold is run.
+
+    Training's leftovers that official files hold beside their tensors are read, but not restored.
+
+    Raises:
+        ValueError: it is no such file, damaged, or asks to run code; one sentence without the file's name.
+        OSError: it can't be opened.
+    """
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ValueError("the file is empty: download it again.")
+    if head.lstrip().startswith(b"<"):
+        raise ValueError("this is a web page, not a checkpoint: open its address in a browser to see what it says.")
+    if all(byte in string.printable.encode() for byte in head):
+        start = " ".join(head.decode().split())[:40]
+        raise ValueError(f"this is a text file, not a checkpoint (it begins with {start!r}): download it again.")
+    try:
+        if head[8:9] == b"{" and not head.startswith(b"PK"):
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(_BYSTANDERS):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise anything
+        asked = re.search(r"GLOBAL (\S+) w|Unsupported class (\S+)|call reduce for", str(error))
+        if isinstance(error, pickle.UnpicklingError) and asked:
+            raise ValueError(
+                f"the file asks for {next(filter(None, asked.groups()), 'a function')}, which could run any code and "
+                "which weights have no need of: nothing of it was run; get them as safetensors or plain tensors."
+            ) from error
+        raise ValueError(
+            f"the file is damaged, incomplete or no checkpoint ({_first_line(error)}): download it again."
+        ) from error
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"the file holds a {type(checkpoint).__name__}, not a state dict or a dict with one in it.")
+    return checkpoint
+
+
+def _first_line(error: Exception) -> str:
+    """Why torch or safetensors refused a file, without their advice."""
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
+    return text.splitlines()[0].partition(". ")[0][:120].rstrip(".") if text else type(error).__name__
+
+
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a training checkpoint, free of wrappings (`state_dict`, ...) and prefixes (`module.`, ...).
 
@@ -139,6 +214,16 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: nothing in the file is a tensor.
     """
+    return _unwrap(checkpoint)[0]
+
+
+def left_out(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The tensors of a larger model that `unwrap` leaves out: those of its neck and heads."""
+    return _unwrap(checkpoint)[1]
+
+
+def _unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    others: list[str] = []
     while wrapping := next((name for name in WRAPPINGS if isinstance(checkpoint.get(name), Mapping)), None):
         checkpoint = checkpoint[wrapping]
     state_dict = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
@@ -153,7 +238,8 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
         else:
             prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state_dict)), None)
         if prefix is None:
-            return state_dict
+            return state_dict, others
+        others += [key for key in state_dict if not key.startswith(prefix)]
         state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
 
 
@@ -250,7 +336,7 @@ def _settle_output_norms(state_dict: dict[str, Tensor], want: Mapping[str, Tenso
     norm it keeps as it is. A model with norms starts them anew where the file, a classifier's, has none.
     """
     ours, theirs = ({k for k in x if _is_part(k, "output_norms")} for x in (want, state_dict))
-    final = {k for k in want.keys() | state_dict.keys() if _is_part(k, "norm") or _is_part(k, "pre_logits")}
+    final = {k for k in want.keys() | state_dict.keys() if _is_final(k)}
     if theirs and not ours:
         kept = {k: v for k, v in state_dict.items() if k not in theirs}
         return {k: want[k] for k in final & want.keys()} | kept
@@ -263,27 +349,48 @@ def _settle_output_norms(state_dict: dict[str, Tensor], want: Mapping[str, Tenso
 def looks_like(state_dict: Mapping[str, Tensor]) -> tuple[str | None, float]:
     """The model of this package that shares most tensors (name and shape) with an unwrapped state dict, and the share.
 
-    The share is that of the larger of the two, classifiers left out. It builds every model, without memory but not
-    without time: for error messages only.
+    As `closest` has it; None if none shares any.
     """
-    best, best_share = None, 0.0
+    names, share = closest(state_dict)
+    return (names[0] if names else None), share
+
+
+def closest(state_dict: Mapping[str, Tensor]) -> tuple[list[str], float]:
+    """The models that share most tensors (name and shape) with an unwrapped state dict, and the share.
+
+    The share is that of the larger of the two, classifiers left out. Several models have it where the shapes cannot
+    tell them apart (a NAT and its DiNAT). A model whose tag changes its shapes (LITv2's alpha) is named with the tag.
+    It builds every model, without memory but not without time: for error messages and conversions.
+    """
+    shares: dict[str, float] = {}
     for family in zoo.FAMILIES:
         renamed = remap(state_dict, sys.modules[f"{__package__}.{family}"].KEY_MAP)
-        have = {key: _matrix_shape(value) for key, value in renamed.items()}
-        for name in timm.list_models(module=family):
-            want, classifier = _tensors(name)
-            rest = {key for key in have if not _is_part(key, classifier)}
-            share = sum(have[key] == want.get(key) for key in rest) / max(len(want), len(rest), 1)
-            if share > best_share:
-                best, best_share = name, share
-    return best, best_share
+        have = {key: _our_shape(key, value) for key, value in renamed.items()}
+        known = {name: _share(have, name) for name in timm.list_models(module=family)}
+        best = max(known, key=known.__getitem__)
+        if 0.1 < known[best] < 1:
+            tagged = {name: _share(have, name) for name in timm.list_pretrained(f"{best}.*")}
+            known |= {name: share for name, share in tagged.items() if share > known[best]}
+        shares |= known
+    most = max(shares.values())
+    return [name for name, share in shares.items() if share == most > 0], most
+
+
+def _share(have: Mapping[str, torch.Size], name: str) -> float:
+    want, classifier = _tensors(name)
+    rest = {key for key in have if not _is_part(key, classifier)}
+    if any(_is_part(key, "output_norms") for key in rest):  # a backbone for dense prediction has these instead
+        rest = {key for key in rest if not _is_part(key, "output_norms")}
+        want = {key: shape for key, shape in want.items() if not _is_final(key)}
+    return sum(have[key] == want.get(key) for key in rest) / max(len(want), len(rest), 1)
 
 
 @cache
 def _tensors(name: str) -> tuple[dict[str, torch.Size], str]:
     """The shapes of a model's tensors without its classifier, and the classifier's name."""
     model = timm.create_model(name, device="meta", num_classes=0)
-    return {key: _matrix_shape(value) for key, value in model.state_dict().items()}, model.pretrained_cfg["classifier"]
+    shapes = {key: _our_shape(key, value) for key, value in model.state_dict().items()}
+    return shapes, model.pretrained_cfg["classifier"]
 
 
 def _remedy(faulty: set[str], name: str, cfg: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
@@ -312,6 +419,19 @@ def _fits(key: str, have: Tensor, want: Tensor, first_conv: str | None) -> bool:
 def _matrix_shape(value: Tensor) -> torch.Size:
     """The shape of a tensor; of a 1 x 1 convolution's weight, that of the linear layer which it is."""
     return value.shape[:2] if value.ndim == 4 and value.shape[2:] == (1, 1) else value.shape
+
+
+def _our_shape(key: str, value: Tensor) -> torch.Size:
+    """The shape that a tensor has in our models: `_matrix_shape`, and (N, h, w) for a table of Swin's form."""
+    side = math.isqrt(value.shape[0]) if value.ndim == 2 and key.endswith("bias_table") else 0
+    if side and side**2 == value.shape[0]:
+        return torch.Size((value.shape[1], side, side))
+    return _matrix_shape(value)
+
+
+def _is_final(key: str) -> bool:
+    """Whether the tensor is of what stands between the last stage and the classifier."""
+    return _is_part(key, "norm") or _is_part(key, "pre_logits")
 
 
 def _is_part(key: str, module: str | None) -> bool:

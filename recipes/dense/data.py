@@ -71,7 +71,7 @@ class DetectionSplit:
         from zoo.recipes.dense import coco  # noqa: F401  registers the type
 
         return {
-            "type": "NamedCocoDataset",
+            "type": "mmdet.NamedCocoDataset",
             "ann_file": str(self.annotations),
             "data_prefix": {"img": str(self.images)},
             "metainfo": {"classes": tuple(self.classes)},
@@ -85,7 +85,12 @@ class DetectionSplit:
         from zoo.recipes.dense import coco  # noqa: F401  registers the type
 
         metric = ["bbox", "segm"] if masks else ["bbox"]
-        return {"type": "NamedCocoMetric", "ann_file": str(self.annotations), "classes": self.classes, "metric": metric}
+        return {
+            "type": "mmdet.NamedCocoMetric",
+            "ann_file": str(self.annotations),
+            "classes": self.classes,
+            "metric": metric,
+        }
 
 
 @dataclass
@@ -138,7 +143,7 @@ class SegmentationSplit:
         from zoo.recipes.dense import pairs  # noqa: F401  registers the type
 
         return {
-            "type": "PairedDataset",
+            "type": "mmseg.PairedDataset",
             "data_prefix": {"img_path": str(self.images), "seg_map_path": str(self.labels)},
             "metainfo": {"classes": tuple(self.classes)},
             "reduce_zero_label": self.reduce_zero_label,
@@ -149,7 +154,7 @@ class SegmentationSplit:
 
     def metrics(self, masks: bool = False) -> dict[str, Any]:
         """The configuration of mIoU; `masks` is detection's."""
-        return {"type": "IoUMetric", "iou_metrics": ["mIoU"], "ignore_index": self.ignore_index}
+        return {"type": "mmseg.IoUMetric", "iou_metrics": ["mIoU"], "ignore_index": self.ignore_index}
 
 
 @dataclass

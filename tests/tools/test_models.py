@@ -1,0 +1,232 @@
+"""zoo-models: what it counts and knows of each model, its filters and its command line. Some ten seconds."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from zoo.kernels import use
+from zoo.tools import models as tool
+
+
+def run(capsys, *arguments):
+    """Exit code, output and errors of a command line."""
+    code = 0
+    try:
+        tool.main(list(arguments))
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def rows(capsys, *arguments):
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    return json.loads(out)
+
+
+def names(capsys, *arguments):
+    return [row["name"] for row in rows(capsys, *arguments)]
+
+
+# ---- figures
+
+
+def count(name):
+    model = timm.create_model(name, device="meta").eval()
+    size = model.pretrained_cfg["input_size"]
+    with torch.no_grad(), use("reference"), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *size, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+QUICK = ("van_b1", "litv2_small", "biformer_tiny", "gc_vit_xxtiny", "maxvit_tiny", "maxvit_tiny_384", "cswin_tiny")
+QUICK += ("dinat_mini", "nat_mini", "dinat_isotropic_small", "vitrpb_small")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for family in zoo.FAMILIES
+        for name in timm.list_models(module=family)
+    ],
+)
+def test_multiply_adds_are_those_of_the_whole_model(name):
+    model = timm.create_model(name, device="meta").eval()
+    assert tool.multiply_adds(model, model.pretrained_cfg["input_size"]) == count(name)
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = timm.create_model("test_van").eval()
+    image = torch.randn(1, 3, 64, 64)
+    before = model(image)
+    tool.multiply_adds(model.to("meta"), (3, 64, 64))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert before.shape == model(image.to("meta")).shape
+
+
+def test_row_has_the_manifests_facts(capsys):
+    (row,) = rows(capsys, "van_b0.in1k*", "--min-top1", "1")
+    assert row["name"] == "van_b0.in1k"
+    assert round(row["parameters"] / 1e6, 2) == 4.11
+    assert row["input_size"] == [224, 224]
+    assert (row["top1"], row["top1_source"]) == (75.4, "README of the origin")
+    assert row["licence"] == "apache-2.0"
+    assert row["url"].endswith("van_tiny_754.pth.tar")
+
+
+def test_weights_of_other_sizes_and_settings_are_counted_as_they_are(capsys):
+    litv2 = {row["tag"]: row for row in rows(capsys, "litv2_*")}
+    assert litv2["in1k_384"]["input_size"] == [384, 384]
+    assert litv2["in1k_alpha_0"]["parameters"] != litv2["in1k_alpha_09"]["parameters"]
+
+
+def test_every_recipe_has_figures_and_a_model():
+    found = tool.recipes()
+    assert len(found) > 150
+    known = {entry["model"] for entry in tool._entries()}
+    for recipe in found:
+        assert recipe["model"].partition(".")[0] in known
+        assert recipe.keys() & {"box_ap", "mask_ap", "miou", "miou_multi_scale", "top1"}
+        assert all(20 < value < 100 for value in recipe.values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize(
+    ("sentence", "figures"),
+    [
+        ("53.9 box AP, 46.4 mask AP, the README's figures", {"box_ap": 53.9, "mask_ap": 46.4}),
+        ("51.0 mIoU at one scale, 51.7 at several with flips, the x", {"miou": 51.0, "miou_multi_scale": 51.7}),
+        ("41.1 mIoU at several scales with flips, the README's figure", {"miou_multi_scale": 41.1}),
+        ("87.4 % top-1, the README's figure", {"top1": 87.4}),
+    ],
+)
+def test_figures_of_a_recipe(sentence, figures):
+    assert tool._figures(sentence) == {"expected": sentence, **figures}
+
+
+def test_dense_figures_are_with_the_weights_they_start_from(capsys):
+    found = {row["name"]: row["dense"] for row in rows(capsys, "van_b[04]*")}
+    assert {recipe["recipe"] for recipe in found["van_b0.in1k"]} == {
+        "ade20k/semantic_fpn_van_b0",
+        "ade20k/upernet_van_b0",
+    }
+    assert found["van_b0.in1k_mmseg"] == []
+    assert [recipe["recipe"] for recipe in found["van_b4.in22k_mmseg"]] == ["ade20k/upernet_van_b4_in22k"]
+
+
+# ---- choosing
+
+
+def test_filters(capsys):
+    assert names(capsys, "van*", "--max-params", "5M") == ["van_b0.in1k", "van_b0.in1k_mmseg"]
+    assert names(capsys, "van_b?", "--max-macs", "0.9G", "--min-top1", "70") == ["van_b0.in1k"]
+    assert names(capsys, "*_tiny", "--family", "gc_vit", "litv2") == ["gc_vit_tiny.in1k"]
+    assert names(capsys, "*tiny", "--licence", "cc-by-nc-sa-4.0", "--max-params", "15000000") == ["gc_vit_xxtiny.in1k"]
+
+
+def test_sorting(capsys):
+    found = rows(capsys, "van_b[0-2]*", "--sort", "top1")
+    assert [row["top1"] for row in found] == [82.8, 81.1, 75.4, None, None, None]
+    found = [row["parameters"] for row in rows(capsys, "van_b[0-2]*", "--sort", "params")]
+    assert found == sorted(found)
+
+
+def test_models_for_tests_are_listed_on_demand(capsys):
+    assert names(capsys, "test_v*") == ["test_van"]
+    assert not any(name.startswith("test") for name in names(capsys, "*van*", "--max-params", "5M"))
+
+
+@pytest.mark.slow
+def test_all_models_and_tags_are_listed(capsys):
+    found = names(capsys)
+    assert found == sorted(found)
+    assert set(found) == {n for family in zoo.FAMILIES for n in timm.list_models(module=family, pretrained=True)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dinat_mni"], "there is no model 'dinat_mni': did you mean dinat_mini or "),
+        (["van_b0.in22k"], "there is no model 'van_b0.in22k': did you mean van_b0.in1k"),
+        (["qqqq*"], "there is no model 'qqqq*': families are biformer, cswin, gc_vit, litv2, maxvit, nat, van."),
+        (["--family", "vans"], "there is no family 'vans': there are biformer, cswin, "),
+        (
+            ["van*", "--max-params", "1K"],
+            "no model passes all of these filters; licences among those named are apache-2.0.",
+        ),
+        (
+            ["van*", "--licence", "mit"],
+            "no model passes all of these filters; licences among those named are apache-2.0.",
+        ),
+    ],
+)
+def test_mistakes(arguments, message, capsys):
+    code, out, errors = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert errors.startswith(f"zoo-models: error: {message}")
+    assert errors.count("\n") == 1
+
+
+def test_bad_number(capsys):
+    code, _, errors = run(capsys, "--max-params", "many")
+    assert code == 2
+    assert "--max-params: got 'many'; give a number such as 30M or 4.5G; --help shows" in errors
+
+
+# ---- what is printed
+
+
+def test_table(capsys):
+    code, out, _ = run(capsys, "van_b0", "van_b4*", "--dense")
+    assert code == 0
+    assert re.search(r"van_b0.in1k +4.1 +0.86 +224x224 +75.4 a +huggingface.co +apache-2.0", out)
+    assert re.search(r"van_b0.in1k_mmseg .* download.openmmlab.com f \*", out)
+    assert "a  README of the origin\n" in out
+    assert "b  paper's figure from memory" in out
+    assert "*  read its note first" in out
+    assert re.search(r"van_b0.in1k +ade20k/semantic_fpn_van_b0 +38.5 +the README's figure", out)
+
+
+@pytest.mark.parametrize("name", ["van_b0", "van_b4", "dinat_large.in22k", "test_gc_vit"])
+def test_everything_about_one(name, capsys):
+    model = name.partition(".")[0]
+    code, out, _ = run(capsys, name)
+    assert code == 0
+    assert out.startswith(f"{model}: ")
+    for label in ("family", "parameters", "mult-adds", "features", "images", "python", "commands"):
+        assert label in out
+    report = rows(capsys, name)
+    assert report["model"] == model
+    assert [weights["model"] for weights in report["weights"]] == [model] * len(report["weights"])
+    for recipe in report["recipes"]:
+        assert f"zoo-train recipe={recipe['recipe']} " in out
+    assert ("no classifier" in out) == name.startswith("van")
+
+
+def test_tag_is_used_in_the_lines(capsys):
+    assert '"dinat_large.in22k", pretrained=True' in run(capsys, "dinat_large.in22k")[1]
+    assert '"dinat_large.in22k_ft_in1k", pretrained=True' in run(capsys, "dinat_large")[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_van", "test_dinat"])
+def test_printed_python_runs(name, capsys):
+    exec("\n".join(rows(capsys, name)["python"]), {})
+
+
+def test_help_needs_no_torch():
+    code = "import zoo.tools.models as m, sys; m.parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_help_has_examples(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert "zoo-models 'dinat*' --max-params 30M --sort top1" in out

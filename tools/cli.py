@@ -1,0 +1,67 @@
+"""What the commands share: errors in one line without a traceback, and a console that says what is under way."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class ToolError(Exception):
+    """What the user has to know and can mend, in one sentence: it is printed without a traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that shows its description and examples as they are written, and errors in one line."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        """End the process."""
+        self.exit(2, f"{self.prog}: error: {message}; --help shows what there is.\n")
+
+
+@contextmanager
+def friendly_errors(command: str) -> Iterator[None]:
+    """Print what the user can mend in one line, and end the process: with 1, or 130 for Ctrl-C."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except ToolError as error:
+        fail(command, str(error))
+    except OSError as error:
+        fail(command, f"{error.filename}: {error.strerror}." if error.filename else str(error))
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(command: str, message: str) -> NoReturn:
+    """End the process with one line on stderr."""
+    print(f"{command}: error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def console() -> Console:
+    """For results: as wide as the terminal, or as the widest line where it is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 240, highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[str], None]]:
+    """Says on stderr what is under way, in a line that changes; nothing where stderr is no terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(label) as status:
+        yield lambda text: status.update(f"{label}: {text}")

@@ -1,0 +1,453 @@
+"""zoo-models: which models there are, what they cost and reach, and how to use one."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from zoo.tools import cli
+from zoo.tools.cli import ToolError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DESCRIPTION = """\
+List the models of zoo and the weights that were published for them; with the name of one, everything about it.
+
+Parameters and multiply-adds are counted here, for a classifier of 1000 classes and an image of the size in the table.
+Accuracies are published ones, of others; licences are those of the weights."""
+EXAMPLES = """\
+examples:
+  zoo-models                                            all of them
+  zoo-models 'dinat*' --max-params 30M --sort top1      those of up to 30 million parameters, the best first
+  zoo-models --min-top1 85 --licence mit apache-2.0 --sort macs
+  zoo-models 'van*' --dense                             with what they reach as detectors and segmentors
+  zoo-models dinat_mini                                 everything about one, with commands to copy"""
+
+# Option of --sort -> field of a row, and whether the largest comes first.
+SORTS = {
+    "name": ("name", False),
+    "params": ("parameters", False),
+    "macs": ("multiply_adds", False),
+    "top1": ("top1", True),
+    "input": ("input_size", False),
+}
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+FIGURES = {"box AP": "box_ap", "mask AP": "mask_ap", "mIoU": "miou", "% top-1": "top1"}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and print."""
+    options = parser().parse_args(arguments)
+    with cli.friendly_errors("zoo-models"):
+        with cli.progress("zoo-models: loading timm"):
+            entries = _entries()
+        names = _chosen(options, entries)
+        if isinstance(names, str):
+            with cli.progress(f"zoo-models: counting {names}"):
+                report = about(names)
+            show = _print_one
+        else:
+            report = _rows(options, [entry for entry in entries if entry["name"] in names])
+            show = _print_table
+        if options.json:
+            print(json.dumps(report, indent=2))
+        elif isinstance(report, list):
+            show(report, options.dense)
+        else:
+            show(report)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = cli.Parser(prog="zoo-models", description=DESCRIPTION, epilog=EXAMPLES)
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help="a model, or patterns such as 'van*' or '*.in22k'")
+    add("--family", nargs="+", metavar="NAME", help="of these families")
+    add("--max-params", type=_number, metavar="N", help="of up to so many parameters, such as 30M")
+    add("--max-macs", type=_number, metavar="N", help="of up to so many multiply-adds, such as 4.5G")
+    add("--min-top1", type=float, metavar="PERCENT", help="of at least this published top-1 accuracy on ImageNet-1k")
+    add("--licence", nargs="+", metavar="NAME", help="of weights under these licences, such as mit")
+    add("--sort", choices=SORTS, default="name", help="by this (name); top1 has the highest first, others the lowest")
+    add("--dense", action="store_true", help="add what recipes for detection and segmentation should reach")
+    add("--json", action="store_true", help="print it as JSON")
+    return parser
+
+
+def _number(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGB]?)", text, re.IGNORECASE)
+    if not found:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a number such as 30M or 4.5G")
+    return float(found[1]) * UNITS[found[2].upper()]
+
+
+def _entries() -> list[dict[str, Any]]:
+    """The manifest's entries, each with `name` (model.tag) and `family`; models for tests, which it lacks, behind."""
+    import timm
+
+    import zoo
+    from zoo import checkpoints
+
+    known = [
+        {"name": f"{entry['model']}.{entry['tag']}", "family": family, **entry}
+        for family in zoo.FAMILIES
+        for entry in checkpoints.manifest(family)
+    ]
+    published = {entry["model"] for entry in known}
+    rest = [(family, name) for family in zoo.FAMILIES for name in timm.list_models(module=family)]
+    return known + [{"name": n, "family": f, "model": n, "tag": None} for f, n in rest if n not in published]
+
+
+def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str | list[str]:
+    """The names that the patterns choose, or the one model that is named in full.
+
+    Raises:
+        ToolError: a pattern chooses none.
+    """
+    names, models = [entry["name"] for entry in entries], {entry["model"] for entry in entries}
+    if len(options.names) == 1 and options.names[0] in {*names, *models}:
+        return options.names[0]
+    families = sorted({entry["family"] for entry in entries})
+    for family in options.family or ():
+        if family not in families:
+            raise ToolError(f"there is no family {family!r}: there are {', '.join(families)}.")
+    chosen: list[str] = []
+    for pattern in options.names:
+        # models for tests are not listed unless a pattern says so
+        found = [
+            entry["name"]
+            for entry in entries
+            if (fnmatchcase(entry["name"], pattern) or fnmatchcase(entry["model"], pattern))
+            and (entry["tag"] or pattern.startswith("test"))
+        ]
+        if not found:
+            known = [*models, *names] if "." in pattern else models
+            near = difflib.get_close_matches(pattern.strip("*"), sorted(known), n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"families are {', '.join(families)}."
+            raise ToolError(f"there is no model {pattern!r}: {hint}")
+        chosen += found
+    chosen = chosen if options.names else [entry["name"] for entry in entries if entry["tag"]]
+    return [e["name"] for e in entries if e["name"] in chosen and e["family"] in (options.family or families)]
+
+
+def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The table's rows that pass the filters, sorted.
+
+    Raises:
+        ToolError: none does.
+    """
+    licences = sorted({entry["licence"] for entry in entries if "licence" in entry})
+    entries = [
+        entry
+        for entry in entries
+        if (not options.licence or entry.get("licence") in options.licence)
+        and (options.min_top1 is None or entry.get("top1", {}).get("value", 0) >= options.min_top1)
+    ]
+    rows = []
+    with cli.progress("zoo-models: counting") as say:
+        for number, entry in enumerate(entries, 1):
+            say(f"{entry['name']} ({number} of {len(entries)})")
+            rows.append(_row(entry))
+    rows = [
+        row
+        for row in rows
+        if (options.max_params is None or row["parameters"] <= options.max_params)
+        and (options.max_macs is None or row["multiply_adds"] <= options.max_macs)
+    ]
+    if not rows:
+        raise ToolError(f"no model passes all of these filters; licences among those named are {', '.join(licences)}.")
+    field, falling = SORTS[options.sort]
+    have = [row for row in rows if row[field] is not None]
+    have.sort(key=lambda row: row[field], reverse=falling)
+    return have + [row for row in rows if row[field] is None]
+
+
+def _row(entry: dict[str, Any]) -> dict[str, Any]:
+    """A model with the weights of a tag, as JSON has it."""
+    import timm
+
+    model = timm.create_model(entry["name"], device="meta", num_classes=1000).eval()
+    size = tuple(model.pretrained_cfg["input_size"])
+    top1 = entry.get("top1", {})
+    return {
+        "name": entry["name"],
+        "model": entry["model"],
+        "tag": entry["tag"],
+        "family": entry["family"],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "multiply_adds": multiply_adds(model, size),
+        "input_size": size[1:],
+        "top1": top1.get("value"),
+        "top1_source": top1.get("source"),
+        "licence": entry.get("licence"),
+        "licence_note": entry.get("licence_note"),
+        "url": entry.get("url"),
+        "dataset": entry.get("dataset"),
+        "weights_classes": entry.get("num_classes"),
+        "note": entry.get("note"),
+        "dense": [recipe for recipe in recipes() if recipe["task"] != "imagenet" and _is_for(recipe, entry)],
+    }
+
+
+def _is_for(recipe: dict[str, Any], entry: dict[str, Any]) -> bool:
+    """Whether a recipe starts from these weights; one that names no tag starts from the model's first."""
+    import timm
+
+    model, _, tag = recipe["model"].partition(".")
+    return model == entry["model"] and (tag or timm.get_pretrained_cfg(model).tag) == entry["tag"]
+
+
+_counted: dict[tuple, tuple[int, tuple[int, ...]]] = {}
+
+
+def multiply_adds(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-adds of a model on the meta device for one image of `input_size` (C, H, W), as PyTorch counts them.
+
+    Matrix products and convolutions count, and nothing else. A block that was seen before, with the same settings and
+    sizes, is not run again, and most blocks were: counting all models takes seconds, not a minute.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from zoo.kernels import use
+
+    counter, repeated = FlopCounterMode(display=False), 0
+
+    def once(block: nn.Module) -> None:
+        forward, settings = block.forward, _settings(block)
+
+        def count(x: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
+            nonlocal repeated
+            key = (settings, *(tuple(tensor.shape) for tensor in (x, *context)))
+            if key in _counted:
+                flops, shape = _counted[key]
+                repeated += flops
+                return x.new_empty(shape)
+            before = counter.get_total_flops()
+            out = forward(x, *context)
+            _counted[key] = counter.get_total_flops() - before, tuple(out.shape)
+            return out
+
+        block.forward = count
+
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for block in blocks:
+        once(block)
+    try:
+        with torch.no_grad(), use("reference"), counter:
+            model(torch.empty(1, *input_size, device="meta"))
+    finally:
+        for block in blocks:
+            del block.forward
+    return (counter.get_total_flops() + repeated) // 2
+
+
+def _settings(block: nn.Module) -> tuple:
+    """All that decides what a block computes: types, plain attributes, shapes of parameters."""
+    plain = (bool, int, float, str, tuple)
+    return tuple(
+        (
+            type(module),
+            tuple((name, value) for name, value in vars(module).items() if isinstance(value, plain)),
+            tuple(tuple(parameter.shape) for parameter in module.parameters(recurse=False)),
+        )
+        for module in block.modules()
+    )
+
+
+@cache
+def recipes() -> tuple[dict[str, Any], ...]:
+    """The recipes for one model each: their names, and the published figures that their head comments expect."""
+    folder = Path(str(resources.files("zoo.recipes"))) / "conf" / "recipe"
+    found = []
+    for path in sorted(folder.rglob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        head = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
+        expected = re.search(r"Expected: (.+?); not run here", head)
+        model = re.search(r"^model: (\S+)", text, re.MULTILINE)
+        if expected and model:
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            found.append({"recipe": name, "task": name.partition("/")[0], "model": model[1], **_figures(expected[1])})
+    return tuple(found)
+
+
+def _figures(expected: str) -> dict[str, Any]:
+    """The numbers of a sentence such as "51.0 mIoU at one scale, 51.7 at several with flips, the README's figures"."""
+    figures: dict[str, Any] = {"expected": expected}
+    number = r"(\d+\.\d+)(?: (% top-1|box AP|mask AP|mIoU))?(?: at (one|several))?"
+    for value, unit, scales in re.findall(number, expected):
+        name = "miou_multi_scale" if scales == "several" else FIGURES[unit]
+        figures[name] = float(value)
+    return figures
+
+
+def about(name: str) -> dict[str, Any]:
+    """Everything about a model, by its name with or without tag."""
+    import timm
+
+    entries = [entry for entry in _entries() if entry["model"] == name.partition(".")[0]]
+    rows = [_row(entry) for entry in entries]
+    first = next((row for row in rows if row["name"] == name), rows[0])
+    entry = next(entry for entry in entries if entry["name"] == first["name"])
+    model = timm.create_model(first["name"], device="meta", num_classes=1000)
+    cfg = model.pretrained_cfg
+    return {
+        **{key: first[key] for key in ("name", "model", "tag", "family", "parameters", "multiply_adds", "input_size")},
+        "summary": (timm.model_entrypoint(first["model"]).__doc__ or "").strip(),
+        "paper": entry.get("paper_name"),
+        "paper_id": entry.get("paper_ids"),
+        "origin": entry.get("origin_url"),
+        "preprocessing": {key: cfg[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")},
+        "features": [{"channels": info["num_chs"], "stride": info["reduction"]} for info in model.feature_info],
+        "weights": [row for row in rows if row["tag"]],
+        "recipes": [recipe for recipe in recipes() if recipe["model"].partition(".")[0] == first["model"]],
+        "python": _python(first),
+        "commands": _commands(first),
+    }
+
+
+def _python(row: dict[str, Any]) -> list[str]:
+    weights = ", pretrained=True" if row["tag"] else ""
+    lines = ["import timm, torch, zoo", "image = torch.rand(1, 3, {}, {})".format(*row["input_size"])]
+    if row["weights_classes"] != 0:
+        lines += [f'model = timm.create_model("{row["name"]}"{weights}).eval()', "model(image).softmax(-1)"]
+    lines += [
+        f'backbone = timm.create_model("{row["name"]}"{weights}, features_only=True).eval()',
+        "[feature.shape for feature in backbone(image)]",
+    ]
+    return lines
+
+
+def _commands(row: dict[str, Any]) -> list[str]:
+    weights = " pretrained=true" if row["tag"] else ""
+    commands = [f"zoo-train model={row['name']}{weights} data=imagefolder data.root=FOLDER"]
+    commands += [
+        f"zoo-train recipe={recipe['recipe']} data.root=FOLDER"
+        for recipe in recipes()
+        if recipe["model"].partition(".")[0] == row["model"]
+    ]
+    if row["tag"] and row["weights_classes"] == 1000:
+        commands.append(f"zoo-eval model={row['name']} pretrained=true data=imagefolder data.root=FOLDER")
+    return commands
+
+
+def _print_table(rows: list[dict[str, Any]], dense: bool) -> None:
+    from rich import box
+    from rich.table import Table
+
+    console = cli.console()
+    sources = {source: chr(ord("a") + i) for i, source in enumerate(_unique(row["top1_source"] for row in rows))}
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    for column in ("params (M)", "mult-adds (G)", "input", "top-1 (%)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("weights from", "licence"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            f"{row['parameters'] / 1e6:.1f}",
+            f"{row['multiply_adds'] / 1e9:.2f}",
+            _by(row["input_size"]),
+            f"{row['top1']:.1f} {sources[row['top1_source']]}" if row["top1"] else "",
+            _host(row),
+            row["licence"] or "",
+        )
+    console.print(table)
+    for source, letter in sources.items():
+        console.print(f"{letter}  {source}", markup=False)
+    if any(row["weights_classes"] == 0 for row in rows):
+        console.print("f  the file has no classifier")
+    if any(row["note"] for row in rows):
+        console.print("*  read its note first: zoo-models NAME")
+    if dense:
+        _print_dense(rows)
+
+
+def _print_dense(rows: list[dict[str, Any]]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("model", "recipe"):
+        table.add_column(column, no_wrap=True)
+    for column in ("box AP", "mask AP", "mIoU", "several scales"):
+        table.add_column(column, justify="right")
+    table.add_column("figures of")
+    table.title, table.title_justify = "detection and segmentation, as published", "left"
+    for row in rows:
+        for recipe in row["dense"]:
+            figures = (recipe.get(key) for key in ("box_ap", "mask_ap", "miou", "miou_multi_scale"))
+            source = recipe["expected"].rpartition(", ")[2]
+            table.add_row(row["name"], recipe["recipe"], *(f"{x:.1f}" if x else "" for x in figures), source)
+    cli.console().print(table if table.row_count else "No recipe for detection or segmentation is for one of these.")
+
+
+def _print_one(report: dict[str, Any]) -> None:
+    console = cli.console()
+    console.print(f"{report['model']}: {report['summary']}", style="bold", markup=False)
+    shown = report["preprocessing"]
+    features = ", ".join(f"{f['channels']} at stride {f['stride']}" for f in report["features"])
+    rows = {
+        "family": report["family"],
+        "paper": report["paper"] and f"{report['paper']}, {report['paper_id']}",
+        "origin": report["origin"],
+        "parameters": f"{report['parameters'] / 1e6:.2f} M, with a classifier of 1000 classes",
+        "mult-adds": f"{report['multiply_adds'] / 1e9:.2f} G at {_by(report['input_size'])}",
+        "features": features,
+        "images": f"{_by(report['input_size'])}, crop {shown['crop_pct']} ({shown['crop_mode']}), "
+        f"{shown['interpolation']}, mean {tuple(shown['mean'])}, std {tuple(shown['std'])}",
+    }
+    for label, text in rows.items():
+        if text:
+            console.print(f"  {label:<12}{text}", markup=False)
+    for row in report["weights"]:
+        console.print(f"\nweights {row['name']}", style="bold", markup=False)
+        classes = f"{row['weights_classes']} classes" if row["weights_classes"] else "no classifier"
+        facts = {
+            "trained on": f"{row['dataset']}, {classes}, {_by(row['input_size'])}",
+            "top-1": row["top1"] and f"{row['top1']} % ({row['top1_source']})",
+            "licence": " ".join(filter(None, (row["licence"], row["licence_note"]))),
+            "from": row["url"],
+            "note": row["note"],
+        }
+        for label, text in facts.items():
+            if text:
+                console.print(f"  {label:<12}{text}", markup=False)
+    if report["recipes"]:
+        console.print("\nrecipes and the published figures that they aim at", style="bold")
+        width = max(len(recipe["recipe"]) for recipe in report["recipes"])
+        for recipe in report["recipes"]:
+            console.print(f"  {recipe['recipe']:<{width}}  {recipe['expected']}", markup=False)
+    console.print("\npython", style="bold")
+    console.print(*(f"  {line}" for line in report["python"]), sep="\n", markup=False)
+    console.print("\ncommands", style="bold")
+    console.print(*(f"  {line}" for line in report["commands"]), sep="\n", markup=False)
+
+
+def _by(size: Iterable[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _host(row: dict[str, Any]) -> str:
+    """Where the weights are downloaded from."""
+    if not row["url"]:
+        return ""
+    return urlsplit(row["url"]).hostname + " f" * (row["weights_classes"] == 0) + " *" * bool(row["note"])
+
+
+def _unique(values: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(filter(None, values)))
+
+
+if __name__ == "__main__":
+    main()
