@@ -105,7 +105,7 @@ def test_unknown_attribute():
 
 def test_command_line_starts_without_torch():
     """Help and misspelt keys answer at once."""
-    recipes, tools = ("train", "eval", "predict"), ("benchmark", "convert", "models")
+    recipes, tools = ("train", "eval", "predict"), ("benchmark", "convert", "export", "models")
     modules = ", ".join([*(f"zoo.recipes.{name}" for name in recipes), *(f"zoo.tools.{name}" for name in tools)])
     code = f"import {modules}, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
     assert run(code) == "[]"

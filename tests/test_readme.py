@@ -1,5 +1,6 @@
 """Code in the README runs, its commands are known, and its figures are true. Some seconds."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -28,10 +29,9 @@ def test_python_runs(tmp_path):
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_command_composes(command, tmp_path):
     """The training of a command is not run here, but its keys, groups and values have to be right."""
-    if command[0] == "zoo-bench":
-        from zoo.tools.benchmark import parser
-
-        parser().parse_args(command[1:])
+    tools = {"zoo-bench": "benchmark", "zoo-models": "models", "zoo-convert": "convert", "zoo-export": "export"}
+    if command[0] in tools:
+        importlib.import_module(f"zoo.tools.{tools[command[0]]}").parser().parse_args(command[1:])
         return
     if command[0] == "zoo-predict":
         from zoo.recipes.predict import parse

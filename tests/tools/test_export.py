@@ -1,0 +1,309 @@
+"""zoo-export: every family in both formats, what is left open, and every refusal. A minute, slow ones ten."""
+
+import json
+import subprocess
+import sys
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+import zoo  # noqa: F401
+from zoo.tools import export
+
+FAMILIES = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
+QUICK = {("test_van", "pt2"), ("test_van", "onnx")}
+SMALL = "test_resnet"  # of timm, and exported in a second
+
+
+def run(*arguments):
+    """The exit code of a command line; random weights are those of seed 0."""
+    torch.manual_seed(0)
+    try:
+        export.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def record(capsys, *arguments):
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def build(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+def images(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def load(path):
+    """The file as a function from images to a list of outputs."""
+    if path.suffix == ".pt2":
+        module = torch.export.load(path).module()
+        return lambda x: [outputs] if isinstance(outputs := module(x), torch.Tensor) else list(outputs)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda x: [torch.from_numpy(output) for output in session.run(None, {"images": x.numpy()})]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        pytest.param(name, form, marks=[] if (name, form) in QUICK else pytest.mark.slow)
+        for name in FAMILIES
+        for form in ("pt2", "onnx")
+    ],
+)
+def test_family_agrees_at_any_size(capsys, tmp_path, name, form):
+    path = tmp_path / f"model.{form}"
+    said = record(capsys, name, "--size", 224, 224, "-o", path)
+    assert [check["shape"] for check in said["checks"]] == [[1, 3, 224, 224], [3, 3, 256, 320]]
+    assert max(check["difference"] for check in said["checks"]) <= 1e-4
+    assert said["input"]["shape"] == ["batch", 3, "height", "width"]
+    assert said["fixed"] == []
+    x = images(2, 3, 90, 75)
+    torch.testing.assert_close(load(path)(x), [build(name)(x)], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["van_b0", "litv2_small", "gc_vit_xxtiny"])
+def test_published_architecture_in_onnx(capsys, tmp_path, name):
+    said = record(capsys, name, "-o", tmp_path / "model.onnx")
+    assert [check["shape"][2:] for check in said["checks"]] == [[224, 224], [256, 320]]
+    assert max(check["difference"] for check in said["checks"]) <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_features(capsys, tmp_path, form):
+    said = record(capsys, "test_van", "--features", "--format", form, "-o", tmp_path)
+    path = tmp_path / f"test_van_features.{form}"
+    assert [output["name"] for output in said["outputs"]] == [f"features_{i}" for i in range(4)]
+    assert [output["shape"][2] for output in said["outputs"]] == [16, 8, 4, 2]
+    x = images(2, 3, 70, 64)
+    torch.testing.assert_close(load(path)(x), build("test_van", features_only=True)(x), rtol=0, atol=1e-4)
+
+
+def test_static(capsys, tmp_path):
+    path = tmp_path / "model.onnx"
+    said = record(capsys, SMALL, "--size", 64, 64, "--static", "-o", path)
+    assert said["input"]["shape"] == [1, 3, 64, 64]
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == [1, 3, 64, 64]
+    assert session.get_outputs()[0].name == "logits"
+
+
+def test_model_that_takes_one_size(capsys, tmp_path):
+    """Of timm, and made for the size that is asked for."""
+    assert run("vit_tiny_patch16_224", "--size", 32, 32, "-o", tmp_path / "model.pt2") == 0
+    said = capsys.readouterr().out
+    assert "images (batch, 3, 32, 32)" in said
+    assert "height and width are fixed: the model takes no others" in said
+    assert "at 1x3x32x32" in said
+    assert "at 3x3x32x32" in said
+
+
+def test_size_that_the_exporter_fixes(capsys, tmp_path):
+    """A map of a single token is a case of its own."""
+    said = record(capsys, "test_van", "--size", 32, 32, "-o", tmp_path / "model.pt2")
+    assert said["input"]["shape"] == ["batch", 3, 32, 32]
+    assert "the exporter can't leave them open (it takes heights from" in said["fixed"][0]
+
+
+def test_report_and_silence(capsys, tmp_path):
+    path = tmp_path / "new" / "model"
+    assert run("test_van", "-o", path) == 0
+    said, progress = capsys.readouterr()
+    assert said.startswith(f"written: {path}.pt2 (")
+    assert "images (batch, 3, height, width), float32, from 33x33 pixels" in said
+    assert "minus (0.5, 0.5, 0.5), divided by (0.5, 0.5, 0.5)" in said
+    assert "output: logits (batch, 1000)" in said
+    assert "at 1x3x64x64" in said
+    assert all(line.startswith("zoo-export: ") for line in progress.splitlines())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """As zoo-train leaves one behind."""
+    model = build("test_van", num_classes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    data = {"input_size": (3, 48, 48), "mean": (0.1, 0.2, 0.3)}
+    names = {"label_names": ["apple", "banana", "cherry"]}
+    save_for_hf(model, tmp_path / "run", model_config=names, data_config=data, safe_serialization=True)
+    return tmp_path / "run", model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_run_folder(capsys, tmp_path, monkeypatch, folder, form):
+    monkeypatch.chdir(tmp_path)
+    said = record(capsys, folder[0], "--format", form)
+    x, path = images(1, 3, 48, 48), tmp_path / f"run.{form}"
+    torch.testing.assert_close(load(path)(x), [folder[1](x)], rtol=0, atol=1e-4)
+    assert said["size"] == [48, 48]
+    if form == "onnx":
+        written = {entry.key: entry.value for entry in onnx.load(path).metadata_props}["zoo"]
+    else:
+        torch.export.load(path, extra_files=(extra := {"zoo.json": ""}))
+        written = extra["zoo.json"]
+    facts = json.loads(written)
+    assert facts["classes"] == ["apple", "banana", "cherry"]
+    assert facts["preprocessing"]["mean"] == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.slow
+def test_run_of_zoo_train(capsys, tmp_path):
+    settings = ("model=test_van", "trainer.epochs=1", "trainer.device=cpu", "log.wandb=disabled", "run=digits")
+    command = [sys.executable, "-m", "zoo.recipes.train", *settings]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    said = record(capsys, tmp_path / "digits", "-o", tmp_path)
+    assert said["classes"] == [str(digit) for digit in range(10)]
+    assert (tmp_path / "digits.pt2").is_file()
+
+
+@torch.no_grad()
+def test_own_weights_and_classes(tmp_path, folder):
+    """As many classes as the file has, or as are asked for."""
+    path, weights = tmp_path / "model.pt2", folder[0] / "model.safetensors"
+    x = images(1, 3, 64, 64)
+    assert run("test_van", "--pretrained", weights, "--static", "-o", path) == 0
+    torch.testing.assert_close(load(path)(x), [folder[1](x)])
+    arguments = ("--pretrained", weights, "--num-classes", 0, "--static", "-o", path, "--force")
+    assert run("test_van", *arguments) == 0
+    torch.testing.assert_close(load(path)(x), [folder[1].forward_head(folder[1].forward_features(x), pre_logits=True)])
+
+
+def test_program_needs_no_zoo(tmp_path):
+    assert run("test_dinat", "--static", "-o", tmp_path / "model.pt2") == 0
+    code = (
+        "import sys, torch; program = torch.export.load('model.pt2').module()\n"
+        "print(tuple(program(torch.zeros(1, 3, 64, 64)).shape), 'zoo' in sys.modules, 'timm' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "(1, 1000) False False\n"
+
+
+@pytest.mark.parametrize(
+    ("got", "want", "difference"),
+    [
+        ([[1.0, 2.0], [0.5]], [[1.0, 2.0], [0.25]], 0.25),
+        ([[100.0, 2.0]], [[100.0, 3.0]], 0.01),
+        ([[float("nan")]], [[1.0]], float("nan")),
+    ],
+    ids=["absolute", "of the largest", "not a number"],
+)
+def test_difference(got, want, difference):
+    found = export._difference(list(map(torch.tensor, got)), list(map(torch.tensor, want)))
+    assert found == pytest.approx(difference, nan_ok=True)
+
+
+@pytest.mark.parametrize("differences", [[0.0, 2e-4], [float("nan"), 0.0]], ids=["large", "not a number"])
+def test_program_that_differs_is_not_kept(capsys, tmp_path, monkeypatch, differences):
+    left = iter(differences)
+    monkeypatch.setattr(export, "_difference", lambda got, want: next(left))
+    assert run(SMALL, "-o", tmp_path / "model.pt2") == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the program differs from the model by" in error
+    assert "more than 1e-04" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_that_fails(capsys, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such operator\nat all.")
+
+    monkeypatch.setattr(torch.export, "export", refuse)
+    assert run("test_van", "-o", tmp_path / "model.onnx") == 1
+    assert capsys.readouterr().err.endswith("error: test_van can't become ONNX: no such operator at all.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+BAD = [
+    ("test_vam", 1, "there is no model test_vam; did you mean test_van?"),
+    ("xyzzyqq", 1, "there is no model xyzzyqq; timm.list_models() lists all, after `import zoo`."),
+    ("van_b0.imagenet", 1, "van_b0 has no weights imagenet; it has "),
+    ("runs/none", 1, "there is no folder runs/none: give the folder of a finished run, or a model's name."),
+    ("empty", 1, "empty has no config.json and model.safetensors: give the folder of a classifier's finished run."),
+    ("run --pretrained", 2, "Got --pretrained with a run folder, which has its own weights and classes; leave it out."),
+    ("run --num-classes 3", 2, "Got --num-classes with a run folder"),
+    ("test_van --pretrained none.pth", 1, "there is no file none.pth: --pretrained takes a checkpoint"),
+    ("test_van --pretrained text.pth", 1, "text.pth can't be read as a checkpoint: "),
+    ("test_dinat --pretrained run/model.safetensors", 1, "test_dinat can't be made with run/model.safetensors: "),
+    ("hf-hub:me/x --pretrained a.pth", 2, "Got --pretrained a.pth with hf-hub:me/x, which has its own weights"),
+    ("test_van --size 16 16", 1, "test_van can't run on images of 16x16 pixels: Got images of 16 x 16 pixels"),
+    ("test_van --size 64", 2, "--size: expected 2 arguments"),
+    ("test_van --size 64 0", 2, "--size: got '0'; give a whole number of 1 or more"),
+    ("test_van --num-classes -1", 2, "--num-classes: got '-1'; give a whole number of 0 or more"),
+    ("test_van --num-classes x", 2, "--num-classes: got 'x'; give a whole number of 0 or more"),
+    ("test_van --format tflite", 2, "invalid choice: 'tflite'"),
+    ("test_van -o model.pth", 2, "Got -o model.pth; its name has to end in .pt2 or .onnx."),
+    ("test_van -o model.pt2 --format onnx", 2, "Got -o model.pt2; --format onnx writes .onnx files."),
+    ("test_van -o there.onnx", 1, "there.onnx exists; --force replaces it."),
+    ("test_van -o text.pth/model.pt2", 1, "text.pth is not a folder that you may write to; choose another with -o."),
+    ("", 2, "required: MODEL"),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "message"), BAD, ids=[line for line, _, _ in BAD])
+def test_refusal(capsys, tmp_path, monkeypatch, folder, line, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    (tmp_path / "there.onnx").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*line.split()) == code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("zoo-export: error: ")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_folder_that_may_not_be_written(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.os, "access", lambda path, mode: False)
+    assert run("test_van", "-o", tmp_path / "new" / "model.pt2") == 1
+    assert f"{tmp_path} is not a folder that you may write to" in capsys.readouterr().err
+
+
+def test_disk_full(capsys, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device", str(tmp_path / "model.pt2"))
+
+    monkeypatch.setattr(export, "_write", full)
+    assert run(SMALL, "-o", tmp_path / "model.pt2") == 1
+    assert capsys.readouterr().err.endswith("model.pt2: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_packages(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    assert run("test_van", "-o", tmp_path / "model.onnx") == 1
+    assert "--format onnx needs onnxscript: run pip install 'zoo[onnx]'" in capsys.readouterr().err
+
+
+def test_interrupt(capsys, tmp_path, monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_build", interrupt)
+    assert run("test_van", "-o", tmp_path / "model.pt2") == 130
+    assert capsys.readouterr().err.endswith("zoo-export: interrupted\n")
+
+
+def test_help_needs_no_torch():
+    code = "import zoo.tools.export as e, sys; e.parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_help_has_examples(capsys):
+    assert run("--help") == 0
+    assert "zoo-export dinat_mini --pretrained" in capsys.readouterr().out
