@@ -456,7 +456,11 @@ def test_keywords_of_the_backbone_itself(key):
         TimmBackbone("test_van", {key: True})
 
 
-@pytest.mark.parametrize("indices", [(0, 4), (-1,), (2, 1), (1, 1), ()])
+def test_stages_from_the_end():
+    assert TimmBackbone("test_van", out_indices=(-3, -2, -1)).reductions == [8, 16, 32]
+
+
+@pytest.mark.parametrize("indices", [(0, 4), (-5,), (2, 1), (1, 1), (3, -1), ()])
 def test_stages_that_are_not_there(indices):
     with pytest.raises(RunError, match="test_van has 4 stages, so it has to be rising numbers from 0 to 3"):
         TimmBackbone("test_van", out_indices=indices)
