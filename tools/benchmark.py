@@ -15,6 +15,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from zoo.tools import cli
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -84,11 +86,6 @@ examples:
 TILES = (((8, 8), (4, 16)), ((8, 8), (8, 8)), ((8, 8), (2, 32)), ((4, 16), (4, 16)), ((16, 16), (8, 16)))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; --help shows what there is.\n")
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and run the sub-command."""
     options = parser().parse_args(arguments)
@@ -102,14 +99,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> NoReturn:
-    print(f"zoo-bench {options.command}: error: {message}", file=sys.stderr)
-    sys.exit(code)
+    cli.fail(f"zoo-bench {options.command}", message, code)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(prog="zoo-bench", description=f"Measure and predict {__doc__.partition(': ')[2]}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+    parser = cli.Parser(prog="zoo-bench", description=f"Measure and predict {__doc__.partition(': ')[2]}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=cli.Parser)
 
     def command(name: str, description: str, epilog: str, run: Callable[..., None]) -> argparse.ArgumentParser:
         added = commands.add_parser(
@@ -117,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
             help=description.partition(":")[0].partition(".\n")[0].replace("\n", " "),
             description=description,
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
         return added

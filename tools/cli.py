@@ -45,10 +45,10 @@ def friendly_errors(command: str) -> Iterator[None]:
         sys.exit(130)
 
 
-def fail(command: str, message: str) -> NoReturn:
+def fail(command: str, message: str, code: int = 1) -> NoReturn:
     """End the process with one line on stderr."""
     print(f"{command}: error: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
 def console() -> Console:

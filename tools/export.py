@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import zoo
+from zoo.tools import cli
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,11 +44,6 @@ examples:
 LIMIT = 1e-4
 AXES = {0: "batch", 2: "height", 3: "width"}
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; --help shows what there is.\n")
 
 
 @dataclass
@@ -79,18 +75,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:
-    print(f"zoo-export: error: {message}", file=sys.stderr)
-    sys.exit(code)
+    cli.fail("zoo-export", message, code)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
-        prog="zoo-export",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(prog="zoo-export", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name that timm.create_model takes, or the folder of a finished run")
     add("-o", "--out", type=Path, metavar="FILE", help="what to write, or the folder for it (MODEL.pt2 or .onnx, here)")
