@@ -184,6 +184,15 @@ class Course:
             if self.wandb:
                 self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
 
+    def batch(self, accumulate: int, processes: str = "processes") -> str:
+        """The images of an update for people, and what they are made of where that is several passes."""
+        parts = [f"{self.cfg.trainer.batch_size} images"]
+        if distributed.world_size() > 1:
+            parts.append(f"{distributed.world_size()} {processes}")
+        if accumulate > 1:
+            parts.append(f"{accumulate} passes, accumulated")
+        return f"{self.effective_batch} images an update" + (f" = {' x '.join(parts)}" if len(parts) > 1 else "")
+
     def seconds(self) -> float:
         """How long the run has taken, over all its processes' lives."""
         return self.seconds_before + time.monotonic() - self.started

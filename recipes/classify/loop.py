@@ -163,22 +163,17 @@ class Run(Course):
 
     def introduce(self) -> None:
         """Say what is going to be trained."""
-        cfg, world = self.cfg, distributed.world_size()
+        cfg = self.cfg
         size = "x".join(map(str, self.data_config["input_size"]))
         log.info(
             "%s: %.2f M parameters, input %s, %d classes", cfg.model, self.params / 1e6, size, len(self.data.classes)
         )
         log.info("%d training and %d validation images", self.train_images, self.val_images)
-        batch = f"{cfg.trainer.batch_size} images"
-        if world > 1:
-            batch += f" x {world} processes ({cfg.trainer.parallel})"
-        if self.accumulate > 1:
-            batch += f" x {self.accumulate} passes, accumulated"
         log.info(
             "%d epochs of %d updates; %s; learning rate %g; %s on %s, %d workers load images",
             self.epochs,
             self.updates_per_epoch,
-            f"{self.effective_batch} images an update" + (f" = {batch}" if batch.count(" x ") else ""),
+            self.batch(self.accumulate, f"processes ({cfg.trainer.parallel})"),
             self.training.lr,
             cfg.optim.opt,
             self.device,

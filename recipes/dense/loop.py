@@ -199,16 +199,11 @@ class DenseRun(Course):
         log.info("%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6, classes)
         for line in self.data.summary():
             log.info("%s", line)
-        batch = f"{cfg.trainer.batch_size} images"
-        if distributed.world_size() > 1:
-            batch += f" x {distributed.world_size()} processes"
-        if steps.accumulate > 1:
-            batch += f" x {steps.accumulate} passes, accumulated"
         log.info(
             "%d updates, %d for every image once; %s; learning rate %g; %s on %s",
             steps.updates,
             steps.per_epoch,
-            f"{steps.batch} images an update" + (f" = {batch}" if batch.count(" x ") else ""),
+            self.batch(steps.accumulate),
             configure.learning_rate(cfg),
             cfg.optim.opt,
             self.device,
