@@ -24,7 +24,10 @@ HEAVY = (
 # folder -> what its files may import beside the standard library
 ALLOWED = {
     "kernels": {"torch", "triton", "zoo.kernels"},
-    "zoo": {"torch", "timm", "safetensors", "wrapt", "zoo", "zoo.kernels", "zoo.backbone", "zoo.checkpoints"},
+    "zoo": {
+        *("torch", "timm", "safetensors", "wrapt"),
+        *("zoo", "zoo.kernels", "zoo.backbone", "zoo.checkpoints", "zoo.layers"),
+    },
     "recipes": None,
     "tools": None,
 }

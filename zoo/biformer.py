@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.layers import Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.layers import calculate_drop_path_rates, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +36,7 @@ from zoo.backbone import (
     pad_tokens,
 )
 from zoo.kernels import routed_attention
+from zoo.layers import Linear, Mlp
 
 __all__ = ["BiFormer"]
 
@@ -93,9 +94,9 @@ class RoutedAttention(nn.Module):
         self.num_regions = num_regions
         self.topk = topk
         self.scale = dim**-0.5  # of all channels, in attention too: not of a head's
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -186,9 +187,9 @@ class FullAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.lepe_of = lepe_of
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""

@@ -15,7 +15,7 @@ the tests compare outputs of cswin_tiny. What differs:
 from collections.abc import Sequence
 
 import torch
-from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module
+from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +33,7 @@ from zoo.backbone import (
 )
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
 from zoo.kernels.checks import certain
+from zoo.layers import Linear, Mlp
 
 __all__ = ["CSWin"]
 
@@ -97,9 +98,9 @@ class FullAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.lepe = nn.ModuleList([DepthwiseConv(dim, 3, **dd)])
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -121,9 +122,9 @@ class CrossShapedAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads // 2  # of a branch
         self.split_size = split_size
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.lepe = nn.ModuleList(DepthwiseConv(dim // 2, 3, **dd) for _ in range(2))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -236,7 +237,7 @@ class CSWin(Backbone):
                     attn = CrossShapedAttention(dim, heads, split_sizes[i], **dd)
                 else:
                     attn = FullAttention(dim, heads, **dd)
-                mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd)
+                mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
                 blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), **dd))
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
         norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)

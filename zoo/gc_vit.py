@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from zoo import checkpoints
 from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
+from zoo.layers import Linear, Mlp
 
 __all__ = ["GCViT"]
 
@@ -166,9 +167,9 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.use_global_query = use_global_query
-        self.qkv = nn.Linear(dim, (2 if use_global_query else 3) * dim, **dd)
+        self.qkv = Linear(dim, (2 if use_global_query else 3) * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * window_size - 1, 2 * window_size - 1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -272,7 +273,7 @@ class GCViT(Backbone):
             blocks = []
             for j in range(depth):
                 attn = WindowAttention(dim, heads, window, use_global_query=j % 2 == 1, **dd)
-                mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd)
+                mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
                 blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), layer_scale, **dd))
             # A stage of a single block, a local one, has no use for a query.
             query = GlobalQuery(dim, window, max(len(depths) - 1 - i, 1), pooled[i], **dd) if depth > 1 else None

@@ -37,6 +37,7 @@ from zoo.backbone import (
 )
 from zoo.kernels import window_attention
 from zoo.kernels.dispatch import as_given
+from zoo.layers import Linear, by_image
 
 __all__ = ["LITv2"]
 
@@ -76,8 +77,8 @@ class HiFiAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.window_size = window_size
-        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, **dd)
-        self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
+        self.qkv = Linear(dim, 3 * num_heads * head_dim, **dd)
+        self.proj = Linear(num_heads * head_dim, num_heads * head_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(window_attention(self.qkv(x), num_heads=self.num_heads, window_size=self.window_size))
@@ -92,9 +93,9 @@ class LoFiAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.window_size = window_size
-        self.q = nn.Linear(dim, num_heads * head_dim, **dd)
-        self.kv = nn.Linear(dim, 2 * num_heads * head_dim, **dd)
-        self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
+        self.q = Linear(dim, num_heads * head_dim, **dd)
+        self.kv = Linear(dim, 2 * num_heads * head_dim, **dd)
+        self.proj = Linear(num_heads * head_dim, num_heads * head_dim, **dd)
 
     def forward(self, x: Tensor, windows: Tensor) -> Tensor:
         """(B, H, W, dim), and the same padded to whole windows, to (B, H, W, num_heads * head_dim)."""
@@ -150,11 +151,11 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc1 = Linear(dim, hidden_dim, **dd)
         self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.fc2 = Linear(hidden_dim, dim, **dd)
         self.drop2 = nn.Dropout(drop)
 
     def reset_parameters(self) -> None:
@@ -163,6 +164,10 @@ class ConvMlp(nn.Module):
         nn.init.zeros_(self.dw_conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        return by_image(self.forward_images, x, self.fc1.out_features / self.fc1.in_features)
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
         x = self.dw_conv(self.fc1(x))
         return self.drop2(self.fc2(self.drop1(self.act(x))))
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.layers import DropPath, Mlp, SqueezeExcite, register_notrace_module
+from timm.layers import DropPath, SqueezeExcite, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +26,7 @@ from zoo import checkpoints
 from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
 from zoo.kernels.checks import certain
+from zoo.layers import Linear, Mlp, by_image
 
 __all__ = ["MaxViT"]
 
@@ -111,6 +112,7 @@ class Stem(nn.Module):
         return self.conv2(self.act(self.norm(self.conv1(x))))
 
 
+@register_notrace_module
 class MBConv(nn.Module):
     """Inverted residual with squeeze and excitation on tokens: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), dim).
 
@@ -138,6 +140,12 @@ class MBConv(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        if any(norm.training for norm in (self.norm, self.norm1, self.norm2)):
+            return self.forward_images(x)
+        return by_image(self.forward_images, x, self.expand.out_channels / self.expand.in_channels)
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """The same for all images at once, as the statistics of batch norm need it."""
         x = x.permute(0, 3, 1, 2)
         branch = self.act(self.norm1(self.expand(self.norm(x))))
         branch = self.act(self.norm2(self.dw_conv(branch)))
@@ -158,9 +166,9 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.layout = layout
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, *(2 * side - 1 for side in window_size), **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -212,7 +220,7 @@ class Block(nn.Module):
             TransformerBlock(
                 dim,
                 WindowAttention(dim, num_heads, window_size, layout, **dd),
-                Mlp(dim, 4 * dim, act_layer=Gelu, drop=proj_drop, **dd),
+                Mlp(dim, 4 * dim, proj_drop, "tanh", **dd),
                 drop_path,
                 **dd,
             )

@@ -14,7 +14,7 @@ facts of that code; the tests compare outputs. What differs:
 from collections.abc import Sequence
 
 import torch
-from timm.layers import LayerNorm2d, Mlp, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -31,6 +31,7 @@ from zoo.backbone import (
     pad_tokens,
 )
 from zoo.kernels import neighborhood_attention, window_attention
+from zoo.layers import Linear, Mlp
 
 __all__ = ["NAT"]
 
@@ -103,9 +104,9 @@ class NeighborhoodAttention(nn.Module):
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -134,9 +135,9 @@ class GlobalAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * size - 1, 2 * size - 1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -191,7 +192,7 @@ class PatchMerging(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
+        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
@@ -279,7 +280,7 @@ class NAT(Backbone):
                     attn = GlobalAttention(dim, heads, **dd)
                 else:
                     attn = NeighborhoodAttention(dim, heads, kernel_size, dilation, **dd)
-                mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop_rate, **dd)
+                mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
                 blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), layer_scale, **dd))
             downsample = downsample_cls(embed_dims[i - 1], dim, **dd) if downsample_cls and i else None
             stages.append(Stage(blocks, downsample))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from zoo import checkpoints
 from zoo.backbone import Backbone, Stage, check_images, check_stages, create
 from zoo.kernels import large_kernel_attention
+from zoo.layers import by_image
 
 __all__ = ["VAN"]
 
@@ -98,6 +99,7 @@ class Attention(nn.Module):
         return x + self.proj_out(self.lka(self.act(self.proj_in(x))))
 
 
+@register_notrace_module
 class Mlp(nn.Module):
     """1 x 1 convolution, depth-wise 3 x 3 convolution, GELU, 1 x 1 convolution."""
 
@@ -112,6 +114,10 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        return by_image(self.forward_images, x, self.fc1.out_channels / self.fc1.in_channels)
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """(B, dim, H, W) -> (B, dim, H, W)."""
         x = self.drop1(self.act(self.dw_conv(self.fc1(x))))
         return self.drop2(self.fc2(x))
 

@@ -1,4 +1,4 @@
-"""Routed attention in PyTorch, fast on CPUs: regions of keys and values gathered as single rows.
+"""Routed attention in PyTorch, fast on CPUs: regions of keys and values gathered as single rows, or all of them masked.
 
 Letters: B images, S regions along a side, R = S * S, T tokens of a region, N heads, D head dim, K regions routed to.
 """
@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels import checks
 from zoo.kernels.attention import attend, fused
+
+# Gathering takes as long as attending to so many times more keys.
+GATHERING = 4
 
 
 def routed_attention(
@@ -19,17 +23,37 @@ def routed_attention(
     head_dim, count = channels // num_heads, regions * regions
     fuse = fused(q, k, v)
     query, key, value = (_cut(x, regions, num_heads, fuse) for x in (q, k, v))  # (B, R, N, T, D)
-    image, head = (torch.arange(n, device=q.device) for n in (batch, num_heads))
-    rows = (image[:, None, None] * count + routes)[:, :, None] * num_heads + head[:, None]  # (B, R, N, K)
-    key, value = (
-        x.reshape(batch * count * num_heads, -1)
-        .index_select(0, rows.flatten())
-        .reshape(batch * count, num_heads, -1, head_dim)
-        for x in (key, value)
-    )  # (B R, N, K T, D)
-    out = attend(query.flatten(0, 1), key, value, None, scale, fuse=fuse).to(q.dtype)  # (B R, T, N, D)
+    topk, tokens = routes.shape[2], query.shape[3]
+    # The bias of a large map with few channels would be larger than what is gathered.
+    if checks.certain(count <= GATHERING * topk) and checks.certain(count * tokens <= 2 * topk * channels):
+        bias = _bias_of_routes(routes, tokens, key.shape[3], query.dtype)
+        query, key, value = (x.transpose(1, 2).flatten(2, 3) for x in (query, key, value))  # (B, N, R T, D)
+    else:
+        bias = None
+        image, head = (torch.arange(n, device=q.device) for n in (batch, num_heads))
+        rows = (image[:, None, None] * count + routes)[:, :, None] * num_heads + head[:, None]  # (B, R, N, K)
+        key, value = (
+            x.reshape(batch * count * num_heads, -1)
+            .index_select(0, rows.flatten())
+            .reshape(batch * count, num_heads, -1, head_dim)
+            for x in (key, value)
+        )  # (B R, N, K T, D)
+        query = query.flatten(0, 1)
+    out = attend(query, key, value, bias, scale, fuse=fuse).to(q.dtype)  # (B R, T, N, D) or (B, R T, N, D)
     out = out.reshape(batch, regions, regions, height // regions, width // regions, channels)
     return out.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, channels)
+
+
+def _bias_of_routes(routes: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """(B, 1, R queries, R keys), what all tokens of the regions get on their logits so that each sees its routes only.
+
+    It is the logarithm of how often a region is named.
+    """
+    batch, count, _ = routes.shape
+    named = torch.zeros(batch, count, count, dtype=torch.promote_types(dtype, torch.float32), device=routes.device)
+    named = named.scatter_add(2, routes, torch.ones_like(routes, dtype=named.dtype))
+    bias = named.log()[:, None, :, None, :, None].expand(-1, 1, -1, queries, -1, keys)
+    return bias.reshape(batch, 1, count * queries, count * keys)
 
 
 def _cut(x: Tensor, regions: int, num_heads: int, fuse: bool) -> Tensor:
