@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
-TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope -m "not gpu"
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope -m "not gpu and not browser"
 
-.PHONY: demo test check bench gpu lint clean
+.PHONY: demo test check browser bench gpu docs lint clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -14,13 +14,21 @@ test: $(VENV)/dev.stamp  ## all tests
 	$(TEST)
 
 check: lint  ## lint and the quick tests
-	$(TEST) -m "not slow and not gpu"
+	$(TEST) -m "not slow and not gpu and not browser"
+
+browser: $(VENV)/dev.stamp  ## the reports in a real browser, on a phone's and a desktop's width
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	  { echo "make browser needs Chromium and its driver: apt-get install chromium chromium-driver"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser tests/browser
 
 bench: $(VENV)/user.stamp  ## time the operators on this machine's CPU
 	$(BIN)/zoo-bench kernels
 
 gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: its tests and timings, to docs/results
 	PYTHON=$(BIN)/python tools/gpu_session.sh
+
+docs: $(VENV)/dev.stamp  ## the documentation as a site, to build/docs/index.html
+	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -c docs . build/docs
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
-from zoo.recipes import distributed, runs
+from zoo.recipes import distributed, report, runs
 from zoo.recipes.errors import RunError, Stopped
 from zoo.recipes.runs import log
+from zoo.recipes.timing import StepTimes
 
 # In what gloo and NCCL say when a process is gone.
 _LOST = ("gloo", "NCCL", "Connection", "timed out")
@@ -48,6 +48,8 @@ class Course:
         self.stop_signal = 0
         self.changed = ""  # what a continued run's configuration says now, and said before
         self.effective_batch = 0  # images of an update
+        self.params = 0  # of the model
+        self.times = StepTimes(device)
 
     # What a task says about itself.
 
@@ -61,6 +63,10 @@ class Course:
 
     def introduce(self) -> None:
         """Say what is going to be trained."""
+        raise NotImplementedError
+
+    def describe_data(self) -> list[str]:
+        """A line on each split."""
         raise NotImplementedError
 
     def complete(self) -> bool:
@@ -112,7 +118,7 @@ class Course:
         before = OmegaConf.create(state["config"])
         changed = [
             f"{key}={value} (was {OmegaConf.select(before, key)})"
-            for key, value in _flat(OmegaConf.to_container(self.cfg, resolve=True))
+            for key, value in report.flat(OmegaConf.to_container(self.cfg, resolve=True))
             if OmegaConf.select(before, key) != value and key not in ("run", "resume") and not key.startswith("log.")
         ]
         self.changed = ", ".join(changed)
@@ -135,7 +141,8 @@ class Course:
         if self.primary:
             runs.save_checkpoint(self.folder / "last.pt", state)
             if not self.progress["finished"]:
-                for name in ("model.safetensors", "summary.json"):  # of a shorter run that this one continues
+                # Of a shorter run that this one continues.
+                for name in ("model.safetensors", "summary.json", "report.html"):
                     (self.folder / name).unlink(missing_ok=True)
         self.saved_at = time.monotonic()
 
@@ -164,6 +171,7 @@ class Course:
         self.progress["finished"] = False
         if self.primary:
             runs.save_config(self.folder, self.cfg)
+            self._note_start()
             self.wandb = runs.start_wandb(self.folder, self.cfg, self.wandb_id)
             self.wandb_id = self.wandb.id if self.wandb else None
         self.started = self.saved_at = time.monotonic()
@@ -183,6 +191,19 @@ class Course:
                 signal.signal(number, handler)
             if self.wandb:
                 self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
+
+    def _note_start(self) -> None:
+        """Write `start.json`: what the report of a run can't know later."""
+        chosen, recipe = report.recipe(self.cfg.task)
+        start = {
+            "command": runs.command(),
+            "recipe": {"chosen": chosen, "settings": recipe},
+            "data": self.describe_data(),
+            "params": self.params,
+            "device": str(self.device),
+            "processes": distributed.world_size(),
+        }
+        runs.write_json(self.folder / "start.json", start)
 
     def batch(self, accumulate: int, processes: str = "processes") -> str:
         """The images of an update for people, and what they are made of where that is several passes."""
@@ -268,6 +289,7 @@ class Course:
         }
         if self.primary:
             runs.write_json(self.folder / "summary.json", summary)
+            report.write_or_warn(self.folder)
             if self.wandb:
                 self.wandb.summary.update(metrics)
         return summary
@@ -296,11 +318,3 @@ class Course:
 def continuing(cfg: DictConfig, folder: Path) -> str:
     """The command that continues the run in `folder`."""
     return runs.command() if cfg.run else f"{runs.command()} run={folder}"
-
-
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(values, dict):
-        yield prefix, values
-        return
-    for key, value in values.items():
-        yield from _flat(value, f"{prefix}.{key}" if prefix else key)

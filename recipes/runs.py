@@ -1,15 +1,18 @@
 """Run folders: what a run leaves behind, written so that nothing is lost.
 
 config.yaml          the whole configuration
+start.json           command, data, and the settings of the recipe before the user's changes
 train.log            what was printed
 last.pt              everything needed to continue
 best.safetensors     weights of the best epoch so far
 metrics.jsonl        one line per epoch
 curves.png           the same, drawn
+classes.json         the last evaluation, class by class
 predictions.png      samples of the validation split
 model.safetensors    the final weights and
 config.json          their description: timm.create_model("local-dir:<run folder>") loads them
 summary.json         the figures
+report.html          all of it in one page
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import pickle
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -202,6 +205,28 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     It is written anew every time, so that after a resume no epoch stands in it twice.
     """
     write_text(folder / "metrics.jsonl", "".join(json.dumps(_finite(record)) + "\n" for record in history))
+
+
+def write_classes(
+    folder: Path,
+    classes: Sequence[str],
+    scores: dict[str, list[float | None]],
+    counts: Sequence[int],
+    unit: str,
+    confusion: list[list[int]] | None = None,
+) -> None:
+    """Write `classes.json`: an evaluation, class by class.
+
+    Args:
+        folder: Of the run, or of the evaluation.
+        classes: The names.
+        scores: Name of a score -> its value for each class in percent, None where it has none.
+        counts: How much of each class was evaluated,
+        unit: and of what: images, objects or pixels.
+        confusion: [true label, predicted label, how many] for all pairs that occur.
+    """
+    content = {"classes": list(classes), "scores": scores, "counts": list(counts), "unit": unit, "confusion": confusion}
+    write_text(folder / "classes.json", json.dumps(_finite(content)) + "\n")
 
 
 def plot_curves(path: Path, history: list[dict[str, Any]], title: str, scores: dict[str, str]) -> None:

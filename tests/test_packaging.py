@@ -34,7 +34,7 @@ def test_wheel_holds_every_file(wheel):
     expected = {"zoo/manifest/__init__.py", "zoo/manifest/manifest.json"}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".yaml"):
+            if path.suffix in (".py", ".yaml", ".j2"):
                 expected.add(f"{package}/{path.relative_to(ROOT / folder)}")
     assert held == expected
 

@@ -15,7 +15,7 @@ from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zoo.recipes import distributed
+from zoo.recipes import distributed, runs
 from zoo.recipes.errors import RunError
 from zoo.recipes.runs import atomic
 
@@ -37,6 +37,11 @@ class Evaluation:
         """How often class `row` was taken for class `column`."""
         counts = np.bincount(self.targets * num_classes + self.predictions, minlength=num_classes**2)
         return counts.reshape(num_classes, num_classes)
+
+    def pairs(self, num_classes: int) -> list[list[int]]:
+        """[label, prediction, how often] for all pairs that occur: of thousands of classes, few of the matrix's."""
+        pairs, counts = np.unique(self.targets * num_classes + self.predictions, return_counts=True)
+        return np.stack([pairs // num_classes, pairs % num_classes, counts], axis=1).tolist()
 
     def per_class(self, num_classes: int) -> list[float | None]:
         """Top-1 of each class in percent, None for a class without images."""
@@ -200,6 +205,13 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
     figure.colorbar(drawn, label="% of the true class", shrink=0.8)
     with atomic(path) as file:
         figure.savefig(file, format="png")
+
+
+def write_classes(folder: Path, result: Evaluation, classes: Sequence[str]) -> None:
+    """Write the result's `classes.json`."""
+    counts = np.bincount(result.targets, minlength=len(classes)).tolist()
+    scores = {"top1": result.per_class(len(classes))}
+    runs.write_classes(folder, classes, scores, counts, "images", result.pairs(len(classes)))
 
 
 def percentage(value: float) -> str:

@@ -31,7 +31,7 @@ from zoo.recipes.classify.data import (
     next_batch,
     open_data,
 )
-from zoo.recipes.classify.evaluation import Normalize, evaluate, percentage, plot_predictions
+from zoo.recipes.classify.evaluation import Normalize, evaluate, percentage, plot_predictions, write_classes
 from zoo.recipes.classify.model import build_model, check_model_name, input_config, save_weights
 from zoo.recipes.classify.training import Training, autocast
 from zoo.recipes.course import Course
@@ -185,6 +185,10 @@ class Run(Course):
             log.info("Continues with another configuration: %s.", self.changed)
         log.info("Run folder: %s", self.folder)
 
+    def describe_data(self) -> list[str]:
+        """A line on each split."""
+        return [f"training: {self.train_images} images", f"validation: {self.val_images} images"]
+
     def _epoch(self) -> None:
         progress = self.progress
         if progress["samples"] == 0:
@@ -219,12 +223,15 @@ class Run(Course):
     def _update(self, batches: Iterator[Any]) -> None:
         """One step of the optimizer, from `accumulate` batches."""
         progress, tallies, training = self.progress, self.tallies, self.training
+        self.times.begin()
         # A forward pass on bad numbers spoils BatchNorm's running statistics too, not only the gradients.
         buffers = list(training.task.trainable_module.buffers())
         kept = [buffer.clone() for buffer in buffers]
         finite = True
         for number in range(self.accumulate):
+            self.times.lap("rest")
             images, labels, corrupt = next_batch(batches)
+            self.times.lap("waiting for images")
             self._note_corrupt(corrupt)
             if not finite:
                 continue  # the batch is taken, so that the next update has the images that it would have had
@@ -239,13 +246,16 @@ class Run(Course):
                 if self.corrupt_known + corrupt_new > self.cfg.data.max_corrupt:
                     self._too_many_corrupt()
                 finite = not bad
+                self.times.lap("forward")
                 if finite:
                     training.backward(result["loss"] / self.accumulate)
+                    self.times.lap("backward")
                     tallies["loss"] += loss * len(labels)
                     tallies["right"] += int((result["output"].detach().argmax(1) == labels).sum())
                     tallies["images"] += len(labels)
         progress["update"] += 1
         progress["samples"] += self.effective_batch
+        self.times.lap("rest")
         if finite:
             training.step()
             progress["nonfinite"] = 0
@@ -255,10 +265,12 @@ class Run(Course):
             tallies["skipped"] += 1
             self.note_nonfinite()
         training.end_update(progress["update"], stepped=finite)
+        self.times.lap("optimizer")
         images = max(tallies["images"], 1)
         note = f"loss {tallies['loss'] / images:.3f}  top-1 {100 * tallies['right'] / images:.1f} %"
         lr = training.optimizer.param_groups[0]["lr"]
         self.bar.advance(note, lr, self.effective_batch)
+        self.times.lap("rest")
 
     def _note_corrupt(self, names: list[str]) -> None:
         for name in names:
@@ -299,6 +311,7 @@ class Run(Course):
             "train_top1": None if self.training.mixup else 100 * right / max(images, 1),
             "skipped_updates": int(skipped) // distributed.world_size(),
             "images_per_second": speed,
+            "step_seconds": self.times.take(),
         }
         if last or epoch % cfg.trainer.eval_every == 0:
             self.bar.start_evaluation(None if self.data.val_indices is None else len(self.val_loader))
@@ -307,6 +320,8 @@ class Run(Course):
             result = evaluate(model, self.val_loader, self.normalize, precision, self._after_evaluating_batch)
             record |= {f"val_{name}": result.metrics[name] for name in ("loss", "top1", "top5")}
             self._note_corrupt(result.corrupt)
+            if self.primary:
+                write_classes(self.folder, result, self.data.classes)
         self._share_corrupt()
         record |= {"corrupt_images": len(self.corrupt), "seconds": self.seconds()}
         self.history.append(record)

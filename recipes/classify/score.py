@@ -11,9 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from zoo.recipes import config, distributed, runs
+from zoo.recipes import config, distributed, report, runs
 from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
-from zoo.recipes.classify.evaluation import Evaluation, Normalize, evaluate, percentage, plot_confusion
+from zoo.recipes.classify.evaluation import (
+    Evaluation,
+    Normalize,
+    evaluate,
+    percentage,
+    plot_confusion,
+    write_classes,
+)
 from zoo.recipes.classify.model import build_model, input_config, load_weights
 from zoo.recipes.classify.training import autocast
 from zoo.recipes.errors import RunError
@@ -103,6 +110,7 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
     runs.make_folder(folder, "out")
     runs.write_json(folder / "eval.json", summary)
     title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
+    write_classes(folder, result, classes)
     plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)
     if per_class:
         table = Table("class", "images", "top-1")
@@ -121,4 +129,5 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         metrics["loss"],
         metrics["images"],
     )
+    report.write_or_warn(folder)
     log.info("Written to %s", folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,13 @@ class NamedCocoMetric(CocoMetric):
         self._coco_api = NamedCoco(ann_file, classes)
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Score without pycocotools' tables; finding nothing at all, of which mmdet says nothing, scores 0."""
+        """Score without pycocotools' tables; finding nothing at all, of which mmdet says nothing, scores 0.
+
+        `per_class` holds each class's AP, 0-1 and NaN where there is nothing to find: of masks, if they are scored.
+        """
         with contextlib.redirect_stdout(io.StringIO()):
             scores = super().compute_metrics(results)
-        return scores or {f"{kind}_{name}": 0.0 for kind in self.metrics for name in ("mAP", "mAP_50")}
+        if not scores:
+            return {f"{kind}_{name}": 0.0 for kind in self.metrics for name in ("mAP", "mAP_50")}
+        classes = self.dataset_meta["classes"]
+        return scores | {"per_class": [scores.get(f"{name}_precision", math.nan) for name in classes]}

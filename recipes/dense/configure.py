@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, init_default_scope
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.recipes import config, distributed
+from zoo.recipes.dense import confusion as _confusion  # noqa: F401  registers the metric
 from zoo.recipes.dense import optim as _optim  # noqa: F401  registers the optimizer wrappers
 from zoo.recipes.dense.backbone import TimmBackbone, dense_settings
 from zoo.recipes.dense.data import DetectionData, SegmentationData
@@ -503,7 +504,11 @@ def runner_config(
                 param_scheduler=_schedule(cfg, length),
             )
         )
-    return _override(result, {key: value for key, value in cfg.mm.items() if key != "model"})
+    result = _override(result, {key: value for key, value in cfg.mm.items() if key != "model"})
+    if cfg.task == "segment":
+        confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
+        result.val_evaluator = [result.val_evaluator, confusion]
+    return result
 
 
 def _override(settings: MMConfig, changes: dict[str, Any]) -> MMConfig:

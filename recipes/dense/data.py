@@ -90,6 +90,7 @@ class DetectionSplit:
             "ann_file": str(self.annotations),
             "classes": self.classes,
             "metric": metric,
+            "classwise": True,
         }
 
 

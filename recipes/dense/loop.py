@@ -6,6 +6,7 @@ MMEngine's Runner trains; a hook keeps its state in the run folder, as classific
 from __future__ import annotations
 
 import inspect
+import math
 import time
 import warnings
 from collections import defaultdict
@@ -24,6 +25,7 @@ from zoo.recipes.classify.loop import train as classify
 from zoo.recipes.classify.model import check_model_name, save_weights
 from zoo.recipes.course import Course, continuing
 from zoo.recipes.dense import configure, pictures
+from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import DetectionData, SegmentationData, open_detection, open_segmentation
 from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
@@ -163,6 +165,7 @@ class DenseRun(Course):
     def restore(self, runner: Runner) -> None:
         """Bring `runner`, which is about to train, to the place of the checkpoint."""
         self.runner = runner
+        runner.optim_wrapper.times = self.times
         if self.checkpoint:
             self._load(runner, self.checkpoint)
             update = self.progress["update"]
@@ -192,6 +195,10 @@ class DenseRun(Course):
         seed_all(self.cfg.seed, self.progress["update"], distributed.rank())
 
     # Its course.
+
+    def describe_data(self) -> list[str]:
+        """A line on each split."""
+        return self.data.summary()
 
     def introduce(self) -> None:
         """Say what is going to be trained."""
@@ -243,6 +250,7 @@ class DenseRun(Course):
             **{f"val_{name}": value for name, value in scores(metrics).items()},
             "skipped_updates": self.progress.pop("skipped", 0),
             "images_per_second": speed,
+            "step_seconds": self.times.take(),
             "seconds": self.seconds(),
         }
         self.history.append(record)
@@ -255,6 +263,7 @@ class DenseRun(Course):
         self.save()
         if self.primary:
             runs.write_metrics(self.folder, self.history)
+            self._write_classes(metrics)
             names = {name: title(name) for name in SCORES.values() if f"val_{name}" in record}
             if names:
                 heading = f"{self.cfg.dense.method} on {self.cfg.model}, {self.folder.name}"
@@ -264,6 +273,17 @@ class DenseRun(Course):
         figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in scores(metrics).items())
         loss = f"training loss {losses['loss']:.4f} | " if "loss" in losses else ""
         log.info("update %d/%d | %s%s%s", update, self.last, loss, figures, " (best)" if improved else "")
+
+    def _write_classes(self, metrics: dict[str, Any]) -> None:
+        classes = self.data.classes
+        if "confusion" in metrics:
+            confused = metrics["confusion"]
+            counts = confused.sum(1).tolist()
+            runs.write_classes(self.folder, classes, class_scores(confused), counts, "pixels", pairs(confused))
+        elif "coco/per_class" in metrics:
+            name = "mask_AP" if "coco/segm_mAP" in metrics else "bbox_AP"
+            values = [None if math.isnan(value) else 100 * value for value in metrics["coco/per_class"]]
+            runs.write_classes(self.folder, classes, {name: values}, self.data.val.boxes, "objects")
 
     @staticmethod
     def main_score(record: dict[str, Any]) -> str | None:
@@ -312,7 +332,11 @@ class _Keeper(Hook):
         self.count = 0
         self.speed: float | None = None
 
+    def before_train(self, runner: Runner) -> None:
+        self.run.times.begin()
+
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        self.run.times.lap("waiting for images")
         if not self.count:
             self.started = time.monotonic()
         if runner.iter % self.run.steps.accumulate == 0:
@@ -325,6 +349,7 @@ class _Keeper(Hook):
         for name, value in outputs.items():
             self.sums[name] += float(value.detach())
         self.count += 1
+        run.times.lap("rest")
         if (runner.iter + 1) % run.steps.accumulate:
             return
         run.progress["update"] += 1
@@ -337,7 +362,9 @@ class _Keeper(Hook):
             run.note_nonfinite()
         run.bar.advance(f"loss {self.sums['loss'] / self.count:.3f}", lr, run.effective_batch)
         run.seed()
+        run.times.lap("rest")
         run.save_or_stop()
+        run.times.begin()
 
     def before_val_epoch(self, runner: Runner) -> None:
         images = self.count * self.run.effective_batch / self.run.steps.accumulate
@@ -355,6 +382,7 @@ class _Keeper(Hook):
         self.count = 0
         self.run.close_epoch(metrics, losses, self.speed)
         self.run.bar.start("training", self.run.progress["update"])
+        self.run.times.restart()  # the next update has begun, and not with an evaluation
 
 
 def _advance(runner: Runner) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from zoo.recipes import distributed
 from zoo.recipes.dense.backbone import param_groups
 from zoo.recipes.errors import RunError
+from zoo.recipes.timing import StepTimes
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -45,15 +46,18 @@ class _Guarded:
 
     Attributes:
         stepped: whether the last one was not.
+        times: measures the parts of an update, if given.
     """
 
     stepped = True
+    times: StepTimes | None = None
     _bad = False
 
     def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Add the gradients of `loss` and, with the last of an update, step the optimizer."""
         finite = bool(torch.isfinite(loss.detach()))
         self._bad = self._bad or bool(distributed.total([float(not finite)], loss.device)[0])
+        self._lap("forward")
         if not self._bad:
             super().update_params(loss, *args, **kwargs)
         else:
@@ -63,6 +67,20 @@ class _Guarded:
             if self._bad:
                 self.zero_grad()
             self._bad = False
+
+    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
+        """Add the gradients of `loss`."""
+        super().backward(loss, **kwargs)
+        self._lap("backward")
+
+    def step(self, **kwargs: Any) -> None:
+        """Step the optimizer."""
+        super().step(**kwargs)
+        self._lap("optimizer")
+
+    def _lap(self, part: str) -> None:
+        if self.times:
+            self.times.lap(part)
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -11,18 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.registry import METRICS
 from omegaconf import DictConfig
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 
-from zoo.recipes import config, distributed, runs
+from zoo.recipes import config, distributed, report, runs
 from zoo.recipes.classify.evaluation import percentage, plot_confusion
 from zoo.recipes.classify.model import load_weights
 from zoo.recipes.dense import configure, loop, pictures
+from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import DetectionSplit
 from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
@@ -65,11 +64,19 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     if distributed.rank() == 0:
         title = f"{cfg.dense.method} on {cfg.model}, {data.val.num_images} images"
         if cfg.task == "detect":
-            summary["per_class"] = _detection_details(folder, data.val, title)
+            table = _detection_details(folder, data.val, title)
+            runs.write_classes(folder, classes, table, data.val.boxes, "objects")
         else:
-            summary["per_class"] = _segmentation_details(folder, metrics["confusion"], classes, title)
+            table = class_scores(metrics["confusion"])
+            plot_confusion(folder / "confusion.png", metrics["confusion"], classes, title)
+            counts = metrics["confusion"].sum(1).tolist()
+            runs.write_classes(folder, classes, table, counts, "pixels", pairs(metrics["confusion"]))
+        summary["per_class"] = {
+            name: {score: values[label] for score, values in table.items()} for label, name in enumerate(classes)
+        }
         pictures.draw_samples(folder / "predictions.png", model, runner.val_dataloader.dataset, classes)
         runs.write_json(folder / "eval.json", summary)
+        report.write_or_warn(folder)
         if cfg.per_class:
             _print_classes(summary["per_class"])
         figures = ", ".join(f"{loop.title(name)} {value:.1f}" for name, value in summary["metrics"].items())
@@ -106,9 +113,6 @@ def _evaluate(
     settings = configure.runner_config(cfg, data, None, folder / "mmengine", device)
     if cfg.task == "detect":
         settings.val_evaluator.outfile_prefix = str(folder / "results")
-    else:
-        confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
-        settings.val_evaluator = [settings.val_evaluator, confusion]
     runner = loop.make_runner(settings, model.to(device))
     with Progress(distributed.rank() == 0) as bar:
         runner.register_hook(_Bar(bar, runner), "VERY_LOW")
@@ -129,35 +133,7 @@ class _Bar(Hook):
         self.bar.advance_evaluation()
 
 
-@METRICS.register_module()
-class Confusion(BaseMetric):
-    """How many pixels of class `row` were taken for class `column`, as the metric `confusion`: an array (K, K).
-
-    Args:
-        classes: K.
-        ignore_index: Label of pixels that do not count.
-    """
-
-    def __init__(self, classes: int, ignore_index: int):
-        super().__init__()
-        self.classes, self.ignore_index = classes, ignore_index
-
-    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Count the pixels of a batch."""
-        for sample in data_samples:
-            found = sample["pred_sem_seg"]["data"].flatten().cpu()
-            true = sample["gt_sem_seg"]["data"].flatten().cpu()
-            counted = true != self.ignore_index
-            pairs = true[counted].long() * self.classes + found[counted].long()
-            counts = torch.bincount(pairs, minlength=self.classes**2)
-            self.results.append(counts.view(self.classes, self.classes).numpy())
-
-    def compute_metrics(self, results: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Add up the images' counts."""
-        return {"confusion": np.sum(results, axis=0)}
-
-
-def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[str, dict[str, float | None]]:
+def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[str, list[float | None]]:
     """Each class's average precisions in percent; draws precision over recall."""
     from matplotlib.figure import Figure
 
@@ -165,7 +141,7 @@ def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[
 
     files = [(name, folder / f"results.{kind}.json", kind) for name, kind in (("bbox", "bbox"), ("mask", "segm"))]
     files = [(name, path, kind) for name, path, kind in files if path.exists()]
-    table: dict[str, dict[str, float | None]] = {name: {} for name in split.classes}
+    table: dict[str, list[float | None]] = {}
     figure = Figure(figsize=(6.2 * len(files), 4.6), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=10)
     palette = pictures.colors(len(split.classes))
@@ -178,10 +154,9 @@ def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[
             evaluation.evaluate()
             evaluation.accumulate()
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
-        for label, class_name in enumerate(split.classes):
-            for suffix, values in (("AP", precision[:, :, label]), ("AP50", precision[0, :, label])):
-                known = values[values > -1]
-                table[class_name][f"{name}_{suffix}"] = 100 * float(known.mean()) if known.size else None
+        for suffix, part in (("AP", precision), ("AP50", precision[:1])):
+            known = [part[:, :, label][part[:, :, label] > -1] for label in range(len(split.classes))]
+            table[f"{name}_{suffix}"] = [100 * float(values.mean()) if values.size else None for values in known]
         seen = [label for label in range(len(split.classes)) if (precision[0, :, label] > -1).all()]
         if len(seen) <= 20:
             for label in seen:
@@ -199,22 +174,6 @@ def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[
     with runs.atomic(folder / "precision_recall.png") as file:
         figure.savefig(file, format="png")
     return table
-
-
-def _segmentation_details(
-    folder: Path, confusion: np.ndarray, classes: Sequence[str], title: str
-) -> dict[str, dict[str, float | None]]:
-    """Each class's IoU and accuracy in percent; draws the confusion matrix."""
-    plot_confusion(folder / "confusion.png", confusion, classes, title)
-    right, true, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    union = true + found - right
-    return {
-        name: {
-            "IoU": 100 * float(right[i] / union[i]) if union[i] else None,
-            "accuracy": 100 * float(right[i] / true[i]) if true[i] else None,
-        }
-        for i, name in enumerate(classes)
-    }
 
 
 def _print_classes(table: dict[str, dict[str, float | None]]) -> None:

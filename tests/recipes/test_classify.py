@@ -30,15 +30,18 @@ def options(compose):
 
 FILES = {
     "config.yaml",
+    "start.json",
     "train.log",
     "last.pt",
     "best.safetensors",
     "metrics.jsonl",
     "curves.png",
+    "classes.json",
     "predictions.png",
     "model.safetensors",
     "config.json",
     "summary.json",
+    "report.html",
 }
 
 

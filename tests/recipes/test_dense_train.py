@@ -52,7 +52,7 @@ AGAIN = ("trainer.max_updates=3", "optim.lr=1e-5")
 
 FILES = (
     *("config.yaml", "train.log", "last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "predictions.png"),
-    *("model.safetensors", "summary.json", "mmengine.py"),
+    *("model.safetensors", "summary.json", "mmengine.py", "start.json", "classes.json", "report.html"),
 )
 SCORES = {"detect": ["mask_AP", "mask_AP50", "bbox_AP", "bbox_AP50"], "segment": ["mIoU", "mAcc", "aAcc"]}
 

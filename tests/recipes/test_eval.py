@@ -82,7 +82,8 @@ def spoiled_epoch(monkeypatch):
 
 def test_files_that_are_written(evaluate, run):
     evaluate(f"run={run}")
-    assert {path.name for path in (run / "eval").iterdir()} == {"eval.json", "confusion.png"}
+    names = {"eval.json", "classes.json", "confusion.png", "report.html"}
+    assert {path.name for path in (run / "eval").iterdir()} == names
 
 
 def test_file_holds_what_was_returned(evaluate, run):

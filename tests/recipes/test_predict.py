@@ -22,6 +22,7 @@ predict = tasks.task("detect", "predict")
 from mmengine.structures import InstanceData, PixelData  # noqa: E402  after mmcv's operators are there
 
 from zoo.recipes.dense import pictures  # noqa: E402
+from zoo.recipes.dense.confusion import Confusion  # noqa: E402
 
 TASKS = ("detect", "segment")
 
@@ -89,7 +90,7 @@ def test_classes_of_a_segmentor_average_to_its_figures(evaluated):
 
 
 def test_confusion_counts_pixels():
-    metric = score.Confusion(classes=3, ignore_index=255)
+    metric = Confusion(classes=3, ignore_index=255)
     true, found = torch.tensor([[0, 1, 2], [2, 255, 1]]), torch.tensor([[0, 2, 2], [1, 1, 1]])
     sample = {"pred_sem_seg": {"data": found}, "gt_sem_seg": {"data": true}}
     metric.process(None, [sample, sample])

@@ -1,0 +1,735 @@
+"""zoo-report: a run in one page, or several runs side by side.
+
+zoo-report runs/<folder>                           write its report.html anew, from whatever the folder holds
+zoo-report runs/<folder>/eval                      the same for what zoo-eval wrote
+zoo-report runs/a runs/b -o comparison.html        scores, curves, settings and classes of several runs in one page
+
+zoo-train and zoo-eval write report.html themselves when they are done. The pages need no network and run no scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zoo.recipes import cli, config
+from zoo.recipes.errors import RunError
+
+NAME = "report.html"
+_GENERATOR = '<meta name="generator" content="zoo-report">'
+# Scores in percent -> their names for people. The first one that a run has decides which of its epochs is the best.
+SCORES = {
+    "classify": {"top1": "top-1", "top5": "top-5"},
+    "detect": {"mask_AP": "mask AP", "mask_AP50": "mask AP50", "bbox_AP": "box AP", "bbox_AP50": "box AP50"},
+    "segment": {"mIoU": "mIoU", "mAcc": "mean accuracy", "aAcc": "pixel accuracy"},
+}
+_CLASS_SCORES = {"top1": "top-1", "IoU": "IoU", "accuracy": "accuracy", **SCORES["detect"]}
+_TASKS = {"classify": "classification", "detect": "detection", "segment": "segmentation"}
+_PICTURES = {  # file -> title, and what one sees
+    "precision_recall.png": ("Precision over recall", "Of each class, at an IoU of 0.5."),
+    "predictions.png": ("Sample predictions", ""),
+}
+_PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
+_OWN = ("run", "resume")  # keys that say nothing about what is trained
+_MOST_CELLS = 40  # classes of a confusion matrix
+_MOST_ROWS = 20  # classes that keep the data's order; of more, the worst come first
+
+
+@dataclass
+class Record:
+    """What a folder of zoo-train or zoo-eval holds.
+
+    Attributes:
+        path: The folder.
+        task: classify, detect or segment.
+        evaluation: Whether zoo-eval wrote it.
+        settings: Dotted key -> value.
+        recipe: The same before the user's changes; empty if that is not known.
+        recipe_name: What was chosen on the command line, such as "recipe=imagenet/van_b0".
+        facts: start.json; of an evaluation, eval.json.
+        history: A record per epoch or evaluation.
+        summary: summary.json, None if the run did not end.
+        classes: classes.json, None if there was no evaluation.
+    """
+
+    path: Path
+    task: str
+    evaluation: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    recipe_name: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] | None = None
+    classes: dict[str, Any] | None = None
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The latest scores, in percent, by name."""
+        if self.evaluation or self.summary:
+            found = (self.facts if self.evaluation else self.summary)["metrics"]
+        else:
+            evaluated = [
+                record for record in self.history if any(f"val_{name}" in record for name in SCORES[self.task])
+            ]
+            found = {key.removeprefix("val_"): value for key, value in (evaluated or [{}])[-1].items()}
+        return {name: found[name] for name in SCORES[self.task] if found.get(name) is not None}
+
+    @property
+    def main(self) -> str | None:
+        """The name of the score that counts."""
+        return next(iter(self.scores), None)
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """The best value of the main score, and its epoch."""
+        found = [(r[f"val_{self.main}"], r["epoch"]) for r in self.history if r.get(f"val_{self.main}") is not None]
+        return max(found, key=lambda item: (item[0], -item[1]), default=None)
+
+    @property
+    def model(self) -> str:
+        """The model, and the method that it is the backbone of."""
+        settings = self.facts if self.evaluation else self.settings
+        method = self.facts.get("method") if self.evaluation else self.settings.get("dense.method")
+        return f"{method} on {settings['model']}" if method and self.task != "classify" else str(settings["model"])
+
+
+# What a run starts from.
+
+
+def recipe(task: str) -> tuple[str, dict[str, Any]]:
+    """What was chosen on the command line of this process of `task` and `recipe`, and the settings that these give."""
+    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    words = tuple(word for word in words if word.lstrip("+").partition("=")[0] in ("task", "recipe"))
+    settings = _composed(words)
+    if settings["task"] != task:  # a run that another one starts
+        words = (f"task={task}",)
+        settings = _composed(words)
+    return " ".join(words), settings
+
+
+@cache
+def _composed(words: tuple[str, ...]) -> dict[str, Any]:
+    config.register()
+    if GlobalHydra.instance().is_initialized():
+        cfg = hydra.compose("config", list(words))
+    else:
+        with hydra.initialize_config_dir(cli.CONF, version_base="1.3"):
+            cfg = hydra.compose("config", list(words))
+    return OmegaConf.to_container(cfg, resolve=True)
+
+
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, with dotted keys."""
+    if not isinstance(values, dict):
+        yield prefix, values
+        return
+    for key, value in values.items():
+        yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+# Reading.
+
+
+def read(path: Path) -> Record:
+    """What the folder `path` holds.
+
+    Raises:
+        RunError: it is not the folder of a run or an evaluation, or a file in it can't be read.
+    """
+    if (path / "config.yaml").exists():
+        try:
+            settings = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise _unreadable(path / "config.yaml", error) from error
+        task = settings.get("task", "classify") if isinstance(settings, dict) else None
+        if task not in SCORES or not settings.get("model"):
+            raise RunError(f"{path / 'config.yaml'} is not the configuration of a run: it names no task and model.")
+        start = _load(path / "start.json") or {}
+        chosen = start.get("recipe") or {"chosen": f"task={task}", "settings": _composed((f"task={task}",))}
+        lines = _lines(path / "metrics.jsonl")
+        return Record(
+            path,
+            task,
+            settings=dict(flat(settings)),
+            recipe=dict(flat(chosen["settings"])),
+            recipe_name=chosen["chosen"],
+            facts=start,
+            history=lines,
+            summary=_load(path / "summary.json"),
+            classes=_load(path / "classes.json"),
+        )
+    facts = _load(path / "eval.json")
+    if facts is None:
+        raise RunError(f"{path} is not the folder of a run or an evaluation: it has neither config.yaml nor eval.json.")
+    if facts.get("task", "classify") not in SCORES or "metrics" not in facts or "model" not in facts:
+        raise RunError(f"{path / 'eval.json'} is not what zoo-eval writes: it has no task, model and metrics.")
+    settings = {key: facts[key] for key in ("model", "method", "weights", "data") if key in facts}
+    return Record(
+        path,
+        facts.get("task", "classify"),
+        evaluation=True,
+        settings=dict(flat(settings)),
+        facts=facts,
+        classes=_load(path / "classes.json"),
+    )
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, ValueError("a JSON object is needed"))
+    return content
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> RunError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return RunError(f"{path} can't be read ({reason}): repair it, or delete it and do without.")
+
+
+# Pages.
+
+
+def page(record: Record) -> str:
+    """The HTML of a run or an evaluation."""
+    sections = {
+        "tiles": _tiles(record),
+        "charts": _charts([record]),
+        "classes": _class_table(record),
+        "matrix": _matrix(record),
+        "pictures": _pictures(record.path),
+        "steps": _steps(record),
+        "data": _data(record),
+        "changes": _changes(record),
+        "configuration": yaml.safe_dump(record.settings, sort_keys=False, allow_unicode=True),
+        "notes": _notes(record),
+    }
+    parts = record.path.absolute().parts[-2 if record.evaluation else -1 :]
+    return _render(
+        "run", record=record, folder="/".join(parts), task=_TASKS[record.task], facts=_facts(record), **sections
+    )
+
+
+def comparison(records: Sequence[Record]) -> str:
+    """The HTML of several runs side by side.
+
+    Raises:
+        RunError: they are of different tasks.
+    """
+    tasks = {record.task: record for record in records}
+    if len(tasks) > 1:
+        which = " and ".join(f"{record.path} is task={task}" for task, record in tasks.items())
+        raise RunError(f"runs of different tasks have no scores in common ({which}): compare one task at a time.")
+    task = records[0].task
+    return _render(
+        "comparison",
+        records=records,
+        task=_TASKS[task],
+        scores=_score_table(records),
+        charts=_charts(records),
+        changes=_setting_table(records),
+        classes=_class_differences(records),
+        steps=_step_table(records),
+    )
+
+
+def write(path: Path) -> Path:
+    """Write the report of the folder `path` into it, and return where.
+
+    Raises:
+        RunError: the folder is no run's or evaluation's, or can't be written to.
+    """
+    from zoo.recipes import runs  # with torch, which help need not wait for
+
+    runs.write_text(path / NAME, page(read(path)))
+    return path / NAME
+
+
+def write_or_warn(path: Path) -> None:
+    """Write the report of a run that has just ended; whatever goes wrong with it must not spoil the run."""
+    from zoo.recipes.runs import log
+
+    try:
+        log.info("Report: %s", write(path))
+    except Exception as error:
+        log.warning("The report could not be written (%s); `zoo-report %s` tries again.", error, path)
+
+
+@cache
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"percent": _percent, "number": _number, "value": _value}
+    return environment.get_template("report.html.j2")
+
+
+def _render(kind: str, **content: Any) -> str:
+    import zoo
+
+    written = time.strftime("%Y-%m-%d %H:%M")
+    return _template().render(kind=kind, generator=_GENERATOR, written=written, version=zoo.__version__, **content)
+
+
+# Parts of a page: plain values, which the template turns into HTML.
+
+
+def _tiles(record: Record) -> list[tuple[str, str, str]]:
+    """Figures in large print: label, figure, small print."""
+    names = SCORES[record.task]
+    tiles = [(names[name], _percent(value, record.task), "") for name, value in record.scores.items()]
+    if record.best:
+        value, epoch = record.best
+        tiles.insert(1, (f"best {names[record.main]}", _percent(value, record.task), f"epoch {_number(epoch)}"))
+    summary = record.summary or {}
+    params = summary.get("params") or record.facts.get("params")
+    if params:
+        tiles.append(("parameters", f"{params / 1e6:.2f} M", ""))
+    seconds = summary.get("seconds") or (record.history[-1].get("seconds") if record.history else None)
+    if seconds:
+        tiles.append(("time", _duration(seconds), ""))
+    speeds = [r["images_per_second"] for r in record.history if r.get("images_per_second")]
+    if speeds:
+        tiles.append(("training images/s", f"{sorted(speeds)[len(speeds) // 2]:.3g}", "median"))
+    return tiles
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    """What else is known, in small print."""
+    given = {**record.facts, **(record.summary or {})}
+    facts = [(name, str(given[name])) for name in ("command", "weights", "device") if given.get(name)]
+    if given.get("processes", 1) > 1:
+        facts.append(("processes", str(given["processes"])))
+    if record.settings.get("seed") is not None:
+        facts.append(("seed", str(record.settings["seed"])))
+    if given.get("versions"):
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in given["versions"].items())))
+    return [("folder", str(record.path)), *facts]
+
+
+def _notes(record: Record) -> list[str]:
+    """What a reader should know before trusting the figures."""
+    notes = []
+    if not record.evaluation and record.summary is None:
+        last = record.history[-1] if record.history else None
+        where = f"the figures are those after update {last['update']}" if last else "it was not evaluated yet"
+        notes.append(f"This run has not ended: {where}.")
+    skipped = sum(r.get("skipped_updates") or 0 for r in record.history)
+    if skipped:
+        notes.append(f"{skipped} updates were left out since their loss was not finite.")
+    corrupt = (record.summary or {}).get("corrupt_images") or record.facts.get("corrupt_images")
+    if corrupt:
+        names = ", ".join(map(str, corrupt[:5])) + (", ..." if len(corrupt) > 5 else "")
+        notes.append(f"Corrupt images were left out, {len(corrupt)} of them: {names}")
+    return notes
+
+
+def _data(record: Record) -> list[str]:
+    """Lines on the data."""
+    if record.evaluation:
+        data = record.facts.get("data") or {}
+        lines = [f"{key}: {value}" for key, value in data.items() if value not in (None, "")]
+        if record.facts["metrics"].get("images"):
+            lines.append(f"images: {record.facts['metrics']['images']}")
+    else:
+        names = [f"{key}: {record.settings[key]}" for key in ("data.name", "data.root") if record.settings.get(key)]
+        summary = record.summary or {}
+        counts = [("training", "train_images"), ("validation", "val_images")]
+        plain = [f"{label}: {summary[key]} images" for label, key in counts if key in summary]
+        lines = names + (record.facts.get("data") or plain)
+    if record.classes:
+        classes = record.classes["classes"]
+        most = 30
+        listed = ", ".join(map(str, classes[:most])) + (", ..." if len(classes) > most else "")
+        lines.append(f"{len(classes)} classes: {listed}")
+    return lines
+
+
+def _changes(record: Record) -> list[tuple[str, Any, Any]]:
+    """Key, value, and the recipe's value, where the two differ."""
+    if not record.recipe:
+        return []
+    keys = dict.fromkeys([*record.settings, *record.recipe])
+    return [
+        (key, record.settings.get(key), record.recipe.get(key))
+        for key in keys
+        if _is_known(key, [record.settings, record.recipe]) and record.settings.get(key) != record.recipe.get(key)
+    ]
+
+
+def _is_known(key: str, settings: Sequence[dict[str, Any]]) -> bool:
+    """Whether `key` can be compared: where a folder of an older version lacks it, its value is not known."""
+    named_by_users = key.startswith(("model_kwargs.", "mm."))
+    return key not in _OWN and (named_by_users or all(key in values for values in settings))
+
+
+def _pictures(folder: Path) -> list[dict[str, str]]:
+    found = []
+    for name, (title, note) in _PICTURES.items():
+        if (folder / name).exists():
+            content = base64.b64encode((folder / name).read_bytes()).decode()
+            found.append({"title": title, "note": note, "source": f"data:image/png;base64,{content}"})
+    return found
+
+
+def _class_table(record: Record) -> dict[str, Any] | None:
+    """The scores of each class."""
+    if not record.classes or not record.classes["classes"]:
+        return None
+    table = record.classes
+    names = _in_order(table["scores"])
+    rows = [
+        {"name": name, "count": table["counts"][i], "scores": [table["scores"][score][i] for score in names]}
+        for i, name in enumerate(table["classes"])
+    ]
+    worst_first = len(rows) > _MOST_ROWS
+    if worst_first:
+        rows.sort(key=lambda row: math.inf if row["scores"][0] is None else row["scores"][0])
+    columns = [_CLASS_SCORES[name] for name in names]
+    return {"columns": columns, "unit": table["unit"], "rows": rows, "worst_first": worst_first}
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes' scores, the one that counts first."""
+    given = set(names)
+    return [name for name in _CLASS_SCORES if name in given]
+
+
+def _matrix(record: Record) -> dict[str, Any] | None:
+    """The confusion matrix, of many classes those that are mistaken most, and the most frequent mistakes."""
+    if not record.classes or not record.classes["confusion"]:
+        return None
+    names, unit = record.classes["classes"], record.classes["unit"]
+    cells = {(row, column): count for row, column, count in record.classes["confusion"]}
+    totals = [0] * len(names)
+    mistakes = [0] * len(names)
+    for (row, column), count in cells.items():
+        totals[row] += count
+        if row != column:
+            mistakes[row] += count
+            mistakes[column] += count
+    shown = list(range(len(names)))
+    if len(names) > _MOST_CELLS:
+        shown = sorted(sorted(shown, key=lambda i: -mistakes[i])[:_MOST_CELLS])
+    rows = []
+    for row in shown:
+        line = []
+        for column in shown:
+            count = cells.get((row, column), 0)
+            share = count / totals[row] if totals[row] else 0.0
+            text = "" if not count else "<1" if share < 0.01 else f"{100 * share:.0f}"
+            hint = f"{names[row]} taken for {names[column]}: {count:,} of {totals[row]:,} {unit}" if count else ""
+            line.append({"share": round(share, 3), "text": text, "hint": hint, "right": row == column})
+        rows.append({"name": names[row], "cells": line})
+    # Pixels are counted by the share of their class: the background's are the most, whatever they are taken for.
+    weight = [total if unit == "pixels" else 1 for total in totals]
+    wrong = sorted(
+        ((n, r, c) for (r, c), n in cells.items() if r != c), key=lambda item: (-item[0] / weight[item[1]], item)
+    )
+    return {
+        "names": [names[i] for i in shown],
+        "rows": rows,
+        "of": len(names),
+        "unit": unit,
+        "numbers": len(shown) <= _MOST_ROWS,
+        "mistakes": [(names[r], names[c], f"{n:,} of {totals[r]:,}", n / totals[r]) for n, r, c in wrong[:8]],
+    }
+
+
+def _steps(record: Record) -> dict[str, Any] | None:
+    """The mean milliseconds of an update's parts, the slowest first."""
+    timed = [r["step_seconds"] for r in record.history if r.get("step_seconds", {}).get("updates")]
+    if not timed:
+        return None
+    updates = sum(r["updates"] for r in timed)
+    seconds = {part: sum(r.get(part, 0.0) for r in timed) for part in _PARTS}
+    total = sum(seconds.values())
+    parts = [
+        {
+            "name": part,
+            "ms": 1000 * seconds[part] / updates,
+            "share": seconds[part] / total,
+            "color": _PARTS.index(part),
+        }
+        for part in sorted(_PARTS, key=lambda part: -seconds[part])
+    ]
+    return {"updates": updates, "ms": 1000 * total / updates, "parts": parts}
+
+
+# Comparisons.
+
+
+def _score_table(records: Sequence[Record]) -> dict[str, Any]:
+    """The latest scores of each run, the best of each column marked."""
+    names = [name for name in SCORES[records[0].task] if any(name in record.scores for record in records)]
+    columns = [[record.scores.get(name) for record in records] for name in names]
+    best = [max((value for value in column if value is not None), default=None) for column in columns]
+    rows = []
+    for i, record in enumerate(records):
+        summary = record.summary or {}
+        params = summary.get("params") or record.facts.get("params")
+        seconds = summary.get("seconds") or (record.history[-1].get("seconds") if record.history else None)
+        scores = [
+            (column[i], column[i] is not None and column[i] == top) for column, top in zip(columns, best, strict=True)
+        ]
+        best_epoch = (
+            f"{_percent(record.best[0], record.task)} in epoch {_number(record.best[1])}" if record.best else ""
+        )
+        rows.append(
+            {
+                "model": record.model,
+                "scores": [(_percent(value, record.task), mark) for value, mark in scores],
+                "best": best_epoch,
+                "params": f"{params / 1e6:.2f} M" if params else "",
+                "time": _duration(seconds) if seconds else "",
+                "state": "evaluation" if record.evaluation else "ended" if record.summary else "not ended",
+            }
+        )
+    return {"columns": [SCORES[records[0].task][name] for name in names], "rows": rows}
+
+
+def _setting_table(records: Sequence[Record]) -> list[tuple[str, list[Any]]]:
+    """The settings in which the runs differ."""
+    settings = [record.settings for record in records]
+    keys = dict.fromkeys(key for values in settings for key in values if _is_known(key, settings))
+    rows = [(key, [values.get(key) for values in settings]) for key in keys]
+    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+
+
+def _class_differences(records: Sequence[Record]) -> dict[str, Any] | None:
+    """The main score of each class in each run, with the difference from the first; the largest spread first."""
+    tables = [record.classes for record in records]
+    if not all(tables):
+        return None
+    names = _in_order(name for name in tables[0]["scores"] if all(name in table["scores"] for table in tables))
+    common = [c for c in tables[0]["classes"] if all(c in table["classes"] for table in tables)]
+    if not names or not common:
+        return None
+    found = [dict(zip(table["classes"], table["scores"][names[0]], strict=True)) for table in tables]
+    rows = []
+    for name in common:
+        values = [scores[name] for scores in found]
+        known = [value for value in values if value is not None]
+        spread = max(known) - min(known) if known else 0.0
+        first = values[0]
+        cells = [(v, None if i == 0 or v is None or first is None else v - first) for i, v in enumerate(values)]
+        rows.append((spread, name, cells))
+    rows.sort(key=lambda row: -row[0])
+    return {"score": _CLASS_SCORES[names[0]], "rows": rows}
+
+
+def _step_table(records: Sequence[Record]) -> list[tuple[str, list[float | None]]]:
+    """Mean milliseconds of each part of an update in each run."""
+    found = [_steps(record) for record in records]
+    if not any(found):
+        return []
+    times = [
+        {part["name"]: part["ms"] for part in steps["parts"]} | {"in all": steps["ms"]} if steps else {}
+        for steps in found
+    ]
+    return [(part, [values.get(part) for values in times]) for part in (*_PARTS, "in all")]
+
+
+# Charts. The template draws them as SVG.
+
+_WIDTH, _HEIGHT = 380, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
+
+
+def _charts(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Curves over the epochs: of one run several of a kind in one chart, of several runs one each."""
+    task = records[0].task
+    scores = [name for name in SCORES[task] if any(f"val_{name}" in r for record in records for r in record.history)]
+    wanted: list[tuple[str, list[tuple[str, str]]]]
+    if len(records) > 1:
+        keys = [("training loss", "train_loss"), ("validation loss", "val_loss")]
+        keys += [(f"{SCORES[task][name]} (validation)", f"val_{name}") for name in scores[:1]]
+        keys += [("learning rate", "lr")]
+        charts = [(title, [(str(record.path), key, record) for record in records]) for title, key in keys]
+    else:
+        record = records[0]
+        parts = [key for key in (record.history or [{}])[-1] if key.startswith("train_") and "loss" in key]
+        wanted = [("loss", [("training", "train_loss"), ("validation", "val_loss")])]
+        if task == "classify":
+            wanted.append(("top-1", [("training", "train_top1"), ("validation", "val_top1")]))
+        else:
+            wanted.append(("scores (validation)", [(SCORES[task][name], f"val_{name}") for name in scores]))
+        if len(parts) > 2:
+            named = [(key.removeprefix("train_").replace(".", " "), key) for key in parts if key != "train_loss"]
+            wanted.append(("parts of the training loss", named))
+        wanted += [("learning rate", [("", "lr")]), ("training images per second", [("", "images_per_second")])]
+        charts = [(title, [(label, key, record) for label, key in lines]) for title, lines in wanted]
+    drawn = (_chart(title, [(label, _points(record, key)) for label, key, record in lines]) for title, lines in charts)
+    return [chart for chart in drawn if chart]
+
+
+def _points(record: Record, key: str) -> list[tuple[float, float]]:
+    """Epoch and value."""
+    return [(r["epoch"], r[key]) for r in record.history if isinstance(r.get(key), int | float)]
+
+
+def _chart(title: str, lines: Sequence[tuple[str, list[tuple[float, float]]]]) -> dict[str, Any] | None:
+    """A chart of `lines`: label and points of each; None if there are no points."""
+    from matplotlib.ticker import MaxNLocator
+
+    given = [(label, points, number) for number, (label, points) in enumerate(lines) if points]
+    if not given:
+        return None
+    xs = [x for _, points, _ in given for x, _ in points]
+    ys = [y for _, points, _ in given for _, y in points]
+    whole = all(float(x).is_integer() for x in xs)
+    # Where all values are alike, there is room around them all the same.
+    around = 0.0 if max(ys) - min(ys) > 1e-3 * max(map(abs, ys)) else 0.1 * max(map(abs, ys)) or 1.0
+    y_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(min(ys) - around, max(ys) + around)
+    margin = 0.02 * (max(xs) - min(xs)) or 0.5  # dots keep clear of the labels
+    x_low, x_high = min(xs) - margin, max(xs) + margin
+    x_ticks = MaxNLocator(5, integer=whole, steps=[1, 2, 5, 10]).tick_values(x_low, x_high)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    across = (_WIDTH - _LEFT - _RIGHT) / (x_high - x_low)
+    up = (_HEIGHT - _TOP - _BOTTOM) / (y_high - y_low)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return round(_LEFT + (x - x_low) * across, 1), round(_HEIGHT - _BOTTOM - (y - y_low) * up, 1)
+
+    step = y_ticks[1] - y_ticks[0]
+    drawn = []
+    for label, points, number in given:
+        places = [place(*point) for point in points]
+        dots = [
+            {"x": x, "y": y, "hint": f"epoch {_number(p[0])}: {_number(p[1])}"}
+            for (x, y), p in zip(places, points, strict=True)
+        ]
+        path = " ".join(f"{x},{y}" for x, y in places)
+        drawn.append({"label": label, "color": number % 8, "dashed": number >= 8, "path": path, "dots": dots})
+    return {
+        "title": title,
+        "size": (_WIDTH, _HEIGHT),
+        "frame": (_LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM),
+        "x_ticks": [(place(x, y_low)[0], _number(x)) for x in x_ticks if x_low <= x <= x_high],
+        "y_ticks": [(place(x_low, y)[1], _tick(y, step)) for y in y_ticks],
+        "lines": drawn,
+        "many": max(len(line["dots"]) for line in drawn) > 40,
+    }
+
+
+def _tick(value: float, step: float) -> str:
+    """A tick's label, with the digits that tell it from its neighbours."""
+    if abs(value) < step / 1e6:
+        return "0"
+    if step < 1e-3 or abs(value) >= 1e5:
+        digits = math.floor(math.log10(abs(value)) + 1e-9) - math.floor(math.log10(step) + 1e-9) + (not _is_round(step))
+        return f"{value:.{max(0, digits)}e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.{max(0, math.ceil(-math.log10(step) - 1e-9) + (not _is_round(step)))}f}"
+
+
+def _is_round(step: float) -> bool:
+    """Whether one digit is enough for `step`."""
+    lead = step / 10 ** math.floor(math.log10(step) + 1e-9)
+    return math.isclose(lead, round(lead))
+
+
+# Values for people.
+
+
+def _percent(value: float | None, task: str = "classify") -> str:
+    """A score; COCO's and mIoU have one digit behind the point, as everybody gives them."""
+    return "-" if value is None else f"{value:.2f} %" if task == "classify" else f"{value:.1f}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _value(value: Any) -> str:
+    """A setting, as one would write it."""
+    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+
+
+# The command.
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and write the page."""
+    parser = argparse.ArgumentParser(
+        prog="zoo-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or of an evaluation")
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE",
+        help=f"where to write; <folder>/{NAME} for one, comparison.html for several",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    with cli.friendly_errors("zoo-report"):
+        print(make(options.folders, options.out))
+
+
+def make(folders: Sequence[Path], out: Path | None) -> Path:
+    """Write the page of one folder, or of several side by side, and return where.
+
+    Raises:
+        RunError: the folders can't be read or compared, or `out` can't be written.
+    """
+    from zoo.recipes import runs
+
+    runs.start_log(None, True)
+    folders = list(dict.fromkeys(folders))
+    records = [read(folder) for folder in folders]
+    out = out or (folders[0] / NAME if len(folders) == 1 else Path("comparison.html"))
+    _check_out(out)
+    runs.write_text(out, page(records[0]) if len(records) == 1 else comparison(records))
+    return out
+
+
+def _check_out(path: Path) -> None:
+    """Refuse a path that can't be written, or holds something else than such a page."""
+    if path.is_dir():
+        raise RunError(f"{path} is a folder: give a file, -o {path / 'comparison.html'}.")
+    if not path.parent.is_dir():
+        raise RunError(f"the folder {path.parent} does not exist: make it, or give another file with -o.")
+    if path.exists():
+        with open(path, "rb") as file:
+            head = file.read(2000)
+        if _GENERATOR.encode() not in head:
+            raise RunError(f"{path} exists and is no page of zoo-report: give another file with -o.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,384 @@
+"""Reports of runs: what stands in them, escaping, comparisons, messages. A few seconds."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from zoo.recipes import report, runs, timing
+from zoo.recipes.errors import RunError
+
+HOSTILE = "<script>alert(1)</script>"
+CLASSES = ["cat", HOSTILE, "dog"]
+
+
+def _write_run(folder, task="classify", scores=(50.0, 75.0), ended=True, classes=CLASSES, recipe=None, **settings):
+    """A folder as zoo-train leaves it, with two epochs of the main score `scores`."""
+    folder.mkdir(parents=True)
+    main, other = {"classify": ("top1", "top5"), "detect": ("mask_AP", "bbox_AP"), "segment": ("mIoU", "mAcc")}[task]
+    values = {"model": "test_van", "run": str(folder), "seed": 0, "task": task, "optim": {"lr": 1e-3, "opt": "adamw"}}
+    values |= {"dense": {"method": "mask_rcnn" if task == "detect" else ""}} | settings
+    (folder / "config.yaml").write_text(json.dumps(values))
+    start = {"command": f"zoo-train {HOSTILE}", "data": ["training: 24 images"], "params": 2_000_000, "device": "cpu"}
+    start["recipe"] = {"chosen": "recipe=imagenet/van_b0", "settings": recipe or values}
+    (folder / "start.json").write_text(json.dumps(start))
+    history = [
+        {
+            **{
+                "epoch": i + 1,
+                "update": 10 * (i + 1),
+                "lr": 1e-3 / (i + 1),
+                "train_loss": 2.0 - i,
+                "val_loss": 1.5 - i,
+            },
+            **{f"val_{main}": score, f"val_{other}": 90.0, "seconds": 60.0 * (i + 1), "images_per_second": 100.0},
+            "step_seconds": {
+                "updates": 2,
+                "waiting for images": 0.1,
+                "forward": 0.2,
+                "backward": 0.6,
+                "optimizer": 0.1,
+            },
+        }
+        for i, score in enumerate(scores)
+    ]
+    runs.write_metrics(folder, history)
+    counts, confusion = [10, 10, 0], [[0, 0, 10], [1, 0, 4], [1, 1, 6]]
+    values = {"classify": "top1", "detect": "mask_AP", "segment": "IoU"}[task]
+    runs.write_classes(folder, classes, {values: [100.0, 60.0, None]}, counts, "images", confusion)
+    if ended:
+        summary = {"metrics": {main: scores[-1], other: 90.0}, "params": 2_000_000, "seconds": 120.0}
+        (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"torch": "2.0"}}))
+    return folder
+
+
+class _Reader(HTMLParser):
+    """Elements, attributes and text; checks that elements are closed in order."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.elements, self.attributes, self.open, self.words = [], [], [], []
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def _page(folder):
+    reader = _Reader(report.page(report.read(folder)))
+    assert not reader.open
+    return reader
+
+
+# A run's page.
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"),
+    [
+        ("classify", ["test_van", "top-1 75.00 %", "top-5 90.00 %", "best top-1", "2.00 M", "Confusion matrix"]),
+        ("detect", ["mask_rcnn on test_van", "mask AP 75.0", "box AP 90.0"]),
+        ("segment", ["mIoU 75.0", "mean accuracy 90.0", "IoU"]),
+    ],
+)
+def test_page_shows_the_scores(tmp_path, task, shown):
+    text = _page(_write_run(tmp_path / "run", task)).text
+    assert [words for words in shown if words not in text] == []
+
+
+def test_names_are_escaped(tmp_path):
+    page = _page(_write_run(tmp_path / "run", data={"root": f'"/>{HOSTILE}'}))
+    assert "script" not in page.elements
+    assert page.text.count(HOSTILE) > 3  # class, command, mistakes, setting
+
+
+def test_page_asks_for_nothing_from_elsewhere(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    (folder / "predictions.png").write_bytes(b"\x89PNG")
+    sources = [value for name, value in _page(folder).attributes if name in ("src", "href")]
+    assert len(sources) == 2
+    assert all(source.startswith("data:") for source in sources)
+
+
+def test_curves_have_a_dot_per_epoch(tmp_path):
+    source = report.page(report.read(_write_run(tmp_path / "run", scores=(10.0, 30.0, 20.0))))
+    chart = re.search(r"<figcaption>top-1</figcaption>.*?</figure>", source, re.DOTALL)[0]
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', chart)]
+    assert len(heights) == 3
+    assert heights[1] < heights[2] < heights[0]
+    assert "validation, epoch 2: 30" in chart
+
+
+def test_one_epoch_is_enough_for_a_page(tmp_path):
+    assert "top-1 40.00 %" in _page(_write_run(tmp_path / "run", scores=(40.0,))).text
+
+
+def test_differences_from_the_recipe(tmp_path):
+    recipe = {"model": "test_van", "seed": 0, "task": "classify", "run": None, "optim": {"lr": 0.5, "opt": "adamw"}}
+    folder = _write_run(tmp_path / "run", recipe=recipe, model_kwargs={"drop_path_rate": 0.1})
+    record = report.read(folder)
+    assert report._changes(record) == [("optim.lr", 0.001, 0.5), ("model_kwargs.drop_path_rate", 0.1, None)]
+    assert "What differs from recipe=imagenet/van_b0" in _page(folder).text
+
+
+def test_matrix_and_mistakes(tmp_path):
+    matrix = report._matrix(report.read(_write_run(tmp_path / "run")))
+    assert [[cell["text"] for cell in row["cells"]] for row in matrix["rows"]] == [
+        *(["100", "", ""], ["40", "60", ""], ["", "", ""])
+    ]
+    assert matrix["mistakes"] == [(HOSTILE, "cat", "4 of 10", 0.4)]
+
+
+def test_of_many_classes_the_mistaken_and_the_worst_are_shown(tmp_path):
+    folder, many = _write_run(tmp_path / "run"), 300
+    names = [f"class {i}" for i in range(many)]
+    pairs = [[i, i, 10] for i in range(many)] + [[7, 250, 5]]
+    scores = [100.0] * many
+    scores[7] = 66.6
+    runs.write_classes(folder, names, {"top1": scores}, [10] * many, "images", pairs)
+    record = report.read(folder)
+    matrix = report._matrix(record)
+    assert len(matrix["names"]) == 40
+    assert {"class 7", "class 250"} <= set(matrix["names"])
+    assert report._class_table(record)["rows"][0]["name"] == "class 7"
+    assert "The 40 of 300 classes" in _page(folder).text
+
+
+def test_parts_of_a_step_are_means_with_the_slowest_first(tmp_path):
+    steps = report._steps(report.read(_write_run(tmp_path / "run")))
+    assert steps["updates"] == 4
+    assert [(part["name"], round(part["ms"])) for part in steps["parts"][:2]] == [("backward", 300), ("forward", 100)]
+    assert sum(part["share"] for part in steps["parts"]) == pytest.approx(1)
+
+
+def test_killed_run_shows_what_there_is(tmp_path):
+    text = _page(_write_run(tmp_path / "run", ended=False)).text
+    assert "This run has not ended: the figures are those after update 20." in text
+    assert "top-1 75.00 %" in text
+
+
+def test_run_without_an_evaluation(tmp_path):
+    folder = _write_run(tmp_path / "run", ended=False)
+    for name in ("metrics.jsonl", "classes.json", "start.json"):
+        (folder / name).unlink()
+    text = _page(folder).text
+    assert "it was not evaluated yet" in text
+    assert "There is no evaluation to draw yet." in text
+
+
+def test_left_out_updates_and_images_are_named(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    record = report.read(folder)
+    record.history[0]["skipped_updates"] = 3
+    record.summary["corrupt_images"] = ["a.jpg"]
+    assert report._notes(record) == [
+        "3 updates were left out since their loss was not finite.",
+        "Corrupt images were left out, 1 of them: a.jpg",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "step", "text"),
+    [
+        (0.0, 2e-4, "0"),
+        (4e-4, 2e-4, "4e-4"),
+        (2.5, 2.5, "2.5"),
+        (20.0, 20.0, "20"),
+        (0.2, 0.1, "0.2"),
+        (2e5, 1e5, "2e5"),
+        (1.25e-3, 5e-5, "1.25e-3"),
+    ],
+)
+def test_ticks(value, step, text):
+    assert report._tick(value, step) == text
+
+
+# Runs that write it.
+
+
+def test_a_finished_run_has_its_report(finished):
+    text = _Reader((finished / "report.html").read_text()).text
+    assert "apple" in text
+    assert "Sample predictions" in text
+    assert "What differs from zoo-train without arguments" in text
+
+
+def test_times_stand_in_the_metrics(finished):
+    first = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])["step_seconds"]
+    assert first["updates"] == 1
+    assert set(first) == {"updates", "rest", "waiting for images", "forward", "backward", "optimizer"}
+    assert all(value > 0 for value in first.values())
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_dense_runs_have_scores_of_classes_and_times(finished_dense, task):
+    record = report.read(finished_dense[task])
+    assert list(record.classes["scores"]) == (["mask_AP"] if task == "detect" else ["IoU", "accuracy"])
+    assert len(record.classes["classes"]) == len(record.classes["counts"])
+    assert (record.classes["confusion"] is None) == (task == "detect")
+    steps = report._steps(record)
+    assert steps["updates"] == 1
+    assert all(part["ms"] > 0 for part in steps["parts"])
+
+
+def test_a_report_that_fails_spoils_nothing(tmp_path, capsys, monkeypatch):
+    runs.start_log(None, True)
+    monkeypatch.setattr(report, "page", lambda record: 1 / 0)
+    report.write_or_warn(_write_run(tmp_path / "run"))
+    assert "The report could not be written (division by zero)" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_evaluation_has_a_page_of_its_own(tmp_path):
+    facts = {"task": "classify", "model": "test_van", "weights": "w.pt", "metrics": {"top1": 12.5, "images": 8}}
+    (tmp_path / "eval.json").write_text(json.dumps(facts | {"data": {"name": "digits", "root": None}}))
+    text = _page(tmp_path).text
+    assert "Evaluation of classification" in text
+    assert "top-1 12.50 %" in text
+    assert "w.pt" in text
+
+
+def test_one_update_in_eleven_is_timed_from_the_second_on():
+    times = timing.StepTimes(torch.device("cpu"))
+    active = []
+    for _ in range(25):
+        times.begin()
+        active.append(times.active)
+        times.lap("forward")
+    assert [i for i, on in enumerate(active) if on] == [1, 12, 23]
+    assert times.take()["updates"] == 3
+    assert times.take() == {"updates": 0}
+
+
+def test_an_update_that_has_just_begun_counts_with_its_first_part():
+    times = timing.StepTimes(torch.device("cpu"))
+    times.begin()
+    times.begin()
+    assert times.take() == {"updates": 0}
+    times.restart()
+    times.lap("forward")
+    times.lap("backward")
+    assert times.take()["updates"] == 1
+
+
+# Comparing.
+
+
+def test_comparison_shows_scores_and_differing_settings_only(tmp_path):
+    one = _write_run(tmp_path / "one")
+    two = _write_run(tmp_path / "two", scores=(60.0, 80.0), optim={"lr": 2e-3, "opt": "adamw"})
+    records = [report.read(one), report.read(two)]
+    assert report._setting_table(records) == [("optim.lr", [0.001, 0.002])]
+    rows = report._score_table(records)["rows"]
+    assert [row["scores"][0] for row in rows] == [("75.00 %", False), ("80.00 %", True)]
+    text = _Reader(report.comparison(records)).text
+    assert "2 runs compared" in text
+    assert "adamw" not in text
+
+
+def test_comparison_lists_the_classes_that_differ_most_first(tmp_path):
+    records = [report.read(_write_run(tmp_path / name)) for name in ("one", "two")]
+    records[1].classes["scores"]["top1"] = [90.0, 90.0, None]
+    table = report._class_differences(records)
+    assert table["rows"][0] == (30.0, HOSTILE, [(60.0, None), (90.0, 30.0)])
+    assert table["rows"][-1] == (0.0, "dog", [(None, None), (None, None)])
+
+
+def test_settings_that_an_older_version_did_not_have_are_no_difference(tmp_path):
+    records = [report.read(_write_run(tmp_path / "old")), report.read(_write_run(tmp_path / "new", data={"new": 1}))]
+    assert report._setting_table(records) == []
+
+
+def test_command_writes_and_says_where(tmp_path, capsys):
+    folder = _write_run(tmp_path / "run")
+    report.main([str(folder)])
+    assert capsys.readouterr().out.strip() == str(folder / "report.html")
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_command_fails_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(tmp_path)])
+    assert ended.value.code == 1
+    assert " ".join(capsys.readouterr().err.split()).startswith("zoo-report: error:")
+
+
+def test_pages_are_replaced(tmp_path):
+    folders = [_write_run(tmp_path / name) for name in ("one", "two")]
+    for _ in range(2):
+        assert report.make(folders, tmp_path / "out.html") == tmp_path / "out.html"
+
+
+# Messages.
+
+
+def test_different_tasks_are_not_compared(tmp_path):
+    folders = [_write_run(tmp_path / task, task) for task in ("classify", "segment")]
+    with pytest.raises(RunError, match=r"no scores in common \(.*classify is task=classify and .* is task=segment\)"):
+        report.make(folders, tmp_path / "out.html")
+    assert not (tmp_path / "out.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", "{", r"summary.json can't be read \(Expecting .*\): repair it, or delete it"),
+        ("start.json", "[]", r"start.json can't be read \(a JSON object is needed\)"),
+        ("metrics.jsonl", "{}\nx", r"metrics.jsonl can't be read"),
+        ("config.yaml", "a: [", r"config.yaml can't be read"),
+        ("config.yaml", "a: 1", r"config.yaml is not the configuration of a run: it names no task and model"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, content, message):
+    folder = _write_run(tmp_path / "run")
+    (folder / name).write_text(content)
+    with pytest.raises(RunError, match=message):
+        report.make([folder], None)
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(RunError, match=r"is not the folder of a run or an evaluation: it has neither config.yaml nor"):
+        report.make([tmp_path], None)
+
+
+def test_other_json_is_refused(tmp_path):
+    (tmp_path / "eval.json").write_text("{}")
+    with pytest.raises(RunError, match=r"eval.json is not what zoo-eval writes"):
+        report.make([tmp_path], None)
+
+
+def test_files_of_others_are_kept(tmp_path):
+    folder, other = _write_run(tmp_path / "run"), tmp_path / "thesis.html"
+    other.write_text("mine")
+    with pytest.raises(RunError, match=r"thesis.html exists and is no page of zoo-report"):
+        report.make([folder], other)
+    assert other.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [(".", r"is a folder: give a file, -o"), ("none/out.html", r"the folder .*none does not exist: make it")],
+)
+def test_bad_output_is_refused(tmp_path, out, message):
+    with pytest.raises(RunError, match=message):
+        report.make([_write_run(tmp_path / "run")], tmp_path / out)
