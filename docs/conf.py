@@ -1,0 +1,88 @@
+"""The site of the documentation, by Sphinx: `make docs`. The pages are plain Markdown, which GitHub shows as well."""
+
+import zoo
+
+project = "zoo"
+release = zoo.__version__
+copyright = "its contributors, Apache-2.0"
+
+# The source folder is the repository, so that links between pages and files mean the same here and there.
+include_patterns = [
+    "docs/*.md",
+    "docs/families/*.md",
+    "docs/guides/*.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "checkpoints/README.md",
+]
+root_doc = "docs/index"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+default_role = "literal"
+
+html_theme = "furo"
+html_title = "zoo"
+html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+templates_path = ["."]
+html_additional_pages = {"index": "start.html"}
+
+# What only the site needs would be noise in the Markdown: it is put behind these pages.
+SITE_ONLY = {
+    "docs/index": """
+```{toctree}
+:hidden:
+:caption: Guides
+guides/fine-tune
+guides/coco
+guides/onnx
+```
+```{toctree}
+:hidden:
+:caption: Models
+families/index
+families/van
+families/nat
+families/cswin
+families/maxvit
+families/biformer
+families/gc_vit
+families/litv2
+/checkpoints/README
+```
+```{toctree}
+:hidden:
+:caption: Operators
+operators
+```
+```{toctree}
+:hidden:
+:caption: Development
+adding
+/CONTRIBUTING
+/CHANGELOG
+```
+""",
+    "docs/operators": """
+## Specifications
+
+```{eval-rst}
+.. automodule:: zoo.kernels
+   :members:
+   :imported-members:
+   :member-order: bysource
+```
+""",
+}
+
+
+def setup(app):
+    """Tell Sphinx of `SITE_ONLY`."""
+    app.connect("source-read", add_what_only_the_site_needs)
+
+
+def add_what_only_the_site_needs(app, page: str, source: list[str]) -> None:
+    """Put the text of `SITE_ONLY` behind that of `page`."""
+    source[0] += SITE_ONLY.get(page, "")
