@@ -30,6 +30,8 @@ def show_help(description: str, schema: type) -> None:
     """If the command line asks for help, print the description, the groups and every key of `schema`, and end."""
     if not {"-h", "--help"} & set(sys.argv[1:]):
         return
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` reads a part
     print(f"{description.strip()}\n\nGroups (group=option):")
     for group in config.GROUPS:
         print(f"  {group + '=':<12}{', '.join(_options(group))}")

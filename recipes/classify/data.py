@@ -176,6 +176,8 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
     _check_class_folders(train_root, cfg)
     train = _create(cfg, train_root, True, class_map)
     names = list(classes) if classes else _class_names(train, cfg)
+    if cfg.class_map:
+        _note_left_out(train_root, names, cfg)
     _check_files(train, cfg)
     if len(names) < 2:
         raise RunError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more.")
@@ -287,10 +289,26 @@ def _check_class_folders(folder: Path, cfg: DataConfig) -> None:
             )
 
 
+def _classes_in(folder: Path, cfg: DataConfig) -> set[str]:
+    """The classes that timm finds in a folder."""
+    _, present = find_images_and_targets(str(folder), types=cfg.input_key.split(";") if cfg.input_key else None)
+    return set(present)
+
+
+def _note_left_out(folder: Path, known: Sequence[str], cfg: DataConfig) -> None:
+    """Say which classes the class map leaves out: timm does so without a word."""
+    present = _classes_in(folder, cfg)
+    left = sorted(present - set(known))
+    if left:
+        names = f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
+        which = f"{len(left)} of the {len(present)} classes in {folder}: {names}"
+        log.warning("data.class_map=%s leaves out %s.", cfg.class_map, which)
+
+
 def _check_same_classes(folder: Path, known: Sequence[str], cfg: DataConfig) -> None:
     """timm leaves images of unknown classes out without a word; a wrong folder would look like a small one."""
-    _, present = find_images_and_targets(str(folder), types=cfg.input_key.split(";") if cfg.input_key else None)
-    unknown = sorted(set(present) - set(known))
+    present = _classes_in(folder, cfg)
+    unknown = sorted(present - set(known))
     if unknown:
         close = difflib.get_close_matches(unknown[0], list(known), n=1)
         hint = f" (is {close[0]!r} meant?)" if close else ""
@@ -298,7 +316,7 @@ def _check_same_classes(folder: Path, known: Sequence[str], cfg: DataConfig) -> 
             f"{folder} has {len(unknown)} {'class' if len(unknown) == 1 else 'classes'} that training does not have, "
             f"{', '.join(map(repr, unknown[:5]))}{hint}: it has to use the names of the {len(known)} training classes."
         )
-    missing = sorted(set(known) - set(present))
+    missing = sorted(set(known) - present)
     if missing:
         names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         log.warning("%s has no images of %d of the %d classes: %s.", folder, len(missing), len(known), names)

@@ -16,6 +16,7 @@ from zoo.recipes.classify.loop import train
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.classify.training import Training
 from zoo.recipes.errors import RunError
+from zoo.recipes.runs import log
 
 SGD = ("optim=sgd", "optim.lr=0.01")
 
@@ -256,6 +257,17 @@ def test_class_map_orders_the_classes(make_folder, options, tmp_path):
     (tmp_path / "classes.txt").write_text("cherry\nbanana\napple\n")
     data = open_data(options(tmp_path / "all", f"data.class_map={tmp_path / 'classes.txt'}"), seed=0)
     assert data.classes == ["cherry", "banana", "apple"]
+
+
+def test_class_map_that_leaves_classes_out_is_noted(make_folder, options, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(log, "propagate", True)  # a run that another test started has changed it
+    make_folder(tmp_path / "all", per_class=4)
+    (tmp_path / "classes.txt").write_text("cherry\napple\n")
+    with caplog.at_level("WARNING"):
+        data = open_data(options(tmp_path / "all", f"data.class_map={tmp_path / 'classes.txt'}"), seed=0)
+    assert data.classes == ["cherry", "apple"]
+    assert "classes.txt leaves out 1 of the 3 classes in" in caplog.text
+    assert "all: banana." in caplog.text
 
 
 # Whatever else timm reads.
