@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
-TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadscope -m "not gpu and not browser"
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
 
 .PHONY: demo test check browser bench gpu docs lint clean
 

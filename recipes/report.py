@@ -686,8 +686,8 @@ def _duration(seconds: float) -> str:
 # The command.
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and write the page."""
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog="zoo-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -696,7 +696,12 @@ def main(arguments: list[str] | None = None) -> None:
         "-o", "--out", type=Path, metavar="FILE",
         help=f"where to write; <folder>/{NAME} for one, comparison.html for several",
     )  # fmt: skip
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Read the command line and write the page."""
+    options = parser().parse_args(arguments)
     with cli.friendly_errors("zoo-report"):
         print(make(options.folders, options.out))
 

@@ -19,7 +19,14 @@ NEEDS = ("data", "a GPU", "data and GPUs", "the network", "the repository")
 # A block that can't be run says so: in a paragraph above it, or in a comment, as the README does.
 _MARK = rf"(?:\*Needs (?P<needs>{'|'.join(NEEDS)})\.\*\n\n|<!-- needs (?P<comment>data) -->\n)?"
 _BLOCK = re.compile(rf"^{_MARK}```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE)
-TOOLS = {"zoo-bench": "benchmark", "zoo-models": "models", "zoo-convert": "convert", "zoo-export": "export"}
+PARSERS = {  # the modules that have a command's parser
+    "zoo-bench": "tools.benchmark",
+    "zoo-convert": "tools.convert",
+    "zoo-export": "tools.export",
+    "zoo-look": "tools.look",
+    "zoo-models": "tools.models",
+    "zoo-report": "recipes.report",
+}
 
 
 @dataclass(frozen=True)
@@ -62,8 +69,8 @@ def commands(found: list[Block]) -> list[list[str]]:
 
 def check_command(command: list[str], folder: Path) -> None:
     """Parse a command, and compose its configuration in `folder`, without running it."""
-    if command[0] in TOOLS:
-        importlib.import_module(f"zoo.tools.{TOOLS[command[0]]}").parser().parse_args(command[1:])
+    if command[0] in PARSERS:
+        importlib.import_module(f"zoo.{PARSERS[command[0]]}").parser().parse_args(command[1:])
         return
     if command[0] == "zoo-predict":
         from zoo.recipes.predict import parse
