@@ -25,8 +25,8 @@ HEAVY = (
 ALLOWED = {
     "kernels": {"torch", "triton", "zoo.kernels"},
     "zoo": {
-        *("torch", "timm", "safetensors", "wrapt"),
-        *("zoo", "zoo.kernels", "zoo.backbone", "zoo.checkpoints", "zoo.layers"),
+        *("torch", "timm", "huggingface_hub", "safetensors", "wrapt"),
+        *("zoo", "zoo.kernels", "zoo.backbone", "zoo.checkpoints", "zoo.downloads", "zoo.layers"),
     },
     "recipes": None,
     "tools": None,
@@ -108,7 +108,7 @@ def test_unknown_attribute():
 
 def test_command_line_starts_without_torch():
     """Help and misspelt keys answer at once."""
-    recipes, tools = ("train", "eval", "predict"), ("benchmark", "convert", "export", "models")
+    recipes, tools = ("train", "eval", "predict"), ("benchmark", "convert", "export", "look", "models")
     modules = ", ".join([*(f"zoo.recipes.{name}" for name in recipes), *(f"zoo.tools.{name}" for name in tools)])
     code = f"import {modules}, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
     assert run(code) == "[]"

@@ -373,6 +373,9 @@ def create(
     model_cls: type[Backbone], variant: str, settings: dict[str, Any], pretrained: bool, filter_fn: Callable, **kwargs
 ) -> Backbone:
     """A registered model, by timm: `settings` of the variant, `kwargs` of the call, `filter_fn` for checkpoints."""
+    kwargs = checkpoints.settle_num_classes(variant, pretrained, settings | kwargs)
+    if pretrained:
+        kwargs, filter_fn = checkpoints.downloading(variant, kwargs, filter_fn)
     return build_model_with_cfg(
         model_cls,
         variant,
@@ -383,7 +386,7 @@ def create(
             "feature_cls": "getter",
             "flatten_sequential": True,
         },
-        **checkpoints.settle_num_classes(variant, pretrained, settings | kwargs),
+        **kwargs,
     )
 
 

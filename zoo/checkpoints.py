@@ -14,7 +14,7 @@ import re
 import string
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -22,16 +22,18 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs, resolve_pretrained_cfg
+from timm.models import DefaultCfg, PretrainedCfg, _builder, generate_default_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
+from zoo import downloads
 
 __all__ = [
     "closest",
     "convert",
     "default_cfgs",
+    "downloading",
     "left_out",
     "looks_like",
     "manifest",
@@ -137,6 +139,53 @@ def published_cfg(variant: str, kwargs: Mapping[str, Any]) -> PretrainedCfg | No
     if own or not isinstance(tag, str | None):  # a tag or nothing: the manifest's configuration
         return None
     return resolve_pretrained_cfg(variant, tag)
+
+
+def downloading(
+    variant: str, kwargs: Mapping[str, Any], filter_fn: Callable[..., dict[str, Tensor]]
+) -> tuple[dict[str, Any], Callable[..., dict[str, Tensor]]]:
+    """`kwargs` and `filter_fn` of `build_model_with_cfg`, changed if it would download the weights from an address.
+
+    Their file then comes by `zoo.downloads.fetch` and `read`, when timm filters them; all other sources stay timm's.
+    """
+    url, kwargs = _address(variant, kwargs), dict(kwargs)
+    if url is None:
+        return kwargs, filter_fn
+
+    def fetch_and_filter(_: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+        model.pretrained_cfg.pop("state_dict", None)
+        path = downloads.fetch(url, kwargs.get("cache_dir"), _known_hash(url), read)
+        try:
+            checkpoint = read(path)
+        except ValueError as error:  # of a file that lay there
+            raise RuntimeError(f"{path} can't be used; delete it, and it is downloaded anew: {error}") from error
+        return filter_fn(checkpoint, model)
+
+    # A state dict goes before every address, and what is in it is of no concern to timm before it is filtered.
+    kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": {"url": url}}
+    return kwargs, fetch_and_filter
+
+
+def _address(variant: str, kwargs: Mapping[str, Any]) -> str | None:
+    """What `build_model_with_cfg` would download by http or https; None if it takes the weights from elsewhere."""
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    url = cfg.url
+    if cfg.source or cfg.state_dict or cfg.file or cfg.custom_load or not isinstance(url, str):
+        return None
+    # timm prefers the hub; an address that the call gives goes before a repository that it does not.
+    own = overlay.get("url") and not overlay.get("hf_hub_id")
+    if cfg.hf_hub_id and not own and f"/{cfg.hf_hub_id}/" not in url:
+        return None
+    return url if url.startswith(("http://", "https://")) else None
+
+
+def _known_hash(url: str) -> str:
+    """The sha256 of a file, or its beginning, by the manifest or, if timm is asked to check it, the file's name."""
+    entries = (entry for family in zoo.FAMILIES for entry in manifest(family) if entry["url"] == url)
+    entry = next(entries, {})
+    named = torch.hub.HASH_REGEX.search(url.rpartition("/")[2]) if _builder._CHECK_HASH else None
+    return entry.get("sha256") or entry.get("sha256_prefix") or (named[1] if named else "")
 
 
 class _Inert:

@@ -158,10 +158,15 @@ def test_classifier_of_other_size_needs_a_word(state_dict, images):
 
 
 @pytest.fixture
-def downloads(monkeypatch):
-    """Downloads of published weights come from here, by URL; holds what was asked for."""
+def downloads(monkeypatch, tmp_path):
+    """Downloads of published weights come from here, by URL."""
     files = {}
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", lambda url, **_: files[url])
+
+    def fetch(url, *_):
+        torch.save(files[url], tmp_path / "model.pth")
+        return tmp_path / "model.pth"
+
+    monkeypatch.setattr("zoo.downloads.fetch", fetch)
     return files
 
 

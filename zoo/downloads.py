@@ -1,0 +1,229 @@
+"""Checkpoint files by their address: from the cache, or downloaded, continued where one broke off, and checked.
+
+Files of the Hugging Face hub come by huggingface_hub, into its cache and by its settings (`HF_HOME`, `HF_HUB_OFFLINE`,
+`HF_ENDPOINT`, ...); all others lie where torch.hub puts its own (`TORCH_HOME`), under the same names. Proxies are those
+of the environment (`https_proxy`, `no_proxy`). `HF_HUB_DISABLE_PROGRESS_BARS` turns the progress bars off.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from email.utils import formatdate
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path, PurePosixPath
+from ssl import SSLError
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import WeakFileLock, tqdm
+
+__all__ = ["fetch"]
+
+_HUB = re.compile(r"https://huggingface\.co/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<filename>[^?]+)")
+_BY_HAND = "or get the file by other means and pass it with pretrained_cfg_overlay=dict(file=...)"
+_TIMEOUT = 30  # seconds without an answer
+
+
+def fetch(
+    url: str,
+    folder: str | os.PathLike | None = None,
+    sha256: str = "",
+    check: Callable[[Path], Any] = lambda path: None,
+) -> Path:
+    """The file that `url` (http or https) is the address of, from the cache if it is there.
+
+    A download has to be as long as the server says, to pass `check`, and to have the right sha256: the one given; or
+    the one of an earlier download, which is kept beside the file in `<name>.download.json`; or the hub's. Only then it
+    gets its name. Of several processes one downloads, and the others wait. What is in the cache is taken as it is.
+
+    Args:
+        url: the address.
+        folder: of the cache; the usual ones if None.
+        sha256: of the file, in hexadecimal digits, or their beginning; empty if it is not known.
+        check: raises ValueError, with a sentence that says why, if a file just downloaded is of no use.
+
+    Raises:
+        RuntimeError: it can't be downloaded, or is not what it should be; nothing of such a file stays in the cache.
+        OSError: it can't be written.
+    """
+    if found := _HUB.fullmatch(url.partition("?")[0]):
+        return _from_hub(**found.groupdict(), folder=folder, sha256=sha256, check=check)
+    folder = Path(torch.hub.get_dir(), "checkpoints") if folder is None else Path(folder)
+    path = _place(url, folder)
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(folder / f".{_name(url)}.lock"):
+        path = _place(url, folder)  # meanwhile another process may have brought it, or another file of this name
+        if not path.exists():
+            partial = folder / f"{_name(url)}.{_digits(url)}.partial"
+            _download(url, partial)
+            known, source = sha256, "is published"
+            if not known:
+                known, source = _record(path).get("sha256", ""), f"{_record_file(path)} has from an earlier download"
+            try:
+                digest = _verify(partial, url, known, source, check)
+            except RuntimeError:
+                partial.unlink()
+                raise
+            _record_file(path).write_text(json.dumps({"url": url, "sha256": digest}) + "\n")
+            partial.replace(path)
+    return path
+
+
+def _name(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path).name or "checkpoint"
+
+
+def _digits(url: str) -> str:
+    return hashlib.sha256(url.encode()).hexdigest()[:8]
+
+
+def _place(url: str, folder: Path) -> Path:
+    """Where torch.hub would put the file; under a name of its own if a file of another address has that one."""
+    path = folder / _name(url)
+    if _record(path).get("url", url) == url:
+        return path
+    return path.with_name(f"{path.stem}-{_digits(url)}{path.suffix}")
+
+
+def _record_file(path: Path) -> Path:
+    return path.with_name(f"{path.name}.download.json")
+
+
+def _record(path: Path) -> dict[str, str]:
+    """What is known of a downloaded file; nothing if it came by other means."""
+    try:
+        return json.loads(_record_file(path).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _download(url: str, partial: Path) -> None:
+    """Add to `partial` what it lacks: as long as the connection breaks off but has brought something new, again."""
+    before = -1
+    while True:
+        complete, total = _receive(url, partial)
+        if complete:
+            return
+        if _size(partial) <= before:
+            of = "" if total is None else f" of {total:,}"
+            raise RuntimeError(
+                f"{url} broke off after {_size(partial):,}{of} bytes; run the same again, which continues, {_BY_HAND}."
+            )
+        before = _size(partial)
+
+
+def _receive(url: str, partial: Path) -> tuple[bool, int | None]:
+    """Add to `partial` what one answer of the server brings: whether that was all, and the file's length if known."""
+    start = _size(partial)
+    try:
+        answer = _ask(url, partial, start) or _ask(url, partial, 0)
+    except HTTPError as error:
+        why = f"{error.code} {error.reason}"
+        raise RuntimeError(f"{url} gives no file ({why}); check the address, {_BY_HAND}.") from error
+    except (OSError, HTTPException) as error:
+        why = _one_line(getattr(error, "reason", error))
+        raise RuntimeError(f"{url} can't be reached ({why}); check connection and proxy, {_BY_HAND}.") from error
+    if start and answer.status == 206:
+        total = int(answer.headers["Content-Range"].rpartition("/")[2])
+    else:
+        start, length = 0, answer.headers.get("Content-Length")
+        total = None if length is None else int(length)
+    bar = tqdm(total=total, initial=start, unit="B", unit_scale=True, unit_divisor=1024, desc=_name(url), disable=None)
+    with answer, bar, open(partial, "ab" if start else "wb") as file:
+        try:
+            while chunk := answer.read1(2**20):
+                file.write(chunk)
+                bar.update(len(chunk))
+        except (HTTPException, ConnectionError, TimeoutError, SSLError):
+            return False, total
+        return total is None or file.tell() >= total, total
+
+
+def _ask(url: str, partial: Path, start: int) -> HTTPResponse | None:
+    """The answer to a request for the file from byte `start` on; None if the server has no such rest of it."""
+    headers = {"User-Agent": "zoo", "Accept-Encoding": "identity"}  # a packed file has another length
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        headers["If-Unmodified-Since"] = formatdate(partial.stat().st_mtime, usegmt=True)
+    try:
+        answer = urlopen(Request(url, headers=headers), timeout=_TIMEOUT)
+    except HTTPError as error:
+        if start and error.code in (412, 416):  # it was modified since, or has no more bytes
+            return None
+        raise
+    part = answer.headers.get("Content-Range", "")
+    if start and answer.status == 206 and not re.fullmatch(rf"bytes {start}-\d+/\d+", part):
+        answer.close()
+        return None
+    return answer
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _verify(path: Path, url: str, sha256: str, source: str, check: Callable[[Path], Any]) -> str:
+    """The sha256 of `path`.
+
+    Raises:
+        RuntimeError: it is another than that which `source` names, or the file does not pass `check`.
+    """
+    try:
+        check(path)
+    except ValueError as error:
+        raise RuntimeError(f"{url} gave {_size(path):,} bytes which were not kept: {error}") from error
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if not digest.startswith(sha256):
+        raise RuntimeError(
+            f"{url} gave a file of sha256 {digest[: len(sha256)]}, not {sha256}, which {source}; it was not kept: try "
+            f"again, {_BY_HAND}."
+        )
+    return digest
+
+
+def _from_hub(
+    repo: str,
+    revision: str,
+    filename: str,
+    folder: str | os.PathLike | None,
+    sha256: str,
+    check: Callable[[Path], Any],
+) -> Path:
+    known = try_to_load_from_cache(repo, filename, cache_dir=folder, revision=revision)
+    try:
+        path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=folder))
+    except Exception as error:  # of huggingface_hub, of its HTTP library, of the system
+        why = _one_line(error.__cause__ or error)
+        raise RuntimeError(
+            f"{filename} of {repo}, on the Hugging Face hub, can't be downloaded ({why}); check the connection and "
+            f"HF_HUB_OFFLINE, {_BY_HAND}."
+        ) from error
+    if str(path) == known:
+        return path
+    # huggingface_hub checks the length. In its cache a large file is named by its sha256, with a link to it.
+    blob = Path(os.readlink(path)) if path.is_symlink() else path
+    source = "is published"
+    if not sha256 and re.fullmatch("[0-9a-f]{64}", blob.name):
+        sha256, source = blob.name, "the hub has"
+    try:
+        _verify(path, f"{filename} of {repo}, on the Hugging Face hub,", sha256, source, check)
+    except RuntimeError:
+        (path.parent / blob).unlink()
+        path.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _one_line(error: object) -> str:
+    """The beginning of what `error` says."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 200 else f"{text[:200]} ...").rstrip(".")
