@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import json
 import logging
@@ -113,6 +112,8 @@ def _export(options: argparse.Namespace) -> None:
         model = _build(options)
         from timm.data import resolve_model_data_config
 
+        from zoo.tools.model import reason
+
         config = resolve_model_data_config(model)
     channels, *size = config["input_size"]
     size = tuple(options.size or size)
@@ -120,7 +121,7 @@ def _export(options: argparse.Namespace) -> None:
         try:
             outputs = _run(model, _images(1, channels, size))
         except Exception as error:
-            _fail(f"{options.model} can't run on images of {_by(size)} pixels: {_reason(error)}.")
+            _fail(f"{options.model} can't run on images of {_by(size)} pixels: {reason(error)}.")
     if options.features:
         names = [f"features_{i}" for i in range(len(outputs))]
     else:
@@ -175,6 +176,8 @@ def _first_that_works(
     options: argparse.Namespace,
 ) -> tuple[Exported, list[str]]:
     """Batch and size open if that goes, else the batch, else nothing; and why not more."""
+    from zoo.tools.model import reason
+
     wider = (size[0] + 32, size[1] + 96)
     notes = []
     attempts = [((), (1, channels, *size))]  # what to leave open, and the images of the second check
@@ -185,7 +188,7 @@ def _first_that_works(
                 _run(model, _images(1, channels, wider))
             attempts.insert(0, ((0, 2, 3), (3, channels, *wider)))
         except Exception as error:
-            notes.append(f"height and width are fixed: the model takes no others ({_reason(error)})")
+            notes.append(f"height and width are fixed: the model takes no others ({reason(error)})")
     for dims, shape in attempts:
         try:
             return _attempt(model, path, form, dims, [(1, channels, *size), shape], names, facts), notes
@@ -193,7 +196,7 @@ def _first_that_works(
             raise
         except Exception as error:
             what = "height and width are" if 2 in dims else "the batch is"
-            notes.append(f"{what} fixed: the exporter can't leave them open ({_reason(error)})")
+            notes.append(f"{what} fixed: the exporter can't leave them open ({reason(error)})")
     formats = {"onnx": "ONNX", "pt2": "a program of torch.export"}
     _fail(f"{options.model} can't become {formats[form]}: {notes[-1].partition('(')[2].rstrip(')')}.")
 
@@ -225,77 +228,13 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
 
 
 def _build(options: argparse.Namespace) -> nn.Module:
-    import timm
+    from zoo.tools import model
 
-    name, folder = options.model, Path(options.model)
-    kwargs: dict[str, Any] = {"features_only": True} if options.features else {}
-    if folder.is_dir() and not timm.is_model(name):
-        if not all((folder / file).is_file() for file in ("config.json", "model.safetensors")):
-            _fail(f"{name} has no config.json and model.safetensors: give the folder of a classifier's finished run.")
-        for option, given in (("--pretrained", options.pretrained), ("--num-classes", options.num_classes is not None)):
-            if given:
-                _fail(f"Got {option} with a run folder, which has its own weights and classes; leave it out.", 2)
-        name = f"local-dir:{name}"
-        kwargs["pretrained"] = True
-        fixed = json.loads((folder / "config.json").read_text())["pretrained_cfg"].get("fixed_input_size")
-    elif ":" in name:  # of the Hugging Face hub
-        if isinstance(options.pretrained, str):
-            _fail(f"Got --pretrained {options.pretrained} with {name}, which has its own weights; give no file.", 2)
-        fixed = False
-        kwargs["pretrained"] = bool(options.pretrained)
-    else:
-        _check_name(name)
-        config = timm.get_pretrained_cfg(timm.models.split_model_name_tag(name)[0])
-        fixed = config is not None and config.fixed_input_size
-        if options.pretrained:
-            kwargs["pretrained"] = True
-        if isinstance(options.pretrained, str):
-            kwargs |= _own_weights(Path(options.pretrained), config)
-    if options.num_classes is not None and not options.features:
-        kwargs["num_classes"] = options.num_classes
-    if fixed and options.size:
-        kwargs["img_size"] = tuple(options.size)
     try:
-        return timm.create_model(name, **kwargs).eval()
-    except Exception as error:
-        source = options.pretrained if isinstance(options.pretrained, str) else "the published weights"
-        _fail(f"{options.model} can't be made{f' with {source}' if options.pretrained else ''}: {_reason(error)}.")
-
-
-def _check_name(name: str) -> None:
-    import timm
-    from timm.models import split_model_name_tag
-
-    if "/" in name or name.startswith("."):
-        _fail(f"there is no folder {name}: give the folder of a finished run, or a model's name.")
-    architecture, tag = split_model_name_tag(name)
-    if not timm.is_model(architecture):
-        near = difflib.get_close_matches(architecture.lower(), timm.list_models(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "timm.list_models() lists all, after `import zoo`."
-        _fail(f"there is no model {architecture}; {hint}")
-    full = timm.list_models(f"{architecture}*", include_tags=True)
-    tags = [other_tag for other, other_tag in map(split_model_name_tag, full) if other == architecture and other_tag]
-    if tag and tag not in tags:
-        _fail(f"{architecture} has no weights {tag}; it has {', '.join(tags) or 'none'}.")
-
-
-def _own_weights(file: Path, config: Any) -> dict[str, Any]:
-    """Keywords that have timm load `file`, with as many classes as it has."""
-    from timm.models import load_state_dict
-
-    if not file.is_file():
-        _fail(f"there is no file {file}: --pretrained takes a checkpoint, or nothing for the published weights.")
-    try:
-        state = load_state_dict(str(file))  # weights_only: nothing in it is executed
-    except Exception as error:
-        _fail(f"{file} can't be read as a checkpoint: {_reason(error)}.")
-    overlay: dict[str, Any] = {"file": str(file), "custom_load": False}
-    classifier = config.classifier if isinstance(config.classifier, str) else None
-    weight = state.get(f"{classifier}.weight")
-    if weight is None:
-        return {"pretrained_cfg_overlay": overlay}
-    overlay["num_classes"] = len(weight)
-    return {"pretrained_cfg_overlay": overlay, "num_classes": len(weight)}
+        given = {"features": options.features, "num_classes": options.num_classes, "size": options.size}
+        return model.load(options.model, options.pretrained, **given).model
+    except cli.ToolError as error:
+        _fail(str(error), 2 if isinstance(error, model.OptionError) else 1)
 
 
 def _facts(model: nn.Module, options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -428,12 +367,6 @@ def _images(batch: int, channels: int, size: Sequence[int], seed: int = 0) -> Te
 
 def _by(sides: Sequence[int]) -> str:
     return "x".join(map(str, sides))
-
-
-def _reason(error: BaseException) -> str:
-    """The beginning of what `error` says, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 300 else f"{text[:300]} ...").rstrip(".")
 
 
 @contextmanager

@@ -229,17 +229,17 @@ def test_export_that_fails(capsys, tmp_path, monkeypatch):
 
 
 BAD = [
-    ("test_vam", 1, "there is no model test_vam; did you mean test_van?"),
-    ("xyzzyqq", 1, "there is no model xyzzyqq; timm.list_models() lists all, after `import zoo`."),
-    ("van_b0.imagenet", 1, "van_b0 has no weights imagenet; it has "),
+    ("test_vam", 1, "there is no model test_vam: did you mean test_van?"),
+    ("xyzzyqq", 1, "there is no model xyzzyqq: zoo-models lists zoo's, timm.list_models() all."),
+    ("van_b0.imagenet", 1, "van_b0 has no weights imagenet: it has "),
     ("runs/none", 1, "there is no folder runs/none: give the folder of a finished run, or a model's name."),
     ("empty", 1, "empty has no config.json and model.safetensors: give the folder of a classifier's finished run."),
-    ("run --pretrained", 2, "Got --pretrained with a run folder, which has its own weights and classes; leave it out."),
-    ("run --num-classes 3", 2, "Got --num-classes with a run folder"),
+    ("run --pretrained", 2, "got --pretrained with a run folder, which has its own weights and classes: leave it out."),
+    ("run --num-classes 3", 2, "got --num-classes with a run folder"),
     ("test_van --pretrained none.pth", 1, "there is no file none.pth: --pretrained takes a checkpoint"),
     ("test_van --pretrained text.pth", 1, "text.pth can't be read as a checkpoint: "),
     ("test_dinat --pretrained run/model.safetensors", 1, "test_dinat can't be made with run/model.safetensors: "),
-    ("hf-hub:me/x --pretrained a.pth", 2, "Got --pretrained a.pth with hf-hub:me/x, which has its own weights"),
+    ("hf-hub:me/x --pretrained a.pth", 2, "got --pretrained a.pth with hf-hub:me/x, which has its own weights"),
     ("test_van --size 16 16", 1, "test_van can't run on images of 16x16 pixels: Got images of 16 x 16 pixels"),
     ("test_van --size 64", 2, "--size: expected 2 arguments"),
     ("test_van --size 64 0", 2, "--size: got '0'; give a whole number of 1 or more"),

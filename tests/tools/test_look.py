@@ -1,0 +1,527 @@
+"""zoo-look: the keys of every operator against a plain statement of them, every command and message. A minute."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import save_for_hf
+from torch import nn
+
+import zoo.checkpoints
+from zoo.tools import look, look_attention, look_cam, look_draw, look_patterns, look_picture
+from zoo.tools.cli import ToolError
+from zoo.tools.model import Loaded, load
+
+MODELS = ("biformer", "cswin", "dinat", "gc_vit", "litv2", "maxvit", "nat", "van")
+SIZE = (75, 91)  # odd sides in most stages, and windows that do not divide them
+PIXEL = (70, 40)
+
+
+def build(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs).eval()
+
+
+def images(*size):
+    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(5))
+
+
+def run(capsys, *arguments):
+    """Exit code, output and errors of a command line."""
+    torch.manual_seed(0)
+    code = 0
+    try:
+        look.main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        code = end.code
+    return code, *capsys.readouterr()
+
+
+def places(weights):
+    """The keys that have a weight, as a set of rows and columns."""
+    return set(map(tuple, weights.nonzero().tolist()))
+
+
+def product(rows, columns):
+    return {(y, x) for y in rows for x in columns}
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A picture of 40 x 60 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run folder as zoo-train leaves it."""
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    model = build("test_van", num_classes=3)
+    model.pretrained_cfg["label_names"] = ["cat", "dog", "2"]
+    config = {"label_names": ["cat", "dog", "2"], "input_size": (3, 64, 64)}
+    save_for_hf(model, str(folder), model_config=config, model_args={"num_classes": 3}, safe_serialization=True)
+    return folder
+
+
+# ---- which keys there are, in plain words
+
+
+def neighbors(place, length, kernel, dilation):
+    """The window around a place, among those with the same remainder, moved inward at the rim."""
+    same = list(range(place % dilation, length, dilation))
+    start = min(max(same.index(place) - kernel // 2, 0), len(same) - kernel)
+    return same[start : start + kernel]
+
+
+def stripe(place, length, size):
+    """Of a map that is padded on both sides, the larger half on the right."""
+    left = (-length % size) // 2
+    return [other for other in range(length) if (other + left) // size == (place + left) // size]
+
+
+def window(place, length, size):
+    return [other for other in range(length) if other // size == place // size]
+
+
+def grid(place, length, size):
+    step = -(-length // size)
+    return [other for other in range(length) if other % step == place % step]
+
+
+def routed(site, token, size, regions, topk):
+    """The real tokens of the regions whose mean keys answer the query's region best."""
+    (x,) = site.args
+    sides = [-(-side // regions) for side in size]
+    padded = torch.zeros(regions * sides[0], regions * sides[1], x.shape[3])
+    padded[: size[0], : size[1]] = x[0]
+    query, key, _ = site.module.qkv(padded).chunk(3, dim=-1)
+
+    def mean(x, row, column):
+        return x[row * sides[0] : (row + 1) * sides[0], column * sides[1] : (column + 1) * sides[1]].mean((0, 1))
+
+    own = mean(query, token[0] // sides[0], token[1] // sides[1])
+    answers = {(row, column): (own @ mean(key, row, column)).item() for row, column in product(*[range(regions)] * 2)}
+    best = sorted(answers, key=answers.get)[-topk:]
+    return {(y, x) for y, x in product(*map(range, size)) if (y // sides[0], x // sides[1]) in best}
+
+
+def expected(name, site, token, size):
+    """The sets of keys, one per group of heads."""
+    both, everything = list(zip(token, size, strict=True)), product(*map(range, size))
+    stage, block = site.stage - 1, site.block
+    if name in ("nat", "dinat"):
+        dilation = (4, 2, 1, 1)[stage] if name == "dinat" and block == 2 else 1
+        return [product(*(neighbors(place, length, 3, dilation) for place, length in both))]
+    if name == "cswin" and stage < 3:
+        split = (1, 2, 3)[stage]
+        columns, rows = stripe(token[1], size[1], split), stripe(token[0], size[0], split)
+        return [product(range(size[0]), columns), product(rows, range(size[1]))]
+    if name == "maxvit":
+        find = window if "block" in site.kinds[0] else grid
+        return [product(*(find(place, length, 4) for place, length in both))]
+    if name == "biformer" and stage < 3:
+        return [routed(site, token, size, 4, (1, 2, 4)[stage])]
+    if name == "gc_vit":
+        return [product(*(window(place, length, (4, 4, 4, 2)[stage]) for place, length in both))]
+    if name == "litv2" and stage == 2:
+        if "Hi-Fi" in site.kinds[0]:
+            return [product(*(window(place, length, 3) for place, length in both))]
+        return [product(*(range(-(-length // 3)) for length in size))]
+    if name == "van":
+        return [{key for key in everything if max(abs(a - b) for a, b in zip(key, token, strict=True)) <= 11}]
+    return [everything]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_are_those_of_the_operator(name):
+    model = build(f"test_{name}")
+    sites = look_attention.sites(model, name)
+    look_attention.run(model, images(*SIZE), sites)
+    features = model.forward_intermediates(images(*SIZE), intermediates_only=True)
+    found = {}
+    for block in (1, 2):
+        for keys in look_attention.keys(model, name, images(*SIZE), PIXEL, block):
+            found[keys.stage, keys.block, keys.kind] = keys
+            assert keys.weights.sum().item() == pytest.approx(1 - keys.padding, abs=1e-5)
+            assert keys.weights.min() >= 0
+    assert len(found) == sum(len(site.kinds) for site in sites)
+    for site in sites:
+        size = tuple(features[site.stage - 1].shape[2:])
+        token = tuple(min(p // 2 ** (site.stage + 1), side - 1) for p, side in zip(PIXEL, size, strict=True))
+        for kind, keys in zip(site.kinds, expected(name, site, token, size), strict=True):
+            assert places(found[site.stage, site.block, kind].weights) == keys, (site.stage, kind)
+
+
+@torch.no_grad()
+def test_weights_are_the_softmax():
+    model = build("test_cswin")
+    site = look_attention.sites(model, "cswin")[-1]
+    look_attention.run(model, images(*SIZE), [site])
+    height, width = site.size
+    heads = site.module.qkv(site.args[0]).reshape(height * width, 3, site.module.num_heads, -1).permute(1, 2, 0, 3)
+    query, key, _ = heads
+    weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1).mean(0)
+    tokens = [(0, 0), (1, 2), (2, 1)]
+    got = look_attention.attention(site.module, site.args, tokens)
+    want = torch.stack([weights[y * width + x].reshape(height, width) for y, x in tokens])
+    torch.testing.assert_close(got[:, 0], want)
+
+
+@torch.no_grad()
+def test_weights_have_the_bias():
+    model = build("test_gc_vit")
+    site = look_attention.sites(model, "gc_vit")[0]
+    nn.init.zeros_(site.module.qkv.weight)
+    look_attention.run(model, images(64, 64), [site])
+    got = look_attention.attention(site.module, site.args, [(5, 6)])[0, 0, 4:8, 4:8]
+    table = site.module.bias_table.mean(0) if site.module.num_heads == 1 else site.module.bias_table[0]
+    rows, columns = torch.arange(4)[:, None], torch.arange(4)
+    want = table[1 - rows + 3, 2 - columns + 3].flatten().softmax(0).view(4, 4)
+    torch.testing.assert_close(got, want)
+
+
+def test_padding_is_counted():
+    """A map of 2 x 2 in a neighbourhood of 3 x 3: with zero weights, five of nine keys are none of the picture's."""
+    model = build("test_nat")
+    nn.init.zeros_(model.stages[3].blocks[0].attn.bias_table)
+    nn.init.zeros_(model.stages[3].blocks[0].attn.qkv.weight)
+    *_, keys = look_attention.keys(model, "nat", images(64, 64), (33, 33))
+    assert keys.padding == pytest.approx(5 / 9, abs=1e-5)
+    torch.testing.assert_close(keys.weights, torch.full((2, 2), 1 / 9))
+
+
+def test_model_stays_as_it_was():
+    model = build("test_biformer")
+    before = model(images(*SIZE))
+    list(look_attention.keys(model, "biformer", images(*SIZE), PIXEL))
+    assert torch.equal(model(images(*SIZE)), before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_first_block_of_each_kind_is_shown():
+    found = list(look_attention.keys(build("test_dinat"), "dinat", images(*SIZE), PIXEL))
+    assert [(keys.stage, keys.block) for keys in found] == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (4, 1)]
+    found = list(look_attention.keys(build("test_dinat"), "dinat", images(*SIZE), PIXEL, -1))
+    assert [(keys.stage, keys.block) for keys in found] == [(1, 2), (2, 2), (3, 2), (4, 2)]
+
+
+# ---- the picture of the patterns
+
+
+def test_patterns():
+    shown = {panel.title: panel for panel in look_patterns.panels()}
+    y, x = look_patterns.QUERY
+    got = {title: [places(map_) for map_ in panel.maps] for title, panel in shown.items()}
+    whole = product(range(28), range(28))
+    assert got["NAT"] == [product(range(8, 15), range(13, 20)), product(range(21, 28), range(7))]
+    assert got["DiNAT"] == [product(range(2, 21, 3), range(7, 26, 3))]
+    assert got["CSWin"] == [product(range(28), (16, 17)), product((10, 11), range(28))]
+    assert got["MaxViT"] == [product(range(7, 14), range(14, 21)), product(range(3, 28, 4), range(0, 28, 4))]
+    assert got["GC ViT"] == [product(range(7, 14), range(14, 21)), whole]
+    assert got["LITv2"] == [product((10, 11), (16, 17)), product(range(14), range(14))]
+    (regions,) = got["BiFormer"]
+    chosen = {(row // 4, column // 4) for row, column in regions}
+    assert len(chosen) == 4
+    assert regions == {(row, column) for row, column in whole if (row // 4, column // 4) in chosen}
+    assert got["VAN"] == [product(range(y - 11, y + 12), range(x - 11, x + 12))]
+    # Along an axis: how many of 7 taps, 3 apart, and 5 beside each lead to a token.
+    rows, columns = torch.zeros(28), torch.zeros(28)
+    for tap in range(-9, 10, 3):
+        rows[y + tap - 2 : y + tap + 3] += 1
+        columns[x + tap - 2 : x + tap + 3] += 1
+    torch.testing.assert_close(shown["VAN"].maps[0], rows[:, None] * columns / 4)
+
+
+def test_patterns_as_a_file(capsys, tmp_path):
+    path = tmp_path / "patterns.png"
+    code, out, _ = run(capsys, "patterns", "-o", path)
+    assert (code, out) == (0, f"written: {path}\n")
+    with Image.open(path) as picture:
+        assert (picture.width, picture.height) == (4 * 392 + 3 * 40 + 8, 2 * (392 + 156) + 40)
+        pixels = np.asarray(picture)
+    assert pixels.shape[2] == 4
+    assert (pixels[-392:, -400:, 3] > 0).mean() > 0.5
+    # At the right and the bottom nothing is cut off, and outside of panels and text nothing is painted.
+    assert not pixels[:, -4:, 3].any()
+    assert path.stat().st_size < 150_000
+
+
+# ---- rollout, receptive field, class activation
+
+
+@torch.no_grad()
+def test_rollout_is_the_product():
+    settings = {"embed_dims": (16,) * 4, "depths": (1,) * 4, "num_heads": (2,) * 4}
+    model = build("vitrpb_small", **settings)
+    total = look_attention.rollout(model, "vitrpb", images(48, 64)).reshape(12, 12)
+    want = torch.eye(12)
+    sites = look_attention.sites(model, "vitrpb")
+    look_attention.run(model, images(48, 64), sites)
+    for site in sites:
+        query, key, _ = site.module.qkv(site.args[0]).reshape(12, 3, 2, 8).permute(1, 2, 0, 3)
+        table = zoo.checkpoints.resize_table(site.module.bias_table, (5, 7))
+        rows, columns = torch.arange(12) // 4, torch.arange(12) % 4
+        bias = table[:, rows - rows[:, None] + 2, columns - columns[:, None] + 3]
+        weights = (query @ key.mT * 8**-0.5 + bias).softmax(-1).mean(0)
+        want = (weights + torch.eye(12)) / 2 @ want
+    torch.testing.assert_close(total, want)
+    torch.testing.assert_close(total.sum(1), torch.ones(12))
+
+
+def test_field_of_a_convolution():
+    conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+    nn.init.ones_(conv.weight)
+    nn.init.ones_(conv.bias)
+    with torch.no_grad():
+        conv.weight[1:] = 0  # otherwise the signs can cancel
+    (field,) = look_attention.field(lambda x: [conv(x)], 1, (20, 20), 3)
+    want = torch.zeros(20, 20)
+    want[9:12, 9:12] = 1 / 9
+    torch.testing.assert_close(field, want)
+    assert [look_attention.extent(field, share) for share in (0.05, 0.5, 0.99)] == [1, 3, 3]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_field_grows(name):
+    model = build(f"test_{name}", features_only=True)
+    fields = look_attention.field(model, 3, (64, 64), 1)
+    assert [tuple(field.shape) for field in fields] == [(64, 64)] * 4
+    reach = [(field > 0).sum() for field in fields]
+    assert reach == sorted(reach)
+    again = look_attention.field(model, 3, (64, 64), 1)
+    assert all(map(torch.equal, fields, again))
+
+
+@pytest.mark.parametrize("name", [f"test_{name}" for name in MODELS] + ["swin_s3_tiny_224"])
+def test_class_activation_of_each_family(name):
+    kwargs = {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 24} if name.startswith("swin") else {}
+    model = build(name, **kwargs)
+    loaded = Loaded(model, name, "random weights", {}, False)
+    layer, channels = look_cam.layer(loaded, 3)
+    heat = look_cam.heat(model, images(64, 64), layer, channels, 5)
+    assert heat.shape == (64, 64)
+    assert heat.min() == 0
+    assert heat.max() == pytest.approx(1, abs=1e-5)
+
+
+# ---- the commands
+
+
+def picture_size(path):
+    """Width and height of a picture that is not blank."""
+    with Image.open(path) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+        return picture.size
+
+
+def test_keys_command(capsys, tmp_path, photo, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "keys", "test_cswin", photo, "--pixel", 39, 0)
+    assert code == 0
+    assert out.endswith("written: test_cswin_keys.png\n")
+    assert "random weights" in out
+    assert picture_size("test_cswin_keys.png")[0] == 4 * 348
+
+
+def test_keys_as_json(capsys, tmp_path, photo):
+    code, out, _ = run(capsys, "keys", "test_nat", photo, "--pixel", 39, 0, "-o", tmp_path / "k.png", "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["size"] == [64, 96]
+    assert record["pixel"] == [63, 0]
+    first = record["attention"][0]
+    assert (first["stage"], first["block"], first["kind"]) == (1, 1, "3 x 3 neighbours")
+    assert (first["keys"], first["key_pixels"]) == (9, 4)
+    assert places(torch.tensor(first["weights"])) == product(range(13, 16), range(3))
+    assert record["file"] == str(tmp_path / "k.png")
+
+
+def test_run_folder(capsys, tmp_path, photo, finished):
+    code, out, _ = run(capsys, "cam", finished, photo, "--class", "dog", "-o", tmp_path, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert (record["model"], record["weights"]) == ("mine", "its own weights")
+    assert (record["class"], record["name"]) == (1, "dog")
+    model = timm.create_model(f"local-dir:{finished}", pretrained=True).eval()
+    loaded = load(str(finished), False)
+    shown = look_picture.read_picture(photo, loaded)
+    with torch.no_grad():
+        assert record["score"] == pytest.approx(model(shown.images)[0].softmax(0)[1].item())
+    assert picture_size(tmp_path / "mine_cam.png")[0] == 2 * 348
+    assert run(capsys, "keys", finished, photo, "-o", tmp_path)[0] == 0
+
+
+def test_cam_takes_what_the_model_sees(capsys, tmp_path, photo, finished):
+    _, out, _ = run(capsys, "cam", finished, photo, "--stage", 2, "-o", tmp_path / "a.png", "--json")
+    record = json.loads(out)
+    assert record["score"] > 1 / 3
+    assert record["name"] == ["cat", "dog", "2"][record["class"]]
+
+
+def test_weights_of_a_file(capsys, tmp_path, photo, finished):
+    file = finished / "model.safetensors"
+    code, out, _ = run(capsys, "cam", "test_van", photo, "--pretrained", file, "-o", tmp_path / "a.png", "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert record["weights"] == "weights of model.safetensors"
+    assert record["class"] < 3
+    assert record["notes"] == []
+
+
+def test_field_command(capsys, tmp_path):
+    path = tmp_path / "field.png"
+    code, out, _ = run(capsys, "field", "test_resnet", "--size", 64, 96, "--images", 1, "-o", path, "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert [stage["stage"] for stage in record["stages"]] == [1, 2, 3, 4, 5]
+    assert all(stage["half_within"] <= stage["95_percent_within"] for stage in record["stages"])
+    assert picture_size(path)[0] == 5 * 348
+
+
+def test_rollout_command(capsys, tmp_path, photo):
+    arguments = ("rollout", "nat_isotropic_small", photo, "--size", 64, 64, "--pixel", 0, 0)
+    code, out, _ = run(capsys, *arguments, "-o", tmp_path / "r.png", "--json")
+    assert code == 0
+    assert np.argmax(json.loads(out)["weights"]) == 0
+    picture_size(tmp_path / "r.png")
+
+
+def test_grey_pictures_and_sizes(tmp_path, photo):
+    model = build("test_van", in_chans=1)
+    loaded = Loaded(model, "test_van", "", {**timm.data.resolve_model_data_config(model)}, False)
+    loaded.config |= {"input_size": (1, 64, 64), "mean": (0.5,), "std": (0.5,)}
+    picture = look_picture.read_picture(photo, loaded, (33, 50))
+    assert picture.images.shape == (1, 1, 33, 50)
+    assert picture.images.abs().max() <= 1
+    assert picture.pixels.shape == (33, 50, 3)
+    assert (picture.pixel(None), picture.pixel((39, 59)), picture.pixel((0, 0))) == ((16, 25), (32, 49), (0, 0))
+
+
+def test_model_of_one_size_gets_it(photo):
+    loaded = load("test_vit", False)
+    assert look_picture.read_picture(photo, loaded).images.shape == (1, 3, 160, 160)
+
+
+def test_zero_map_is_said(capsys, tmp_path, photo, finished, monkeypatch):
+    monkeypatch.setattr(look_cam, "heat", lambda *_: np.zeros((64, 96)))
+    _, out, _ = run(capsys, "cam", finished, photo, "--class", "cat", "-o", tmp_path / "a.png")
+    assert "nothing speaks for cat: the map is zero everywhere." in out
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["keys", "test_vam", "PHOTO"], "there is no model test_vam: did you mean test_van?"),
+        (["keys", "qqqqqqqq", "PHOTO"], "there is no model qqqqqqqq: zoo-models lists zoo's"),
+        (["keys", "runs/none", "PHOTO"], "there is no folder runs/none: give the folder of a finished run"),
+        (["keys", "van_b0.none", "PHOTO"], "van_b0 has no weights none: it has in1k, in1k_mmseg."),
+        (["keys", "FOLDER", "PHOTO"], "FOLDER has no config.json and model.safetensors: give the folder"),
+        (["keys", "RUN", "PHOTO", "--pretrained"], "got --pretrained with a run folder, which has its own weights"),
+        (["keys", "hf-hub:a/b", "PHOTO", "--pretrained", "PHOTO"], "got --pretrained PHOTO with hf-hub:a/b, which has"),
+        (["keys", "test_van", "PHOTO", "--pretrained", "none.pth"], "there is no file none.pth: --pretrained takes"),
+        (["keys", "test_van", "PHOTO", "--pretrained", "PHOTO"], "PHOTO can't be read as a checkpoint: "),
+        (["keys", "test_nat", "PHOTO", "--pretrained", "WEIGHTS"], "test_nat can't be made with WEIGHTS: "),
+        (["keys", "test_van", "none.jpg"], "there is no file none.jpg: give a picture."),
+        (["keys", "test_van", "WEIGHTS"], "WEIGHTS can't be read as a picture: "),
+        (["keys", "test_van", "PHOTO", "--pixel", "40", "0"], "--pixel 40 0 is outside of the picture of 40x60 pixels"),
+        (
+            ["keys", "test_van", "PHOTO", "--block", "3"],
+            "no stage of test_van with attention has a block 3: its",
+        ),
+        (["keys", "test_van", "PHOTO", "--size", "16", "64"], "test_van can't run on images of 16x64 pixels: Got "),
+        (["keys", "test_resnet", "PHOTO"], "test_resnet has no attention of zoo's: zoo-look cam and zoo-look field"),
+        (["rollout", "test_van", "PHOTO"], "rollout multiplies the attention of all blocks, so their tokens have to"),
+        (
+            ["cam", "RUN", "PHOTO", "--class", "cow"],
+            "there is no class 'cow': give a number from 0 to 2, or one",
+        ),
+        (["cam", "RUN", "PHOTO", "--class", "3"], "there is no class '3': give a number from 0 to 2, or one of cat"),
+        (["cam", "RUN", "PHOTO", "--stage", "5"], "mine has no stage 5: give a number from 1 to 4."),
+        (["cam", "test_vit", "PHOTO"], "the features there have the shape (1, 101, 64) and are no maps of 64 channels"),
+        (["cam", "RUN", "PHOTO", "-o", "a.jpg"], "got -o a.jpg: its name has to end in .png."),
+        (["cam", "RUN", "PHOTO", "-o", "PHOTO"], "PHOTO exists; --force replaces it."),
+        (["patterns", "-o", "PHOTO/a.png"], "PHOTO/a.png can't be written: PHOTO is not a folder that you may write"),
+    ],
+)
+def test_mistakes(arguments, message, capsys, tmp_path, photo, finished, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"PHOTO": photo, "RUN": finished, "FOLDER": tmp_path, "WEIGHTS": finished / "model.safetensors"}
+
+    def fill(text):
+        for name, path in names.items():
+            text = text.replace(name, str(path))
+        return text
+
+    code, out, errors = run(capsys, *map(fill, arguments))
+    assert (code, out) == (1, "")
+    assert errors.startswith(f"zoo-look: error: {fill(message)}")
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.glob("*_*.png"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["keys", "test_van", "x", "--pixel", "a", "1"], "--pixel: got 'a'; give a whole number of 0 or more"),
+        (["keys", "test_van", "x", "--size", "0", "1"], "--size: got '0'; give a whole number of 1 or more"),
+        (["keys", "test_van", "x", "--block", "0"], "--block: got '0'; give a whole number from 1 on, or -1 for the"),
+        (["look"], "invalid choice: 'look'"),
+    ],
+)
+def test_bad_options(arguments, message, capsys):
+    code, _, errors = run(capsys, *arguments)
+    assert code == 2
+    assert message in errors
+
+
+def test_cam_needs_a_package(capsys, tmp_path, photo, monkeypatch):
+    monkeypatch.setattr(look, "find_spec", lambda name: None)
+    code, _, errors = run(capsys, "cam", "test_van", photo, "-o", tmp_path)
+    assert code == 1
+    assert "zoo-look cam needs the package grad-cam: run pip install 'zoo[examples]'." in errors
+
+
+def test_other_refusals(photo):
+    loaded = Loaded(nn.Identity(), "mine", "", {"input_size": (4, 64, 64)}, False)
+    with pytest.raises(ToolError, match="mine takes images of 4 channels: zoo-look shows grey and RGB ones"):
+        look_picture.read_picture(photo, loaded)
+    with pytest.raises(ToolError, match="mine has no feature maps"):
+        look_cam.layer(loaded, None)
+    with pytest.raises(ToolError, match="stage 1 does not depend on the image"):
+        look_attention.field(lambda x: [0 * x], 1, (8, 8), 1)
+
+
+def test_backbone_without_classifier(capsys, tmp_path, photo):
+    folder = tmp_path / "backbone"
+    save_for_hf(build("test_van", num_classes=0), str(folder), safe_serialization=True)
+    code, _, errors = run(capsys, "cam", folder, photo, "-o", tmp_path / "a.png")
+    assert code == 1
+    assert "backbone has no classifier: take zoo-look keys or zoo-look field." in errors
+
+
+def test_narrow_pictures_keep_their_titles(tmp_path):
+    """A very wide and a very high picture get figures of a usable shape."""
+    for shape in ((40, 400, 3), (400, 40, 3)):
+        path = tmp_path / "a.png"
+        pixels = np.zeros(shape, dtype=np.uint8)
+        look_draw.draw_heat(path, np.eye(4), pixels, ("one", "two"), "title " * 30)
+        width, height = picture_size(path)
+        assert 0.2 < width / height < 5
+
+
+def test_help_needs_no_torch():
+    code = "import zoo.tools.look as m, sys; m.parser().format_help(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -1,0 +1,132 @@
+"""What commands load: a model by its name or from a run folder, with or without weights."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_model_data_config
+from timm.models import PretrainedCfg, load_state_dict, split_model_name_tag
+from torch import nn
+
+import zoo  # noqa: F401  makes the names known to timm
+from zoo.tools.cli import ToolError
+
+
+class OptionError(ToolError):
+    """Options that contradict each other."""
+
+
+@dataclass
+class Loaded:
+    """A model in eval mode, its name and weights for captions, and timm's data configuration of it.
+
+    `fixed` says whether it takes images of one size only.
+    """
+
+    model: nn.Module
+    name: str
+    weights: str
+    config: dict[str, Any]
+    fixed: bool
+
+
+def load(
+    name: str,
+    pretrained: bool | str = False,
+    *,
+    features: bool = False,
+    num_classes: int | None = None,
+    size: Sequence[int] | None = None,
+) -> Loaded:
+    """The model `name`: one that timm.create_model takes, or the folder of a classifier's finished run.
+
+    Args:
+        name: Of timm, with or without tag; "hf-hub:..."; or a folder with config.json and model.safetensors.
+        pretrained: With the published weights, or those of this file.
+        features: Make it a model that gives the feature maps of all stages.
+        num_classes: Of the classifier, if it is not to be that of the weights.
+        size: Height and width of the images, for models that are made for one size.
+
+    Raises:
+        ToolError: there is no such model, file or weights, or they do not fit together.
+    """
+    folder = Path(name)
+    source, label, weights, config, fixed = name, name.rpartition("/")[2], "random weights", None, False
+    kwargs: dict[str, Any] = {"features_only": True} if features else {}
+    if folder.is_dir() and not timm.is_model(name):
+        if not all((folder / file).is_file() for file in ("config.json", "model.safetensors")):
+            raise ToolError(
+                f"{name} has no config.json and model.safetensors: give the folder of a classifier's finished run."
+            )
+        for option, given in (("--pretrained", pretrained), ("--num-classes", num_classes is not None)):
+            if given:
+                raise OptionError(
+                    f"got {option} with a run folder, which has its own weights and classes: leave it out."
+                )
+        source, label, weights = f"local-dir:{name}", folder.resolve().name, "its own weights"
+        kwargs["pretrained"] = True
+        fixed = json.loads((folder / "config.json").read_text())["pretrained_cfg"].get("fixed_input_size", False)
+    elif ":" not in name:  # else of the Hugging Face hub
+        _check_name(name)
+        config = timm.get_pretrained_cfg(split_model_name_tag(name)[0])
+        fixed = bool(config and config.fixed_input_size)
+    elif isinstance(pretrained, str):
+        raise OptionError(f"got --pretrained {pretrained} with {name}, which has its own weights: give no file.")
+    if pretrained:
+        kwargs["pretrained"], weights = True, "published weights"
+    if isinstance(pretrained, str):
+        kwargs |= _own_weights(Path(pretrained), config)
+        weights = f"weights of {Path(pretrained).name}"
+    if num_classes is not None and not features:
+        kwargs["num_classes"] = num_classes
+    if fixed and size:
+        kwargs["img_size"] = tuple(size)
+    try:
+        model = timm.create_model(source, **kwargs).eval()
+    except Exception as error:  # of the many things that timm, a download or a file can raise
+        using = f" with {pretrained if isinstance(pretrained, str) else 'the published weights'}" if pretrained else ""
+        raise ToolError(f"{name} can't be made{using}: {reason(error)}.") from error
+    return Loaded(model, label, weights, resolve_model_data_config(model), fixed)
+
+
+def _check_name(name: str) -> None:
+    if "/" in name or name.startswith("."):
+        raise ToolError(f"there is no folder {name}: give the folder of a finished run, or a model's name.")
+    architecture, tag = split_model_name_tag(name)
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture.lower(), timm.list_models(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "zoo-models lists zoo's, timm.list_models() all."
+        raise ToolError(f"there is no model {architecture}: {hint}")
+    full = timm.list_models(f"{architecture}*", include_tags=True)
+    tags = [other_tag for other, other_tag in map(split_model_name_tag, full) if other == architecture and other_tag]
+    if tag and tag not in tags:
+        raise ToolError(f"{architecture} has no weights {tag}: it has {', '.join(tags) or 'none'}.")
+
+
+def _own_weights(file: Path, config: PretrainedCfg | None) -> dict[str, Any]:
+    """Keywords that have timm load `file`, with as many classes as it has."""
+    if not file.is_file():
+        raise ToolError(f"there is no file {file}: --pretrained takes a checkpoint, or nothing for published weights.")
+    try:
+        state = load_state_dict(str(file))  # weights_only: nothing in it is executed
+    except Exception as error:
+        raise ToolError(f"{file} can't be read as a checkpoint: {reason(error)}.") from error
+    overlay: dict[str, Any] = {"file": str(file), "custom_load": False}
+    classifier = config.classifier if config and isinstance(config.classifier, str) else None
+    weight = state.get(f"{classifier}.weight")
+    if weight is None:
+        return {"pretrained_cfg_overlay": overlay}
+    overlay["num_classes"] = len(weight)
+    return {"pretrained_cfg_overlay": overlay, "num_classes": len(weight)}
+
+
+def reason(error: BaseException) -> str:
+    """The beginning of what `error` says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 300 else f"{text[:300]} ...").rstrip(".")
