@@ -92,8 +92,17 @@ def test_import_zoo_brings_nothing_heavy():
         "import zoo; zoo.van; import timm; print(timm.is_model('van_b0'))",
         "import zoo.backbone, timm; print(timm.is_model('van_b0'))",
         "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
+        "import zoo.layers, timm; print(timm.is_model('van_b0'))",
     ],
-    ids=["zoo-first", "timm-first", "timm.models", "family-first", "backbone-first", "checkpoints-first"],
+    ids=[
+        "zoo-first",
+        "timm-first",
+        "timm.models",
+        "family-first",
+        "backbone-first",
+        "checkpoints-first",
+        "layers-first",
+    ],
 )
 def test_models_are_registered(code):
     assert run(code) == "True"

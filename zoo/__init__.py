@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 FAMILIES = ("biformer", "cswin", "gc_vit", "litv2", "maxvit", "nat", "van")
 
 # What the families are made of.
-_SHARED = ("zoo.backbone", "zoo.checkpoints")
+_SHARED = ("zoo.backbone", "zoo.checkpoints", "zoo.layers")
 
 
 def _register(_: ModuleType) -> None:
