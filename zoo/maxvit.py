@@ -67,22 +67,43 @@ BatchNorm = partial(nn.BatchNorm2d, eps=1e-3)
 Gelu = partial(nn.GELU, approximate="tanh")
 
 
+def same_padding(n: int) -> tuple[int, int]:
+    """Zeros before and behind n pixels of which a convolution of 3 with stride 2 makes ceil(n / 2), as TensorFlow does.
+
+    An even side gets one, at its end; PyTorch's padding of 1 would shift the output by half a pixel.
+    """
+    # The end gets 1. Said like this, torch.export sees that 2 * ceil(n / 2) + 1 rows become ceil(n / 2).
+    return n % 2, 2 * ((n + 1) // 2) + 1 - n - n % 2
+
+
 @register_notrace_module
 class StridedConv2d(nn.Conv2d):
-    """3 x 3 convolution with stride 2 and TensorFlow's "same" padding: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2)).
+    """3 x 3 convolution with stride 2 and `same_padding`: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
 
-    An even side gets one row of zeros, at its end; PyTorch's padding of 1 would shift the output by half a pixel.
-    """
-
-    def __init__(self, in_dim: int, dim: int, groups: int = 1, bias: bool = True, device=None, dtype=None):
-        super().__init__(in_dim, dim, 3, 2, groups=groups, bias=bias, device=device, dtype=dtype)
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__(in_dim, dim, 3, 2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        padding = []
-        for n in (x.shape[3], x.shape[2]):
-            # The end gets 1. Said like this, torch.export sees that 2 * ceil(n / 2) + 1 rows become ceil(n / 2).
-            padding += [n % 2, 2 * ((n + 1) // 2) + 1 - n - n % 2]
-        return super().forward(F.pad(x, padding))
+        height, width = x.shape[2:]
+        return super().forward(F.pad(x, (*same_padding(width), *same_padding(height))))
+
+
+@register_notrace_module
+class TurnedConv2d(nn.Conv2d):
+    """The same for each channel by itself, on maps turned by 180 degrees: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+
+    Zeros are at their beginning then, where PyTorch's padding of 1 has them, so that no map is copied to pad it.
+    """
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__(dim, dim, 3, 2, padding=1, groups=dim, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, padding = self.weight.flip(2, 3), 1
+        if torch.compiler.is_exporting():  # it cannot prove that the size is the same
+            height, width = x.shape[2:]
+            x, padding = F.pad(x, (*same_padding(width)[::-1], *same_padding(height)[::-1])), 0
+        return F.conv2d(x, weight, None, 2, padding, 1, self.groups)
 
 
 @register_notrace_module
@@ -127,9 +148,10 @@ class MBConv(nn.Module):
         self.expand = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
         self.norm1 = BatchNorm(hidden_dim, **dd)
         self.act = Gelu()
+        self.turned = stride == 2
         self.dw_conv = (
-            StridedConv2d(hidden_dim, hidden_dim, groups=hidden_dim, bias=False, **dd)
-            if stride == 2
+            TurnedConv2d(hidden_dim, **dd)
+            if self.turned
             else nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False, **dd)
         )
         self.norm2 = BatchNorm(hidden_dim, **dd)
@@ -147,9 +169,14 @@ class MBConv(nn.Module):
     def forward_images(self, x: Tensor) -> Tensor:
         """The same for all images at once, as the statistics of batch norm need it."""
         x = x.permute(0, 3, 1, 2)
-        branch = self.act(self.norm1(self.expand(self.norm(x))))
+        branch = self.norm(x)
+        if self.turned:  # where there are the fewest channels
+            branch = branch.flip(2, 3)
+        branch = self.act(self.norm1(self.expand(branch)))
         branch = self.act(self.norm2(self.dw_conv(branch)))
         branch = self.reduce(self.se(branch))
+        if self.turned:
+            branch = branch.flip(2, 3)
         return (self.shortcut(self.pool(x)) + self.drop_path(branch)).permute(0, 2, 3, 1)
 
 

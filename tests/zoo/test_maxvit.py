@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 import zoo
@@ -188,3 +189,14 @@ def test_tables_become_those_of_other_windows_bilinearly(window_size):
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("test_maxvit", **kwargs)
+
+
+def test_exported_strided_block_takes_any_size():
+    """Exported programs pad ahead of the convolution, which eager ones avoid."""
+    block = MBConv(12, 8, stride=2).double().eval()
+    x = torch.randn(2, 13, 18, 12, dtype=torch.float64)
+    sizes = {0: Dim("batch"), 1: Dim("height", min=4, max=512), 2: Dim("width", min=4, max=512)}
+    program = torch.export.export(block, (x,), dynamic_shapes=(sizes,)).module()
+    for size in ((3, 16, 16), (1, 7, 22), (2, 32, 9)):
+        x = torch.randn(*size, 12, dtype=torch.float64)
+        torch.testing.assert_close(program(x), block(x))
