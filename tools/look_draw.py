@@ -38,7 +38,7 @@ def draw_keys(path: Path, keys: Sequence[Keys], pixels: np.ndarray, pixel: tuple
             bar.ax.tick_params(labelsize=6)
             _mark(axes, pixel)
             padding = f", {100 * found.padding:.0f} % on padding" if found.padding > 0.005 else ""
-            number = positive.count()
+            number = int(positive.count())
             counted = f"{number} key{'s' * (number > 1)}{padding}"
             axes.set_title(f"stage {found.stage}, block {found.block}\n{found.kind}\n{counted}", fontsize=7.5)
     grid.flat[0].figure.savefig(path, format="png")
