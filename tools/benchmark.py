@@ -123,14 +123,14 @@ def parser() -> argparse.ArgumentParser:
     add("--cases", metavar="GLOB", help="cases whose name, or operator/name, matches ('target-*')")
     add("--all", action="store_true", help="all cases of all operators, the same as --cases '*'")
     add("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out, such as flex")
-    add("--batch", type=_count, metavar="N", help="images (4; on a GPU 128)")
+    add("--batch", type=cli.count, metavar="N", help="images (4; on a GPU 128)")
     add("--dtype", nargs="+", choices=DTYPES, metavar="TYPE", help=f"of {', '.join(DTYPES)} (fp32; on a GPU fp16)")
     add(
         "--backward",
         action=argparse.BooleanOptionalAction,
         help="also time forward and backward together (off, but for the target cases)",
     )
-    add("--threads", type=_count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
+    add("--threads", type=cli.count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
     add("--seconds", type=_positive, default=5.0, metavar="S", help="to time each table for, after the checks (5)")
     add("--bandwidth", type=_positive, metavar="GB/s", help="of the memory, for the roofline (known for some GPUs)")
     add("--peak", type=_positive, metavar="TFLOP/s", help="of the processor, likewise")
@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--against", type=_without_tag, default=AGAINST, metavar="MODEL", help="whose time is the unit (%(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
-    add("--batch-size", type=_count, metavar="N", help="images (4; on a GPU 128)")
+    add("--batch-size", type=cli.count, metavar="N", help="images (4; on a GPU 128)")
     add("--size", type=_pair, default=(224, 224), metavar="HxW", help="of the images, or one number for both (224)")
     add(
         "--dtype",
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
         default="float32",
         help="of autocast; float32 is none (float32)",
     )
-    add("--threads", type=_count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
+    add("--threads", type=cli.count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
     add("--training", action=argparse.BooleanOptionalAction, default=True, help="time the training step too (on)")
     add("--compile", action="store_true", help="also run every model compiled; some minutes for each on a CPU")
     add(
@@ -167,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"run ours with each of these paths of our operators, of {', '.join(PATHS)}",
     )
     add("--seconds", type=_positive, default=60.0, metavar="S", help="to time each kind of pass for (60)")
-    add("--rounds", type=_count, default=10, metavar="N", help="to time at least, however long they take (10)")
+    add("--rounds", type=cli.count, default=10, metavar="N", help="to time at least, however long they take (10)")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured, after each kind of pass")
     add("--picture", type=Path, metavar="FILE", help="draw throughput against published accuracy: .png, .svg or .pdf")
 
@@ -177,9 +177,9 @@ def parser() -> argparse.ArgumentParser:
     add("--dilation", type=_pair, default=(1, 1), metavar="D", help="likewise (1)")
     add("--stride", type=_pair, default=(1, 1), metavar="S", help="likewise (1)")
     add("--causal", action="store_true", help="tokens see only places up to their own, along both axes")
-    add("--heads", type=_count, default=1, metavar="N", help="(1)")
-    add("--head-dim", type=_count, default=32, metavar="D", help="(32)")
-    add("--batch", type=_count, default=1, metavar="N", help="images (1)")
+    add("--heads", type=cli.count, default=1, metavar="N", help="(1)")
+    add("--head-dim", type=cli.count, default=32, metavar="D", help="(32)")
+    add("--batch", type=cli.count, default=1, metavar="N", help="images (1)")
     add("--gpu", nargs="+", metavar="NAME", help="of the GPUs known (all)")
     add("--json", type=Path, metavar="FILE", help="write the figures")
     return parser
@@ -188,12 +188,6 @@ def parser() -> argparse.ArgumentParser:
 def _without_tag(text: str) -> str:
     """A tag names weights, and those measured are random."""
     return text.partition(".")[0]
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 1 or more")
-    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -51,6 +51,20 @@ def fail(command: str, message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+def count(text: str) -> int:
+    """An option that is a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 1 or more")
+    return int(text)
+
+
+def index(text: str) -> int:
+    """An option that is a whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 0 or more")
+    return int(text)
+
+
 def console() -> Console:
     """For results: as wide as the terminal, or as the widest line where it is none."""
     from rich.console import Console

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
+    from zoo.tools.model import Loaded
+
 DESCRIPTION = """\
 Write a model as a program that runs without zoo and timm: as .pt2, which torch.export.load reads, or as .onnx.
 
@@ -85,36 +87,30 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--out", type=Path, metavar="FILE", help="what to write, or the folder for it (MODEL.pt2 or .onnx, here)")
     add("--format", choices=("pt2", "onnx"), help="(by the ending of -o; else pt2)")
     add("--features", action="store_true", help="the feature maps of all stages in place of the classification")
-    add("--size", type=_count, nargs=2, metavar=("H", "W"), help="of an image, in pixels (what the model was made for)")
+    add(
+        "--size",
+        type=cli.count,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of an image, in pixels (what the model was made for)",
+    )
     add("--static", action="store_true", help="one image of this size only; some runtimes want that")
     add("--pretrained", nargs="?", const=True, metavar="FILE", help="with the published weights, or those in FILE")
-    add("--num-classes", type=_classes, metavar="N", help="of the classifier (that of the weights); 0: pooled features")
+    add(
+        "--num-classes", type=cli.index, metavar="N", help="of the classifier (that of the weights); 0: pooled features"
+    )
     add("--force", action="store_true", help="replace the file if there is one")
     add("--json", action="store_true", help="print what was written as JSON")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 1 or more")
-    return int(text)
-
-
-def _classes(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 0 or more")
-    return int(text)
-
-
 def _export(options: argparse.Namespace) -> None:
     form, out = _target(options)
     with _progress(f"loading {options.model}"):
-        model = _build(options)
-        from timm.data import resolve_model_data_config
-
         from zoo.tools.model import reason
 
-        config = resolve_model_data_config(model)
+        loaded = _build(options)
+    model, config = loaded.model, loaded.config
     channels, *size = config["input_size"]
     size = tuple(options.size or size)
     with _progress(f"running it at {_by(size)}"):
@@ -227,12 +223,12 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
     return form, out
 
 
-def _build(options: argparse.Namespace) -> nn.Module:
+def _build(options: argparse.Namespace) -> Loaded:
     from zoo.tools import model
 
     try:
         given = {"features": options.features, "num_classes": options.num_classes, "size": options.size}
-        return model.load(options.model, options.pretrained, **given).model
+        return model.load(options.model, options.pretrained, **given)
     except cli.ToolError as error:
         _fail(str(error), 2 if isinstance(error, model.OptionError) else 1)
 

@@ -110,10 +110,10 @@ def parser() -> argparse.ArgumentParser:
             add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help=help)
             help = "resize to this" if "image" in operands else "of the images"
             usual = "shorter side: what the model was made for" if "image" in operands else "what it was made for"
-            add("--size", type=_count, nargs=2, metavar=("H", "W"), help=f"{help}, in pixels ({usual})")
+            add("--size", type=cli.count, nargs=2, metavar=("H", "W"), help=f"{help}, in pixels ({usual})")
         if "pixel" in operands:
             help = "row and column, in the file's pixels" + " (the middle)" * (name == "keys")
-            add("--pixel", type=_index, nargs=2, metavar=("Y", "X"), help=help)
+            add("--pixel", type=cli.index, nargs=2, metavar=("Y", "X"), help=help)
         return add
 
     command("patterns", PATTERNS, None, _patterns)
@@ -121,24 +121,12 @@ def parser() -> argparse.ArgumentParser:
     add("--block", type=_block, metavar="N", help="of each stage, from 1 on; -1 is the last (the first of each kind)")
     add = command("cam", CAM, CAM_EXAMPLES, _cam, "model", "image")
     add("--class", dest="target", metavar="CLASS", help="its number from 0 on, or its name (what the model sees)")
-    add("--stage", type=_count, metavar="N", help="whose features are weighed, from 1 on (the last)")
+    add("--stage", type=cli.count, metavar="N", help="whose features are weighed, from 1 on (the last)")
     add = command("field", FIELD, FIELD_EXAMPLES, _field, "model")
-    add("--images", type=_count, default=16, metavar="N", help="of noise, to average over (16)")
-    add("--seed", type=_index, default=0, metavar="N", help="of the noise (0)")
+    add("--images", type=cli.count, default=16, metavar="N", help="of noise, to average over (16)")
+    add("--seed", type=cli.index, default=0, metavar="N", help="of the noise (0)")
     command("rollout", ROLLOUT, ROLLOUT_EXAMPLES, _rollout, "model", "image", "pixel")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 1 or more")
-    return int(text)
-
-
-def _index(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 0 or more")
-    return int(text)
 
 
 def _block(text: str) -> int:
