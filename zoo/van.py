@@ -1,7 +1,8 @@
 """VAN: Visual Attention Network (Guo et al., CVMJ 2023, https://arxiv.org/abs/2202.09741).
 
-A convolutional pyramid whose attention is a gate: large-kernel attention (LKA) multiplies the features by a 21 x 21
-depth-wise convolution of themselves, decomposed into a 5 x 5, a dilated 7 x 7 and a 1 x 1 convolution.
+A convolutional pyramid whose attention is a gate: large-kernel attention (LKA) multiplies the features by what stands
+for a 21 x 21 convolution of themselves: depth-wise ones of 5 x 5 and of 7 x 7 with dilation 3, which reach 23 x 23
+pixels together, and a 1 x 1 one.
 
 Official code, Apache-2.0: https://github.com/Visual-Attention-Network/VAN-Classification and VAN-Segmentation. Written
 from the paper and the facts of that code; the tests compare outputs of van_b0. What differs:
@@ -67,7 +68,7 @@ class Stem(PatchEmbed):
 
 @register_notrace_module
 class LargeKernelAttention(nn.Module):
-    """x * Conv1x1(DWConv7x7, dilation 3 (DWConv5x5(x))): a 21 x 21 receptive field as a gate, without a sigmoid."""
+    """x * Conv1x1(DWConv7x7, dilation 3 (DWConv5x5(x))): a receptive field of 23 x 23 as a gate, without a sigmoid."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()

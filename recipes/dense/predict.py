@@ -33,7 +33,7 @@ def predict(settings: Any, inputs: Sequence[Path], out: Path) -> None:
     Raises:
         RunError: something that the user can mend; at the end, if images could not be read.
     """
-    images = list(_images(inputs))
+    images = list(_images(inputs, out))
     base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
     base.checkpoint = settings.checkpoint
     model, cfg, classes, _ = score.from_run(base)
@@ -65,12 +65,32 @@ def predict(settings: Any, inputs: Sequence[Path], out: Path) -> None:
         raise RunError(f"{len(corrupt)} of {len(images)} files can't be read as images, beginning with {corrupt[0]}.")
 
 
-def _images(inputs: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    """Every image of `inputs`, and its name below the output folder."""
+def _images(inputs: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
+    """Every image of `inputs`, and its name below the output folder, in which none of them may lie."""
+    images = list(_found(inputs, out))
+    sources = {file.resolve() for file, _ in images}
+    for _, name in images:
+        for target in (_picture(out, name), _labels(out, name)):
+            if target.resolve() in sources:
+                raise RunError(f"the image {target} would be written over: give another output folder than {out}.")
+    return images
+
+
+def _picture(out: Path, name: Path) -> Path:
+    return out / name.with_suffix(".png")
+
+
+def _labels(out: Path, name: Path) -> Path:
+    return out / "labels" / name.with_suffix(".png")
+
+
+def _found(inputs: Sequence[Path], out: Path) -> Iterator[tuple[Path, Path]]:
     names: set[Path] = set()
     for path in inputs:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+            if path.resolve() in out.resolve().parents:  # what an earlier call wrote is not predicted on
+                found = [p for p in found if not p.resolve().is_relative_to(out.resolve())]
             if not found:
                 raise RunError(f"the folder {path} has no images ({', '.join(sorted(IMAGES))}).")
             pairs = [(p, p.relative_to(path)) for p in found]
@@ -97,10 +117,10 @@ class _Written:
         """Write an image's predictions."""
         number = len(self.images)
         self.images.append({"id": number, "file_name": str(name), "width": image.width, "height": image.height})
-        self._save(name.with_suffix(".png"), pictures.draw_sample(image, found, self.classes, score))
+        self._save(_picture(self.out, name), pictures.draw_sample(image, found, self.classes, score))
         if self.task == "segment":
             labels = found.pred_sem_seg.data[0].cpu().numpy()
-            self._save(Path("labels") / name.with_suffix(".png"), Image.fromarray(labels.astype(np.uint8)))
+            self._save(_labels(self.out, name), Image.fromarray(labels.astype(np.uint8)))
             return
         objects = found.pred_instances
         objects = objects[objects.scores >= score].cpu()
@@ -121,8 +141,7 @@ class _Written:
                 item["segmentation"] = {"size": list(map(int, code["size"])), "counts": code["counts"].decode()}
             self.objects.append(item)
 
-    def _save(self, name: Path, picture: Image.Image) -> None:
-        path = self.out / name
+    def _save(self, path: Path, picture: Image.Image) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with runs.atomic(path) as file:
             picture.save(file, format="png")

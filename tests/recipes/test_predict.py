@@ -295,6 +295,23 @@ def test_folder_without_images(run_predict, tmp_path):
         run_predict("detect", [tmp_path], tmp_path / "out")
 
 
+@pytest.mark.parametrize("inputs", [["."], ["a.jpg", "labels"]], ids=["by pictures", "by labels"])
+def test_images_are_not_written_over(run_predict, photos, tmp_path, inputs):
+    (tmp_path / "labels").mkdir()
+    for name in ("a.jpg", "b.png", "labels/a.png"):
+        (tmp_path / name).write_bytes((photos / "a.png").read_bytes())
+    with pytest.raises(RunError, match=r"the image .*png would be written over: give another output folder than"):
+        run_predict("segment", [tmp_path / name for name in inputs], tmp_path / "labels" / "..")
+    assert {path.read_bytes() for path in tmp_path.rglob("*.*")} == {(photos / "a.png").read_bytes()}
+
+
+def test_pictures_of_an_earlier_call_are_not_images(run_predict, photos, tmp_path):
+    (tmp_path / "a.png").write_bytes((photos / "a.png").read_bytes())
+    for _ in range(2):
+        run_predict("segment", [tmp_path], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*.png")) == ["a.png"] * 3
+
+
 def test_output_folder_that_can_not_be_made(run_predict, photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"the folder .*file/out can't be written to"):
