@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -336,6 +337,7 @@ def _is_range(values: list[float]) -> bool:
     return len(values) == 2 and 0 < values[0] <= values[1]
 
 
+@cache
 def register() -> None:
     """Make the schemas known to Hydra as `schema` and `eval_schema`."""
     store = ConfigStore.instance()

@@ -115,6 +115,7 @@ def _recipes(rows, family):
             yield f"| [{name}](../../recipes/conf/recipe/{name}.yaml) | {recipe['expected']} |"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", FAMILIES, ids=_name)
 @pytest.mark.parametrize("kind", ["variants", "recipes"])
 def test_table_is_up_to_date(path, kind, rows):

@@ -1,8 +1,9 @@
-"""Who may import whom, and what a bare `import zoo` costs. A few seconds."""
+"""Who may import whom, and what a bare `import zoo` costs. A second, slow ones 20 s."""
 
 import ast
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -83,41 +84,34 @@ def test_import_zoo_brings_nothing_heavy():
     assert run(f"import zoo, sys; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import zoo, timm; print(timm.is_model('van_b0'))",
-        "import timm, zoo; print(timm.is_model('van_b0'))",
-        "import zoo; from timm.models import is_model; print(is_model('van_b0'))",
-        "import zoo; zoo.van; import timm; print(timm.is_model('van_b0'))",
-        "import zoo.backbone, timm; print(timm.is_model('van_b0'))",
-        "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
-        "import zoo.layers, timm; print(timm.is_model('van_b0'))",
-    ],
-    ids=[
-        "zoo-first",
-        "timm-first",
-        "timm.models",
-        "family-first",
-        "backbone-first",
-        "checkpoints-first",
-        "layers-first",
-    ],
-)
-def test_models_are_registered(code):
-    assert run(code) == "True"
+ORDERS = {
+    "zoo-first": "import zoo, timm; print(timm.is_model('van_b0'))",
+    "timm-first": "import timm, zoo; print(timm.is_model('van_b0'))",
+    "timm.models": "import zoo; from timm.models import is_model; print(is_model('van_b0'))",
+    "family-first": "import zoo; zoo.van; import timm; print(timm.is_model('van_b0'))",
+    "backbone-first": "import zoo.backbone, timm; print(timm.is_model('van_b0'))",
+    "checkpoints-first": "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
+    "layers-first": "import zoo.layers, timm; print(timm.is_model('van_b0'))",
+}
 
 
-def test_unknown_attribute():
-    import zoo
+@pytest.fixture(scope="module")
+def registered():
+    """What each order prints, in a process of its own that has torch already, which takes seconds to import."""
+    program = f"""
+        import os, sys, torch, torchvision
+        for name, code in {ORDERS}.items():
+            if not os.fork():
+                print(name, end=" ")
+                exec(code)
+                sys.stdout.flush()
+                os._exit(0)
+            os.wait()
+    """
+    return dict(line.split() for line in run(textwrap.dedent(program)).splitlines())
 
-    with pytest.raises(AttributeError, match="no attribute 'vam'"):
-        zoo.vam  # noqa: B018
 
-
-def test_command_line_starts_without_torch():
-    """Help and misspelt keys answer at once."""
-    recipes, tools = ("train", "eval", "predict"), ("benchmark", "convert", "export", "look", "models")
-    modules = ", ".join([*(f"zoo.recipes.{name}" for name in recipes), *(f"zoo.tools.{name}" for name in tools)])
-    code = f"import {modules}, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
-    assert run(code) == "[]"
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+def test_models_are_registered(registered, order):
+    assert registered.get(order) == "True"

@@ -274,6 +274,8 @@ def _attempt(
         for seed, shape in enumerate(shapes):
             images = _images(*shape[:2], shape[2:], seed)
             checks.append((shape, _difference(run(images), _run(model, images))))
+        if 2 in dims:
+            least = _least_that_works(model, run, channels, least, (size[0], size[1]))
     return Exported(dims, least, checks)
 
 
@@ -294,6 +296,24 @@ def _least(program: ExportedProgram, dims: Sequence[int], shapes: Sequence[Seque
             raise TooNarrow(f"it takes {AXES[dim]}s from {known.lower} to {known.upper} only")
         least[dim] = int(known.lower) if known is not None else 1
     return least[2], least[3]
+
+
+def _least_that_works(
+    model: nn.Module,
+    run: Callable[[Tensor], list[Tensor]],
+    channels: int,
+    least: tuple[int, int],
+    size: tuple[int, int],
+) -> tuple[int, int]:
+    """The least height and width at which the file `run` is its model, which may refuse `least`; or `size`."""
+    for height, width in (least, (max(32, least[0]), max(32, least[1]))):
+        images = _images(1, channels, (height, width))
+        try:
+            if _difference(run(images), _run(model, images)) <= LIMIT:
+                return height, width
+        except Exception:  # theirs, of any kind
+            continue
+    return size
 
 
 def _write(

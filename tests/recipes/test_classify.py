@@ -319,6 +319,7 @@ def test_stream_trains(fit, shards, tmp_path, workers):
     assert (result["train_images"], result["val_images"], result["updates"]) == (24, 15, 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stream_resumes_bit_identically(fit, shards, tmp_path, weights, same, workers):
     where = ("data.name=wds/shards", f"data.root={shards}", f"data.num_workers={workers}", "trainer.epochs=3")
@@ -386,6 +387,7 @@ def test_pretrained_that_does_not_exist(compose, tmp_path):
         build_model(compose(f"pretrained={tmp_path / 'none.pth'}"), 2)
 
 
+@pytest.mark.slow
 def test_pretrained_of_another_model(compose, finished):
     with pytest.raises(RunError, match="test_van can't be created with"):
         build_model(compose("model=test_van", f"pretrained={finished}"), 2)

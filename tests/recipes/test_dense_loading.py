@@ -76,6 +76,7 @@ def test_the_file_is_hostile(hostile):
     assert ran.exists()
 
 
+@pytest.mark.slow
 def test_mmengine_alone_runs_it(hostile):
     path, ran = hostile
     code = "import sys; from mmengine.runner import load_checkpoint; load_checkpoint(None, sys.argv[1])"

@@ -164,6 +164,7 @@ def test_finished_run_refuses_other_settings(fit_dense, copied):
         fit_dense(copied, *AGAIN, "seed=1")
 
 
+@pytest.mark.slow
 def test_finished_run_without_its_export_writes_it_again(fit_dense, copied, weights, finished_dense, same):
     for name in ("model.safetensors", "summary.json"):
         (copied / name).unlink()
@@ -199,6 +200,7 @@ def test_other_classes_refuse_the_folder(fit_dense, copied, digit_scenes, tmp_pa
         fit_dense(copied, *AGAIN, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["dense.small=false", "+model_kwargs.depths=[1,1,1,2]"])
 def test_checkpoint_of_another_shape_is_refused(fit_dense, copied, override):
     with pytest.raises(RunError, match=r"last.pt does not fit these settings .*: choose another run=<folder>"):
@@ -215,6 +217,7 @@ def test_must_refuses_a_new_run(fit_dense, tmp_path):
         fit_dense(tmp_path / "run", "resume=must")
 
 
+@pytest.mark.slow
 def test_must_continues(fit_dense, copied):
     assert fit_dense(copied, "trainer.max_updates=4", "optim.lr=1e-5", "resume=must")["updates"] == 4
 
@@ -253,6 +256,7 @@ def test_run_ahead_of_a_lower_limit_is_evaluated_and_ends(fit_dense, tmp_path, m
 # Gradient accumulation.
 
 
+@pytest.mark.slow
 def test_accumulated_batches_train_alike(fit_dense, tmp_path, monkeypatch):
     """As many updates, at the same learning rates, of the same images."""
     rates, seen = [], []
@@ -310,6 +314,7 @@ def spoil(monkeypatch):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_loss_skips_the_update(fit_dense, tmp_path, spoil, same, value):
     before = spoil(1, value=value)
@@ -329,6 +334,7 @@ def test_skipped_updates_are_counted_once(fit_dense, tmp_path, spoil):
     assert [line["skipped_updates"] for line in _lines(tmp_path / "run")] == [1, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [2, 3], ids=["first pass", "second pass"])
 def test_bad_pass_spoils_its_accumulated_update_only(fit_dense, tmp_path, spoil, same, bad):
     before = spoil(bad)
@@ -340,6 +346,7 @@ def test_bad_pass_spoils_its_accumulated_update_only(fit_dense, tmp_path, spoil,
     assert len(before) == 6
 
 
+@pytest.mark.slow
 def test_too_many_bad_losses_stop_the_run(fit_dense, tmp_path, spoil):
     spoil(1, 2, 3)
     with pytest.raises(RunError, match=r"not finite in 3 updates in a row \(trainer.max_nonfinite=2\): lower optim.lr"):
@@ -402,6 +409,7 @@ def test_stopped_process_saves_and_says_how_to_continue(start_cli, digit_scenes,
 # A start from somewhere.
 
 
+@pytest.mark.slow
 def test_classifier_gives_the_backbone_its_weights(fit_dense, finished, tmp_path, weights, monkeypatch, fit, images):
     fit(tmp_path / "classifier", images, "model=test_dinat", "data.img_size=64")
     start = {}
@@ -422,6 +430,7 @@ def test_classifier_gives_the_backbone_its_weights(fit_dense, finished, tmp_path
     assert [key for key, value in learnt.items() if not torch.equal(found[key], value)] == []
 
 
+@pytest.mark.slow
 def test_run_that_goes_on_needs_no_pretrained_weights(fit_dense, copied, tmp_path):
     """They may be gone by then."""
     state = _state(copied)

@@ -440,12 +440,14 @@ print(sys.modules["mmcv._ext"].__file__ if hasattr(sys.modules["mmcv._ext"], "__
 """
 
 
+@pytest.mark.slow
 def test_compiled_operators_are_used(tmp_path):
     (tmp_path / "_ext.py").write_text("def nms(*args): ...\n")
     result = subprocess.run([sys.executable, "-c", COMPILED, tmp_path], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == str(tmp_path / "_ext.py")
 
 
+@pytest.mark.slow
 def test_compiled_operators_of_another_torch(tmp_path):
     (tmp_path / "_ext.py").write_text("raise ImportError('undefined symbol: _ZN2at')\n")
     result = subprocess.run([sys.executable, "-c", COMPILED, tmp_path], check=True, capture_output=True, text=True)

@@ -106,6 +106,7 @@ def test_all_cases():
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.slow
 def test_table_json_and_picture(capsys, tmp_path):
     files = ("--json", str(tmp_path / "sub" / "out.json"), "--picture", str(tmp_path / "out.png"))
     limits = ("--bandwidth", "100", "--peak", "1")

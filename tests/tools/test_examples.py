@@ -55,6 +55,7 @@ def test_smp_unet_learns(run):
         assert done["model"].eval()(torch.zeros(1, 3, 64, 96)).shape == (1, 4, 64, 96)
 
 
+@pytest.mark.slow
 def test_faster_rcnn_trains_every_part(run):
     done = run("faster_rcnn")
     assert all(loss.isfinite() for loss in done["losses"].values())

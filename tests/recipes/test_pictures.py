@@ -1,0 +1,107 @@
+"""The pictures of detectors and segmentors, on grey images that are large enough to stay as they are. A few seconds."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zoo.recipes import tasks
+
+tasks.task("detect", "pictures")
+
+from mmengine.structures import InstanceData, PixelData  # noqa: E402  after mmcv's operators are there
+
+from zoo.recipes.dense import pictures  # noqa: E402
+
+GREY = np.full((400, 500, 3), 127, np.uint8)
+
+
+def _changed(picture):
+    assert picture.size == (500, 400)
+    return (np.asarray(picture) != GREY).any(-1)
+
+
+@pytest.fixture
+def grey():
+    return Image.fromarray(GREY)
+
+
+@pytest.fixture
+def instances():
+    """A sure object on the left, an unsure one on the right; masks fill the boxes."""
+    masks = torch.zeros(2, 400, 500, dtype=torch.bool)
+    masks[0, 100:200, 50:150] = masks[1, 100:200, 300:400] = True
+    boxes = torch.tensor([[50.0, 100, 150, 200], [300, 100, 400, 200]])
+    return InstanceData(bboxes=boxes, labels=torch.tensor([0, 1]), scores=torch.tensor([0.9, 0.3]), masks=masks)
+
+
+def test_objects_are_drawn_where_they_are(grey, instances):
+    changed = _changed(pictures.draw_sample(grey, _Sample(instances), ["a", "b"], score=0.2))
+    assert changed[100:200, 50:150].all()
+    assert changed[100:200, 300:400].all()
+    assert not changed[210:].any()
+    assert not changed[:, 450:].any()
+
+
+@pytest.mark.parametrize(("limit", "drawn"), [(0.3, 2), (0.31, 1), (0.95, 0)])
+def test_objects_below_the_score_are_not_drawn(grey, instances, limit, drawn):
+    instances.scores = torch.tensor([0.9, 0.3], dtype=torch.float64)
+    changed = _changed(pictures.draw_sample(grey, _Sample(instances), ["a", "b"], score=limit))
+    assert [bool(changed[150, 100]), bool(changed[150, 350])] == [drawn > 0, drawn > 1]
+
+
+def test_boxes_alone_are_outlines(grey):
+    changed = _changed(pictures.draw_objects(grey, torch.tensor([[50.0, 100, 150, 200]]), torch.tensor([0]), ["a"]))
+    assert changed[150, 50]
+    assert not changed[160:195, 60:140].any()
+
+
+def test_classes_have_colours_of_their_own(grey, instances):
+    picture = np.asarray(pictures.draw_sample(grey, _Sample(instances), ["a", "b"], score=0.2))
+    assert (picture[190, 100] != picture[190, 350]).any()
+    assert len(set(pictures.colors(150))) == 150
+
+
+def test_labels_are_drawn_but_for_what_is_no_class(grey):
+    labels = torch.full((400, 500), 255)
+    labels[:100], labels[100:200] = 0, 1
+    picture = pictures.draw_labels(grey, labels, ["a", "b"])
+    changed = _changed(picture)
+    assert changed[:200].all()
+    assert not changed[200:].any()
+    assert (np.asarray(picture)[50, 50] != np.asarray(picture)[150, 50]).any()
+
+
+def test_background_is_not_drawn(grey):
+    labels = torch.zeros(400, 500, dtype=torch.long)
+    labels[:100] = 1
+    changed = _changed(pictures.draw_labels(grey, labels, ["background", "b"]))
+    assert changed[:100].all()
+    assert not changed[100:].any()
+
+
+def test_labels_without_a_class_change_nothing(grey):
+    assert not _changed(pictures.draw_labels(grey, torch.full((400, 500), 255), ["a", "b"])).any()
+
+
+def test_small_images_are_enlarged(instances):
+    small = Image.fromarray(GREY[:64, :128])
+    boxes, masks = torch.tensor([[10.0, 10, 30, 30]]), torch.zeros(1, 64, 128, dtype=torch.bool)
+    masks[0, 10:30, 10:30] = True
+    picture = pictures.draw_objects(small, boxes, torch.tensor([0]), ["a"], torch.tensor([0.5]), masks)
+    assert picture.size == (768, 384)
+    assert (np.asarray(picture)[120, 120] != 127).any()
+    assert (np.asarray(picture)[300, 600] == 127).all()
+
+
+def test_found_labels_are_drawn(grey):
+    sample = _Sample(pred_sem_seg=PixelData(data=torch.zeros(1, 400, 500, dtype=torch.long)))
+    assert _changed(pictures.draw_sample(grey, sample, ["a", "b"])).all()
+
+
+class _Sample(dict):
+    """What mmdet's and mmseg's samples look like to the drawing functions."""
+
+    def __init__(self, instances=None, **parts):
+        super().__init__(parts if instances is None else {"pred_instances": instances, **parts})
+        self.__dict__.update(self)
