@@ -13,6 +13,7 @@ README = ROOT / "README.md"
 TEXT = README.read_text()
 
 
+@pytest.mark.slow
 def test_python_runs(tmp_path):
     code = "\n".join(block.text for block in pages.blocks(README) if block.language == "python")
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -230,6 +230,7 @@ def test_times_stand_in_the_metrics(finished):
     assert all(value > 0 for value in first.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_dense_runs_have_scores_of_classes_and_times(finished_dense, task):
     record = report.read(finished_dense[task])

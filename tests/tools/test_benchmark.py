@@ -176,6 +176,7 @@ def test_wrong_gradient_is_found(monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
+@pytest.mark.slow
 def test_our_mistake_is_an_error(capsys, monkeypatch):
     call_ours = benchmark_peers.call_ours
 
@@ -235,6 +236,7 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert benchmark_timing.peak_bytes(allocates, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
 
 
+@pytest.mark.slow
 def test_neighborhoods_take_a_fifth_of_unfolds_memory():
     options = {"batch": 1, "dtype": "fp32", "device": "cpu", "backward": False, "seconds": 0.01}
     result = benchmark_kernels.measure("neighborhood", "target-56x56x64", leave_out=("reference",), **options)

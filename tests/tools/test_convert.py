@@ -160,7 +160,9 @@ def test_official_dense_backbone_gives_the_golden(name, capsys):
             assert golden.difference(got, want) < 1e-6
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+@pytest.mark.parametrize(
+    "name", [name if name in CLASSIFIERS.values() else pytest.param(name, marks=pytest.mark.slow) for name in OFFICIAL]
+)
 def test_official_names_and_shapes_are_recognised(name):
     weights = {key: torch.empty(shape, device="meta") for key, shape in OFFICIAL[name]["keys"].items()}
     variant, _, alpha = name.partition("_alpha")
@@ -293,6 +295,7 @@ def test_backbone_without_classifier_converts(state_dict, capsys):
         assert len(model(torch.zeros(1, 3, 64, 64))) == 4
 
 
+@pytest.mark.slow
 def test_alpha_of_litv2_is_kept(capsys):
     model = timm.create_model("litv2_small.in1k_alpha_02", depths=(2, 2, 6, 2))
     save({"model": model.state_dict()})

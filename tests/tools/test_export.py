@@ -95,6 +95,7 @@ def test_features(capsys, tmp_path, form):
     torch.testing.assert_close(load(path)(x), build("test_van", features_only=True)(x), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_static(capsys, tmp_path):
     path = tmp_path / "model.onnx"
     said = record(capsys, SMALL, "--size", 64, 64, "--static", "-o", path)
