@@ -1,4 +1,4 @@
-"""Detection and segmentation runs in their folders: what they leave behind, continue, survive. 1 min; all 5 min."""
+"""Detection and segmentation runs in their folders: what they leave behind, continue, survive. 10 s, slow 5 min."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What every family promises, on its `test_<family>` model: timm's methods, any size, export. 10 s, slow ones 90 s."""
+"""What every family promises, on its `test_<family>` model: timm's methods, any size, export. 10 s, slow ones 3 min."""
 
 import json
 import os
