@@ -2,10 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores. Memory that is
-# kept instead of given back and asked for again saves a tenth of the time.
-KEEP := MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000
-TEST := OMP_NUM_THREADS=1 $(KEEP) $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
+# Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
+TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
 
 .PHONY: demo test check browser bench gpu docs lint clean
 
