@@ -163,7 +163,12 @@ def as_given(tensor: Tensor) -> AbstractContextManager[object]:
 
 def _autocasting(device: str) -> bool:
     # Of a device that knows no autocast, such as "meta", torch does not answer whether it is on.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _knows_autocast(device) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result  # which Dynamo of torch 2.11 can't trace
+def _knows_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
