@@ -39,6 +39,7 @@ __all__ = [
     "create",
     "crop_tokens",
     "init_transformer",
+    "larger",
     "pad_tokens",
 ]
 
@@ -53,6 +54,13 @@ def check_images(x: Tensor, in_chans: int) -> None:
         raise ValueError(f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans}, height, width).")
     if min(x.shape[2:]) < 32:
         raise ValueError(f"Got images of {x.shape[2]} x {x.shape[3]} pixels; enlarge or pad them to 32 x 32 at least.")
+
+
+def larger(size: int, other: int) -> int:
+    """The larger of two sizes, which torch.export may leave open. Dynamo of torch 2.11 traces no sym_max of numbers."""
+    if isinstance(size, int) and isinstance(other, int):
+        return max(size, other)
+    return torch.sym_max(size, other)
 
 
 def check_stages(**settings: Sequence) -> None:

@@ -33,6 +33,7 @@ from zoo.backbone import (
     check_stages,
     create,
     crop_tokens,
+    larger,
     pad_tokens,
 )
 from zoo.kernels import routed_attention
@@ -128,8 +129,8 @@ class RoutedAttention(nn.Module):
         1, which torch.export takes for another case: there its tokens come twice, which changes neither mean nor sum.
         """
         side, device = self.num_regions, query.device
-        across = torch.sym_max(columns, 2)
-        tokens = torch.sym_max(rows, 2) * across
+        across = larger(columns, 2)
+        tokens = larger(rows, 2) * across
         down, right = split(torch.arange(side**2, device=device)[:, None], side)
         row, column = split(torch.arange(tokens, device=device), across)
         row, column = down * rows + row.clamp(max=rows - 1), right * columns + column.clamp(max=columns - 1)

@@ -30,6 +30,7 @@ from zoo.backbone import (
     check_images,
     check_stages,
     create,
+    larger,
 )
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
 from zoo.kernels.checks import certain
@@ -74,7 +75,7 @@ def to_stripes(x: Tensor, split_size: int) -> tuple[Tensor, int]:
     if not (isinstance(height, int) and isinstance(width, int)):
         # For sizes that are open, torch.export has to prove that reshapes are possible: it can where a side is a
         # maximum, not a sum that it multiplies out, and never 1. A second stripe, all zeros, is cropped again.
-        stripes, bottom = torch.sym_max(stripes, 2), torch.sym_max(height, 1) - height
+        stripes, bottom = larger(stripes, 2), larger(height, 1) - height
     right = stripes * split_size - width - left
     if not certain(left + right + bottom == 0):
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (left, right, 0, bottom))

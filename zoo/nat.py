@@ -28,6 +28,7 @@ from zoo.backbone import (
     check_stages,
     create,
     crop_tokens,
+    larger,
     pad_tokens,
 )
 from zoo.kernels import neighborhood_attention, window_attention
@@ -116,7 +117,7 @@ class NeighborhoodAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         _, height, width, _ = x.shape
         span = self.kernel_size * self.dilation
-        x = pad_tokens(x, torch.sym_max(height, span), torch.sym_max(width, span))
+        x = pad_tokens(x, larger(height, span), larger(width, span))
         x = neighborhood_attention(
             self.qkv(x),
             num_heads=self.num_heads,
