@@ -115,3 +115,18 @@ def registered():
 @pytest.mark.parametrize("order", ORDERS)
 def test_models_are_registered(registered, order):
     assert registered.get(order) == "True"
+
+
+def test_unknown_attribute():
+    import zoo
+
+    with pytest.raises(AttributeError, match="no attribute 'vam'"):
+        zoo.vam  # noqa: B018
+
+
+def test_command_line_starts_without_torch():
+    """Help and misspelt keys answer at once."""
+    recipes, tools = ("train", "eval", "predict"), ("benchmark", "convert", "export", "look", "models")
+    modules = ", ".join([*(f"zoo.recipes.{name}" for name in recipes), *(f"zoo.tools.{name}" for name in tools)])
+    code = f"import {modules}, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
+    assert run(code) == "[]"

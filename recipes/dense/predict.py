@@ -33,7 +33,7 @@ def predict(settings: Any, inputs: Sequence[Path], out: Path) -> None:
     Raises:
         RunError: something that the user can mend; at the end, if images could not be read.
     """
-    images = list(_images(inputs, out))
+    images = _images(inputs, out)
     base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
     base.checkpoint = settings.checkpoint
     model, cfg, classes, _ = score.from_run(base)
