@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import json
 import string
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
+
+from zoo.recipes.errors import RunError
 
 # What decoding a damaged file raises, PIL's and timm's ways included.
 DECODING_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -22,6 +27,44 @@ def similar_path(path: Path) -> str:
         return "."
     close = difflib.get_close_matches(missing.name, names, n=1)
     return f": did you mean {missing.parent / close[0]}?" if close else f": {missing.parent} has no {missing.name!r}."
+
+
+def read_text(path: Path) -> str:
+    """The text of a file as any editor writes it: UTF-8 or UTF-16 by its byte order mark, lines ending in one newline.
+
+    Raises:
+        RunError: it can't be read, or is no text.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{path} can't be read ({error.strerror}): mend that.") from error
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is no text in UTF-8 or UTF-16 ({error.reason} at byte {error.start}).") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of `read_text` that are not empty, without the spaces around them."""
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, whatever wrote it (`read_text`).
+
+    Raises:
+        RunError: it can't be read, or is not JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise RunError(f"{path} is not usable JSON: its lists are nested too deeply.") from None
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}.") from error
 
 
 def is_text(path: str) -> bool:
