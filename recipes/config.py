@@ -315,16 +315,13 @@ def check(cfg: Config) -> None:
         raise RunError(f"trainer.batch_size={trainer.batch_size} is odd, but mixup pairs images: make it even.")
 
 
-# Keys of `zoo-eval` that a run's configuration does not have.
-_EVAL_KEYS = ("run", "checkpoint", "per_class", "out")
-
-
 def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:
     """The configuration `trained` of a run with what the user set in `cfg`: the keys and groups `overridden`."""
-    merged = OmegaConf.merge(cfg, trained)
-    OmegaConf.update(merged, "run", cfg.run)
-    for key in overridden:
-        if OmegaConf.select(merged, key) is not None or key in _EVAL_KEYS or "." in key or key in GROUPS:
+    # Hydra lets nothing into a configuration that it composed; a run's has names of the user's own.
+    merged = OmegaConf.merge(OmegaConf.structured(EvalConfig), trained)
+    own = {item.name for item in fields(EvalConfig)}
+    for key in ("run", "checkpoint", "per_class", "out", *overridden):
+        if key.partition(".")[0] in own:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
     # Other data come with data=<option>, which sets the whole section; what the model looks at stays as it was.
     for name in ("img_size", "mean", "std", "interpolation", "crop_pct"):

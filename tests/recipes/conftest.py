@@ -1,5 +1,6 @@
 """What the tests of the recipes share: image folders, configurations, child processes."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -100,6 +101,24 @@ def start_cli():
 @pytest.fixture(scope="session")
 def run_cli():
     return _run
+
+
+@pytest.fixture
+def command(monkeypatch, capfd, tmp_path):
+    """Run a command in this process, in an empty folder: `command("eval", "run=...")`; its exit code and its output."""
+
+    def call(name: str, *words: str) -> tuple[int, str]:
+        monkeypatch.chdir(tmp_path)
+        module = "tools" if name in ("models", "convert", "export", "look") else "recipes"
+        monkeypatch.setattr(sys, "argv", [f"zoo-{name}", *map(str, words)])
+        try:
+            code = importlib.import_module(f"zoo.{module}.{name}").main()
+        except SystemExit as ended:
+            code = ended.code
+        printed = capfd.readouterr()
+        return code or 0, printed.out + printed.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

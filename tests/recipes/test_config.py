@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from zoo.recipes import cli, config
+from zoo.recipes import cli, config, runs
 from zoo.recipes.errors import RunError
 
 RECIPES = sorted(
@@ -94,6 +94,43 @@ def test_recipe_follows_the_paper_whatever_the_defaults(compose, recipe):
     optim, trainer, augment = cfg.optim, cfg.trainer, cfg.augment
     found = (optim.lr, optim.weight_decay, trainer.epochs, trainer.effective_batch_size)
     assert [(*found, augment.mixup, augment.cutmix, augment.re_prob, cfg.schedule.cooldown_epochs)] == wanted
+
+
+@pytest.fixture
+def of_run(compose, tmp_path):
+    """What `zoo-eval` with these words takes from a run that had those."""
+
+    def call(run, *words):
+        runs.save_config(tmp_path, compose(*run))
+        keys = [word.partition("=")[0].lstrip("+") for word in words]
+        return config.of_run(compose(*words, name="eval"), runs.load_config(tmp_path), keys)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param([f"recipe={path.relative_to(folder).with_suffix('')}"], marks=pytest.mark.slow)
+        for folder in [Path(cli.CONF) / "recipe"]
+        for path in sorted(folder.rglob("*.yaml"))
+    ]
+    + [["+model_kwargs.drop_path_rate=0.1"], ["task=detect", "+mm.model.test_cfg.rcnn.score_thr=0.1"], []],
+    ids=" ".join,
+)
+def test_configuration_of_a_run_comes_back_as_it_was(compose, of_run, run):
+    found = OmegaConf.to_container(of_run(run))
+    assert {key: found[key] for key in vars(config.Config())} == OmegaConf.to_container(compose(*run))
+
+
+def test_keywords_of_a_run_are_changed_one_by_one(of_run):
+    found = of_run(["+model_kwargs={drop_path_rate: 0.1, num_heads: 2}"], "+model_kwargs.drop_path_rate=0.2")
+    assert found.model_kwargs == {"drop_path_rate": 0.2, "num_heads": 2}
+
+
+def test_mm_of_a_run_is_changed(of_run):
+    found = of_run(["task=detect", "+mm.model.test_cfg.rcnn.score_thr=0.1"], "+mm.model.test_cfg.rcnn.score_thr=0.2")
+    assert found.mm.model.test_cfg.rcnn == {"score_thr": 0.2}
 
 
 def test_override_beats_recipe(compose):

@@ -165,6 +165,13 @@ def test_corrupt_image_does_not_count_and_is_named(evaluate, run, make_folder, t
     assert result["corrupt_images"][0].startswith(str(path))
 
 
+def test_run_with_keywords_of_its_model(command, fit, images, tmp_path, summary):
+    fit(tmp_path / "run", images, "+model_kwargs.drop_path_rate=0.1")
+    code, output = command("eval", tmp_path / "run")
+    assert code == 0, output
+    assert f"top-1 {summary(tmp_path / 'run')['metrics']['top1']:.2f} %" in output
+
+
 # Refused.
 
 
