@@ -110,25 +110,60 @@ def attention(module: nn.Module, args: Sequence[Tensor], tokens: Sequence[tuple[
             gate = module.dw_dilated_conv(module.dw_conv(x))[count, :, rows, columns]
             share = torch.autograd.grad(gate.sum(), x)[0].abs().sum(1, keepdim=True)
             return share / share.sum((2, 3), keepdim=True)
-        values, outputs = [], []
+        values = []
 
-        def watch_values(_: nn.Module, __: tuple[Tensor, ...], qkv: Tensor) -> Tensor:
+        def watch_values(qkv: Tensor) -> Tensor:
             values.append(qkv.detach().requires_grad_())
             return values[-1]
 
-        hooks = [
-            (module.kv if hasattr(module, "kv") else module.qkv).register_forward_hook(watch_values),
-            module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])),
-        ]
-        silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith("lepe.")}
-        try:
-            functional_call(module, silent, args)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        (qkv,), (out,) = values, outputs
-        weights = torch.autograd.grad(out[count, rows, columns].sum(), qkv)[0][..., -out.shape[-1] :]
+        out = _weighted_sum(module, args, watch_values)
+        weights = torch.autograd.grad(out[count, rows, columns].sum(), values[0])[0][..., -out.shape[-1] :]
     return weights.unflatten(-1, (len(KINDS[type(module)](module)), -1)).mean(-1).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def attention_matrix(module: nn.Module, args: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The weights with which all tokens attend to all, averaged over heads: (H W, H W), queries by keys.
+
+    What `attention` gives of all tokens, much faster. The values are set to one at a single token, another one in each
+    channel of a head: then the weighted sum is the weights of as many keys as a head has channels.
+
+    Args:
+        module: One of the classes in KINDS with a single group of heads, whose keys are its tokens.
+        args: Its inputs for one image, as for `attention`.
+        size: The sides of the map of tokens, H and W, without padding.
+    """
+    heads, head_dim = module.num_heads, args[0].shape[-1] // module.num_heads
+    parts = []
+    for keys in torch.arange(size[0] * size[1]).split(head_dim):
+
+        def set_values(qkv: Tensor, keys: Tensor = keys) -> Tensor:
+            values = qkv.new_zeros(*qkv.shape[1:3], heads, head_dim)
+            values[keys // size[1], keys % size[1], :, torch.arange(len(keys))] = 1
+            return torch.cat((qkv[..., : -heads * head_dim], values.flatten(2)[None]), -1)
+
+        out = _weighted_sum(module, args, set_values)[0, : size[0], : size[1]]
+        parts.append(out.unflatten(-1, (heads, head_dim)).mean(2)[..., : len(keys)])
+    return torch.cat(parts, -1).flatten(0, 1)
+
+
+def _weighted_sum(module: nn.Module, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """What goes into the last linear layer, with `change` of what the first gives, whose last channels are the values.
+
+    LePE is left out.
+    """
+    outputs: list[Tensor] = []
+    hooks = [
+        (module.kv if hasattr(module, "kv") else module.qkv).register_forward_hook(lambda _, __, qkv: change(qkv)),
+        module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])),
+    ]
+    silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith("lepe.")}
+    try:
+        functional_call(module, silent, tuple(args))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs[0]
 
 
 def _is_kernel(module: nn.Module) -> bool:
@@ -236,13 +271,11 @@ def rollout(model: nn.Module, name: str, images: Tensor, say: Callable[[str], No
         )
     run(model, images, found)
     height, width = found[0].size
-    tokens = [(y, x) for y in range(height) for x in range(width)]
-    total = torch.eye(len(tokens))
+    identity = torch.eye(height * width)
+    total = identity
     for number, site in enumerate(found, 1):
         say(f"block {number} of {len(found)}")
-        parts = (attention(site.module, site.args, tokens[i : i + 32]) for i in range(0, len(tokens), 32))
-        weights = torch.cat([part[:, 0, :height, :width].flatten(1) for part in parts])
-        total = (weights + torch.eye(len(tokens))) / 2 @ total
+        total = (attention_matrix(site.module, site.args, (height, width)) + identity) / 2 @ total
     return total.unflatten(1, (height, width)).unflatten(0, (height, width))
 
 

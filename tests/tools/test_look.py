@@ -278,6 +278,28 @@ def test_rollout_is_the_product():
     torch.testing.assert_close(total.sum(1), torch.ones(12))
 
 
+@pytest.mark.parametrize("name", ["dinat_isotropic_small", "vitrpb_small"])
+def test_attention_of_all_tokens_is_that_of_each(name):
+    """Also where the map is smaller than the neighbourhood, and padded."""
+    model = build(name, embed_dims=(16,) * 4, depths=(2, 1, 1, 1), num_heads=(2,) * 4, dilations=(2, 1, 1, 1))
+    sites = look_attention.sites(model, name)[:2]
+    look_attention.run(model, images(*SIZE), sites)
+    tokens = sorted(product(range(5), range(6)))
+    for site in sites:
+        nn.init.normal_(site.module.bias_table)
+        want = look_attention.attention(site.module, site.args, tokens)[:, 0, :5, :6].flatten(1)
+        got = look_attention.attention_matrix(site.module, site.args, site.size)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+def test_rollout_runs_a_block_once_for_as_many_keys_as_a_head_has_channels():
+    model = build("vitrpb_small", embed_dims=(16,) * 4, depths=(1,) * 4, num_heads=(2,) * 4)
+    sizes = []
+    model.stages[0].blocks[0].attn.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    look_attention.rollout(model, "vitrpb", images(*SIZE))
+    assert sizes == [1] * (1 + 4)  # the model's own run; 5 x 6 keys, 8 at a time
+
+
 def test_field_of_a_convolution():
     conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
     nn.init.ones_(conv.weight)
