@@ -57,6 +57,9 @@ class DataConfig:
     crop_pct: float | None = option(None, "crop share of the resized image in evaluation; the model's own if null")
     num_workers: int | None = option(None, "number of worker processes that load images; by cores if null")
     max_corrupt: int = option(100, "maximum of corrupt images: that many are skipped and named, one more stops the run")
+    max_pixels: int = option(
+        178_956_970, "maximum of an image's pixels: larger ones count as corrupt; the default is where Pillow refuses"
+    )
     check_files: int = option(
         20000, "check files before training: how many are looked at for text saved as an image; 0 none, -1 all"
     )
@@ -297,6 +300,7 @@ def check(cfg: Config) -> None:
         "schedule.warmup_epochs": (cfg.schedule.warmup_epochs >= 0, "0 or more"),
         "data.name": (data.name != "unset", "a name that timm.data.create_dataset reads, for example hfds/cifar10"),
         "data.max_corrupt": (data.max_corrupt >= 0, "0 or more"),
+        "data.max_pixels": (1 <= data.max_pixels < 2**40, "from 1 to 2**40 - 1"),
         "data.num_workers": (data.num_workers is None or data.num_workers >= 0, "0 or more, or null"),
         "data.val_fraction": (0 < data.val_fraction < 1, "between 0 and 1"),
         "data.img_size": (data.img_size is None or data.img_size >= 1, "1 or more, or null"),

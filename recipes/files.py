@@ -88,6 +88,6 @@ def _is_utf8(head: bytes) -> bool:
 
 def reason(error: BaseException) -> str:
     """The first line of what `error` came from."""
-    cause = error.__cause__ or error.__context__ or error
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__) or error
     text = str(cause).strip().splitlines()
     return text[0] if text else type(cause).__name__

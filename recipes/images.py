@@ -1,0 +1,148 @@
+"""The one reader of images, for every task: 8 bits a channel, upright, with as many channels as a model takes.
+
+| what a file holds                   | what a model gets                                                   |
+|-------------------------------------|---------------------------------------------------------------------|
+| 8 bits a channel                    | the same numbers                                                    |
+| 16 bits a channel                   | the higher 8 (the number divided by 256)                            |
+| 1, 2 or 4 bits of grey              | black is 0 and white 255                                            |
+| floating-point grey                 | 0 to 1 becomes 0 to 255; more than 1, up to 255, stays as it is     |
+| 32-bit or signed integers           | 0 to 255 stay as they are                                           |
+| floats or such integers beyond that | refused: nothing says which number is white                         |
+| a palette, CMYK, YCbCr, LAB         | converted to RGB                                                    |
+| transparency                        | kept for four channels (RGBA), otherwise dropped, colours unchanged |
+| grey, for three channels            | the same number three times                                         |
+| colours, for one channel            | luma: 0.299 red + 0.587 green + 0.114 blue                          |
+| several images (GIF, TIFF)          | the first                                                           |
+
+An image is turned as its EXIF orientation says, in every format that has one (JPEG, PNG, TIFF, WebP).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms
+
+# Endings of the files that are taken for images in a folder.
+ENDINGS = frozenset({".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
+# Mode of an image by its number of channels.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MAX_PIXELS = 178_956_970  # where Pillow refuses
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is one limit, max_pixels
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """A file holds no image that can be used; the message says why."""
+
+
+def open_image(file: str | Path | BinaryIO, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read an image.
+
+    Args:
+        file: A path, or a file that is open for reading bytes.
+        channels: 1, 3 or 4.
+        max_pixels: Images of more pixels are refused: a small file can claim more than the memory holds.
+
+    Returns:
+        An image of the mode L, RGB or RGBA.
+
+    Raises:
+        ImageError: the file holds no image that can be used.
+        OSError: the file can't be opened.
+    """
+    with _opened(file, max_pixels) as image:
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        image = with_channels(image, channels)
+        return image if turn is None else image.transpose(turn)
+
+
+def image_size(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, mostly without decoding it; raises what it raises."""
+    with _opened(file, max_pixels) as image:
+        width, height = image.size
+        # Pillow turns TIFFs itself; to find a PNG's orientation it decodes it.
+        turned = image.format != "TIFF" and width != height and _orientation(image) >= 5
+        return (height, width) if turned else (width, height)
+
+
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """An image of any mode with 1, 3 or 4 channels of 8 bits, as the table above says; it is not turned.
+
+    Raises:
+        ImageError: nothing says which of its numbers is white.
+    """
+    mode = MODES[channels]
+    image = _eight_bits(image)
+    if image.mode in ("La", "RGBa"):  # colours that are multiplied by the transparency
+        image = image.convert(image.mode.upper())
+    elif image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if image.mode != mode:
+        # Not every mode can be made every other one, but these two can.
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM", "JPEG2000")):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode not in ("I", "F"):
+        return image
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= 255:  # NaN is neither
+        raise ImageError(
+            f"its numbers go from {low:g} to {high:g} and nothing says which is white: save it with 8 or 16 bits, or "
+            "as floats from 0 to 1"
+        )
+    if image.mode == "F" and high <= 1:
+        values = 255 * values
+    return Image.fromarray(np.rint(values).astype(np.uint8))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, where 1 is upright."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF data raise anything; the image is none the worse for it
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+@contextmanager
+def _opened(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
+    """Pillow's image; whatever it raises for what a file holds is an ImageError."""
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow itself refuses twice as many, wherever it meets them
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            yield image
+    except ImageError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageError(f"it has more than data.max_pixels={max_pixels} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError("it is no image that Pillow can read") from None
+    except Exception as error:  # decoders raise anything
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
