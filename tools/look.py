@@ -178,7 +178,7 @@ def _load(
     say(f"loading {options.model}")
     loaded = model.load(options.model, options.pretrained, size=options.size)
     picture = look_picture.read_picture(options.image, loaded, options.size)
-    return loaded, picture, _facts(loaded, picture.pixels.shape[:2])
+    return loaded, picture, _facts(loaded, picture.size)
 
 
 def _facts(loaded: Loaded, size: Sequence[int]) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def _keys(options: argparse.Namespace, out: Path, say: Callable[[str], None]) ->
     say("drawing")
     out.parent.mkdir(parents=True, exist_ok=True)
     what = "averaged over heads" if found[0].softmax else "shares of the kernel's absolute weights"
-    look_draw.draw_keys(out, found, picture.pixels, pixel, f"{_about(facts)}; pixel {pixel[0]}, {pixel[1]}; {what}")
+    look_draw.draw_keys(out, found, picture, pixel, f"{_about(facts)}; pixel {pixel[0]}, {pixel[1]} of them; {what}")
     facts["pixel"] = pixel
     facts["attention"] = [
         {
@@ -253,7 +253,7 @@ def _rollout(options: argparse.Namespace, out: Path, say: Callable[[str], None])
         whose = "the marked token"
     out.parent.mkdir(parents=True, exist_ok=True)
     captions = ("the picture", f"rollout: what is in {whose}")
-    look_draw.draw_heat(out, heat.numpy(), picture.pixels, captions, _about(facts), pixel)
+    look_draw.draw_heat(out, heat.numpy(), picture, captions, _about(facts), "share of a token", pixel)
     return {**facts, "pixel": pixel, "weights": heat.tolist()}
 
 
@@ -283,7 +283,7 @@ def _cam(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> 
     label = names[chosen] if names else f"class {chosen}"
     out.parent.mkdir(parents=True, exist_ok=True)
     captions = ("the picture", f"what speaks for {label} ({100 * score:.1f} %)")
-    look_draw.draw_heat(out, heat, picture.pixels, captions, _about(facts))
+    look_draw.draw_heat(out, heat, picture, captions, _about(facts), "of the largest", smooth=True)
     if not heat.any():
         facts["notes"].append(f"nothing speaks for {label}: the map is zero everywhere.")
     return {**facts, "class": chosen, "name": names[chosen] if names else None, "score": score}

@@ -71,4 +71,5 @@ def heat(model: nn.Module, images: Tensor, layer: nn.Module, channels: int, targ
         )
 
     with GradCAM(model, target_layers=[layer], reshape_transform=as_maps) as cam:
-        return cam(images, targets=[ClassifierOutputTarget(target)])[0]
+        found = cam(images, targets=[ClassifierOutputTarget(target)])[0]
+    return found / (found.max() or 1)  # the package's largest value is a little less than 1

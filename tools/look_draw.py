@@ -5,94 +5,145 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
 from zoo.tools.look_attention import Keys, extent
+from zoo.tools.look_picture import Picture
 
 HEAT = "plasma"
-PANEL = 2.9  # inches; 120 pixels each
+PANEL, WIDE, BAR = 2.4, 4.0, 0.55  # inches, 120 pixels each: one of several pictures, one of two, a colour bar
+FIELD_TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 
 
-def draw_keys(path: Path, keys: Sequence[Keys], pixels: np.ndarray, pixel: tuple[int, int], title: str) -> None:
+def draw_keys(path: Path, keys: Sequence[Keys], picture: Picture, pixel: tuple[int, int], title: str) -> None:
     """A column per stage, a row per kind of attention: the picture, and the keys of the pixel in their strength."""
     stages = sorted({found.stage for found in keys})
     columns = [[found for found in keys if found.stage == stage] for stage in stages]
-    grid = _grid(max(map(len, columns)), len(columns), pixels.shape, title, share=0.82)  # the rest: colour bars
+    grid = _grid(max(map(len, columns)), len(columns), picture.original, title, bars=len(columns), lines=3)
     for axes in grid.flat:
         axes.set_axis_off()
     for column, shown in enumerate(columns):
         for axes, found in zip(grid[:, column], shown, strict=False):
-            _picture(axes, _pale(pixels))
+            _show(axes, _pale(picture.pixels), picture.size)
             positive = np.ma.masked_less_equal(found.weights.numpy(), 0)
             height, width = (side * found.pixels for side in positive.shape)
             image = axes.imshow(
                 positive, cmap=HEAT, vmin=0, alpha=0.8, extent=(0, width, height, 0), interpolation="nearest"
             )
-            _bounds(axes, pixels)
-            bar = axes.figure.colorbar(image, ax=axes, shrink=0.8, format=lambda value, _: f"{100 * value:.3g} %")
+            _bounds(axes, picture)
+            bar = axes.figure.colorbar(image, ax=axes, shrink=0.9, format=_percent)
             bar.ax.tick_params(labelsize=6)
             _mark(axes, pixel)
             padding = f", {100 * found.padding:.0f} % on padding" if found.padding > 0.005 else ""
             number = int(positive.count())
             counted = f"{number} key{'s' * (number > 1)}{padding}"
             axes.set_title(f"stage {found.stage}, block {found.block}\n{found.kind}\n{counted}", fontsize=7.5)
-    grid.flat[0].figure.savefig(path, format="png")
+    _save(path, grid)
 
 
-def draw_heat(path: Path, heat: np.ndarray, pixels: np.ndarray, titles: Sequence[str], title: str, pixel=None) -> None:
-    """The picture, and beside it the same under a map (H, W) of any size, from 0 to its largest value."""
-    grid = _grid(1, 2, pixels.shape, title)
+def draw_heat(
+    path: Path,
+    heat: np.ndarray,
+    picture: Picture,
+    titles: Sequence[str],
+    title: str,
+    scale: str,
+    pixel: tuple[int, int] | None = None,
+    smooth: bool = False,
+) -> None:
+    """The picture, and beside it the same under a map (H, W) of any size, from 0 to its largest value.
+
+    Args:
+        path: What to write.
+        heat: The map.
+        picture: The picture.
+        titles: Of the two.
+        title: Of the whole.
+        scale: What the colours stand for.
+        pixel: To mark, in the model's pixels.
+        smooth: Whether values change gradually from one place of the map to the next; else each is a square.
+    """
+    grid = _grid(1, 2, picture.original, title, WIDE)
     for axes, caption in zip(grid.flat, titles, strict=True):
         axes.set_axis_off()
-        _picture(axes, pixels)
-        axes.set_title(caption, fontsize=8)
+        _show(axes, picture.pixels, picture.size)
+        axes.set_title(caption, fontsize=9)
         if pixel is not None:
             _mark(axes, pixel)
-    axes = grid.flat[1]
-    height, width = pixels.shape[:2]
-    axes.imshow(heat, cmap=HEAT, vmin=0, alpha=0.6, extent=(0, width, height, 0), interpolation="nearest")
-    _bounds(axes, pixels)
-    axes.figure.savefig(path, format="png")
+    image = _show(
+        axes, heat, picture.size, cmap=HEAT, vmin=0, alpha=0.6, interpolation="bilinear" if smooth else "nearest"
+    )
+    for axes in grid.flat:
+        _bounds(axes, picture)
+    _shared_bar(grid, image, scale)
+    _save(path, grid)
 
 
 def draw_field(path: Path, fields: Sequence[Tensor], title: str) -> None:
     """A panel per stage, brighter where a pixel has more influence on the central feature."""
-    grid = _grid(1, len(fields), fields[0].shape, title)
+    grid = _grid(1, len(fields), fields[0].shape, f"{title}; the axes count pixels, brightness is the square root")
     for stage, (axes, field) in enumerate(zip(grid.flat, fields, strict=True), 1):
-        axes.imshow(field, cmap=HEAT, norm=PowerNorm(0.5, vmin=0, vmax=field.max().item()), interpolation="nearest")
+        shares = field / field.max()
+        image = axes.imshow(shares, cmap=HEAT, norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
         axes.set_title(
             f"stage {stage}: half of it within {extent(field, 0.5)} pixels,\n95 % within {extent(field, 0.95)}",
             fontsize=8,
         )
         axes.tick_params(labelsize=6)
-    grid.flat[0].figure.savefig(path, format="png")
+    _shared_bar(grid, image, "influence, of the stage's largest", ticks=FIELD_TICKS)
+    _save(path, grid)
 
 
-def _grid(rows: int, columns: int, shape: Sequence[int], title: str, share: float = 1) -> np.ndarray:
-    """Axes (rows, columns) for pictures of this shape, height and width, under a title; `share` is their width's."""
+def _grid(
+    rows: int, columns: int, shape: Sequence[int], title: str, panel: float = PANEL, bars: int = 1, lines: int = 2
+) -> np.ndarray:
+    """Axes (rows, columns), `panel` inches wide, for pictures of this shape, height and width, under a title.
+
+    There is room for `bars` colour bars side by side, and for `lines` of text above each picture.
+    """
     ratio = min(max(shape[0] / shape[1], 0.4), 2.5)
-    width = max(columns * PANEL, 4)
-    lines = textwrap.wrap(title, int(width * 13))
-    figure = Figure(
-        figsize=(width, rows * (PANEL * ratio * share + 0.5) + 0.18 * len(lines) + 0.15), dpi=120, layout="constrained"
-    )
-    figure.suptitle("\n".join(lines), fontsize=9)
+    width = columns * panel + bars * BAR
+    titles = textwrap.wrap(title, int(width * 13))
+    height = rows * (panel * ratio + 0.16 * lines) + 0.18 * len(titles) + 0.1
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    figure.suptitle("\n".join(titles), fontsize=9)
     return figure.subplots(rows, columns, squeeze=False)
 
 
-def _picture(axes: Axes, pixels: np.ndarray) -> None:
-    axes.imshow(pixels, extent=(0, pixels.shape[1], pixels.shape[0], 0))
+def _shared_bar(grid: np.ndarray, image: AxesImage, label: str, ticks: Sequence[float] | None = None) -> None:
+    """A colour bar beside a row of pictures, which stay equally large."""
+    bar = image.figure.colorbar(image, ax=grid[0].tolist(), shrink=0.9, pad=0.01, format=_percent, ticks=ticks)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
 
 
-def _bounds(axes: Axes, pixels: np.ndarray) -> None:
-    """Cut off what tokens have beyond the picture."""
-    axes.set_xlim(0, pixels.shape[1])
-    axes.set_ylim(pixels.shape[0], 0)
+def _save(path: Path, grid: np.ndarray) -> None:
+    """Write the figure, without the empty rims that titles and colour bars leave."""
+    grid.flat[0].figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.08)
+
+
+def _show(axes: Axes, pixels: np.ndarray, size: tuple[int, int], **options: Any) -> AxesImage:
+    """Stretch pixels over the model's, `size`, height and width, which all places are given in."""
+    return axes.imshow(pixels, extent=(0, size[1], size[0], 0), **options)
+
+
+def _bounds(axes: Axes, picture: Picture) -> None:
+    """The file's shape, whatever the model's is, without what tokens have beyond the picture."""
+    height, width = picture.size
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_aspect(picture.original[0] / picture.original[1] * width / height)
+
+
+def _percent(value: float, _: int) -> str:
+    return f"{100 * value:.3g} %"
 
 
 def _pale(pixels: np.ndarray) -> np.ndarray:

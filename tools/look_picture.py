@@ -15,17 +15,30 @@ from torch import Tensor
 from zoo.tools.cli import ToolError
 from zoo.tools.model import Loaded, reason
 
+SHOWN = 1200  # pixels along a side of a picture that is drawn on
+
 
 @dataclass
 class Picture:
-    """An image as a model gets it: `pixels` (H, W, 3) uint8, `images` (1, C, H, W) float32; and its size as a file."""
+    """An image to draw on, and as a model gets it.
+
+    Attributes:
+        pixels: (h, w, 3) uint8, the file's own; of a large one fewer, SHOWN along its longer side.
+        images: (1, C, H, W) float32.
+        original: Height and width of the file.
+    """
 
     pixels: np.ndarray
     images: Tensor
     original: tuple[int, int]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """H and W, the sides of what the model gets."""
+        return tuple(self.images.shape[2:])
+
     def pixel(self, at: Sequence[int] | None) -> tuple[int, int]:
-        """Row and column in `pixels` of a pixel of the file; the middle if None.
+        """Row and column in `images` of a pixel of the file; the middle if None.
 
         Raises:
             ToolError: it is outside.
@@ -37,7 +50,7 @@ class Picture:
                 f"--pixel {at[0]} {at[1]} is outside of the picture of {_by(self.original)} pixels: give a row from 0 "
                 f"to {self.original[0] - 1} and a column from 0 to {self.original[1] - 1}."
             )
-        sides = zip(at, self.original, self.pixels.shape, strict=False)
+        sides = zip(at, self.original, self.size, strict=True)
         y, x = (int((place + 0.5) * to / side) for place, side, to in sides)
         return y, x
 
@@ -69,11 +82,12 @@ def read_picture(file: Path, loaded: Loaded, size: Sequence[int] | None = None) 
     if size is None:
         scale = min(usual) / min(original)
         size = usual if loaded.fixed else [round(side * scale) for side in original]
-    picture = picture.resize((size[1], size[0]), str_to_pil_interp(config["interpolation"]))
-    pixels = np.asarray(picture)
-    values = torch.tensor(pixels if channels == 3 else np.asarray(picture.convert("L"))[..., None]).permute(2, 0, 1)
+    resized = picture.resize((size[1], size[0]), str_to_pil_interp(config["interpolation"]))
+    values = torch.tensor(np.asarray(resized if channels == 3 else resized.convert("L"))).view(*size, -1)
+    values = values.permute(2, 0, 1)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    return Picture(pixels, ((values / 255 - mean) / std)[None], original)
+    picture.thumbnail((SHOWN, SHOWN))
+    return Picture(np.asarray(picture), ((values / 255 - mean) / std)[None], original)
 
 
 def _by(sides: Sequence[int]) -> str:
