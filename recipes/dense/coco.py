@@ -7,6 +7,7 @@ import functools
 import io
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from mmdet.datasets import CocoDataset
@@ -14,7 +15,8 @@ from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation.metrics import CocoMetric
 from mmdet.registry import DATASETS, METRICS
 
-from zoo.recipes.dense.data import normalise
+from zoo.recipes.dense.annotations import normalise
+from zoo.recipes.files import read_json
 
 
 class NamedCoco(COCO):
@@ -26,14 +28,12 @@ class NamedCoco(COCO):
     """
 
     def __init__(self, path: str, classes: Sequence[str]):
-        self.classes = classes
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints how quick it was
-            super().__init__(path)
-
-    def createIndex(self) -> None:
-        """Normalise what was read, then index it."""
-        normalise(self.dataset, self.classes)
-        super().createIndex()
+        super().__init__()
+        # pycocotools would open the file itself, and know no other text than the system's.
+        self.dataset = normalise(read_json(Path(path)), classes)
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints that it is done
+            self.createIndex()
+        self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
 
 @DATASETS.register_module()

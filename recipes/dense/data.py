@@ -7,8 +7,6 @@ wrong classes without a word, is refused.
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +20,7 @@ from PIL import Image
 
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense import scenes
+from zoo.recipes.dense.annotations import category_names, count_boxes, find_twice, load_annotations, some
 from zoo.recipes.errors import RunError
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, reason, similar_path
 from zoo.recipes.runs import log
@@ -29,14 +28,6 @@ from zoo.recipes.runs import log
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 _LABELS = frozenset({".png"})
 _EXIF_ORIENTATION = 0x0112
-
-# What COCO's tools can't do without.
-_FIELDS = {
-    "images": {"id": (int, str), "file_name": (str,), "width": (int, float), "height": (int, float)},
-    "annotations": {"image_id": (int, str), "category_id": (int,), "bbox": (list,)},
-    "categories": {"id": (int,), "name": (str, int)},
-}
-_TYPES = {int: "a whole number", float: "a number", str: "a text", list: "a list"}
 
 
 @dataclass
@@ -189,10 +180,6 @@ def _shares(classes: Sequence[str], counts: Sequence[int], most: int = 12) -> st
     return named + (f" and {len(ranked) - most} more" if len(ranked) > most else "")
 
 
-def _some(items: Sequence[Any], most: int = 5) -> str:
-    return ", ".join(map(repr, items[:most])) + (", ..." if len(items) > most else "")
-
-
 # Detection.
 
 
@@ -219,14 +206,18 @@ def open_detection(
     opened: list[DetectionSplit] = []
     for split, key, given, images in splits:
         path = _annotation_file(base, split, key, given)
-        content = _load_coco(path)
-        names = _categories(path, content)
+        content = load_annotations(path)
+        names = category_names(path, content)
         if classes is None:
             classes = list(names.values())
         _check_same_classes(path, list(names.values()), classes)
         folder = _image_folder(base, split, key, images, path, [str(image["file_name"]) for image in content["images"]])
         _check_image_files(path, folder, content["images"], cfg)
-        opened.append(_count_boxes(path, folder, content, names, classes, key == "train", masks))
+        learnt = key == "train"
+        boxes = count_boxes(path, content, names, classes, learnt, masks)
+        total = len(content["images"])
+        used, empty = boxes.images if learnt else total, total - boxes.images
+        opened.append(DetectionSplit(path, folder, list(classes), boxes.by_class, used, empty, boxes.has_masks))
     if cfg.num_classes and cfg.num_classes != len(classes):
         raise RunError(
             f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
@@ -271,62 +262,14 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
     return found
 
 
-def _load_coco(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RunError(f"{path} can't be read ({error.strerror}): mend that.") from error
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}): COCO annotations are needed.") from error
-    kinds = ("images", "annotations", "categories")
-    lacking = [kind for kind in kinds if not isinstance(content, dict) or not isinstance(content.get(kind), list)]
-    if lacking:
-        raise RunError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
-    for kind, fields in _FIELDS.items():
-        for place, item in enumerate(content[kind]):
-            for field, types in fields.items():
-                value = item.get(field) if isinstance(item, dict) else None
-                if not isinstance(value, types):
-                    allowed = " or ".join(_TYPES[t] for t in types)
-                    raise RunError(
-                        f"{path}: number {place} of its {kind} has {field}={value!r}: it has to be {allowed}."
-                    )
-    twice = _twice(image["id"] for image in content["images"])
-    if twice:
-        raise RunError(f"{path} uses {len(twice)} image ids more than once, the first is {twice[0]}: make them unique.")
-    return content
-
-
-def _twice(items: Any) -> list[Any]:
-    return [item for item, count in Counter(items).items() if count > 1]
-
-
-def _categories(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
-    """Names by id, in the order of the ids."""
-    categories = content["categories"]
-    if not categories:
-        raise RunError(f"{path} has no categories: it needs one for every class.")
-    twice = _twice(category["id"] for category in categories)
-    if twice:
-        raise RunError(f"{path} uses the category id {twice[0]} more than once: make the ids unique.")
-    twice = _twice(str(category["name"]) for category in categories)
-    if twice:
-        ids = [category["id"] for category in categories if str(category["name"]) == twice[0]]
-        raise RunError(
-            f"{path} has {len(ids)} categories of the name {twice[0]!r} (ids {', '.join(map(str, ids))}): "
-            "remove those that no box has, or rename them."
-        )
-    return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda category: category["id"])}
-
-
 def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:
     missing = [name for name in classes if name not in set(names)]
     unknown = [name for name in names if name not in set(classes)]
     if missing or unknown:
         close = difflib.get_close_matches(unknown[0], missing or classes, n=1) if unknown else []
         hint = f" (is {close[0]!r} meant?)" if close else ""
-        parts = [f"{len(missing)} missing, {_some(missing)}"] if missing else []
-        parts += [f"{len(unknown)} unknown, {_some(unknown)}{hint}"] if unknown else []
+        parts = [f"{len(missing)} missing, {some(missing)}"] if missing else []
+        parts += [f"{len(unknown)} unknown, {some(unknown)}{hint}"] if unknown else []
         raise RunError(
             f"{path} has other classes than the {len(classes)} of the training: {'; '.join(parts)}: "
             "its names have to be the same."
@@ -376,140 +319,6 @@ def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, A
                 f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {path} gives "
                 f"{image['width']}x{image['height']}: the boxes would lie elsewhere."
             )
-
-
-def _count_boxes(
-    path: Path,
-    folder: Path,
-    content: Mapping[str, Any],
-    names: Mapping[int, str],
-    classes: Sequence[str],
-    training: bool,
-    masks: bool,
-) -> DetectionSplit:
-    images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-    label = {number: classes.index(name) for number, name in names.items()}
-    boxes, full, crowds = [0] * len(classes), set(), 0
-    strays, uncategorised, unusable, outside, maskless = [], [], [], [], []
-    for place, annotation in enumerate(content["annotations"]):
-        name = f"annotation {annotation.get('id', f'number {place}')}"
-        if annotation["image_id"] not in images:
-            strays.append(f"{name} with image_id {annotation['image_id']!r}")
-            continue
-        if annotation["category_id"] not in label:
-            uncategorised.append(f"{name} with category_id {annotation['category_id']!r}")
-            continue
-        size = images[annotation["image_id"]]
-        if not _is_box(annotation["bbox"]):
-            raise RunError(
-                f"{path}: {name} has bbox={annotation['bbox']!r}: four numbers x, y, width, height are needed."
-            )
-        if not isinstance(annotation.get("area", 0), int | float | None):
-            raise RunError(
-                f"{path}: {name} has area={annotation['area']!r}: a number of pixels is needed, or none at all."
-            )
-        if not _is_usable(annotation, *size):
-            unusable.append(name)
-            continue
-        x, y, width, height = annotation["bbox"]
-        if min(x, y) < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:  # rounded up to a pixel is usual
-            outside.append(name)
-        if not _is_mask(annotation.get("segmentation"), *size):
-            maskless.append(name)
-        if annotation.get("iscrowd"):
-            crowds += 1
-            continue
-        boxes[label[annotation["category_id"]]] += 1
-        full.add(annotation["image_id"])
-    if strays:
-        raise RunError(
-            f"{path}: {len(strays)} annotations name an image that is not among its images, the first is {strays[0]}: "
-            "remove them or add the images."
-        )
-    if uncategorised:
-        raise RunError(
-            f"{path}: {len(uncategorised)} annotations have a category that is not among its categories, the first is "
-            f"{uncategorised[0]}: the ids are {', '.join(map(str, [*names][:10]))}{', ...' if len(names) > 10 else ''}."
-        )
-    if not full:
-        purpose = "learn from" if training else "score predictions by"
-        raise RunError(
-            f"{path} has no boxes to {purpose}: every image is empty, or all boxes are crowds or without area."
-        )
-    if masks and maskless:
-        raise RunError(
-            f"{path}: {len(maskless)} objects have no mask (a polygon, or RLE of the image's size), the first is "
-            f"{maskless[0]}: add segmentation, or find boxes alone with dense.masks=false."
-        )
-    if unusable:
-        log.warning(
-            "%s has %d boxes of less than a pixel within their image or marked `ignore`, the first is %s: training "
-            "leaves them out, COCO's scores count them as missed.",
-            path,
-            len(unusable),
-            unusable[0],
-        )
-    if outside:
-        log.warning(
-            "%s has %d boxes that reach outside, the first is %s: they are clipped.", path, len(outside), outside[0]
-        )
-    if crowds:
-        log.info("%s has %d crowds (iscrowd): no objects to learn; finding them counts neither way.", path, crowds)
-    without = [name for name, count in zip(classes, boxes, strict=True) if not count]
-    if without:
-        log.warning("%s has no box of %d of the %d classes: %s.", path, len(without), len(classes), _some(without))
-    empty = len(images) - len(full)
-    used = len(full) if training else len(images)
-    return DetectionSplit(path, folder, list(classes), boxes, used, empty, not maskless)
-
-
-def _is_box(box: Any) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and math.isfinite(v) for v in box)
-
-
-def _is_usable(annotation: Mapping[str, Any], image_width: int, image_height: int) -> bool:
-    """Whether mmdet's CocoDataset keeps the annotation."""
-    x, y, width, height = annotation["bbox"]
-    inside = min(x + width, image_width) > max(x, 0) and min(y + height, image_height) > max(y, 0)
-    area = annotation.get("area")
-    return inside and width >= 1 and height >= 1 and (area is None or area > 0) and not annotation.get("ignore")
-
-
-def _is_mask(segmentation: Any, width: int, height: int) -> bool:
-    if isinstance(segmentation, dict):
-        return segmentation.get("size") == [height, width] and isinstance(segmentation.get("counts"), str | list)
-    return bool(_polygons(segmentation))
-
-
-def _polygons(segmentation: Any) -> list[list[float]]:
-    """Those of the polygons that enclose something; as for mmdet, one is enough."""
-    polygons = segmentation if isinstance(segmentation, list) else []
-    return [
-        polygon for polygon in polygons if isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-    ]
-
-
-def normalise(content: dict[str, Any], classes: Sequence[str]) -> None:
-    """Change COCO annotations such that COCO's tools number the classes as `classes` does.
-
-    mmdet numbers classes in the order in which a file lists its categories, and pycocotools scores them in the order of
-    their ids; both are made the order of `classes`. The ids of a file that has them in that order stay as they are.
-    Fields that may be absent get their defaults, and annotations new ids: 0 means "not found" to pycocotools.
-    """
-    by_name = {str(category["name"]): category for category in content["categories"]}
-    ids = dict(zip((by_name[name]["id"] for name in classes), sorted(c["id"] for c in by_name.values()), strict=True))
-    content["categories"] = [{**by_name[name], "id": ids[by_name[name]["id"]], "name": name} for name in classes]
-    for number, annotation in enumerate(content["annotations"], 1):
-        x, y, width, height = annotation["bbox"]
-        annotation["id"] = number
-        annotation["category_id"] = ids[annotation["category_id"]]
-        annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
-        if annotation.get("area") is None:
-            annotation["area"] = width * height
-        if not isinstance(annotation.get("segmentation"), dict):
-            annotation["segmentation"] = _polygons(annotation.get("segmentation"))
-        if not annotation["segmentation"]:  # of boxes without area, or where nobody looks at masks
-            annotation["segmentation"] = [[x, y, x + width, y, x + width, y + height, x, y + height]]
 
 
 # Segmentation.
@@ -607,7 +416,7 @@ def _class_file(path: Path) -> list[str]:
     if not names or "" in names:
         where = f"line {names.index('') + 1} is empty" if names else "it is empty"
         raise RunError(f"{path} has to name one class a line, but {where}.")
-    twice = _twice(names)
+    twice = find_twice(names)
     if twice:
         raise RunError(f"{path} names the class {twice[0]!r} twice: make the names unique.")
     return names
@@ -630,7 +439,7 @@ def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None
 
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    return _some(names) if names else "nothing"
+    return some(names) if names else "nothing"
 
 
 def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[Path, Path]]:
@@ -765,7 +574,7 @@ def _check_pixels(
             folder,
             len(without),
             len(classes),
-            _some(without),
+            some(without),
             hint,
         )
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense import scenes
-from zoo.recipes.dense.data import normalise, open_detection, open_segmentation, pair_files
+from zoo.recipes.dense.annotations import normalise
+from zoo.recipes.dense.data import open_detection, open_segmentation, pair_files
 from zoo.recipes.errors import RunError
 
 WIDTH, HEIGHT = 40, 30
@@ -306,11 +307,15 @@ def test_missing_folder_below_the_images(coco):
     _refuse(r"1 of the 3 images of .* do not exist, the first is .*more/2\.jpg", coco.open)
 
 
-@pytest.mark.parametrize("text", ["{not json", b"\xff\xfe{", ""], ids=["text", "binary", "empty"])
-def test_not_json(coco, text):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{not json", "is not JSON: "), (b"", "is not JSON: "), (b"\x89PNG", "is no text"), (b"\xff\xfe{", "is no text")],
+    ids=["text", "empty", "image", "half-a-letter"],
+)
+def test_not_json(coco, content, message):
     coco.write()
-    coco.path("train").write_bytes(text if isinstance(text, bytes) else text.encode())
-    _refuse(r"instances_train\.json is not JSON \(.*\): COCO annotations are needed", coco.open)
+    coco.path("train").write_bytes(content)
+    _refuse(rf"instances_train\.json {message}", coco.open)
 
 
 @pytest.mark.parametrize("content", [[], {}, {"images": {}, "annotations": [], "categories": []}])
@@ -330,7 +335,7 @@ def test_lacking_list(coco, kind):
     [
         ("images", "id", [1], "a whole number or a text"),
         ("images", "file_name", None, "a text"),
-        ("images", "height", "30", "a whole number or a number"),
+        ("images", "height", "30", "a whole number of pixels, 1 to 100000"),
         ("annotations", "bbox", None, "a list"),
         ("annotations", "image_id", None, "a whole number or a text"),
         ("categories", "id", "7", "a whole number"),
@@ -420,7 +425,8 @@ def test_crowds_alone(coco):
 def test_missing_mask(coco, segmentation):
     coco.contents["train"]["annotations"][1]["segmentation"] = segmentation
     _refuse(
-        r"1 objects have no mask .*, the first is annotation 1: .* dense\.masks=false", lambda: coco.open(masks=True)
+        r"1 objects have no mask .*, the first is annotation 1 \(.*\): .* dense\.masks=false",
+        lambda: coco.open(masks=True),
     )
 
 
@@ -486,15 +492,13 @@ def _dataset(split, training=True):
 
 
 def test_normalise_leaves_ordered_ids_alone():
-    content = _content()
-    normalise(content, ["dog", "cat"])
+    content = normalise(_content(), ["dog", "cat"])
     assert [(c["id"], c["name"]) for c in content["categories"]] == [(3, "dog"), (7, "cat")]
     assert [a["category_id"] for a in content["annotations"]] == [7, 3, 7]
 
 
 def test_normalise_makes_ids_rise_with_labels():
-    content = _content()
-    normalise(content, ["cat", "dog"])
+    content = normalise(_content(), ["cat", "dog"])
     assert [(c["id"], c["name"]) for c in content["categories"]] == [(3, "cat"), (7, "dog")]
     assert [a["category_id"] for a in content["annotations"]] == [3, 7, 3]
 
@@ -502,9 +506,8 @@ def test_normalise_makes_ids_rise_with_labels():
 def test_normalise_fills_in_what_may_be_absent():
     content = _content()
     content["annotations"] = [{"image_id": 10, "category_id": 7, "bbox": [5, 6, 10, 8]}]
-    normalise(content, ["dog", "cat"])
-    assert content["annotations"] == [
-        {"id": 1, "image_id": 10, "category_id": 7, "bbox": [5, 6, 10, 8], "iscrowd": 0, "area": 80}
+    assert normalise(content, ["dog", "cat"])["annotations"] == [
+        {"id": 1, "image_id": 10, "category_id": 7, "bbox": [5, 6, 10, 8], "iscrowd": 0, "ignore": 0, "area": 80}
         | {"segmentation": [[5, 6, 15, 6, 15, 14, 5, 14]]}
     ]
 
@@ -512,13 +515,24 @@ def test_normalise_fills_in_what_may_be_absent():
 def test_normalise_drops_polygons_of_two_points():
     content = _content()
     content["annotations"][0]["segmentation"].insert(0, [1, 2, 3, 4])
-    normalise(content, ["dog", "cat"])
-    assert content["annotations"][0]["segmentation"] == [[5, 6, 15, 6, 15, 14, 5, 14]]
+    assert normalise(content, ["dog", "cat"])["annotations"][0]["segmentation"] == [[5, 6, 15, 6, 15, 14, 5, 14]]
 
 
 def test_mmdet_labels_follow_the_names(coco):
     items = list(_dataset(coco.open().train))
     assert [[i["bbox_label"] for i in item["instances"]] for item in items] == [[1, 0], [1]]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_text_of_other_editors(coco, encoding):
+    """What the check reads, mmdet's reader and COCO's scores read too."""
+    for split in coco.contents:
+        text = json.dumps(coco.contents[split], indent=1, ensure_ascii=False).replace("\n", "\r\n")
+        mark = "\ufeff" if encoding == "utf-16-le" else ""
+        coco.path(split).write_bytes((mark + text).encode(encoding))
+    data = coco.open()
+    assert len(_dataset(data.train)) == 2
+    assert _score(data, data.classes, masks=True, content=_content())["coco/segm_mAP"] == 1
 
 
 def test_mmdet_drops_what_is_not_counted(coco):
@@ -534,12 +548,12 @@ def test_mmdet_keeps_empty_images_in_evaluation(coco):
     assert len(_dataset(split, training=False)) == split.num_images == 3
 
 
-def _score(data, classes, masks=False, **options):
+def _score(data, classes, masks=False, content=None, **options):
     """COCO's scores of predictions that equal the annotations, with the labels of `classes`."""
     from mmdet.registry import METRICS
     from pycocotools import mask as coco_mask
 
-    content = json.loads(data.val.annotations.read_text())
+    content = content or json.loads(data.val.annotations.read_text())
     names = {c["id"]: c["name"] for c in content["categories"]}
     metric = METRICS.build({**data.val.metrics(masks), **options})
     metric.dataset_meta = {"classes": tuple(classes)}

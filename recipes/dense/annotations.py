@@ -1,0 +1,402 @@
+"""COCO's annotations: every number is looked at before anything is handed to the tools of COCO.
+
+pycocotools trusts what it reads: a polygon with a coordinate that is none takes all memory, a mask whose runs do not
+fill the image is read beyond its end. What those tools leave out or clip is left to them, and counted here; what would
+stop them half-way, or teach wrong classes or masks without a word, is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import read_json
+from zoo.recipes.runs import log
+
+_MAX_SIDE = 100_000  # pixels of an image's side
+_REACH = 10  # how many times its image's longer side a coordinate may be: what is further away is a mistake
+_RUNS_LIMIT = 2**31  # pixels of an image: COCO's tools count them in 32 bits
+_FORMATS = {
+    "segments_info": "COCO's panoptic annotations",
+    "neg_category_ids": "annotations of LVIS, whose images are labelled in part and scored in another way",
+}
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a file or a class can have the name: half a surrogate pair, which JSON can hold, is no text."""
+    return isinstance(value, str) and value != "" and not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
+
+
+def _is_id(value: Any) -> bool:
+    return _is_number(value) or _is_text(value)
+
+
+def _is_side(value: Any) -> bool:
+    return type(value) in (int, float) and 1 <= value <= _MAX_SIDE and value % 1 == 0
+
+
+# What COCO's tools can't do without.
+_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {
+        "id": (_is_id, "a whole number or a text"),
+        "file_name": (_is_text, "a text"),
+        "width": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
+        "height": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
+    },
+    "annotations": {
+        "image_id": (_is_id, "a whole number or a text"),
+        "category_id": (_is_number, "a whole number"),
+        "bbox": (lambda value: isinstance(value, list), "a list"),
+    },
+    "categories": {"id": (_is_number, "a whole number"), "name": (_is_id, "a text or a whole number")},
+}
+
+
+@dataclass
+class Boxes:
+    """What a file has to learn from, or to score by.
+
+    Attributes:
+        by_class: How many boxes each class has; those that nobody can learn and crowds are not counted.
+        images: How many images have one of them.
+        has_masks: Whether every object has a mask.
+    """
+
+    by_class: list[int]
+    images: int
+    has_masks: bool
+
+
+def load_annotations(path: Path) -> dict[str, Any]:
+    """The content of a COCO JSON, with the fields that everything needs.
+
+    Raises:
+        RunError: it can't be read, is no COCO JSON, or a field is missing or of the wrong kind.
+    """
+    content = read_json(path)
+    kinds = tuple(_FIELDS)
+    lacking = [kind for kind in kinds if not isinstance(content, dict) or not isinstance(content.get(kind), list)]
+    if lacking:
+        raise RunError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
+    for kind in ("annotations", "images"):
+        first = content[kind][0] if content[kind] else None
+        for field, format in _FORMATS.items():
+            if isinstance(first, dict) and field in first:
+                raise RunError(f"{path} has {format} ({field}), which can't be used: give COCO's instances.")
+    for kind, fields in _FIELDS.items():
+        for place, item in enumerate(content[kind]):
+            for field, (fine, allowed) in fields.items():
+                value = item.get(field) if isinstance(item, dict) else None
+                if not fine(value):
+                    raise RunError(
+                        f"{path}: number {place} of its {kind} has {field}={_short(value)}: it has to be {allowed}."
+                    )
+    ids = [image["id"] for image in content["images"]]
+    if len({type(number) for number in ids}) > 1:
+        text = next(number for number in ids if isinstance(number, str))
+        raise RunError(f"{path} has image ids of both kinds, numbers and texts such as {text!r}: use one.")
+    twice = find_twice(ids)
+    if twice:
+        raise RunError(f"{path} uses {len(twice)} image ids more than once, the first is {twice[0]}: make them unique.")
+    large = next((image for image in content["images"] if image["width"] * image["height"] >= _RUNS_LIMIT), None)
+    if large:
+        raise RunError(
+            f"{path}: image {large['id']} has {large['width']}x{large['height']} pixels, but the tools of COCO can't "
+            f"count {_RUNS_LIMIT} or more: cut it into parts."
+        )
+    return content
+
+
+def find_twice(items: Iterable[Any]) -> list[Any]:
+    """Those of `items` that occur more than once."""
+    return [item for item, count in Counter(items).items() if count > 1]
+
+
+def some(items: Sequence[Any], most: int = 5) -> str:
+    """The first of `items` for people."""
+    return ", ".join(map(repr, items[:most])) + (", ..." if len(items) > most else "")
+
+
+def _short(value: Any) -> str:
+    """A value of any size, or with any character, in a few words."""
+    return reprlib.repr(value)
+
+
+def category_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
+    """Names by id, in the order of the ids.
+
+    Raises:
+        RunError: there are none, or ids or names are not unique.
+    """
+    categories = content["categories"]
+    if not categories:
+        raise RunError(f"{path} has no categories: it needs one for every class.")
+    twice = find_twice(category["id"] for category in categories)
+    if twice:
+        raise RunError(f"{path} uses the category id {twice[0]} more than once: make the ids unique.")
+    twice = find_twice(str(category["name"]) for category in categories)
+    if twice:
+        ids = [category["id"] for category in categories if str(category["name"]) == twice[0]]
+        raise RunError(
+            f"{path} has {len(ids)} categories of the name {twice[0]!r} (ids {', '.join(map(str, ids))}): "
+            "remove those that no box has, or rename them."
+        )
+    return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda category: category["id"])}
+
+
+def count_boxes(
+    path: Path,
+    content: Mapping[str, Any],
+    names: Mapping[int, str],
+    classes: Sequence[str],
+    training: bool,
+    masks: bool,
+) -> Boxes:
+    """Check and count the annotations of `content`, which `load_annotations` gave.
+
+    Args:
+        path: The file, for messages.
+        content: The file's content.
+        names: Its categories' names by id.
+        classes: The same names in the order of the labels.
+        training: The boxes are to be learnt; otherwise they are to be found.
+        masks: The method learns masks, so every object has to have one.
+
+    Raises:
+        RunError: an annotation can't be used, or there are none.
+    """
+    images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    label = {number: classes.index(name) for number, name in names.items()}
+    by_class, full, crowds = [0] * len(classes), set(), 0
+    strays, uncategorised, unusable, outside, maskless, shortened = [], [], [], [], [], []
+    for place, annotation in enumerate(content["annotations"]):
+        number = annotation.get("id")
+        name = f"annotation {number}" if _is_id(number) else f"annotation number {place}"
+        size = images.get(annotation["image_id"])
+        if size is None:
+            strays.append(f"{name} with image_id {_short(annotation['image_id'])}")
+            continue
+        if annotation["category_id"] not in label:
+            uncategorised.append(f"{name} with category_id {annotation['category_id']!r}")
+            continue
+        fault = _fault(annotation, *size)
+        if fault:
+            raise RunError(f"{path}: {name} has {fault}.")
+        if not _is_usable(annotation, *size):
+            unusable.append(name)
+            continue
+        x, y, width, height = annotation["bbox"]
+        if min(x, y) < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:  # rounded up to a pixel is usual
+            outside.append(name)
+        segmentation = annotation.get("segmentation")
+        fault = _mask_fault(segmentation, *size)
+        if fault:
+            maskless.append(f"{name} ({fault})")
+        elif isinstance(segmentation, list) and not all(map(_encloses, segmentation)):
+            shortened.append(name)
+        if annotation.get("iscrowd"):
+            crowds += 1
+            continue
+        by_class[label[annotation["category_id"]]] += 1
+        full.add(annotation["image_id"])
+    if strays:
+        raise RunError(
+            f"{path}: {len(strays)} annotations name an image that is not among its images, the first is {strays[0]}: "
+            "remove them or add the images."
+        )
+    if uncategorised:
+        raise RunError(
+            f"{path}: {len(uncategorised)} annotations have a category that is not among its categories, the first is "
+            f"{uncategorised[0]}: the ids are {', '.join(map(str, [*names][:10]))}{', ...' if len(names) > 10 else ''}."
+        )
+    if not full:
+        purpose = "learn from" if training else "score predictions by"
+        raise RunError(
+            f"{path} has no boxes to {purpose}: every image is empty, or all boxes are crowds or without area."
+        )
+    if masks and maskless:
+        raise RunError(
+            f"{path}: {len(maskless)} objects have no mask (a polygon, or RLE that fills the image), the first is "
+            f"{maskless[0]}: mend segmentation, or find boxes alone with dense.masks=false."
+        )
+    if unusable:
+        log.warning(
+            "%s has %d boxes of less than a pixel within their image or marked `ignore`, the first is %s: training "
+            "leaves them out, COCO's scores count them as missed.",
+            path,
+            len(unusable),
+            unusable[0],
+        )
+    if outside:
+        log.warning(
+            "%s has %d boxes that reach outside, the first is %s: they are clipped.", path, len(outside), outside[0]
+        )
+    if masks and shortened:
+        log.warning(
+            "%s has %d masks with polygons of fewer than three points or half a point, the first is %s: those polygons "
+            "are left out.",
+            path,
+            len(shortened),
+            shortened[0],
+        )
+    twice = find_twice(number for a in content["annotations"] if _is_id(number := a.get("id")))
+    if twice:
+        log.warning(
+            "%s uses %d annotation ids more than once, the first is %s: all of them count, also where the objects are "
+            "the same.",
+            path,
+            len(twice),
+            twice[0],
+        )
+    if crowds:
+        log.info("%s has %d crowds (iscrowd): no objects to learn; finding them counts neither way.", path, crowds)
+    without = [name for name, count in zip(classes, by_class, strict=True) if not count]
+    if without:
+        log.warning("%s has no box of %d of the %d classes: %s.", path, len(without), len(classes), some(without))
+    return Boxes(by_class, len(full), not maskless)
+
+
+def _fault(annotation: Mapping[str, Any], image_width: int, image_height: int) -> str | None:
+    """What is wrong with an annotation, its mask apart."""
+    box, area = annotation["bbox"], annotation.get("area")
+    limit = _REACH * max(image_width, image_height)
+    if len(box) != 4 or not all(type(value) in (int, float) and value == value for value in box):
+        return f"bbox={_short(box)}: four numbers x, y, width, height are needed"
+    if not all(-limit <= value <= limit for value in box):
+        return f"bbox={_short(box)}, far from its image of {image_width}x{image_height} pixels"
+    if area is not None and not (type(area) in (int, float) and -(limit**2) <= area <= limit**2):
+        return f"area={_short(area)}: a number of pixels is needed, or none at all"
+    for flag in ("iscrowd", "ignore"):
+        if annotation.get(flag) not in (0, 1, None):
+            return f"{flag}={_short(annotation[flag])}: 0 or 1 is needed, or none at all"
+    return None
+
+
+def _is_usable(annotation: Mapping[str, Any], image_width: int, image_height: int) -> bool:
+    """Whether mmdet's CocoDataset keeps the annotation."""
+    x, y, width, height = annotation["bbox"]
+    inside = min(x + width, image_width) > max(x, 0) and min(y + height, image_height) > max(y, 0)
+    area = annotation.get("area")
+    return inside and width >= 1 and height >= 1 and (area is None or area > 0) and not annotation.get("ignore")
+
+
+def _mask_fault(segmentation: Any, width: int, height: int) -> str | None:
+    """Why `segmentation` is no mask of an image of `width` x `height` pixels; None if it is one."""
+    if isinstance(segmentation, dict):
+        return _runs_fault(segmentation, width, height)
+    if not isinstance(segmentation, list) or not segmentation:
+        return f"segmentation={_short(segmentation)}"
+    limit = _REACH * max(width, height)
+    for polygon in segmentation:
+        if not isinstance(polygon, list):
+            return f"segmentation={_short(segmentation)} is no list of polygons [x, y, x, y, ...]"
+        if not set(map(type, polygon)) <= {int, float}:
+            wrong = next(value for value in polygon if type(value) not in (int, float))
+            return f"a polygon has {_short(wrong)} in place of a number"
+        # The sum is NaN if a number is, which min and max may not see.
+        if polygon and not (-limit <= min(polygon) and max(polygon) <= limit and not math.isnan(sum(polygon))):
+            wrong = next(value for value in polygon if not -limit <= value <= limit)
+            return f"a polygon has {_short(wrong)}, far from its image of {width}x{height} pixels"
+    if not any(map(_encloses, segmentation)):
+        return f"segmentation={_short(segmentation)}: a polygon has three points or more"
+    return None
+
+
+def _encloses(polygon: list[float]) -> bool:
+    """Whether mmdet's LoadAnnotations keeps the polygon."""
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
+
+
+def _runs_fault(mask: Mapping[str, Any], width: int, height: int) -> str | None:
+    """Why a run-length encoding (RLE) is no mask of the image."""
+    size, counts = mask.get("size"), mask.get("counts")
+    if size != [height, width] or set(map(type, size)) != {int}:
+        return f"its RLE has size={_short(size)}, but the image has height {height} and width {width}"
+    if isinstance(counts, str):
+        runs = _decode_runs(counts)
+        if runs is None:
+            return f"the text of its RLE can't be decoded, counts={_short(counts)}"
+        least, total = int(runs.min()), int(runs.sum())
+    elif isinstance(counts, list) and counts and set(map(type, counts)) == {int}:
+        least, total = min(counts), sum(counts)
+    else:
+        return f"its RLE has counts={_short(counts)}: whole numbers or a compressed text are needed"
+    if least < 0:
+        return f"its RLE has a run of {least} pixels"
+    if total != width * height:
+        return f"the runs of its RLE have {_short(total)} pixels, but the image has {width * height}"
+    return None
+
+
+def _decode_runs(text: str) -> np.ndarray | None:
+    """The runs of COCO's compressed RLE, int64 (N,); None if the text is none.
+
+    A number is 5 bits a character, the lowest first, with a bit that says whether more follow and the sign in the
+    last; from the fourth on, numbers are differences to the one before the last.
+    """
+    codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - ord("0")
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        return None
+    ends = np.flatnonzero(codes & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # more than 32 bits
+        return None
+    places = np.arange(codes.size) - np.repeat(starts, lengths)
+    numbers = np.add.reduceat((codes & 31) << 5 * places, starts)
+    numbers -= (codes[ends] >> 4 & 1) << 5 * lengths
+    for first in (1, 2):
+        numbers[first::2] = numbers[first::2].cumsum()
+    return numbers
+
+
+def normalise(content: Mapping[str, Any], classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Checked annotations in the form in which COCO's tools number the classes as `classes` does.
+
+    mmdet numbers classes in the order in which a file lists its categories, and pycocotools scores them in the order of
+    their ids; both are made the order of `classes`. The ids of a file that has them in that order stay as they are.
+    Fields that may be absent get their defaults, those that nothing reads are left out, and annotations get new ids: 0
+    means "not found" to pycocotools. A mask that is none, of boxes without area or where nobody looks at masks, becomes
+    the box.
+    """
+    by_name = {str(category["name"]): category["id"] for category in content["categories"]}
+    ids = dict(zip((by_name[name] for name in classes), sorted(by_name.values()), strict=True))
+    images = [
+        {"id": i["id"], "file_name": i["file_name"], "width": int(i["width"]), "height": int(i["height"])}
+        for i in content["images"]
+    ]
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    annotations = []
+    for number, annotation in enumerate(content["annotations"], 1):
+        x, y, width, height = annotation["bbox"]
+        segmentation, area = annotation.get("segmentation"), annotation.get("area")
+        if _mask_fault(segmentation, *sizes[annotation["image_id"]]):
+            segmentation = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+        elif isinstance(segmentation, list):
+            segmentation = list(filter(_encloses, segmentation))
+        annotations.append(
+            {
+                "id": number,
+                "image_id": annotation["image_id"],
+                "category_id": ids[annotation["category_id"]],
+                "bbox": annotation["bbox"],
+                "area": width * height if area is None else area,
+                "iscrowd": int(annotation.get("iscrowd") or 0),
+                "ignore": int(annotation.get("ignore") or 0),
+                "segmentation": segmentation,
+            }
+        )
+    categories = [{"id": ids[by_name[name]], "name": name} for name in classes]
+    return {"images": images, "annotations": annotations, "categories": categories}
