@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -94,17 +95,21 @@ def convert(file: Path, model: str | None = None, say: Callable[[str], None] = l
     Raises:
         ToolError: the file can't be read, is not what its name says, or fits no model, or several.
     """
+    name = _model_name(model) if model else None
+    try:
+        return _convert(file, name, model, say)
+    except FileNotFoundError:
+        raise ToolError(f"there is no file {file}{_similar(file)}") from None
+    except (RuntimeError, ValueError) as error:  # what is wrong with the checkpoint
+        raise ToolError(f"{file}: {error}") from error
+
+
+def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str], None]) -> Converted:
     say("reading")
     from zoo import checkpoints
 
-    name = _model_name(model) if model else None
-    try:
-        checkpoint = checkpoints.read(file)
-        state_dict = checkpoints.unwrap(checkpoint)
-    except FileNotFoundError:
-        raise ToolError(f"there is no file {file}{_similar(file)}") from None
-    except ValueError as error:
-        raise ToolError(f"{file}: {error}") from error
+    checkpoint = checkpoints.read(file)
+    state_dict = checkpoints.unwrap(checkpoint)
     say("checking its hash")
     with open(file, "rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()
@@ -114,7 +119,7 @@ def convert(file: Path, model: str | None = None, say: Callable[[str], None] = l
         names, share = checkpoints.closest(state_dict)
         if share < 0.1:
             raise ToolError(
-                f"{file} looks like no model of zoo (its tensors are called {', '.join(list(state_dict)[:3])}, ...): "
+                f"{file} looks like no model of zoo (its tensors are called {checkpoints.some(state_dict)}): "
                 "zoo-models lists those that it has."
             )
         if entry and entry["model"] in {name.partition(".")[0] for name in names}:
@@ -127,11 +132,10 @@ def convert(file: Path, model: str | None = None, say: Callable[[str], None] = l
         name = f"{variant}.{entry['tag']}"
     else:
         entry = None
-    try:
-        built, args, tensors = _fit(name, checkpoint, known=entry is not None)
-    except (RuntimeError, ValueError) as error:
-        raise ToolError(f"{file}: {error}") from error
-    left_out = Counter(key.removeprefix("module.").partition(".")[0] for key in checkpoints.left_out(checkpoint))
+    built, args, tensors = _fit(name, checkpoint, known=entry is not None)
+    left_out = Counter(
+        checkpoints.some([key.removeprefix("module.").partition(".")[0]]) for key in checkpoints.left_out(checkpoint)
+    )
     return Converted(name, entry, built, args, tensors, dict(left_out), sha256)
 
 
@@ -196,7 +200,7 @@ def _only(file: Path, names: list[str], checkpoint: Mapping[str, Any]) -> str:
         ToolError: nothing tells which.
     """
     if len(names) > 1:
-        trained = {checkpoint.get("arch"), getattr(checkpoint.get("args"), "model", None)}  # as timm's trainer has it
+        trained = [checkpoint.get("arch"), getattr(checkpoint.get("args"), "model", None)]  # as timm's trainer has it
         names = [name for name in names if name in trained] or [name for name in names if _fits(name, checkpoint)]
     if len(names) != 1:
         choices = " or ".join(f"--model {name}" for name in names)
@@ -227,8 +231,9 @@ def _fit(
     family = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
     cfg = timm.get_pretrained_cfg(name)
     mapped = checkpoints.remap(checkpoints.unwrap(checkpoint), family.KEY_MAP)
-    args: dict[str, Any] = {"num_classes": len(mapped.get(f"{cfg.classifier}.weight", ()))}
-    norms = sorted({int(key.split(".")[1]) for key in mapped if key.startswith("output_norms.")})
+    classifier = mapped.get(f"{cfg.classifier}.weight")
+    args: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
+    norms = sorted({int(i) for key in mapped for i in re.findall(r"^output_norms\.(\d)\.", key)})
     if norms:  # a backbone for dense prediction; LITv2's has them on some of the outputs
         args = {"num_classes": 0, "output_norm": True if len(norms) == 4 else norms}
     if (alpha := getattr(family, "TAG_ALPHAS", {}).get(name.partition(".")[2])) is not None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import timm
 from timm.data import resolve_model_data_config
-from timm.models import PretrainedCfg, load_state_dict, split_model_name_tag
+from timm.models import PretrainedCfg, split_model_name_tag
 from torch import nn
 
-import zoo  # noqa: F401  makes the names known to timm
+from zoo import checkpoints
 from zoo.tools.cli import ToolError
 
 
@@ -111,19 +111,15 @@ def _check_name(name: str) -> None:
 
 def _own_weights(file: Path, config: PretrainedCfg | None) -> dict[str, Any]:
     """Keywords that have timm load `file`, with as many classes as it has."""
-    if not file.is_file():
-        raise ToolError(f"there is no file {file}: --pretrained takes a checkpoint, or nothing for published weights.")
     try:
-        state = load_state_dict(str(file))  # weights_only: nothing in it is executed
-    except Exception as error:
+        overlay, classes = checkpoints.file_overlay(file, config)
+    except FileNotFoundError:
+        raise ToolError(
+            f"there is no file {file}: --pretrained takes a checkpoint, or nothing for published weights."
+        ) from None
+    except (ValueError, OSError) as error:
         raise ToolError(f"{file} can't be read as a checkpoint: {reason(error)}.") from error
-    overlay: dict[str, Any] = {"file": str(file), "custom_load": False}
-    classifier = config.classifier if config and isinstance(config.classifier, str) else None
-    weight = state.get(f"{classifier}.weight")
-    if weight is None:
-        return {"pretrained_cfg_overlay": overlay}
-    overlay["num_classes"] = len(weight)
-    return {"pretrained_cfg_overlay": overlay, "num_classes": len(weight)}
+    return {"pretrained_cfg_overlay": overlay} | ({} if classes is None else {"num_classes": classes})
 
 
 def reason(error: BaseException) -> str:

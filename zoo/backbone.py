@@ -383,7 +383,7 @@ def create(
     """A registered model, by timm: `settings` of the variant, `kwargs` of the call, `filter_fn` for checkpoints."""
     kwargs = checkpoints.settle_num_classes(variant, pretrained, settings | kwargs)
     if pretrained:
-        kwargs, filter_fn = checkpoints.downloading(variant, kwargs, filter_fn)
+        kwargs, filter_fn = checkpoints.reading(variant, kwargs, filter_fn)
     return build_model_with_cfg(
         model_cls,
         variant,

@@ -2,7 +2,7 @@
 
 `manifest.json` (its fields: `checkpoints/README.md`) becomes timm's pretrained configurations in `default_cfgs`. A
 family's `checkpoint_filter_fn` is one call of `convert`, which timm makes on every road: `pretrained=True`,
-`pretrained_cfg_overlay=dict(file=...)` and `pretrained_cfg_overlay=dict(state_dict=...)`.
+`pretrained_cfg_overlay=dict(file=...)` and `pretrained_cfg_overlay=dict(state_dict=...)`. Files are read by `read`.
 """
 
 import argparse
@@ -11,8 +11,10 @@ import math
 import os
 import pickle
 import re
+import stat
 import string
 import sys
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -33,15 +35,17 @@ __all__ = [
     "closest",
     "convert",
     "default_cfgs",
-    "downloading",
+    "file_overlay",
     "left_out",
     "looks_like",
     "manifest",
     "published_cfg",
     "read",
+    "reading",
     "remap",
     "resize_table",
     "settle_num_classes",
+    "some",
     "unwrap",
 ]
 
@@ -49,9 +53,12 @@ __all__ = [
 # drops the tensor.
 KeyMap = Iterable[tuple[str, str | None]]
 
-# In timm's order of preference, so that a file and the same file passed as a dict give the same weights.
-WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.")
+# Keys of a training checkpoint under which the weights lie, and what stands before their names: averaged weights first.
+WRAPPINGS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net", "module")
+# Averages, data parallel and averaged models, torch.compile, Lightning's and others' modules around a model, detectors.
+PREFIXES = ("ema_model.", "model_ema.", "module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
+MAX_PREFIXES = 8  # one in another
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Files by timm's trainer, the official ones among them, carry their command line as a Namespace. It is inert: restoring
 # it only sets attributes. timm allows it for local files but not for downloads; loading stays weights_only everywhere.
@@ -141,29 +148,39 @@ def published_cfg(variant: str, kwargs: Mapping[str, Any]) -> PretrainedCfg | No
     return resolve_pretrained_cfg(variant, tag)
 
 
-def downloading(
+def reading(
     variant: str, kwargs: Mapping[str, Any], filter_fn: Callable[..., dict[str, Tensor]]
 ) -> tuple[dict[str, Any], Callable[..., dict[str, Tensor]]]:
-    """`kwargs` and `filter_fn` of `build_model_with_cfg`, changed if it would download the weights from an address.
+    """`kwargs` and `filter_fn` of `build_model_with_cfg`, changed if it takes the weights from a file or an address.
 
-    Their file then comes by `zoo.downloads.fetch` and `read`, when timm filters them; all other sources stay timm's.
+    They are then read by `read` when timm filters them, from an address by `zoo.downloads.fetch`; the Hugging Face hub
+    and local folders stay timm's.
     """
-    url, kwargs = _address(variant, kwargs), dict(kwargs)
-    if url is None:
+    file, url, kwargs = _file(variant, kwargs), _address(variant, kwargs), dict(kwargs)
+    if file is None and url is None:
         return kwargs, filter_fn
 
-    def fetch_and_filter(_: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    def read_and_filter(_: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
         model.pretrained_cfg.pop("state_dict", None)
-        path = downloads.fetch(url, kwargs.get("cache_dir"), _known_hash(url), read)
+        path = file or downloads.fetch(url, kwargs.get("cache_dir"), _known_hash(url), read)
         try:
             checkpoint = read(path)
-        except ValueError as error:  # of a file that lay there
+        except ValueError as error:
+            if file:
+                raise ValueError(f"{file}: {error}") from error
             raise RuntimeError(f"{path} can't be used; delete it, and it is downloaded anew: {error}") from error
         return filter_fn(checkpoint, model)
 
-    # A state dict goes before every address, and what is in it is of no concern to timm before it is filtered.
-    kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), "state_dict": {"url": url}}
-    return kwargs, fetch_and_filter
+    # A state dict goes before files and addresses, and what is in it is of no concern to timm before it is filtered.
+    overlay = kwargs.get("pretrained_cfg_overlay") or {}
+    kwargs["pretrained_cfg_overlay"] = {**overlay, "state_dict": {"source": file or url}}
+    return kwargs, read_and_filter
+
+
+def _file(variant: str, kwargs: Mapping[str, Any]) -> str | os.PathLike | None:
+    """The file that `build_model_with_cfg` would load; None if it takes the weights from elsewhere."""
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+    return None if cfg.source or cfg.state_dict or cfg.custom_load else cfg.file or None
 
 
 def _address(variant: str, kwargs: Mapping[str, Any]) -> str | None:
@@ -220,6 +237,7 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
         ValueError: it is no such file, damaged, or asks to run code; one sentence without the file's name.
         OSError: it can't be opened.
     """
+    _check_file(path)
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
@@ -232,6 +250,8 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
     try:
         if head[8:9] == b"{" and not head.startswith(b"PK"):
             return safetensors.torch.load_file(path)
+        if head.startswith(b"PK"):
+            _check_archive(path)
         with torch.serialization.safe_globals(_BYSTANDERS):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
@@ -249,6 +269,52 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
     return checkpoint
 
 
+def _check_file(path: str | os.PathLike) -> None:
+    """Refuse what can't be read to its end: to open a pipe waits for a writer, and some devices never end."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+        raise ValueError(f"this is {what}, not a checkpoint file: give the file itself.")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    if memory and status.st_size > memory:
+        raise ValueError(
+            f"the file has {status.st_size / 2**30:,.0f} GiB, more than the {memory / 2**30:,.0f} GiB of memory here: "
+            "weights alone, without the optimizer's state, are smaller."
+        )
+
+
+def _check_archive(path: str | os.PathLike) -> None:
+    """Refuse an archive that unpacks to much more than it is; torch packs nothing."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > 8 * os.path.getsize(path):
+            raise ValueError("it unpacks to more than eight times its size")
+
+
+def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[dict[str, Any], int | None]:
+    """The `pretrained_cfg_overlay` by which timm loads a file into any model, and how many classes the file has.
+
+    Args:
+        file: the checkpoint.
+        cfg: the model's pretrained configuration, which names its classifier.
+
+    Returns:
+        The overlay; and the size of the classifier, None where the file has none by that name.
+
+    Raises:
+        ValueError: it can't be used; one sentence without the file's name.
+        OSError: it can't be opened.
+    """
+    state_dict = unwrap(read(file))
+    _check_values(state_dict)
+    overlay: dict[str, Any] = {"file": os.fspath(file), "custom_load": False}
+    classifier = cfg.classifier if cfg else None
+    weight = state_dict.get(f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight")
+    if weight is None or not weight.ndim:
+        return overlay, None
+    # timm keeps or drops the classifier by comparing the model's number of classes with this one.
+    return overlay | {"num_classes": len(weight)}, len(weight)
+
+
 def _first_line(error: Exception) -> str:
     """Why torch or safetensors refused a file, without their advice."""
     text = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
@@ -258,10 +324,11 @@ def _first_line(error: Exception) -> str:
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a training checkpoint, free of wrappings (`state_dict`, ...) and prefixes (`module.`, ...).
 
-    A file of a larger model whose weights lie under `backbone.` (MMSegmentation, MMDetection) gives its backbone only.
+    Where some names have a prefix and others none, as in the file of a detector whose weights lie under `backbone.` or
+    of a module of Lightning that holds the model as `model` or `net`, those with it are taken.
 
     Raises:
-        ValueError: nothing in the file is a tensor.
+        ValueError: nothing in the file is a tensor, or one is not of plain numbers.
     """
     return _unwrap(checkpoint)[0]
 
@@ -273,23 +340,68 @@ def left_out(checkpoint: Mapping[str, Any]) -> list[str]:
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     others: list[str] = []
-    while wrapping := next((name for name in WRAPPINGS if isinstance(checkpoint.get(name), Mapping)), None):
+    seen = {id(checkpoint)}
+    while wrapping := next((name for name in WRAPPINGS if _is_filled(checkpoint.get(name))), None):
         checkpoint = checkpoint[wrapping]
+        if id(checkpoint) in seen:
+            raise ValueError(f"The checkpoint contains itself under {wrapping!r}: save the model's state dict alone.")
+        seen.add(id(checkpoint))
     state_dict = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
     if not state_dict:
         raise ValueError(
-            f"The checkpoint holds no tensors, only {_some(checkpoint)}: pass a state dict, "
+            f"The checkpoint holds no tensors, only {some(checkpoint) or 'nothing'}: pass a state dict, "
             f"or a dict with one under {', '.join(map(repr, WRAPPINGS))}."
         )
-    while True:
-        if any(key.startswith("backbone.") for key in state_dict):
-            prefix = "backbone."
-        else:
-            prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in state_dict)), None)
+    if unnamed := [key for key in state_dict if not isinstance(key, str)]:
+        raise ValueError(
+            f"The checkpoint has {len(unnamed)} tensors under {some(unnamed)}, not under names: pass a state dict."
+        )
+    for _ in range(MAX_PREFIXES):
+        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state_dict)), None)
         if prefix is None:
-            return state_dict, others
+            break
         others += [key for key in state_dict if not key.startswith(prefix)]
         state_dict = {key.removeprefix(prefix): v for key, v in state_dict.items() if key.startswith(prefix)}
+    for key, value in state_dict.items():
+        if fault := _unusual(value):
+            raise ValueError(f"The checkpoint's {some([key])} {fault}: save the weights as dense tensors of floats.")
+    return state_dict, others
+
+
+def _is_filled(value: Any) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0
+
+
+def _unusual(value: Tensor) -> str | None:
+    """What keeps a tensor from being read as plain numbers, if anything does."""
+    if value.is_sparse or value.layout is not torch.strided or value.is_nested:
+        return "is sparse or nested"
+    if value.is_quantized:
+        return "is quantized"
+    if value.is_complex():
+        return "is complex"
+    # Of an expanded tensor only the size is large, until it is copied.
+    if type(value) in (Tensor, nn.Parameter) and not value.is_meta:
+        size = value.numel() * value.element_size()
+        if size > max(value.untyped_storage().nbytes(), 2**30):
+            return f"is {value.untyped_storage().nbytes():,} bytes that stand for {size:,}"
+    return None
+
+
+def _check_values(state_dict: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a tensor has no values, or some that are no finite numbers."""
+    if missing := [key for key, value in state_dict.items() if value.is_meta]:
+        raise ValueError(
+            f"{len(missing)} tensors of the checkpoint have no values ({some(missing)}): it was saved from the meta "
+            "device, before the weights were loaded."
+        )
+    floats = {key: value for key, value in state_dict.items() if value.dtype in FLOATS}
+    if broken := {key: count for key, value in floats.items() if (count := int((~value.isfinite()).sum()))}:
+        raise ValueError(
+            f"{len(broken)} tensors of the checkpoint have values that are NaN or infinite "
+            f"({some(f'{count} in {some([key])}' for key, count in broken.items())}): its training failed; take an "
+            "earlier checkpoint."
+        )
 
 
 def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
@@ -302,7 +414,9 @@ def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor
     for key, value in state_dict.items():
         name = _rename(key, key_map)
         if name in renamed:
-            raise ValueError(f"Two tensors of the checkpoint are called {name} in our naming: it mixes two models.")
+            raise ValueError(
+                f"Two tensors of the checkpoint are called {some([name])} in our naming: it mixes two models."
+            )
         if name is not None:
             renamed[name] = value
     return renamed
@@ -330,11 +444,12 @@ def convert(
     configuration says the weights have, and the first convolution where the number of input channels differs.
 
     Raises:
-        ValueError: the file holds no tensors, or a name twice.
+        ValueError: the file holds no tensors, a name twice, or values that are no finite numbers.
         RuntimeError: a tensor is missing, unexpected or of another shape; says which model the file looks like.
     """
     want = model.state_dict()
-    state_dict = remap(unwrap(checkpoint), key_map)
+    given = remap(unwrap(checkpoint), key_map)
+    state_dict = dict(given)
     for key in state_dict.keys() & want.keys():
         if key.endswith("bias_table"):
             state_dict[key] = _as_table(state_dict[key], want[key].shape, resize)
@@ -356,10 +471,14 @@ def convert(
     if missing or unexpected or reshaped:
         shapes = [f"{k} {tuple(state_dict[k].shape)} for {tuple(want[k].shape)}" for k in reshaped]
         counts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        faults = "; ".join(f"{len(keys)} {what} ({_some(keys)})" for what, keys in counts if keys)
+        faults = "; ".join(f"{len(keys)} {what} ({some(keys)})" for what, keys in counts if keys)
         name = cfg.get("architecture", type(model).__name__)
         remedy = _remedy({*missing, *unexpected, *reshaped}, name, cfg, unwrap(checkpoint))
         raise RuntimeError(f"The checkpoint does not fit {name}: {faults}. {remedy}")
+    for key, value in given.items():
+        if key in want and want[key].is_floating_point() and value.dtype not in FLOATS:
+            raise ValueError(f"The checkpoint's {key} is of {value.dtype}: save the weights as float32.")
+    _check_values(given)
     return state_dict
 
 
@@ -487,6 +606,9 @@ def _is_part(key: str, module: str | None) -> bool:
     return module is not None and key.startswith(f"{module}.")
 
 
-def _some(keys: Iterable[str], limit: int = 3) -> str:
-    keys = list(keys)
-    return ", ".join(map(str, keys[:limit])) + (", ..." if len(keys) > limit else "")
+def some(keys: Iterable[Any], limit: int = 3) -> str:
+    """The first of the keys, for a sentence: they are a stranger's, and may be of any type, length and characters."""
+    keys = [key if isinstance(key, str) else f"a key of type {type(key).__name__}" for key in keys]
+    shown = (key if len(key) <= 100 else f"{key[:100]}..." for key in keys[:limit])
+    shown = (key if key.isprintable() else ascii(key) for key in shown)
+    return ", ".join(shown) + (", ..." if len(keys) > limit else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from timm.data import resolve_model_data_config
-from timm.models import load_state_dict, split_model_name_tag
+from timm.models import split_model_name_tag
 from torch import nn
 
 import zoo
+from zoo import checkpoints
 from zoo.recipes import runs
 from zoo.recipes.config import Config, DataConfig, nearest
 from zoo.recipes.errors import RunError
@@ -84,33 +86,22 @@ def weights_file(path: Path) -> Path:
     Raises:
         RunError: there is none.
     """
-    if path.is_file():
-        return path
-    if path.is_dir():
+    if os.path.isdir(path):
         for name in ("model.safetensors", "best.safetensors"):
             if (path / name).is_file():
                 return path / name
         raise RunError(f"pretrained={path} has no model.safetensors or best.safetensors: is it the folder of a run?")
-    raise RunError(f"pretrained={path} does not exist: give true, false, a checkpoint or the folder of a run.")
+    if not os.path.exists(path):  # unlike pathlib's, for every name that there can't be
+        raise RunError(f"pretrained={path} does not exist: give true, false, a checkpoint or the folder of a run.")
+    return path
 
 
 def _overlay(model: str, file: Path) -> tuple[dict[str, Any], int | None]:
     """How timm is to load `file`, and how many classes its classifier has (None where it has no classifier)."""
     try:
-        state = load_state_dict(str(file))
-    except (OSError, RuntimeError, ValueError, SafetensorError, KeyError, AttributeError, EOFError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"pretrained={file} can't be read as a checkpoint: {reason}") from error
-    config = timm.get_pretrained_cfg(split_model_name_tag(model)[0])
-    classifier = config.classifier if config else None
-    classifier = classifier[0] if isinstance(classifier, tuple | list) else classifier
-    weight = state.get(f"{classifier}.weight")
-    classes = len(weight) if isinstance(weight, torch.Tensor) else None
-    # timm keeps or drops the classifier by comparing the model's number of classes with this one.
-    overlay: dict[str, Any] = {"file": str(file), "custom_load": False}
-    if classes is not None:
-        overlay["num_classes"] = classes
-    return overlay, classes
+        return checkpoints.file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(model)[0]))
+    except (ValueError, OSError) as error:
+        raise RunError(f"pretrained={file} can't be read as a checkpoint: {error}") from error
 
 
 def _takes_img_size(model: str) -> bool:
