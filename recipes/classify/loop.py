@@ -34,6 +34,7 @@ from zoo.recipes.classify.data import (
 from zoo.recipes.classify.evaluation import Normalize, evaluate, percentage, plot_predictions, write_classes
 from zoo.recipes.classify.model import build_model, check_model_name, input_config, save_weights
 from zoo.recipes.classify.training import Training, autocast
+from zoo.recipes.corrupt import CorruptImages
 from zoo.recipes.course import Course
 from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
@@ -88,8 +89,7 @@ class Run(Course):
         self.progress |= {"epoch": 0, "samples": 0}
         self.tallies = _new_tallies()
         self.best = {"epoch": None, "top1": -1.0}
-        self.corrupt: set[str] = set()  # names of images that could not be read
-        self.corrupt_known = 0  # how many of them all processes know of
+        self.corrupt = CorruptImages(folder, cfg.data.max_corrupt)
         state = self.find_checkpoint()
         self.training = Training(cfg, model, len(data.classes), self.updates_per_epoch, device)
         self.epochs = self.training.epochs
@@ -135,8 +135,7 @@ class Run(Course):
         self.training.load_state_dict(state["training"])
         if len(state["tallies"]) == distributed.world_size():  # else the epoch's training figures start anew
             self.tallies = state["tallies"][distributed.rank()]
-        self.corrupt = set(state["corrupt"])
-        self.corrupt_known = len(self.corrupt)
+        self.corrupt = CorruptImages(self.folder, self.cfg.data.max_corrupt, state["corrupt"])
         self.training.set_schedule(self.progress["update"])
 
     def state(self) -> dict[str, Any]:
@@ -144,7 +143,7 @@ class Run(Course):
         return {
             "training": self.training.state_dict(),
             "tallies": distributed.gather(self.tallies),
-            "corrupt": sorted(self.corrupt),
+            "corrupt": sorted(self.corrupt.names),
         }
 
     # Its course.
@@ -232,7 +231,7 @@ class Run(Course):
             self.times.lap("rest")
             images, labels, corrupt = next_batch(batches)
             self.times.lap("waiting for images")
-            self._note_corrupt(corrupt)
+            self.corrupt.note(corrupt)
             if not finite:
                 continue  # the batch is taken, so that the next update has the images that it would have had
             # Drop path, Mixup and erasing are random: drawn from here, they do not depend on the past.
@@ -241,10 +240,9 @@ class Run(Course):
                 inputs, labels = self.normalize(images), labels.to(self.device, non_blocking=True)
                 result = training.forward(inputs, labels)
                 loss = float(result["loss"].detach())
-                flags = [float(not math.isfinite(loss)), float(len(self.corrupt) - self.corrupt_known)]
-                bad, corrupt_new = distributed.total(flags, self.device)
-                if self.corrupt_known + corrupt_new > self.cfg.data.max_corrupt:
-                    self._too_many_corrupt()
+                flags = [float(not math.isfinite(loss)), float(self.corrupt.news)]
+                bad, news = distributed.total(flags, self.device)
+                self.corrupt.check(news, self.kept())
                 finite = not bad
                 self.times.lap("forward")
                 if finite:
@@ -272,27 +270,6 @@ class Run(Course):
         self.bar.advance(note, lr, self.effective_batch)
         self.times.lap("rest")
 
-    def _note_corrupt(self, names: list[str]) -> None:
-        for name in names:
-            if name not in self.corrupt:
-                self.corrupt.add(name)
-                log.warning("Skipped a corrupt image: %s", name)
-
-    def _share_corrupt(self) -> None:
-        """Let all processes know all corrupt images."""
-        self.corrupt = {name for part in distributed.gather(self.corrupt) for name in part}
-        self.corrupt_known = len(self.corrupt)
-
-    def _too_many_corrupt(self) -> None:
-        self._share_corrupt()
-        names, path = sorted(self.corrupt), self.folder / "corrupt.txt"
-        if self.primary:
-            runs.write_text(path, "\n".join(names) + "\n")
-        raise RunError(
-            f"{len(names)} images are corrupt, more than data.max_corrupt={self.cfg.data.max_corrupt}; {path} lists "
-            f"them, beginning with {names[0]}: repair or remove them, or raise data.max_corrupt. {self.kept()}"
-        )
-
     def _close_epoch(self, speed: float) -> None:
         cfg, progress = self.cfg, self.progress
         cut = progress["samples"] < self.updates_per_epoch * self.effective_batch  # by trainer.max_updates
@@ -319,11 +296,11 @@ class Run(Course):
             model = self.training.eval_model()
             result = evaluate(model, self.val_loader, self.normalize, precision, self._after_evaluating_batch)
             record |= {f"val_{name}": result.metrics[name] for name in ("loss", "top1", "top5")}
-            self._note_corrupt(result.corrupt)
+            self.corrupt.note(result.corrupt)
             if self.primary:
                 write_classes(self.folder, result, self.data.classes)
-        self._share_corrupt()
-        record |= {"corrupt_images": len(self.corrupt), "seconds": self.seconds()}
+        self.corrupt.share()
+        record |= {"corrupt_images": len(self.corrupt.names), "seconds": self.seconds()}
         self.history.append(record)
         improved = record.get("val_top1", -1.0) > self.best["top1"]
         if improved:
@@ -364,7 +341,7 @@ class Run(Course):
             val_images=self.val_images,
             classes=len(self.data.classes),
             skipped_updates=sum(r["skipped_updates"] for r in self.history),
-            corrupt_images=sorted(self.corrupt),
+            corrupt_images=sorted(self.corrupt.names),
         )
         log.info(
             "Top-1 %s on %d validation images (best: %s in epoch %d) after %.0f s",
