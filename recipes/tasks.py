@@ -35,6 +35,9 @@ def task(name: str, part: str) -> ModuleType:
         loading.refuse_unpickling()
         for package in ("mmdet",) if name == "detect" else ("mmdet", "mmseg"):  # mmseg's Mask2Former is mmdet's
             _import_quietly(package)
+        from zoo.recipes.dense import guard
+
+        guard.only_registered_names()
     return importlib.import_module(f"zoo.recipes.{TASKS[name]}.{part}")
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,8 @@ def model_config(cfg: DictConfig, classes: Sequence[str], device: torch.device, 
     else:
         _set_segmentor(model, cfg, channels, len(classes))
     _set_norm(model, "SyncBN" if _synchronised(device) else "BN")
-    return _override(MMConfig(dict(model=model)), {"model": cfg.mm.get("model", {})}).model
+    changes = OmegaConf.to_container(cfg.mm, resolve=True)
+    return _override(MMConfig(dict(model=model)), {"model": changes.get("model", {})}).model
 
 
 def build_model(
@@ -504,17 +506,32 @@ def runner_config(
                 param_scheduler=_schedule(cfg, length),
             )
         )
-    result = _override(result, {key: value for key, value in cfg.mm.items() if key != "model"})
+    changes = OmegaConf.to_container(cfg.mm, resolve=True)
+    result = _override(result, {key: value for key, value in changes.items() if key != "model"})
     if cfg.task == "segment":
         confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
         result.val_evaluator = [result.val_evaluator, confusion]
     return result
 
 
+@contextmanager
+def mm_errors(cfg: DictConfig) -> Iterator[None]:
+    """Say in a sentence that `mm` has what MMEngine can't use: it builds most parts when it is about to run."""
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = str(error.args[0] if error.args else error)
+        unknown = isinstance(error, KeyError) and " registry" in reason
+        if not unknown and not cfg.mm.keys() - {"model"}:
+            raise
+        reason = " ".join(reason.partition(" Please check")[0].split())[:300].rstrip(".")
+        raise RunError(f"mm can't be used ({reason}): correct it, every `type` in it is a registered name.") from error
+
+
 def _override(settings: MMConfig, changes: dict[str, Any]) -> MMConfig:
     """`settings` with what `mm` in the configuration says."""
     try:
-        settings.merge_from_dict(OmegaConf.to_container(OmegaConf.create(changes), resolve=True))
+        settings.merge_from_dict(changes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"mm={changes} does not fit the configuration of mmengine: {error}") from error
     return settings

@@ -231,11 +231,11 @@ class DenseRun(Course):
         settings.train_cfg.max_iters = self.last * self.steps.accumulate
         if self.primary:
             runs.write_text(self.folder / "mmengine.py", settings.pretty_text)
-        runner = make_runner(settings, self.model)
-        runner.restore = self.restore
         self.bar = Progress(self.primary, 1, self.last, self.cfg.log.every)
-        runner.register_hook(_Keeper(self), "VERY_LOW")
-        with self.bar:
+        with configure.mm_errors(self.cfg), self.bar:
+            runner = make_runner(settings, self.model)
+            runner.restore = self.restore
+            runner.register_hook(_Keeper(self), "VERY_LOW")
             self.bar.start("training", self.progress["update"])
             runner.train()
 

@@ -113,8 +113,8 @@ def _evaluate(
     settings = configure.runner_config(cfg, data, None, folder / "mmengine", device)
     if cfg.task == "detect":
         settings.val_evaluator.outfile_prefix = str(folder / "results")
-    runner = loop.make_runner(settings, model.to(device))
-    with Progress(distributed.rank() == 0) as bar:
+    with configure.mm_errors(cfg), Progress(distributed.rank() == 0) as bar:
+        runner = loop.make_runner(settings, model.to(device))
         runner.register_hook(_Bar(bar, runner), "VERY_LOW")
         metrics = runner.val()
     return metrics, runner
