@@ -45,13 +45,16 @@ __all__ = [
 
 
 @register_notrace_function
-def check_images(x: Tensor, in_chans: int) -> None:
-    """Raise ValueError unless `x` is (B, in_chans, H, W) with at least 32 pixels a side."""
+def check_images(x: Tensor, conv: nn.Module) -> None:
+    """Raise ValueError unless `x` is (B, C, H, W) with the channels of `conv` and at least 32 pixels a side."""
     # A traced graph shall not fix the sizes, and Dynamo cannot raise; eager code alone reaches the user's mistakes.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans}, height, width).")
+    in_chans = getattr(conv, "in_channels", None)  # a module in its place, such as an adapter, need not know them
+    if x.ndim != 4 or in_chans not in (None, x.shape[1]):
+        raise ValueError(
+            f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans or 'channels'}, height, width)."
+        )
     if min(x.shape[2:]) < 32:
         raise ValueError(f"Got images of {x.shape[2]} x {x.shape[3]} pixels; enlarge or pad them to 32 x 32 at least.")
 
@@ -89,7 +92,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, ceil(H / size), ceil(W / size))."""
-        check_images(x, self.proj.in_channels)
+        check_images(x, self.proj)
         # In a form of which torch.export can tell the range.
         bottom, right = ((side + self.size - 1) // self.size * self.size - side for side in x.shape[2:])
         return self.norm(self.proj(F.pad(x, (0, right, 0, bottom))))

@@ -37,7 +37,7 @@ from zoo.backbone import (
     pad_tokens,
 )
 from zoo.kernels import routed_attention
-from zoo.layers import Linear, Mlp
+from zoo.layers import Mlp, linear
 
 __all__ = ["BiFormer"]
 
@@ -95,22 +95,22 @@ class RoutedAttention(nn.Module):
         self.num_regions = num_regions
         self.topk = topk
         self.scale = dim**-0.5  # of all channels, in attention too: not of a head's
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         height, width, regions = *x.shape[1:3], self.num_regions
         rows, columns = ((side + regions - 1) // regions for side in (height, width))  # of a region
         x = pad_tokens(x, regions * rows, regions * columns)
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = linear(self.qkv, x).chunk(3, dim=-1)
         if torch.compiler.is_exporting():
             x = self.attend_by_index(query, key, value, rows, columns)
         else:
             routes = self.route(self.region_means(query), self.region_means(key))
             x = routed_attention(query, key, value, routes, num_heads=self.num_heads, regions=regions, scale=self.scale)
-        return self.proj(crop_tokens(x + self.lepe(value), height, width))
+        return linear(self.proj, crop_tokens(x + self.lepe(value), height, width))
 
     def region_means(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, regions, dim)."""
@@ -161,7 +161,7 @@ class GrowingRoutedAttention(RoutedAttention):
         height, width = x.shape[1:3]
         region = tuple(max(side // self.num_regions, 1) for side in (height, width))
         grid = tuple(-(-side // extent) for side, extent in zip((height, width), region, strict=True))
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        query, key, value = linear(self.qkv, x).chunk(3, dim=-1)
         routes = self.route(*(self.real_means(x, region) for x in (query, key)))
         # The operator wants as many regions down as across: more of them, which nobody is routed to.
         regions = max(grid)
@@ -170,7 +170,7 @@ class GrowingRoutedAttention(RoutedAttention):
         size = tuple(regions * extent for extent in region)
         padded = (pad_tokens(x, *size) for x in (query, key, value))
         x = routed_attention(*padded, routes, num_heads=self.num_heads, regions=regions, scale=self.scale)
-        return self.proj(crop_tokens(x, height, width) + self.lepe(value))
+        return linear(self.proj, crop_tokens(x, height, width) + self.lepe(value))
 
     @staticmethod
     def real_means(x: Tensor, region: tuple[int, int]) -> Tensor:
@@ -188,15 +188,15 @@ class FullAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.lepe_of = lepe_of
-        self.qkv = Linear(dim, 3 * dim, bias=False, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1))
+        qkv = linear(self.qkv, x).unflatten(-1, (3, -1))
         lepe = self.lepe(qkv[..., 2, :] if self.lepe_of == "value" else x)
-        return self.proj(attend_to_all(qkv, self.num_heads) + lepe)
+        return linear(self.proj, attend_to_all(qkv, self.num_heads) + lepe)
 
 
 class Block(TransformerBlock):
@@ -224,7 +224,7 @@ class ConvStem(nn.Module):
         self.norm2 = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.in_channels)
+        check_images(x, self.conv1)
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
 
@@ -239,7 +239,7 @@ class PatchStem(nn.Module):
         self.norm1 = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.in_channels)
+        check_images(x, self.conv1)
         return self.norm1(self.conv1(x))
 
 

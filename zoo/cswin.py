@@ -34,7 +34,7 @@ from zoo.backbone import (
 )
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
 from zoo.kernels.checks import certain
-from zoo.layers import Linear, Mlp
+from zoo.layers import Mlp, is_plain, linear
 
 __all__ = ["CSWin"]
 
@@ -99,14 +99,14 @@ class FullAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = nn.ModuleList([DepthwiseConv(dim, 3, **dd)])
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1))
-        return self.proj(attend_to_all(qkv, self.num_heads) + self.lepe[0](qkv[..., 2, :]))
+        qkv = linear(self.qkv, x).unflatten(-1, (3, -1))
+        return linear(self.proj, attend_to_all(qkv, self.num_heads) + self.lepe[0](qkv[..., 2, :]))
 
 
 @register_notrace_module
@@ -123,17 +123,17 @@ class CrossShapedAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads // 2  # of a branch
         self.split_size = split_size
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = nn.ModuleList(DepthwiseConv(dim // 2, 3, **dd) for _ in range(2))
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        columns, rows = self.qkv(x).unflatten(-1, (3, 2, -1)).unbind(-2)  # (B, H, W, 3, dim / 2) each
+        columns, rows = linear(self.qkv, x).unflatten(-1, (3, 2, -1)).unbind(-2)  # (B, H, W, 3, dim / 2) each
         columns = self.attend_in_stripes(columns, 0)
         # Horizontal stripes are the vertical ones of the transposed map.
         rows = self.attend_in_stripes(rows.transpose(1, 2), 1).transpose(1, 2)
-        return self.proj(torch.cat([columns, rows], dim=-1))
+        return linear(self.proj, torch.cat([columns, rows], dim=-1))
 
     def attend_in_stripes(self, qkv: Tensor, branch: int) -> Tensor:
         """(B, H, W, 3, C) -> (B, H, W, C), in vertical stripes."""
@@ -143,9 +143,14 @@ class CrossShapedAttention(nn.Module):
             x = attend_to_all(qkv, self.num_heads)  # the same; the operator's reshapes cannot be proved for open sizes
         else:
             x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=tuple(qkv.shape[1:3]))
-        lepe = self.lepe[branch]
-        weight = lepe.weight.transpose(2, 3) if branch == 1 else lepe.weight  # rows of tokens are columns there
-        x = x + depthwise_conv2d_nhwc(qkv[..., 2, :], weight, lepe.bias)
+        lepe, value = self.lepe[branch], qkv[..., 2, :]
+        if branch == 0:
+            lepe = lepe(value)
+        elif is_plain(lepe, DepthwiseConv):  # rows of tokens are columns there, and the kernel is cheaper to turn
+            lepe = depthwise_conv2d_nhwc(value, lepe.weight.transpose(2, 3), lepe.bias)
+        else:
+            lepe = lepe(value.transpose(1, 2)).transpose(1, 2)
+        x = x + lepe
         return from_stripes(x, batch, left, width)
 
 
@@ -159,7 +164,7 @@ class Stem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv.in_channels)
+        check_images(x, self.conv)
         return self.norm(self.conv(x))
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from zoo import checkpoints
 from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
-from zoo.layers import Linear, Mlp
+from zoo.layers import Mlp, linear
 
 __all__ = ["GCViT"]
 
@@ -119,7 +119,7 @@ class Stem(nn.Module):
         self.downsample = Downsample(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv.in_channels)
+        check_images(x, self.conv)
         return self.downsample(self.conv(x))
 
 
@@ -167,9 +167,9 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.use_global_query = use_global_query
-        self.qkv = Linear(dim, (2 if use_global_query else 3) * dim, **dd)
+        self.qkv = nn.Linear(dim, (2 if use_global_query else 3) * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * window_size - 1, 2 * window_size - 1, **dd))
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -181,14 +181,14 @@ class WindowAttention(nn.Module):
         w = self.window_size
         x = pad_tokens(x, (height + w - 1) // w * w, (width + w - 1) // w * w)
         x = window_attention(
-            self.qkv(x),
+            linear(self.qkv, x),
             num_heads=self.num_heads,
             window_size=w,
             bias_table=self.bias_table,
             bias_sign="query_minus_key",
             q=query if self.use_global_query else None,
         )
-        return self.proj(crop_tokens(x, height, width))
+        return linear(self.proj, crop_tokens(x, height, width))
 
 
 class GlobalContextStage(Stage):

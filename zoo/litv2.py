@@ -37,7 +37,7 @@ from zoo.backbone import (
 )
 from zoo.kernels import window_attention
 from zoo.kernels.dispatch import as_given
-from zoo.layers import Linear, by_image
+from zoo.layers import by_image, linear
 
 __all__ = ["LITv2"]
 
@@ -77,11 +77,13 @@ class HiFiAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.window_size = window_size
-        self.qkv = Linear(dim, 3 * num_heads * head_dim, **dd)
-        self.proj = Linear(num_heads * head_dim, num_heads * head_dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, **dd)
+        self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(window_attention(self.qkv(x), num_heads=self.num_heads, window_size=self.window_size))
+        return linear(
+            self.proj, window_attention(linear(self.qkv, x), num_heads=self.num_heads, window_size=self.window_size)
+        )
 
 
 @register_notrace_module
@@ -93,18 +95,20 @@ class LoFiAttention(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.window_size = window_size
-        self.q = Linear(dim, num_heads * head_dim, **dd)
-        self.kv = Linear(dim, 2 * num_heads * head_dim, **dd)
-        self.proj = Linear(num_heads * head_dim, num_heads * head_dim, **dd)
+        self.q = nn.Linear(dim, num_heads * head_dim, **dd)
+        self.kv = nn.Linear(dim, 2 * num_heads * head_dim, **dd)
+        self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
 
     def forward(self, x: Tensor, windows: Tensor) -> Tensor:
         """(B, H, W, dim), and the same padded to whole windows, to (B, H, W, num_heads * head_dim)."""
         if self.window_size > 1:
             windows = F.avg_pool2d(windows.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        query = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T, D)
-        key, value = self.kv(windows).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query = linear(self.q, x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T, D)
+        key, value = (
+            linear(self.kv, windows).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        )
         out = attend(query, key, value)  # (B, T, N D)
-        return self.proj(out.unflatten(1, x.shape[1:3]))
+        return linear(self.proj, out.unflatten(1, x.shape[1:3]))
 
 
 @register_notrace_module
@@ -151,11 +155,12 @@ class ConvMlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.fc1 = Linear(dim, hidden_dim, **dd)
+        self.widening = hidden_dim / dim
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
         self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
         self.act = nn.GELU()
         self.drop1 = nn.Dropout(drop)
-        self.fc2 = Linear(hidden_dim, dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
         self.drop2 = nn.Dropout(drop)
 
     def reset_parameters(self) -> None:
@@ -164,12 +169,12 @@ class ConvMlp(nn.Module):
         nn.init.zeros_(self.dw_conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_image(self.forward_images, x, self.fc1.out_features / self.fc1.in_features)
+        return by_image(self, self.forward_images, x, self.widening)
 
     def forward_images(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        x = self.dw_conv(self.fc1(x))
-        return self.drop2(self.fc2(self.drop1(self.act(x))))
+        x = self.dw_conv(linear(self.fc1, x))
+        return self.drop2(linear(self.fc2, self.drop1(self.act(x))))
 
 
 class MlpBlock(nn.Module):
@@ -230,9 +235,10 @@ class DeformableMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # In bfloat16, offsets would be multiples of 1/32 pixels from 4 pixels on.
         with as_given(x):
-            patches = sample_patches(x, self.offset(x.to(self.offset.weight.dtype)))
+            patches = sample_patches(x, self.offset(x.to(next(self.offset.parameters()).dtype)))
         x = F.gelu(self.norm(self.proj(patches.to(x.dtype))))
-        return x.contiguous(memory_format=torch.channels_last)  # the stage's tokens shall lie as NHWC
+        # The stage's tokens shall lie as NHWC; said like this, vmap can do it too.
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class LITv2(Backbone):

@@ -26,7 +26,7 @@ from zoo import checkpoints
 from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
 from zoo.kernels.checks import certain
-from zoo.layers import Linear, Mlp, by_image
+from zoo.layers import Mlp, by_image, linear
 
 __all__ = ["MaxViT"]
 
@@ -129,7 +129,7 @@ class Stem(nn.Module):
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.in_channels)
+        check_images(x, self.conv1)
         return self.conv2(self.act(self.norm(self.conv1(x))))
 
 
@@ -145,6 +145,7 @@ class MBConv(nn.Module):
         dd = {"device": device, "dtype": dtype}
         hidden_dim = 4 * dim
         self.norm = BatchNorm(in_dim, **dd)
+        self.widening = hidden_dim / in_dim
         self.expand = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
         self.norm1 = BatchNorm(hidden_dim, **dd)
         self.act = Gelu()
@@ -164,7 +165,7 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if any(norm.training for norm in (self.norm, self.norm1, self.norm2)):
             return self.forward_images(x)
-        return by_image(self.forward_images, x, self.expand.out_channels / self.expand.in_channels)
+        return by_image(self, self.forward_images, x, self.widening)
 
     def forward_images(self, x: Tensor) -> Tensor:
         """The same for all images at once, as the statistics of batch norm need it."""
@@ -193,9 +194,9 @@ class WindowAttention(nn.Module):
         self.num_heads = num_heads
         self.window_size = window_size
         self.layout = layout
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, *(2 * side - 1 for side in window_size), **dd))
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -207,7 +208,7 @@ class WindowAttention(nn.Module):
         padded = [(n + side - 1) // side * side for n, side in zip(size, self.window_size, strict=True)]
         divides = certain(padded[0] == size[0]) and certain(padded[1] == size[1])
         x = window_attention(
-            pad_tokens(self.qkv(x), *padded),  # after the layer, which has nothing to do for the padding
+            pad_tokens(linear(self.qkv, x), *padded),  # after the layer, which has nothing to do for the padding
             num_heads=self.num_heads,
             window_size=self.window_size,
             layout=self.layout,
@@ -215,7 +216,7 @@ class WindowAttention(nn.Module):
             bias_sign="key_minus_query",
             key_mask=None if divides else mask_padding(x, *padded),
         )
-        return self.proj(crop_tokens(x, *size))
+        return linear(self.proj, crop_tokens(x, *size))
 
 
 def mask_padding(x: Tensor, height: int, width: int) -> Tensor:

@@ -32,7 +32,7 @@ from zoo.backbone import (
     pad_tokens,
 )
 from zoo.kernels import neighborhood_attention, window_attention
-from zoo.layers import Linear, Mlp
+from zoo.layers import Mlp, linear
 
 __all__ = ["NAT"]
 
@@ -105,9 +105,9 @@ class NeighborhoodAttention(nn.Module):
         self.num_heads = num_heads
         self.kernel_size = kernel_size
         self.dilation = dilation
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, **dd))
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -119,13 +119,13 @@ class NeighborhoodAttention(nn.Module):
         span = self.kernel_size * self.dilation
         x = pad_tokens(x, larger(height, span), larger(width, span))
         x = neighborhood_attention(
-            self.qkv(x),
+            linear(self.qkv, x),
             num_heads=self.num_heads,
             kernel_size=self.kernel_size,
             dilation=self.dilation,
             bias_table=self.bias_table,
         )
-        return self.proj(crop_tokens(x, height, width))
+        return linear(self.proj, crop_tokens(x, height, width))
 
 
 @register_notrace_module
@@ -136,9 +136,9 @@ class GlobalAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim, **dd)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.bias_table = nn.Parameter(torch.empty(num_heads, 2 * size - 1, 2 * size - 1, **dd))
-        self.proj = Linear(dim, dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
 
     def reset_parameters(self) -> None:
         """Initialise the table."""
@@ -148,13 +148,13 @@ class GlobalAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         size = tuple(x.shape[1:3])
         x = window_attention(
-            self.qkv(x),
+            linear(self.qkv, x),
             num_heads=self.num_heads,
             window_size=size,
             bias_table=checkpoints.resize_table(self.bias_table, tuple(2 * side - 1 for side in size)),
             bias_sign="key_minus_query",
         )
-        return self.proj(x)
+        return linear(self.proj, x)
 
 
 class ConvStem(nn.Module):
@@ -168,7 +168,7 @@ class ConvStem(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1.in_channels)
+        check_images(x, self.conv1)
         return self.norm(self.conv2(self.conv1(x)))
 
 
@@ -193,13 +193,13 @@ class PatchMerging(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm = nn.LayerNorm(4 * in_dim, **dd)
-        self.reduction = Linear(4 * in_dim, dim, bias=False, **dd)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         x = pad_tokens(x, x.shape[1] + x.shape[1] % 2, x.shape[2] + x.shape[2] % 2)
         patches = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(patches, dim=-1))).permute(0, 3, 1, 2)
+        return linear(self.reduction, self.norm(torch.cat(patches, dim=-1))).permute(0, 3, 1, 2)
 
 
 def block_dilations(dilations: int | Sequence[int], depth: int) -> list[int]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from zoo import checkpoints
 from zoo.backbone import Backbone, Stage, check_images, check_stages, create
 from zoo.kernels import large_kernel_attention
-from zoo.layers import by_image
+from zoo.layers import by_image, is_plain
 
 __all__ = ["VAN"]
 
@@ -62,7 +62,7 @@ class Stem(PatchEmbed):
         super().__init__(in_chans, dim, kernel_size=7, stride=4, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.proj.in_channels)
+        check_images(x, self.proj)
         return super().forward(x)
 
 
@@ -79,6 +79,8 @@ class LargeKernelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         convs = self.dw_conv, self.dw_dilated_conv, self.pw_conv
+        if not all(is_plain(conv, nn.Conv2d) for conv in convs):
+            return x * self.pw_conv(self.dw_dilated_conv(self.dw_conv(x)))
         weights = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
         weights[4] = weights[4].flatten(1)  # the 1 x 1 convolution as a matrix
         return large_kernel_attention(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
@@ -107,6 +109,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.widening = hidden_dim / dim
         self.fc1 = nn.Conv2d(dim, hidden_dim, 1, **dd)
         self.dw_conv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
         self.act = nn.GELU()
@@ -115,7 +118,7 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_image(self.forward_images, x, self.fc1.out_channels / self.fc1.in_channels)
+        return by_image(self, self.forward_images, x, self.widening)
 
     def forward_images(self, x: Tensor) -> Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)."""
