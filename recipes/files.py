@@ -6,6 +6,7 @@ import codecs
 import difflib
 import json
 import string
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from zoo.recipes.errors import RunError
 
 # What decoding a damaged file raises, PIL's and timm's ways included.
 DECODING_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
+# Folders that macOS, Synology, Linux and Windows put among the files.
+_OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
 
 
@@ -65,6 +68,28 @@ def read_json(path: Path) -> Any:
         raise RunError(f"{path} is not usable JSON: its lists are nested too deeply.") from None
     except ValueError as error:
         raise RunError(f"{path} is not JSON: {error}.") from error
+
+
+def read_classes(path: Path) -> list[str]:
+    """The names in a text file with one class a line, in its order.
+
+    Raises:
+        RunError: it can't be read, names no class or one twice, or is of another kind.
+    """
+    if path.suffix.lower() in (".json", ".pkl", ".pickle"):
+        raise RunError(f"{path} is no list of classes: give a text file with one class a line.")
+    names = read_lines(path)
+    if not names:
+        raise RunError(f"{path} is empty: give a text file with one class a line.")
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice:
+        raise RunError(f"{path} has the class {twice!r} {names.count(twice)} times: name each class once.")
+    return names
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is not meant for people: hidden, or put there by an operating system."""
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 def is_text(path: str) -> bool:

@@ -67,10 +67,7 @@ def open_image(file: str | Path | BinaryIO, channels: int = 3, max_pixels: int =
         OSError: the file can't be opened.
     """
     with _opened(file, max_pixels) as image:
-        image.load()
-        turn = _TURNS.get(_orientation(image))
-        image = with_channels(image, channels)
-        return image if turn is None else image.transpose(turn)
+        return as_read(image, channels)
 
 
 def image_size(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -82,12 +79,22 @@ def image_size(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> tup
         return (height, width) if turned else (width, height)
 
 
-def with_channels(image: Image.Image, channels: int) -> Image.Image:
-    """An image of any mode with 1, 3 or 4 channels of 8 bits, as the table above says; it is not turned.
+def as_read(image: Image.Image, channels: int) -> Image.Image:
+    """What `open_image` gives, from an image of any mode that another reader opened.
 
     Raises:
         ImageError: nothing says which of its numbers is white.
     """
+    image.load()  # turns a TIFF
+    turn = _TURNS.get(_orientation(image))
+    image = _with_channels(image, channels)
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info = {}  # it would be turned again where this is called twice
+    return image
+
+
+def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     mode = MODES[channels]
     image = _eight_bits(image)
     if image.mode in ("La", "RGBa"):  # colours that are multiplied by the transparency

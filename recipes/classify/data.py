@@ -9,7 +9,8 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,24 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import ImageDataset, auto_augment, create_dataset, create_transform
 from timm.data.distributed_sampler import OrderedDistributedSampler
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torchvision.transforms import Compose, Grayscale
 
 from zoo.recipes import distributed
+from zoo.recipes.classify.folders import ClassFolders, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
 from zoo.recipes.errors import RunError
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, reason, similar_path
+from zoo.recipes.files import (
+    DECODING_ERRORS,
+    SPLIT_FOLDERS,
+    is_text,
+    read_classes,
+    reason,
+    similar_path,
+)
+from zoo.recipes.images import ENDINGS, MAX_PIXELS, MODES, ImageError, as_read, open_image
 from zoo.recipes.runs import log
 from zoo.recipes.seeding import seed_all
 
@@ -144,10 +153,12 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
         # A split may also be a .tar file, or the root one; timm's reader opens those.
         if os.path.isdir(cfg.root) and not os.path.isfile(os.path.join(cfg.root, cfg.val_split)):
             return _open_folders(cfg, seed, training, classes)
-    class_map = _class_map(cfg, classes)
+    if cfg.class_map:
+        classes = _class_map(cfg)
+    class_map = {name: index for index, name in enumerate(classes)} if classes else None
     train = _create(cfg, cfg.train_split, True, class_map) if training else None
-    names = list(classes) if classes else _class_names(train, cfg) if training else None
-    if class_map is None and names and _class_index(train):
+    names = _checked_number(list(classes), cfg) if classes else _class_names(train, cfg) if training else None
+    if class_map is None and training and _class_index(train):
         class_map = {name: index for index, name in enumerate(names)}
     val = _create(cfg, cfg.val_split, False, class_map)
     data = Data(train, val, names or _class_names(val, cfg))
@@ -157,39 +168,29 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
 
 def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[str] | None) -> Data:
     root = Path(cfg.root)
-    val_root = _split_folder(root, cfg.val_split)
-    class_map = _class_map(cfg, classes)
+    train_root, val_root = _split_folder(root, cfg.train_split, cfg), _split_folder(root, cfg.val_split, cfg)
+    if cfg.class_map:
+        classes = _class_map(cfg)
     if not training:
         # A root without split folders is itself what is to be evaluated.
-        folder = val_root or root
-        _check_class_folders(folder, cfg)
-        if classes and not cfg.class_map:
-            _check_same_classes(folder, classes, cfg)
-        val = _create(cfg, folder, False, class_map)
-        _check_files(val, cfg)
-        return Data(None, val, list(classes) if classes else _class_names(val, cfg))
-    train_root = _split_folder(root, cfg.train_split) or root
-    if val_root and train_root == root:
+        folders = _class_folders(val_root or root, cfg)
+        names = list(classes or folders.images)
+        return Data(None, _labelled(folders, names, cfg, training=False), _checked_number(names, cfg))
+    if val_root and not train_root:
         raise RunError(
             f"{root} has {val_root.name}/ but no {cfg.train_split}/: name it with data.train_split=<folder>."
         )
-    _check_class_folders(train_root, cfg)
-    train = _create(cfg, train_root, True, class_map)
-    names = list(classes) if classes else _class_names(train, cfg)
-    if cfg.class_map:
-        _note_left_out(train_root, names, cfg)
-    _check_files(train, cfg)
+    train_root = train_root or root
+    folders = _class_folders(train_root, cfg)
+    names = _checked_number(list(classes or folders.images), cfg)
+    train = _labelled(folders, names, cfg, training=True)
     if len(names) < 2:
-        raise RunError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more.")
+        inside = train_root / names[0]
+        hint = f"; if its classes are the folders in {inside}, that is the root" if folders_in(inside) else ""
+        raise RunError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more{hint}.")
     if val_root:
-        # The labels follow the training classes: a class without validation images must not shift the others.
-        class_map = {name: index for index, name in enumerate(names)}
-        _check_class_folders(val_root, cfg)
-        _check_same_classes(val_root, names, cfg)
-        val = _create(cfg, val_root, False, class_map)
-        _check_files(val, cfg)
-        return Data(train, val, names)
-    train_indices, val_indices = _hold_out([target for _, target in train.reader.samples], cfg.val_fraction, seed)
+        return Data(train, _labelled(_class_folders(val_root, cfg), names, cfg, training=False), names)
+    train_indices, val_indices = _hold_out([target for _, target in folders.samples], cfg.val_fraction, seed)
     if not val_indices:
         raise RunError(
             f"{train_root} has too few images to hold out {cfg.val_fraction:.0%} of a class for validation: "
@@ -205,34 +206,83 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
     return Data(train, train, names, train_indices, val_indices)
 
 
-def _class_map(cfg: DataConfig, classes: Sequence[str] | None) -> dict[str, int] | str | None:
-    if classes and not cfg.class_map:
-        return {name: index for index, name in enumerate(classes)}
-    if cfg.class_map and not os.path.isfile(cfg.class_map):
+def _class_folders(folder: Path, cfg: DataConfig) -> ClassFolders:
+    endings = ENDINGS
+    if cfg.input_key:
+        endings = {"." + ending.strip().lower().removeprefix(".") for ending in cfg.input_key.split(";")}
+    return ClassFolders(folder, endings)
+
+
+def _labelled(folders: ClassFolders, names: Sequence[str], cfg: DataConfig, training: bool) -> ImageDataset:
+    """The images of the classes `names`, in that order, of which other classes may be left out by a class map only."""
+    known, found = {class_name(name) for name in names}, list(folders.images)
+    unknown = [name for name in found if name not in known]
+    if unknown and not cfg.class_map:
+        raise RunError(
+            f"{folders.root} has {len(unknown)} {'class' if len(unknown) == 1 else 'classes'} that training does not "
+            f"have, {_some(map(repr, unknown))}{_meant(unknown[0], names)}: it has to use the names of the "
+            f"{len(names)} training classes."
+        )
+    if len(unknown) == len(found):
+        raise RunError(
+            f"{folders.root} has none of the {len(names)} classes of data.class_map={cfg.class_map}: it has "
+            f"{_some(map(repr, found))}{_meant(unknown[0], names)}."
+        )
+    if unknown and training:
+        log.warning(
+            "data.class_map=%s leaves out %d of the %d classes in %s: %s.",
+            cfg.class_map,
+            len(unknown),
+            len(found),
+            folders.root,
+            _some(unknown),
+        )
+    missing = [name for name in names if class_name(name) not in folders.images]
+    if missing:
+        log.warning(
+            "%s has no images of %d of the %d classes: %s.", folders.root, len(missing), len(names), _some(missing)
+        )
+    folders.label(names)
+    _check_files(folders, cfg)
+    return ImageDataset(folders.root, reader=folders)
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _meant(name: str, known: Sequence[str]) -> str:
+    """The known name that `name` was meant to be, for people."""
+    same = [other for other in known if other.casefold() == name.casefold()]
+    close = same or difflib.get_close_matches(name, list(known), n=1)
+    return f" (is {close[0]!r} meant?)" if close else ""
+
+
+def _class_map(cfg: DataConfig) -> list[str]:
+    if not os.path.isfile(cfg.class_map):
         raise RunError(f"data.class_map={cfg.class_map} does not exist: give a text file with one class a line.")
-    return cfg.class_map
+    return read_classes(Path(cfg.class_map))
 
 
-def _create(cfg: DataConfig, split: str | Path, training: bool, class_map: dict[str, int] | str | None) -> Dataset:
-    folder = isinstance(split, Path)
-    num_samples = cfg.num_samples if training else cfg.val_num_samples
+def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, int] | None) -> Dataset:
     try:
         return create_dataset(
-            "" if folder else cfg.name,
-            root=str(split) if folder else cfg.root,
-            split=str(split),
-            search_split=not folder,
+            cfg.name,
+            root=cfg.root,
+            split=split,
             is_training=training,
             class_map=class_map,
             download=cfg.download,
-            num_samples=num_samples,
+            num_samples=cfg.num_samples if training else cfg.val_num_samples,
+            input_img_mode="RGB" if cfg.name.lower().startswith("tfds/") else None,  # what they give is prepared here
             input_key=cfg.input_key,
-            **({} if folder else {"target_key": cfg.target_key}),
+            target_key=cfg.target_key,
         )
-    except (AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = split if folder else f"data.name={cfg.name!r}, data.root={cfg.root}, split {split!r}"
-        raise RunError(f"the data set can't be opened ({where}): {reason}") from error
+    except Exception as error:  # five libraries read here, and raise anything
+        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = f"data.name={cfg.name!r}, data.root={cfg.root}, split {split!r}"
+        raise RunError(f"the data set can't be opened ({where}): {what}") from error
 
 
 def _class_index(dataset: Dataset) -> dict[str, int] | None:
@@ -256,9 +306,13 @@ def _class_names(dataset: Dataset, cfg: DataConfig) -> list[str]:
         names = [str(label) for label in range(cfg.num_classes)]
     if not names:
         raise RunError(f"the data set {cfg.name!r} does not tell its classes: give data.num_classes=<number>.")
+    return _checked_number([str(name) for name in names], cfg)
+
+
+def _checked_number(names: list[str], cfg: DataConfig) -> list[str]:
     if cfg.num_classes and cfg.num_classes != len(names):
         raise RunError(f"data.num_classes={cfg.num_classes}, but the data has {len(names)} classes: leave it out.")
-    return [str(name) for name in names]
+    return names
 
 
 def _check_not_empty(data: Data, cfg: DataConfig) -> None:
@@ -271,63 +325,26 @@ def _check_not_empty(data: Data, cfg: DataConfig) -> None:
             raise RunError(f"the split {split!r} of data.name={cfg.name!r} {what}.")
 
 
-def _split_folder(root: Path, split: str) -> Path | None:
+def _split_folder(root: Path, split: str, cfg: DataConfig) -> Path | None:
+    """The folder of a split, if there is one; a class may have its name, too."""
     names = SPLIT_FOLDERS.get(split, (split,))
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    name = next((name for name in names if os.path.isdir(root / name)), None)
+    if name is None:
+        return None
+    splits = {cfg.train_split, cfg.val_split, "test", *(name for names in SPLIT_FOLDERS.values() for name in names)}
+    others = [other for other in folders_in(root) if other != name]
+    if folders_in(root / name) or not others or splits & set(others):
+        return root / name
+    log.info("%s has no class folders: it is taken for a class.", root / name)
+    return None
 
 
-def _check_class_folders(folder: Path, cfg: DataConfig) -> None:
-    endings = {e.lower() for e in cfg.input_key.split(";")} if cfg.input_key else get_img_extensions(as_set=True)
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if not classes:
-        raise RunError(f"{folder} has no class folders: images belong into {folder}/<class>/.")
-    for path in classes:
-        files = (name for _, _, names in os.walk(path, followlinks=True) for name in names)
-        if not any(os.path.splitext(name)[1].lower() in endings for name in files):
-            raise RunError(
-                f"the class folder {path} has no images ({', '.join(sorted(endings))}): add some or remove the folder."
-            )
-
-
-def _classes_in(folder: Path, cfg: DataConfig) -> set[str]:
-    """The classes that timm finds in a folder."""
-    _, present = find_images_and_targets(str(folder), types=cfg.input_key.split(";") if cfg.input_key else None)
-    return set(present)
-
-
-def _note_left_out(folder: Path, known: Sequence[str], cfg: DataConfig) -> None:
-    """Say which classes the class map leaves out: timm does so without a word."""
-    present = _classes_in(folder, cfg)
-    left = sorted(present - set(known))
-    if left:
-        names = f"{', '.join(left[:5])}{', ...' if len(left) > 5 else ''}"
-        which = f"{len(left)} of the {len(present)} classes in {folder}: {names}"
-        log.warning("data.class_map=%s leaves out %s.", cfg.class_map, which)
-
-
-def _check_same_classes(folder: Path, known: Sequence[str], cfg: DataConfig) -> None:
-    """timm leaves images of unknown classes out without a word; a wrong folder would look like a small one."""
-    present = _classes_in(folder, cfg)
-    unknown = sorted(present - set(known))
-    if unknown:
-        close = difflib.get_close_matches(unknown[0], list(known), n=1)
-        hint = f" (is {close[0]!r} meant?)" if close else ""
-        raise RunError(
-            f"{folder} has {len(unknown)} {'class' if len(unknown) == 1 else 'classes'} that training does not have, "
-            f"{', '.join(map(repr, unknown[:5]))}{hint}: it has to use the names of the {len(known)} training classes."
-        )
-    missing = sorted(set(known) - present)
-    if missing:
-        names = f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
-        log.warning("%s has no images of %d of the %d classes: %s.", folder, len(missing), len(known), names)
-
-
-def _check_files(dataset: Dataset, cfg: DataConfig) -> None:
+def _check_files(reader: ClassFolders, cfg: DataConfig) -> None:
     """Refuse text that is named like an image: an error page or a list, saved by mistake, spoils a whole data set.
 
     A damaged image is another matter: training skips and names it.
     """
-    names = dataset.filenames(absolute=True)
+    names = reader.filenames(absolute=True)
     count = len(names) if cfg.check_files < 0 else min(cfg.check_files, len(names))
     chosen = [names[i * len(names) // count] for i in range(count)]
     text = [name for name in chosen if is_text(name)]
@@ -353,13 +370,32 @@ def is_stream(dataset: Dataset) -> bool:
     return isinstance(dataset, IterableDataset)
 
 
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    """timm's strongest posterizing keeps no bits, which leaves black: Pillow refuses that from 13 on."""
+    return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
+
+
 def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> Any:
-    """timm's transform to an uint8 array (C, H, W): random for training with `cfg`, or for evaluation with None."""
+    """timm's transform to an uint8 array (C, H, W): random for training with `cfg`, or for evaluation with None.
+
+    Raises:
+        RunError: `cfg` can't be applied to images of so many channels.
+    """
     common = {"input_size": data_config["input_size"], "use_prefetcher": True}
+    channels = data_config["input_size"][0]
     if cfg is None:
         names = ("interpolation", "crop_pct", "crop_mode")
-        return create_transform(**common, **{name: data_config[name] for name in names})
-    return create_transform(
+        transform = create_transform(**common, **{name: data_config[name] for name in names})
+        return Compose([_middle, *transform.transforms]) if data_config["crop_mode"] == "center" else transform
+    if cfg.auto_augment and channels == 4:
+        raise RunError(
+            f"augment.auto_augment={cfg.auto_augment} changes images of 1 or 3 channels, but the model takes 4: "
+            "set it to null."
+        )
+    transform = create_transform(
         **common,
         is_training=True,
         scale=tuple(cfg.scale),
@@ -370,6 +406,18 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
         auto_augment=cfg.auto_augment,
         interpolation=cfg.interpolation,
     )
+    if cfg.auto_augment and channels == 1:  # its policies are for colours
+        *steps, to_array = transform.transforms
+        return Compose([Grayscale(3), *steps, Grayscale(1), to_array])
+    return transform
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Cut the ends off a very long image: resizing its short side would make the other huge, and they don't count."""
+    most = 64 * min(image.size)
+    width, height = (min(side, most) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
 
 
 Sample = tuple[torch.Tensor, int, list[str]]
@@ -391,12 +439,18 @@ class Samples(Dataset):
         training: bool,
         input_size: tuple[int, int, int],
         indices: Sequence[int] | None = None,
+        max_pixels: int = MAX_PIXELS,
     ):
-        if hasattr(dataset, "_max_retries"):
-            dataset._max_retries = 1  # timm would put another image in its place, which nobody could count
+        self.channels, self.max_pixels = input_size[0], max_pixels
+        if self.channels not in MODES:
+            raise RunError(
+                f"the model takes images of {self.channels} channels, but images are read with 1 (grey), 3 (RGB) or 4 "
+                "(RGBA): set model_kwargs.in_chans to one of these."
+            )
+        if hasattr(dataset, "loader"):  # torchvision's folders
+            dataset.loader = self._open
         self.dataset, self.transform, self.seed, self.training = dataset, transform, seed, training
         self.input_size, self.indices = input_size, indices
-        self.mode = {1: "L", 3: "RGB"}.get(input_size[0])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -408,21 +462,36 @@ class Samples(Dataset):
         place = bisect.bisect_left(indices, index)
         for attempt in range(min(len(indices), 1000) if self.training else 1):
             position = indices[(place + attempt) % len(indices)] if attempt else index
-            if self.training:
-                seed_all(self.seed, epoch, position)
             try:
-                image, target = self.dataset[position]
-                return *self._finish(image, target), corrupt
+                image, target = self._read(position)
             except DECODING_ERRORS as error:
                 corrupt.append(f"{self._name(position)} ({reason(error)})")
+                continue
+            if self.training:
+                seed_all(self.seed, epoch, position)
+            return self.finish(image), int(target), corrupt
         if self.training:
             raise RunError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
         return torch.zeros(self.input_size, dtype=torch.uint8), -1, corrupt
 
-    def _finish(self, image: Image.Image, target: int) -> tuple[torch.Tensor, int]:
-        if self.mode and image.mode != self.mode:
-            image = image.convert(self.mode)
-        return torch.as_tensor(self.transform(image)), int(target)
+    def _open(self, file: Any) -> Image.Image:
+        return open_image(file, self.channels, self.max_pixels)
+
+    def _read(self, position: int) -> tuple[Image.Image, Any]:
+        if not isinstance(self.dataset, ImageDataset):
+            image, target = self.dataset[position]
+            return as_read(image, self.channels), target
+        # timm's own way would put another image in the place of one that can't be read, which nobody could count.
+        try:
+            file, target = self.dataset.reader[position]
+        except (AssertionError, KeyError, TypeError, EOFError, tarfile.TarError) as error:
+            raise ImageError(f"it has no image ({type(error).__name__}: {error})") from error
+        with file:
+            return self._open(file), target
+
+    def finish(self, image: Image.Image) -> torch.Tensor:
+        """An image of the right number of channels, transformed."""
+        return torch.as_tensor(self.transform(image))
 
     def _name(self, position: int) -> str:
         for name in (getattr(self.dataset, "filename", None), getattr(self.dataset, "samples", None)):
@@ -440,11 +509,26 @@ class Stream(IterableDataset):
         self.dataset, self.samples, self.epoch = dataset, samples, 0
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        for number, (image, target) in enumerate(self.dataset):
-            if self.samples.training:
-                seed_all(self.samples.seed, self.epoch, number, distributed.rank(), worker.id if worker else 0)
-            yield *self.samples._finish(image, target), []
+        samples, worker = self.samples, get_worker_info()
+        corrupt: list[str] = []
+        for number, (image, target) in enumerate(self._stream()):
+            try:
+                image = as_read(image, samples.channels)
+            except DECODING_ERRORS as error:
+                corrupt.append(f"image {number} of the stream ({reason(error)})")
+                if not samples.training:
+                    yield torch.zeros(samples.input_size, dtype=torch.uint8), -1, [corrupt.pop()]
+                continue
+            if samples.training:
+                seed_all(samples.seed, self.epoch, number, distributed.rank(), worker.id if worker else 0)
+            yield samples.finish(image), int(target), corrupt
+            corrupt = []
+
+    def _stream(self) -> Iterator[tuple[Image.Image, Any]]:
+        try:
+            yield from self.dataset
+        except DECODING_ERRORS as error:
+            raise RunError(f"the data set can't be read to its end: {reason(error)}") from error
 
 
 class EpochSampler(Sampler):

@@ -103,8 +103,10 @@ class Run(Course):
         rank, world = distributed.rank(), distributed.world_size()
         size = self.data_config["input_size"]
         transform = build_transform(cfg.augment, self.data_config)
-        samples = Samples(data.train, transform, seed, True, size, data.train_indices)
-        self.val_samples = Samples(data.val, build_transform(None, self.data_config), seed, False, size)
+        most = cfg.data.max_pixels
+        samples = Samples(data.train, transform, seed, True, size, data.train_indices, max_pixels=most)
+        evaluation = build_transform(None, self.data_config)
+        self.val_samples = Samples(data.val, evaluation, seed, False, size, max_pixels=most)
         self.train_images = _count(data.train, data.train_indices)
         self.val_images = _count(data.val, data.val_indices)
         if data.train_indices is None:

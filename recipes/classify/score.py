@@ -91,7 +91,8 @@ def _from_run(cfg: DictConfig, overridden: Sequence[str]) -> tuple[nn.Module, Di
 
 def _evaluate(cfg: DictConfig, model: nn.Module, data: Any, device: torch.device) -> Evaluation:
     data_config = input_config(model, cfg.data)
-    samples = Samples(data.val, build_transform(None, data_config), cfg.seed, False, data_config["input_size"])
+    transform, size = build_transform(None, data_config), data_config["input_size"]
+    samples = Samples(data.val, transform, cfg.seed, False, size, max_pixels=cfg.data.max_pixels)
     loader = build_val_loader(data, samples, cfg.trainer.batch_size, cfg.data, device)
     if cfg.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)

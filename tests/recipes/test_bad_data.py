@@ -150,10 +150,12 @@ def test_a_held_out_image_never_takes_the_place_of_a_corrupt_one(compose, make_f
     _corrupt(root / data.train.reader.samples[before][0])
     run = loop.Run(cfg, data, torch.device("cpu"), tmp_path / "run")
     read = []
-    original = type(data.train).__getitem__
+    reader = type(data.train.reader)
+    original = reader.__getitem__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(data.train), "__getitem__", lambda self, i: read.append(i) or original(self, i))
+        patch.setattr(reader, "__getitem__", lambda self, i: read.append(i) or original(self, i))
         run.loader.dataset[0, before]
+    assert len(read) == 2
     assert set(read) <= set(data.train_indices)
 
 

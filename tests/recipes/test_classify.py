@@ -190,13 +190,6 @@ def test_split_folders_are_named(make_folder, options, tmp_path):
     assert (len(data.train), len(data.val)) == (6, 9)
 
 
-def test_classes_may_be_nested(make_folder, options, tmp_path):
-    make_folder(tmp_path, classes=("fruit/apple", "fruit/banana", "berry"), per_class=5)
-    data = open_data(options(tmp_path), seed=0)
-    assert len(data.classes) == 3
-    assert len(data.train_indices) + len(data.val_indices) == 15
-
-
 @pytest.fixture
 def unsplit(make_folder, options, tmp_path):
     """Open a folder without a validation split: 3 classes of 20 images."""

@@ -1,0 +1,142 @@
+"""Class folders: which images there are, and of which classes. What is checked is what is read: one walk finds both."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from timm.data.readers.reader import Reader
+
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import is_hidden
+from zoo.recipes.runs import log
+
+
+class ClassFolders(Reader):
+    """The images in a folder of class folders, for timm's ImageDataset.
+
+    The classes are the folders of the first level, whatever folders they have themselves. Hidden files and folders and
+    those of operating systems do not count; links do, but a folder counts once in a class, so that loops end.
+
+    Args:
+        root: The folder.
+        endings: Endings of image files, in lower case.
+
+    Raises:
+        RunError: a folder can't be read, there is no class folder, one has no images, or two have the same name.
+
+    Attributes:
+        images: The images of each class, by the names of the classes in natural order (a2 before a10).
+        samples: The images that have a label, in natural order of their paths, each with its label.
+    """
+
+    def __init__(self, root: Path, endings: Collection[str]):
+        super().__init__()
+        self.root = str(root)
+        _, folders, files = _listing(self.root)
+        stray = [name for name in files if _ending(name) in endings]
+        if stray:
+            log.warning(
+                "%s has %d images outside of class folders, which are left out; the first is %s.",
+                root,
+                len(stray),
+                stray[0],
+            )
+        if not folders:
+            raise RunError(f"{root} has no class folders: images belong into {root}/<class>/.")
+        self.images: dict[str, list[str]] = {}
+        nested = 0
+        for folder in sorted(folders, key=natural_key):
+            name, path = class_name(folder), os.path.join(self.root, folder)
+            found = list(_images(path, endings, set()))
+            if not found:
+                raise RunError(
+                    f"the class folder {path} has no images ({', '.join(sorted(endings))}): "
+                    "add some or remove the folder."
+                )
+            if name in self.images:
+                raise RunError(f"{root} has two folders of the class {name!r}: put their images into one.")
+            self.images[name] = found
+            nested += sum(os.path.dirname(image) != path for image in found)
+        if nested:
+            log.info(
+                "%s: %d images lie deeper than their class folders; the classes are the folders of the first level.",
+                root,
+                nested,
+            )
+        self.samples: list[tuple[str, int]] = []
+
+    def label(self, classes: Sequence[str]) -> None:
+        """Give the images the places of their classes in `classes` as labels; those of others are left out."""
+        labels = {class_name(name): label for label, name in enumerate(classes)}
+        samples = [(path, labels[name]) for name, paths in self.images.items() if name in labels for path in paths]
+        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
+
+
+def class_name(text: str) -> str:
+    """A class name as it is compared: file systems write the same letters with and without composing accents."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def natural_key(text: str) -> tuple[list[int | str], str]:
+    """Sorts numbers within names by size, as timm does; what differs in case alone comes in a fixed order."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())], text
+
+
+def folders_in(folder: Path) -> list[str]:
+    """Names of the folders in `folder` that could be classes; raises RunError where it can't be read."""
+    return _listing(str(folder))[1]
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _listing(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
+    """What `folder` is to the file system, and the names of the folders and files in it that are not hidden."""
+    folders, files = [], []
+    try:
+        status = os.stat(folder)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if is_hidden(entry.name):
+                    continue
+                if _is_folder(entry):
+                    folders.append(entry.name)
+                # A link to nothing is an image that can't be read; a pipe would wait for ever.
+                elif entry.is_symlink() or entry.is_file():
+                    files.append(entry.name)
+    except OSError as error:
+        raise RunError(f"{folder} can't be read ({error.strerror}): mend that, or remove it.") from error
+    return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _images(folder: str, endings: Collection[str], visited: set[tuple[int, int]]) -> Iterator[str]:
+    identity, folders, files = _listing(folder)
+    if identity in visited:
+        return
+    visited.add(identity)
+    yield from (os.path.join(folder, name) for name in files if _ending(name) in endings)
+    for name in folders:
+        yield from _images(os.path.join(folder, name), endings, visited)
