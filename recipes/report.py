@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import argparse
 import base64
+import io
 import json
 import math
+import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 import yaml
@@ -30,6 +33,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo.recipes import cli, config
 from zoo.recipes.errors import RunError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 NAME = "report.html"
 _GENERATOR = '<meta name="generator" content="zoo-report">'
@@ -49,6 +55,11 @@ _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
 _OWN = ("run", "resume")  # keys that say nothing about what is trained
 _MOST_CELLS = 40  # classes of a confusion matrix
 _MOST_ROWS = 20  # classes that keep the data's order; of more, the worst come first
+_FEW_IMAGES, _FEW_OF_A_CLASS = 100, 10  # fewer make a score that says little
+_VALIDATION = (  # settings that say what the scores are of
+    *("data.name", "data.root", "data.val_split", "data.val_ann", "data.val_images", "data.val_labels"),
+    *("data.class_map", "data.val_num_samples", "data.reduce_zero_label"),
+)
 
 
 @dataclass
@@ -89,7 +100,27 @@ class Record:
                 record for record in self.history if any(f"val_{name}" in record for name in SCORES[self.task])
             ]
             found = {key.removeprefix("val_"): value for key, value in (evaluated or [{}])[-1].items()}
-        return {name: found[name] for name in SCORES[self.task] if found.get(name) is not None}
+        names = [name for name in SCORES[self.task] if found.get(name) is not None]
+        # Of five classes, the right one is always among the first five.
+        return {
+            name: found[name]
+            for name in names
+            if name != "top5" or self.class_names is None or len(self.class_names) > 5
+        }
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of the classes, if they are known."""
+        found = self.classes or self.summary or {}
+        return found.get("classes")
+
+    @property
+    def images(self) -> int | None:
+        """How many images the scores are of, if that is known."""
+        if self.evaluation:
+            return self.facts["metrics"].get("images") or (self.facts.get("data") or {}).get("images")
+        counts = self.classes["counts"] if self.classes and self.classes["unit"] == "images" else ()
+        return (self.summary or {}).get("val_images") or sum(counts) or None
 
     @property
     def main(self) -> str | None:
@@ -222,22 +253,33 @@ def _unreadable(path: Path, error: Exception) -> RunError:
 
 def page(record: Record) -> str:
     """The HTML of a run or an evaluation."""
+    left_out = []
+
+    def part(name: str, make: Callable[[Record], Any]) -> Any:
+        """What `make` gives, or nothing where the files don't hold what a run or an evaluation writes."""
+        try:
+            return make(record)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            left_out.append(name)
+            return []
+
     sections = {
-        "tiles": _tiles(record),
-        "charts": _charts([record]),
-        "classes": _class_table(record),
-        "matrix": _matrix(record),
-        "pictures": _pictures(record.path),
-        "steps": _steps(record),
-        "data": _data(record),
-        "changes": _changes(record),
+        "tiles": part("figures", _tiles),
+        "charts": part("curves", lambda record: _charts([record])),
+        "classes": part("classes", _class_table),
+        "matrix": part("confusion matrix", _matrix),
+        "pictures": part("pictures", lambda record: _pictures(record.path)),
+        "steps": part("parts of an update", _steps),
+        "data": part("data", _data),
+        "changes": part("differences from the recipe", _changes),
         "configuration": yaml.safe_dump(record.settings, sort_keys=False, allow_unicode=True),
-        "notes": _notes(record),
+        "facts": part("command and versions", _facts),
+        "notes": part("notes", _notes),
     }
+    if left_out:
+        sections["notes"].insert(0, f"Files of this folder are damaged or incomplete. Left out: {', '.join(left_out)}.")
     parts = record.path.absolute().parts[-2 if record.evaluation else -1 :]
-    return _render(
-        "run", record=record, folder="/".join(parts), task=_TASKS[record.task], facts=_facts(record), **sections
-    )
+    return _render("run", record=record, folder="/".join(parts), task=_TASKS[record.task], **sections)
 
 
 def comparison(records: Sequence[Record]) -> str:
@@ -256,6 +298,7 @@ def comparison(records: Sequence[Record]) -> str:
         records=records,
         task=_TASKS[task],
         scores=_score_table(records),
+        differences=_data_differences(records),
         charts=_charts(records),
         changes=_setting_table(records),
         classes=_class_differences(records),
@@ -310,7 +353,11 @@ def _render(kind: str, **content: Any) -> str:
 def _tiles(record: Record) -> list[tuple[str, str, str]]:
     """Figures in large print: label, figure, small print."""
     names = SCORES[record.task]
-    tiles = [(names[name], _percent(value, record.task), "") for name, value in record.scores.items()]
+    images = f"of {_counted(record.images, 'image')}" if record.images else ""
+    tiles = [
+        (names[name], _percent(value, record.task), images if name == record.main else "")
+        for name, value in record.scores.items()
+    ]
     if record.best:
         value, epoch = record.best
         tiles.insert(1, (f"best {names[record.main]}", _percent(value, record.task), f"epoch {_number(epoch)}"))
@@ -347,6 +394,11 @@ def _notes(record: Record) -> list[str]:
         last = record.history[-1] if record.history else None
         where = f"the figures are those after update {last['update']}" if last else "it was not evaluated yet"
         notes.append(f"This run has not ended: {where}.")
+    if record.images and record.images < _FEW_IMAGES:
+        one = f": one image makes {100 / record.images:.2g} points" if record.task == "classify" else ""
+        notes.append(
+            f"The scores are of no more than {_counted(record.images, 'image')}{one}. Small differences are chance."
+        )
     skipped = sum(r.get("skipped_updates") or 0 for r in record.history)
     if skipped:
         notes.append(f"{skipped} updates were left out since their loss was not finite.")
@@ -396,13 +448,43 @@ def _is_known(key: str, settings: Sequence[dict[str, Any]]) -> bool:
     return key not in _OWN and (named_by_users or all(key in values for values in settings))
 
 
-def _pictures(folder: Path) -> list[dict[str, str]]:
+def _pictures(folder: Path) -> list[dict[str, Any]]:
+    """Each with a title and a note, and either its pictures in groups, or the file as it is."""
+    from zoo.recipes import sheet  # with torch, which help need not wait for
+
     found = []
     for name, (title, note) in _PICTURES.items():
         if (folder / name).exists():
-            content = base64.b64encode((folder / name).read_bytes()).decode()
-            found.append({"title": title, "note": note, "source": f"data:image/png;base64,{content}"})
+            parts = sheet.read(folder / name)
+            groups = [
+                [
+                    {"source": _source(_png(tile.picture)), "caption": tile.caption, "wrong": tile.wrong}
+                    for tile in group
+                ]
+                for group in (parts.groups if parts else [])
+            ]
+            whole = "" if parts else _source((folder / name).read_bytes())
+            legend = [entry for entry in (parts.legend if parts else []) if re.fullmatch("#[0-9a-f]{6}", entry[1])]
+            found.append(
+                {
+                    "title": title,
+                    "note": parts.title if parts else note,
+                    "source": whole,
+                    "groups": groups,
+                    "legend": legend,
+                }
+            )
     return found
+
+
+def _png(picture: Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="png")
+    return file.getvalue()
+
+
+def _source(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _class_table(record: Record) -> dict[str, Any] | None:
@@ -418,8 +500,13 @@ def _class_table(record: Record) -> dict[str, Any] | None:
     worst_first = len(rows) > _MOST_ROWS
     if worst_first:
         rows.sort(key=lambda row: math.inf if row["scores"][0] is None else row["scores"][0])
-    columns = [_CLASS_SCORES[name] for name in names]
-    return {"columns": columns, "unit": table["unit"], "rows": rows, "worst_first": worst_first}
+    return {
+        "columns": [_CLASS_SCORES[name] for name in names],
+        "unit": table["unit"],
+        "rows": rows,
+        "worst_first": worst_first,
+        "few": sum(0 < row["count"] < _FEW_OF_A_CLASS for row in rows),
+    }
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
@@ -493,10 +580,12 @@ def _steps(record: Record) -> dict[str, Any] | None:
 
 
 def _score_table(records: Sequence[Record]) -> dict[str, Any]:
-    """The latest scores of each run, the best of each column marked."""
+    """The latest scores of each run, the best of each column marked, unless they are of different data."""
     names = [name for name in SCORES[records[0].task] if any(name in record.scores for record in records)]
     columns = [[record.scores.get(name) for record in records] for name in names]
     best = [max((value for value in column if value is not None), default=None) for column in columns]
+    if _data_differences(records):
+        best = [None] * len(columns)
     rows = []
     for i, record in enumerate(records):
         summary = record.summary or {}
@@ -511,6 +600,7 @@ def _score_table(records: Sequence[Record]) -> dict[str, Any]:
         rows.append(
             {
                 "model": record.model,
+                "images": f"{record.images:,}" if record.images else "",
                 "scores": [(_percent(value, record.task), mark) for value, mark in scores],
                 "best": best_epoch,
                 "params": f"{params / 1e6:.2f} M" if params else "",
@@ -521,12 +611,35 @@ def _score_table(records: Sequence[Record]) -> dict[str, Any]:
     return {"columns": [SCORES[records[0].task][name] for name in names], "rows": rows}
 
 
+def _data_differences(records: Sequence[Record]) -> list[str]:
+    """In what the data differ that the runs' scores are of."""
+    found = [f"{key}: {' / '.join(map(_value, values))}" for key, values in _validation(records) if _differ(values)]
+    images = [record.images for record in records if record.images]
+    if _differ(images):
+        found.append(f"validation images: {' / '.join(f'{count:,}' for count in images)}")
+    if _differ([record.class_names for record in records if record.class_names]):
+        found.append("the classes")
+    return found
+
+
+def _validation(records: Sequence[Record]) -> Iterator[tuple[str, list[Any]]]:
+    """The settings that say which the validation images are, those that all runs have; one folder has one path."""
+    for key in _VALIDATION:
+        if all(key in record.settings for record in records):
+            values = [record.settings[key] for record in records]
+            yield key, [os.path.abspath(v) if key == "data.root" and isinstance(v, str) else v for v in values]
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    return any(value != values[0] for value in values)
+
+
 def _setting_table(records: Sequence[Record]) -> list[tuple[str, list[Any]]]:
     """The settings in which the runs differ."""
     settings = [record.settings for record in records]
     keys = dict.fromkeys(key for values in settings for key in values if _is_known(key, settings))
     rows = [(key, [values.get(key) for values in settings]) for key in keys]
-    return [(key, values) for key, values in rows if any(value != values[0] for value in values)]
+    return [(key, values) for key, values in rows if _differ(values)]
 
 
 def _class_differences(records: Sequence[Record]) -> dict[str, Any] | None:
@@ -592,7 +705,16 @@ def _charts(records: Sequence[Record]) -> list[dict[str, Any]]:
             wanted.append(("parts of the training loss", named))
         wanted += [("learning rate", [("", "lr")]), ("training images per second", [("", "images_per_second")])]
         charts = [(title, [(label, key, record) for label, key in lines]) for title, lines in wanted]
-    drawn = (_chart(title, [(label, _points(record, key)) for label, key, record in lines]) for title, lines in charts)
+    percentages = {f"{split}_{name}" for split in ("train", "val") for name in SCORES[task]}
+    drawn = (
+        _chart(
+            title,
+            [(label, _points(record, key)) for label, key, record in lines],
+            percent=all(key in percentages for _, key, _ in lines),
+            from_zero=any(key == "images_per_second" for _, key, _ in lines),
+        )
+        for title, lines in charts
+    )
     return [chart for chart in drawn if chart]
 
 
@@ -601,22 +723,22 @@ def _points(record: Record, key: str) -> list[tuple[float, float]]:
     return [(r["epoch"], r[key]) for r in record.history if isinstance(r.get(key), int | float)]
 
 
-def _chart(title: str, lines: Sequence[tuple[str, list[tuple[float, float]]]]) -> dict[str, Any] | None:
+def _chart(
+    title: str, lines: Sequence[tuple[str, list[tuple[float, float]]]], percent: bool = False, from_zero: bool = False
+) -> dict[str, Any] | None:
     """A chart of `lines`: label and points of each; None if there are no points."""
-    from matplotlib.ticker import MaxNLocator
-
     given = [(label, points, number) for number, (label, points) in enumerate(lines) if points]
     if not given:
         return None
     xs = [x for _, points, _ in given for x, _ in points]
     ys = [y for _, points, _ in given for _, y in points]
-    whole = all(float(x).is_integer() for x in xs)
-    # Where all values are alike, there is room around them all the same.
-    around = 0.0 if max(ys) - min(ys) > 1e-3 * max(map(abs, ys)) else 0.1 * max(map(abs, ys)) or 1.0
-    y_ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(min(ys) - around, max(ys) + around)
-    margin = 0.02 * (max(xs) - min(xs)) or 0.5  # dots keep clear of the labels
-    x_low, x_high = min(xs) - margin, max(xs) + margin
-    x_ticks = MaxNLocator(5, integer=whole, steps=[1, 2, 5, 10]).tick_values(x_low, x_high)
+    # Of a single epoch one sees when it was; and a lonely dot is not taken for a flat curve.
+    x_low, x_high = (min(xs), max(xs)) if len(set(xs)) > 1 else (0, max(xs) or 1)
+    x_ticks = _epochs(x_low, x_high)
+    margin = 0.02 * (x_high - x_low)  # dots keep clear of the labels
+    x_low, x_high = x_low - margin, x_high + margin
+    y_ticks = _heights(0 if from_zero else min(ys), max(ys), 100 if percent else math.inf)
+    unit = " %" if percent else ""
     y_low, y_high = y_ticks[0], y_ticks[-1]
     across = (_WIDTH - _LEFT - _RIGHT) / (x_high - x_low)
     up = (_HEIGHT - _TOP - _BOTTOM) / (y_high - y_low)
@@ -629,20 +751,48 @@ def _chart(title: str, lines: Sequence[tuple[str, list[tuple[float, float]]]]) -
     for label, points, number in given:
         places = [place(*point) for point in points]
         dots = [
-            {"x": x, "y": y, "hint": f"epoch {_number(p[0])}: {_number(p[1])}"}
+            {"x": x, "y": y, "hint": f"epoch {_number(p[0])}: {_number(p[1])}{unit}"}
             for (x, y), p in zip(places, points, strict=True)
         ]
         path = " ".join(f"{x},{y}" for x, y in places)
-        drawn.append({"label": label, "color": number % 8, "dashed": number >= 8, "path": path, "dots": dots})
+        alone = f"{_number(points[0][1])}{unit}" if len(points) == 1 else ""
+        drawn.append(
+            {"label": label, "color": number % 8, "dashed": number >= 8, "path": path, "dots": dots, "alone": alone}
+        )
     return {
         "title": title,
         "size": (_WIDTH, _HEIGHT),
         "frame": (_LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM),
-        "x_ticks": [(place(x, y_low)[0], _number(x)) for x in x_ticks if x_low <= x <= x_high],
-        "y_ticks": [(place(x_low, y)[1], _tick(y, step)) for y in y_ticks],
+        "x_ticks": [(place(x, y_low)[0], _number(x)) for x in x_ticks],
+        "y_ticks": [(place(x_low, y)[1], _tick(y, step) + unit) for y in y_ticks],
         "lines": drawn,
         "many": max(len(line["dots"]) for line in drawn) > 40,
     }
+
+
+def _epochs(low: float, high: float) -> list[float]:
+    """Ticks at whole epochs, or at parts of one if there are not two of them."""
+    from matplotlib.ticker import MaxNLocator
+
+    if math.floor(high) <= math.ceil(low):
+        return [x for x in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= x <= high]
+    apart = next(n * 10**k for k in range(20) for n in (1, 2, 5) if (high - low) / (n * 10**k) <= 7)
+    return [apart * i for i in range(math.ceil(low / apart), math.floor(high / apart) + 1)]
+
+
+def _heights(low: float, high: float, most: float = math.inf) -> list[float]:
+    """Ticks from below `low` to above `high`: from 0 on, unless all values are far from it, and near to each other.
+
+    There are none above `most`, which no value exceeds.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    if low >= 0 and low <= 0.7 * high:
+        low = 0.0
+    # Where all values are alike, there is room around them all the same.
+    around = 0.0 if high - low > 1e-3 * max(abs(low), abs(high)) else 0.1 * abs(high) or 1.0
+    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - around, high + around)
+    return [tick for tick in ticks if tick <= most]
 
 
 def _tick(value: float, step: float) -> str:
@@ -670,12 +820,16 @@ def _percent(value: float | None, task: str = "classify") -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _value(value: Any) -> str:
     """A setting, as one would write it."""
-    return "not set" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return "not set" if value in (None, "") else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _duration(seconds: float) -> str:

@@ -14,10 +14,12 @@ import torch
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_pil_image
 
-from zoo.recipes import distributed, runs
+from zoo.recipes import distributed, runs, sheet
 from zoo.recipes.errors import RunError
 from zoo.recipes.runs import atomic
+from zoo.recipes.sheet import Tile
 
 
 @dataclass
@@ -133,8 +135,6 @@ def plot_predictions(
 
     Looks at 512 images at most, evenly spread.
     """
-    from matplotlib.figure import Figure
-
     step = max(1, math.ceil(len(indices) / 512))
     items = [samples[0, index] for index in list(indices)[::step]]
     items = [item for item in items if item[1] >= 0]
@@ -152,22 +152,19 @@ def plot_predictions(
     half = rows * columns // 2
     rest = order[half:]
     order = order[:half] + rest[:: max(1, len(rest) // half)][:half]
-    figure = Figure(figsize=(1.5 * columns, 1.85 * rows), layout="constrained", dpi=110)
-    wrong = int((answers != targets).sum())
-    figure.suptitle(
-        f"{wrong} of the {len(items)} validation images looked at are wrong: these and the least certain, then others",
-        fontsize=10,
+    wrong, looked_at = int((answers != targets).sum()), " looked at" * (step > 1)
+    ordinary = f"; the last {len(order) - half} are ordinary ones" if rest else ""
+    title = (
+        f"Wrong: {wrong} of {len(items)} validation images{looked_at}. The wrong ones and the least certain come "
+        f"first{ordinary}."
     )
-    for position, i in enumerate(order, start=1):
-        axes = figure.add_subplot(rows, columns, position)
-        image = items[i][0]
-        axes.imshow(image.permute(1, 2, 0).squeeze().numpy(), cmap="gray")
+    tiles = []
+    for i in order:
         right = bool(answers[i] == targets[i])
-        text = _short(classes[answers[i]]) + ("" if right else f", is {_short(classes[targets[i]])}")
-        axes.set_title(f"{text}\n{100 * scores[i]:.0f} %", fontsize=8, color="black" if right else "tab:red")
-        axes.axis("off")
-    with atomic(path) as file:
-        figure.savefig(file, format="png")
+        said = f"{classes[answers[i]]} ({100 * scores[i]:.0f} %)"
+        caption = said if right else f"{said}, is {classes[targets[i]]}"
+        tiles.append([Tile(to_pil_image(items[i][0]).convert("RGB"), caption, wrong=not right)])
+    sheet.write(path, tiles, title=title, columns=columns)
 
 
 def _short(name: str, length: int = 14) -> str:

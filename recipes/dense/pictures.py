@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.font_manager import findfont  # ships DejaVu Sans
 from mmengine.dataset import pseudo_collate
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_segmentation_masks
 
-from zoo.recipes.runs import atomic
+from zoo.recipes import sheet
+from zoo.recipes.sheet import Tile
 
 # Smaller pictures are enlarged to this many pixels, so that names can be read.
 _READABLE = 384
+_WIDTH = 320  # of a sample's picture
 SCORE = 0.5
 _BACKGROUND = "background"
 _MOST_NAMES = 36  # that a legend has room for
@@ -40,6 +41,7 @@ def draw_objects(
     classes: Sequence[str],
     scores: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
+    width: int | None = None,
 ) -> Image.Image:
     """Draw objects on an RGB image.
 
@@ -50,10 +52,10 @@ def draw_objects(
         classes: The names of the labels.
         scores: (N,), 0-1; not written if None.
         masks: (N, H, W), bool; not drawn if None.
+        width: Of the result; if None that of the image, of a small one more.
     """
     palette = [colors(len(classes))[label] for label in labels.tolist()]
-    factor = max(1.0, _READABLE / min(image.size))
-    pixels = pil_to_tensor(image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC))
+    factor, pixels = _resized(image, width)
     if not len(labels):
         return to_pil_image(pixels)
     if masks is not None:
@@ -62,21 +64,59 @@ def draw_objects(
     names = [classes[label] for label in labels.tolist()]
     if scores is not None:
         names = [f"{name} {100 * score:.0f} %" for name, score in zip(names, scores.tolist(), strict=True)]
-    return to_pil_image(
-        draw_bounding_boxes(
-            pixels, boxes.cpu() * factor, names, palette, width=2, label_colors=["black"] * len(names),
-            label_background_colors=palette, fill_labels=True, font=findfont("DejaVu Sans"), font_size=14,
-        )
-    )  # fmt: skip
+    picture = to_pil_image(pixels)
+    draw = ImageDraw.Draw(picture)
+    line = max(2, round(min(picture.size) / 250))
+    font = ImageFont.truetype(findfont("DejaVu Sans:bold"), max(14, round(min(picture.size) / 40)))
+    # All boxes before the first label, so that no box crosses one.
+    places = (boxes.cpu() * factor).tolist()
+    for box, colour in zip(places, palette, strict=True):
+        draw.rectangle(_upright(box), outline=colour, width=line)
+    for box, name, colour in zip(places, names, palette, strict=True):
+        _label(draw, box, name, colour, font)
+    return picture
 
 
-def draw_labels(image: Image.Image, labels: torch.Tensor, classes: Sequence[str]) -> Image.Image:
-    """Draw the classes of pixels, (H, W) integers, on an RGB image.
+def _upright(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """Pillow takes no box that ends before it begins, as detectors sometimes find."""
+    left, top, right, bottom = box
+    return left, top, max(left, right), max(top, bottom)
+
+
+def _label(
+    draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, colour: tuple[int, int, int], font: ImageFont.ImageFont
+) -> None:
+    """Write beside a box: above it, where there is no room below, else at its top; always inside of the picture."""
+    left, top, _, bottom = box
+    width, height = draw.im.size
+    wide, high = font.getlength(text) + 6, sum(font.getmetrics()) + 2
+    y = top - high if top >= high else bottom if bottom + high <= height else top
+    x, y = max(0, min(left, width - wide)), max(0, min(y, height - high))
+    draw.rectangle((x, y, x + wide, y + high), colour)
+    draw.text((x + 3, y + 1), text, _readable_on(colour), font)
+
+
+def _readable_on(colour: tuple[int, int, int]) -> str:
+    """Black on light colours, white on dark and on saturated ones."""
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+
+
+def _resized(image: Image.Image, width: int | None) -> tuple[float, torch.Tensor]:
+    """The factor to the size that is drawn in, and the image in it, (3, H, W)."""
+    factor = width / image.width if width else max(1.0, _READABLE / min(image.size))
+    size = [max(1, round(side * factor)) for side in image.size]
+    return factor, pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
+
+
+def draw_labels(
+    image: Image.Image, labels: torch.Tensor, classes: Sequence[str], width: int | None = None
+) -> Image.Image:
+    """Draw the classes of pixels, (H, W) integers, on an RGB image; `width` is that of `draw_objects`.
 
     What is no class (255), or one named background, stays as it is.
     """
-    factor = max(1.0, _READABLE / min(image.size))
-    pixels = pil_to_tensor(image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC))
+    _, pixels = _resized(image, width)
     enlarged = torch.nn.functional.interpolate(labels[None, None].float(), size=pixels.shape[1:], mode="nearest")[0, 0]
     present = [i for i in labels.unique().tolist() if i < len(classes) and classes[i] != _BACKGROUND]
     if not present:
@@ -85,59 +125,47 @@ def draw_labels(image: Image.Image, labels: torch.Tensor, classes: Sequence[str]
     return to_pil_image(draw_segmentation_masks(pixels, masks, alpha=0.6, colors=[palette[i] for i in present]))
 
 
-def draw_sample(image: Image.Image, sample: Any, classes: Sequence[str], score: float = SCORE) -> Image.Image:
+def draw_sample(
+    image: Image.Image, sample: Any, classes: Sequence[str], score: float = SCORE, width: int | None = None
+) -> Image.Image:
     """Draw what a model found: `sample` is mmdet's or mmseg's result for `image`."""
     if "pred_sem_seg" in sample:
-        return draw_labels(image, sample.pred_sem_seg.data[0].cpu(), classes)
+        return draw_labels(image, sample.pred_sem_seg.data[0].cpu(), classes, width)
     found = sample.pred_instances
     found = found[found.scores >= score].cpu()
     masks = torch.as_tensor(found.masks).bool() if "masks" in found else None
-    return draw_objects(image, found.bboxes, found.labels, classes, found.scores, masks)
+    return draw_objects(image, found.bboxes, found.labels, classes, found.scores, masks, width)
 
 
-def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str]) -> Image.Image:
+def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str], width: int | None = None) -> Image.Image:
     """Draw what is there, from the annotations in `sample`."""
     if "gt_sem_seg" in sample:
-        return draw_labels(image, sample.gt_sem_seg.data[0], classes)
+        return draw_labels(image, sample.gt_sem_seg.data[0], classes, width)
     there = sample.gt_instances
     masks = torch.as_tensor(there.masks.to_ndarray()).bool() if "masks" in there else None
     boxes = getattr(there.bboxes, "tensor", there.bboxes)
-    return draw_objects(image, boxes, there.labels, classes, None, masks)
+    return draw_objects(image, boxes, there.labels, classes, None, masks, width)
 
 
 @torch.no_grad()
-def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequence[str], columns: int = 4) -> None:
-    """Draw two rows of validation images, evenly spread, with what the model finds; below each what is there."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
+def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequence[str], most: int = 8) -> None:
+    """Draw so many validation images, evenly spread, with what the model finds; beside each what is there."""
     model.eval()
-    count = min(2 * columns, len(dataset))
-    rows = 2 * -(-count // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.3 * rows), layout="constrained", dpi=100)
-    axes = np.atleast_2d(figure.subplots(rows, columns, squeeze=False))
-    for axis in axes.flat:
-        axis.axis("off")
+    count = min(most, len(dataset))
+    pairs = []
     for number in range(count):
         item = dataset[number * len(dataset) // count]
         [result] = model.test_step(pseudo_collate([item]))
         image = open_image(Path(item["data_samples"].img_path))
-        row, column = 2 * (number // columns), number % columns
-        for offset, title, drawn in (
-            (0, "found", draw_sample(image, result, classes)),
-            (1, "true", draw_truth(image, item["data_samples"], classes)),
-        ):
-            axes[row + offset, column].imshow(np.asarray(drawn))
-            axes[row + offset, column].set_title(title, fontsize=9)
-        segments = "pred_sem_seg" in result
-    if segments and len(classes) <= _MOST_NAMES:
-        drawn = [
-            (name, color) for name, color in zip(classes, colors(len(classes)), strict=True) if name != _BACKGROUND
-        ]
-        patches = [Patch(color=[c / 255 for c in color], label=name) for name, color in drawn]
-        figure.legend(handles=patches, loc="outside lower center", ncols=min(len(patches), 12), fontsize=9)
-    with atomic(path) as file:
-        figure.savefig(file, format="png")
+        found = draw_sample(image, result, classes, width=_WIDTH)
+        true = draw_truth(image, item["data_samples"], classes, width=_WIDTH)
+        pairs.append([Tile(found, "found"), Tile(true, "true")])
+    title = f"{count} of {len(dataset)} validation images: what was found, and beside it what is there."
+    legend = []
+    if "pred_sem_seg" in result and len(classes) <= _MOST_NAMES:
+        named = zip(classes, colors(len(classes)), strict=True)
+        legend = [(name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in named if name != _BACKGROUND]
+    sheet.write(path, pairs, title=title, legend=legend, columns=4, width=_WIDTH)
 
 
 def open_image(path: Path) -> Image.Image:

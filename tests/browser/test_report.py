@@ -101,7 +101,7 @@ def test_page_is_not_wider_than_the_window(show, pages, page, width):
 def test_figures_are_visible(show, pages, page, width):
     """Each as wide as a finger is long, pictures decoded, and curves within their frames."""
     sizes = show(pages[page], width).execute_script("""
-        return [...document.querySelectorAll("svg, img")].map(figure => {
+        return [...document.querySelectorAll("svg, img.picture")].map(figure => {
             const box = figure.getBoundingClientRect();
             const inside = [...figure.querySelectorAll("polyline, circle")].every(mark => {
                 const part = mark.getBoundingClientRect();
@@ -110,7 +110,7 @@ def test_figures_are_visible(show, pages, page, width):
             });
             return [box.width >= 250 && box.height >= 120 && figure.naturalWidth !== 0, inside];
         })""")
-    assert len(sizes) >= (1 if page == "evaluation" else 4)
+    assert len(sizes) >= (1 if page == "evaluation" else 3)
     assert all(large and inside for large, inside in sizes)
 
 
@@ -120,7 +120,23 @@ def test_text_of_figures_can_be_read(show, pages, page, width):
     heights = show(pages[page], width).execute_script(
         'return [...document.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height)'
     )
-    assert all(height > 9 for height in heights)
+    assert all(height > 12 for height in heights)
+
+
+@pytest.mark.parametrize("page", ["classify", "detect", "segment", "evaluation"])
+@every_width
+def test_sample_predictions_are_seen_whole_with_captions_to_read(show, pages, page, width):
+    """Within the window without scrolling sideways; a detector's large enough for the names in them."""
+    samples = show(pages[page], width).execute_script("""
+        return [...document.querySelectorAll(".samples figure")].map(figure => {
+            const image = figure.querySelector("img"), box = image.getBoundingClientRect();
+            const caption = getComputedStyle(figure.querySelector("figcaption")).fontSize;
+            return [box.left >= 0 && box.right <= innerWidth && image.naturalWidth > 0, box.width, parseFloat(caption)];
+        })""")
+    assert len(samples) >= 8
+    assert all(whole for whole, _, _ in samples)
+    assert min(shown for _, shown, _ in samples) >= (95 if page == "classify" else 220)
+    assert min(letters for _, _, letters in samples) >= 12
 
 
 @every_page

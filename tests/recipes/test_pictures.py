@@ -84,6 +84,63 @@ def test_labels_without_a_class_change_nothing(grey):
     assert not _changed(pictures.draw_labels(grey, torch.full((400, 500), 255), ["a", "b"])).any()
 
 
+def _rows(picture, box):
+    """The rows below the top of a picture in which something is drawn beside a box, in its columns."""
+    changed = (np.asarray(picture) != 127).any(-1)
+    left, top, right, bottom = box
+    changed[top : bottom + 1, left : right + 1] = False
+    return np.flatnonzero(changed[:, left:right].any(1))
+
+
+@pytest.mark.parametrize(
+    ("box", "above"),
+    [([200, 200, 220, 215], True), ([200, 2, 220, 20], False), ([480, 380, 499, 399], True), ([0, 100, 9, 109], True)],
+    ids=["inside", "at the top", "in the corner", "at the left"],
+)
+def test_labels_do_not_cover_small_objects(grey, box, above):
+    picture = pictures.draw_objects(grey, torch.tensor([box]).float(), torch.tensor([0]), ["a long name"])
+    pixels = np.asarray(picture)[box[1] + 3 : box[3] - 2, box[0] + 3 : box[2] - 2]
+    assert (pixels == 127).all()
+    rows = _rows(picture, box)
+    assert len(rows) > 10
+    assert (rows < box[1]).all() if above else (rows > box[3] - 3).all()
+
+
+def test_label_of_what_fills_the_picture_is_inside(grey):
+    picture = pictures.draw_objects(grey, torch.tensor([[0.0, 0, 500, 400]]), torch.tensor([0]), ["a"])
+    assert (np.asarray(picture)[4:15, 4:10] != 127).any()
+
+
+@pytest.mark.parametrize(
+    ("colour", "text"),
+    [
+        *[((255, 38, 38), "white"), ((28, 74, 191), "white"), ((80, 40, 255), "white"), ((0, 0, 0), "white")],
+        *[((255, 255, 38), "black"), ((38, 255, 217), "black"), ((255, 255, 255), "black")],
+    ],
+)
+def test_labels_can_be_read(colour, text):
+    assert pictures._readable_on(colour) == text
+
+
+def test_lines_are_wider_in_large_images():
+    picture = pictures.draw_objects(
+        Image.new("RGB", (3000, 2000)), torch.tensor([[500.0, 500, 2500, 1500]]), torch.tensor([0]), ["a"]
+    )
+    assert (np.asarray(picture)[1000, 490:520] > 0).any(-1).sum() == 8
+
+
+def test_a_box_that_ends_before_it_begins_is_drawn(grey):
+    pictures.draw_objects(grey, torch.tensor([[100.0, 100, 99, 98]]), torch.tensor([0]), ["a"])
+
+
+def test_pictures_are_drawn_in_the_width_that_is_wanted(grey):
+    boxes, masks = torch.tensor([[100.0, 100, 200, 200]]), torch.zeros(1, 400, 500, dtype=torch.bool)
+    picture = pictures.draw_objects(grey, boxes, torch.tensor([0]), ["a"], None, masks, width=250)
+    assert picture.size == (250, 200)
+    assert (np.asarray(picture)[75, 50] != 127).any()
+    assert pictures.draw_labels(grey, torch.zeros(400, 500, dtype=torch.long), ["a"], width=250).size == (250, 200)
+
+
 def test_small_images_are_enlarged(instances):
     small = Image.fromarray(GREY[:64, :128])
     boxes, masks = torch.tensor([[10.0, 10, 30, 30]]), torch.zeros(1, 64, 128, dtype=torch.bool)

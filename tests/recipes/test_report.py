@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from PIL import Image
 
-from zoo.recipes import report, runs, timing
+from zoo.recipes import report, runs, sheet, timing
 from zoo.recipes.errors import RunError
 
 HOSTILE = "<script>alert(1)</script>"
@@ -96,7 +98,7 @@ def _page(folder):
 @pytest.mark.parametrize(
     ("task", "shown"),
     [
-        ("classify", ["test_van", "top-1 75.00 %", "top-5 90.00 %", "best top-1", "2.00 M", "Confusion matrix"]),
+        ("classify", ["test_van", "top-1 75.00 % of 20 images", "best top-1", "2.00 M", "Confusion matrix"]),
         ("detect", ["mask_rcnn on test_van", "mask AP 75.0", "box AP 90.0"]),
         ("segment", ["mIoU 75.0", "mean accuracy 90.0", "IoU"]),
     ],
@@ -191,7 +193,7 @@ def test_left_out_updates_and_images_are_named(tmp_path):
     record = report.read(folder)
     record.history[0]["skipped_updates"] = 3
     record.summary["corrupt_images"] = ["a.jpg"]
-    assert report._notes(record) == [
+    assert report._notes(record)[1:] == [
         "3 updates were left out since their loss was not finite.",
         "Corrupt images were left out, 1 of them: a.jpg",
     ]
@@ -211,6 +213,124 @@ def test_left_out_updates_and_images_are_named(tmp_path):
 )
 def test_ticks(value, step, text):
     assert report._tick(value, step) == text
+
+
+@pytest.mark.parametrize(("count", "shown"), [(5, False), (6, True)])
+def test_top5_is_shown_of_more_than_five_classes(tmp_path, count, shown):
+    folder = _write_run(tmp_path / "run")
+    runs.write_classes(folder, [f"c{i}" for i in range(count)], {"top1": [50.0] * count}, [40] * count, "images", [])
+    assert ("top-5" in _page(folder).text) == shown
+
+
+@pytest.mark.parametrize(("images", "warned"), [(4, True), (99, True), (100, False)])
+def test_scores_of_few_images_say_so(tmp_path, images, warned):
+    folder = _write_run(tmp_path / "run", scores=(25.0,))
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps(summary | {"val_images": images}))
+    text = _page(folder).text
+    assert f"top-1 25.00 % of {images} images" in text
+    assert (f"The scores are of no more than {images} images" in text) == warned
+
+
+def test_class_of_one_image_has_no_bar(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    runs.write_classes(folder, ["a", "b"], {"top1": [100.0, 50.0]}, [1, 40], "images", [])
+    assert "1 of the classes has fewer than 10" in _page(folder).text
+    cells = re.findall('<td class="bar">(.*?)</td>', report.page(report.read(folder)))
+    assert cells == ['<span class="note">of one image</span>', '<i style="width: 50.0%"></i>']
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (1, 3, [1, 2, 3]),
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (1, 300, [50, 100, 150, 200, 250, 300]),
+        (8, 24, [10, 15, 20]),
+        (0.5, 2.5, [1, 2]),
+        (0, 0.067, [0, 0.02, 0.04, 0.06]),
+    ],
+)
+def test_epochs_on_the_axis_are_whole(low, high, ticks):
+    assert report._epochs(low, high) == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "first"), [(100, 160, 0), (40, 90, 0), (90, 93, 90), (-1, 3, -1), (0, 0, -1), (5, 5, 4.4)]
+)
+def test_heights_start_at_zero_unless_all_are_far_from_it(low, high, first):
+    ticks = report._heights(low, high)
+    assert ticks[0] == pytest.approx(first)
+    assert ticks[-1] >= high
+
+
+def test_speed_starts_at_zero_and_percentages_end_at_100(tmp_path):
+    charts = report._charts([report.read(_write_run(tmp_path / "run", scores=(100.0, 100.0)))])
+    ticks = {chart["title"]: [label for _, label in chart["y_ticks"]] for chart in charts}
+    assert ticks["training images per second"][0] == "0"
+    assert ticks["top-1"][-1] == "100 %"
+
+
+def test_a_single_evaluation_is_a_dot_with_its_value_and_its_epoch(tmp_path):
+    folder = _write_run(tmp_path / "run", "detect", scores=(37.5,))
+    record = report.read(folder)
+    record.history[0]["epoch"] = 10
+    chart = report._charts([record])[1]
+    assert [label for _, label in chart["x_ticks"]] == ["0", "2", "4", "6", "8", "10"]
+    assert [line["alone"] for line in chart["lines"]] == ["37.5 %", "90 %"]
+    assert ">37.5 %</text>" in report.page(record)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "left_out"),
+    [
+        ("summary.json", {"seconds": 1}, "figures"),
+        ("summary.json", {"metrics": {"top1": "high"}}, "figures"),
+        ("metrics.jsonl", {"epoch": "one", "val_top1": 3}, "curves"),
+        ("metrics.jsonl", {"val_top1": 3}, "curves"),
+        ("classes.json", {"classes": ["a"]}, "classes"),
+        (
+            "classes.json",
+            {"classes": ["a"], "scores": {"top1": []}, "counts": [], "unit": "images"},
+            "confusion matrix",
+        ),
+        ("start.json", {"data": 3}, "data"),
+    ],
+)
+def test_page_of_a_folder_with_other_content_leaves_it_out(tmp_path, name, content, left_out):
+    folder = _write_run(tmp_path / "run")
+    (folder / name).write_text(json.dumps(content))
+    text = _page(folder).text
+    assert re.search(rf"damaged or incomplete. Left out: [^.]*\b{left_out}\b", text)
+    assert "Configuration" in text
+
+
+@pytest.fixture
+def samples(tmp_path):
+    """A run with two sample predictions and a legend."""
+    folder = _write_run(tmp_path / "run")
+    groups = [[sheet.Tile(Image.new("RGB", (30, 20), color), f"{color} {HOSTILE}")] for color in ("red", "green")]
+    sheet.write(folder / "predictions.png", groups, title="Some of them.", legend=[("thing", "#00ff00")])
+    return folder
+
+
+def test_sample_predictions_are_pictures_with_captions(samples):
+    page = _page(samples)
+    assert page.elements.count("img") == 2
+    assert [words for words in ("Some of them.", f"red {HOSTILE}", "thing") if words not in page.text] == []
+    assert ("style", "background: #00ff00") in page.attributes
+
+
+def test_colours_of_a_legend_are_nothing_else(samples, monkeypatch):
+    found = sheet.read(samples / "predictions.png")
+    monkeypatch.setattr(sheet, "read", lambda path: replace(found, legend=[("bad", "red; background: url(x)")]))
+    assert "url(x)" not in report.page(report.read(samples))
+
+
+def test_picture_without_captions_is_shown_whole(tmp_path):
+    folder = _write_run(tmp_path / "run")
+    Image.new("RGB", (30, 20)).save(folder / "predictions.png")
+    assert _page(folder).elements.count("img") == 1
 
 
 # Runs that write it.
@@ -295,6 +415,38 @@ def test_comparison_shows_scores_and_differing_settings_only(tmp_path):
     text = _Reader(report.comparison(records)).text
     assert "2 runs compared" in text
     assert "adamw" not in text
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"data": {"name": "folder", "root": "b"}}, "data.root: "),
+        ({"data": {"name": "coco", "root": "a"}}, "data.name: folder / coco"),
+        ({"data": {"name": "folder", "root": "a"}, "classes": ["x", "y", "z"]}, "the classes"),
+    ],
+)
+def test_scores_of_different_data_are_not_ranked(tmp_path, other, said):
+    one = _write_run(tmp_path / "one", data={"name": "folder", "root": "a"})
+    two = _write_run(tmp_path / "two", scores=(60.0, 80.0), **other)
+    records = [report.read(one), report.read(two)]
+    assert not any(mark for row in report._score_table(records)["rows"] for _, mark in row["scores"])
+    text = _Reader(report.comparison(records)).text
+    assert "The runs were validated on different data" in text
+    assert said in text
+    assert "is bold" not in text
+
+
+def test_another_number_of_validation_images_is_other_data(tmp_path):
+    folders = [_write_run(tmp_path / name) for name in ("one", "two")]
+    summary = json.loads((folders[1] / "summary.json").read_text())
+    (folders[1] / "summary.json").write_text(json.dumps(summary | {"val_images": 21}))
+    assert report._data_differences([report.read(folder) for folder in folders]) == ["validation images: 20 / 21"]
+
+
+def test_one_folder_by_two_paths_is_the_same_data(tmp_path):
+    roots = {"one": "a", "two": "./b/../a/"}
+    folders = [_write_run(tmp_path / name, data={"root": root}) for name, root in roots.items()]
+    assert report._data_differences([report.read(folder) for folder in folders]) == []
 
 
 def test_comparison_lists_the_classes_that_differ_most_first(tmp_path):

@@ -1,0 +1,163 @@
+"""Sheets of pictures with captions: one PNG to look at, which also says where each picture is, for pages to cut out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from zoo.recipes.runs import atomic
+
+_KEY = "zoo sheet"  # of the text in the PNG
+_GAP, _LINE, _SIZE = 12, 18, 13  # pixels: between pictures, of a line of text, of its letters
+_MOST_LINES = 2  # of a caption on the sheet; on a page there is room for all
+_MOST_TILES = 200  # that are read
+WRONG = "#c01c28"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture (RGB) with its caption, in red if it shows a mistake."""
+
+    picture: Image.Image
+    caption: str
+    wrong: bool = False
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What `read` finds: a title, rows of tiles that belong together, and colours ("#rrggbb") with their names."""
+
+    title: str
+    groups: list[list[Tile]]
+    legend: list[tuple[str, str]]
+
+
+def write(
+    path: Path,
+    groups: Sequence[Sequence[Tile]],
+    *,
+    title: str = "",
+    legend: Sequence[tuple[str, str]] = (),
+    columns: int = 8,
+    width: int = 168,
+) -> None:
+    """Draw tiles, those of a group side by side, as many rows as they need.
+
+    Args:
+        path: The PNG to write, atomically.
+        groups: Groups of equally many tiles, at least one.
+        title: A line above them.
+        legend: Names and colours, "#rrggbb", below them.
+        columns: Tiles in a row, a multiple of those of a group.
+        width: Of a tile, in pixels; its picture is enlarged or made smaller to it, its shape stays.
+    """
+    tiles = [tile for group in groups for tile in group]
+    columns = min(columns, len(tiles))
+    whole = columns * (width + _GAP) + _GAP
+    pictures = [_fitted(tile.picture, width) for tile in tiles]
+    captions = [_wrapped(tile.caption, width, _MOST_LINES) for tile in tiles]
+    head = _wrapped(title, whole - 2 * _GAP)
+
+    places, top = [], _GAP + len(head) * _LINE + (_GAP if head else 0)
+    for first in range(0, len(tiles), columns):
+        row = range(first, min(first + columns, len(tiles)))
+        below = top + max(len(captions[i]) for i in row) * _LINE + 2
+        places += [(_GAP + (i - first) * (width + _GAP), top, below) for i in row]
+        top = below + max(pictures[i].height for i in row) + _GAP
+
+    entries, left = [], _GAP
+    for name, colour in legend:
+        needed = 20 + int(_font().getlength(name)) + _GAP
+        if left + needed > whole and left > _GAP:
+            left, top = _GAP, top + _LINE
+        entries.append((left, top, name, colour))
+        left += needed
+    sheet = Image.new("RGB", (whole, top + (_LINE + _GAP if legend else 0)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(head):
+        draw.text((_GAP, _GAP + number * _LINE), line, "black", _font())
+    for tile, picture, caption, (x, y, below) in zip(tiles, pictures, captions, places, strict=True):
+        for number, line in enumerate(caption):
+            draw.text((x, y + number * _LINE), line, WRONG if tile.wrong else "black", _font())
+        sheet.paste(picture, (x, below))
+    for x, y, name, colour in entries:
+        draw.rectangle((x, y + 2, x + 12, y + 14), colour)
+        draw.text((x + 18, y), name, "black", _font())
+
+    content = {
+        "title": title,
+        "group": len(groups[0]),
+        "tiles": [
+            {"box": [x, below, x + picture.width, below + picture.height], "caption": tile.caption, "wrong": tile.wrong}
+            for tile, picture, (x, _, below) in zip(tiles, pictures, places, strict=True)
+        ],
+        "legend": list(legend),
+    }
+    about = PngInfo()
+    about.add_itxt(_KEY, json.dumps(content), zip=True)
+    with atomic(path) as file:
+        sheet.save(file, format="png", pnginfo=about)
+
+
+def read(path: Path) -> Sheet | None:
+    """What `write` drew; None if the file is none of its."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+        content = json.loads(image.text[_KEY])
+        tiles = [
+            Tile(_cropped(image, *tile["box"]), str(tile["caption"]), tile["wrong"] is True)
+            for tile in content["tiles"][:_MOST_TILES]
+        ]
+        step = content["group"]
+        groups = [tiles[i : i + step] for i in range(0, len(tiles), step)]
+        return Sheet(str(content["title"]), groups, [(str(name), str(colour)) for name, colour in content["legend"]])
+    except Exception:  # a picture of anybody, or a damaged one: whatever a decoder raises, or is missing
+        return None
+
+
+def _cropped(image: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise ValueError("outside")  # where Pillow would make a picture of any size
+    return image.crop((left, top, right, bottom))
+
+
+def _fitted(picture: Image.Image, width: int) -> Image.Image:
+    """As wide as a tile, but at most twice as high."""
+    return ImageOps.contain(picture.convert("RGB"), (width, 2 * width))
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    from matplotlib.font_manager import findfont  # ships DejaVu Sans
+
+    return ImageFont.truetype(findfont("DejaVu Sans"), _SIZE)
+
+
+def _wrapped(text: str, width: int, most: int = 100) -> list[str]:
+    """At most so many lines of at most so many pixels; an ellipsis stands for what has no room."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _font().getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > most:
+        lines = [*lines[: most - 1], " ".join(lines[most - 1 :])]
+    return [_cut(line, width) for line in lines]
+
+
+def _cut(line: str, width: int) -> str:
+    if _font().getlength(line) <= width:
+        return line
+    line = line[: width // 2]  # no letter is narrower than 2 pixels, and few strings are long
+    while line and _font().getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"
