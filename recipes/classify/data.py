@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from torchvision.transforms import Compose, Grayscale
 
 from zoo.recipes import distributed
-from zoo.recipes.classify.folders import ClassFolders, class_name, folders_in
+from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
 from zoo.recipes.errors import RunError
 from zoo.recipes.files import (
@@ -145,14 +145,12 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
         return Data(Digits(True) if training else None, Digits(False), list(Digits.classes))
     if cfg.name == "digit_crops":
         return Data(DigitCrops(cfg.root, True) if training else None, DigitCrops(cfg.root, False), list(Digits.classes))
-    if not cfg.name:
+    if "/" not in cfg.name:
         if cfg.root is None:
             raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
         if not os.path.exists(cfg.root):
             raise RunError(f"data.root={cfg.root} does not exist{similar_path(Path(cfg.root))}")
-        # A split may also be a .tar file, or the root one; timm's reader opens those.
-        if os.path.isdir(cfg.root) and not os.path.isfile(os.path.join(cfg.root, cfg.val_split)):
-            return _open_folders(cfg, seed, training, classes)
+        return _open_folders(cfg, seed, training, classes)
     if cfg.class_map:
         classes = _class_map(cfg)
     class_map = {name: index for index, name in enumerate(classes)} if classes else None
@@ -168,7 +166,7 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
 
 def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[str] | None) -> Data:
     root = Path(cfg.root)
-    train_root, val_root = _split_folder(root, cfg.train_split, cfg), _split_folder(root, cfg.val_split, cfg)
+    train_root, val_root = _split(root, cfg.train_split, cfg), _split(root, cfg.val_split, cfg)
     if cfg.class_map:
         classes = _class_map(cfg)
     if not training:
@@ -178,15 +176,16 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
         return Data(None, _labelled(folders, names, cfg, training=False), _checked_number(names, cfg))
     if val_root and not train_root:
         raise RunError(
-            f"{root} has {val_root.name}/ but no {cfg.train_split}/: name it with data.train_split=<folder>."
+            f"{root} has {val_root.name} but no {cfg.train_split}: name it with data.train_split=<folder or tar file>."
         )
     train_root = train_root or root
     folders = _class_folders(train_root, cfg)
     names = _checked_number(list(classes or folders.images), cfg)
     train = _labelled(folders, names, cfg, training=True)
     if len(names) < 2:
-        inside = train_root / names[0]
-        hint = f"; if its classes are the folders in {inside}, that is the root" if folders_in(inside) else ""
+        inside, hint = train_root / names[0], ""
+        if inside.is_dir() and folders_in(inside):
+            hint = f"; if its classes are the folders in {inside}, that is the root"
         raise RunError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more{hint}.")
     if val_root:
         return Data(train, _labelled(_class_folders(val_root, cfg), names, cfg, training=False), names)
@@ -206,14 +205,18 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
     return Data(train, train, names, train_indices, val_indices)
 
 
-def _class_folders(folder: Path, cfg: DataConfig) -> ClassFolders:
+def _class_folders(root: Path, cfg: DataConfig) -> ClassFolders | ClassTar:
     endings = ENDINGS
     if cfg.input_key:
         endings = {"." + ending.strip().lower().removeprefix(".") for ending in cfg.input_key.split(";")}
-    return ClassFolders(folder, endings)
+    if root.is_dir():
+        return ClassFolders(root, endings)
+    if root.suffix.lower() == ".tar":
+        return ClassTar(root, endings)
+    raise RunError(f"{root} is neither a folder of class folders nor a .tar file: give one of these.")
 
 
-def _labelled(folders: ClassFolders, names: Sequence[str], cfg: DataConfig, training: bool) -> ImageDataset:
+def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataConfig, training: bool) -> ImageDataset:
     """The images of the classes `names`, in that order, of which other classes may be left out by a class map only."""
     known, found = {class_name(name) for name in names}, list(folders.images)
     unknown = [name for name in found if name not in known]
@@ -243,7 +246,8 @@ def _labelled(folders: ClassFolders, names: Sequence[str], cfg: DataConfig, trai
             "%s has no images of %d of the %d classes: %s.", folders.root, len(missing), len(names), _some(missing)
         )
     folders.label(names)
-    _check_files(folders, cfg)
+    if isinstance(folders, ClassFolders):
+        _check_files(folders, cfg)
     return ImageDataset(folders.root, reader=folders)
 
 
@@ -325,12 +329,12 @@ def _check_not_empty(data: Data, cfg: DataConfig) -> None:
             raise RunError(f"the split {split!r} of data.name={cfg.name!r} {what}.")
 
 
-def _split_folder(root: Path, split: str, cfg: DataConfig) -> Path | None:
-    """The folder of a split, if there is one; a class may have its name, too."""
+def _split(root: Path, split: str, cfg: DataConfig) -> Path | None:
+    """The folder or tar file of a split, if there is one; a class may have its name, too."""
     names = SPLIT_FOLDERS.get(split, (split,))
     name = next((name for name in names if os.path.isdir(root / name)), None)
     if name is None:
-        return None
+        return root / split if os.path.isfile(root / split) else None
     splits = {cfg.train_split, cfg.val_split, "test", *(name for names in SPLIT_FOLDERS.values() for name in names)}
     others = [other for other in folders_in(root) if other != name]
     if folders_in(root / name) or not others or splits & set(others):

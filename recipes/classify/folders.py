@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import tarfile
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from timm.data.readers.reader import Reader
 
@@ -15,29 +18,22 @@ from zoo.recipes.files import is_hidden
 from zoo.recipes.runs import log
 
 
-class ClassFolders(Reader):
-    """The images in a folder of class folders, for timm's ImageDataset.
+class _ByClass(Reader):
+    """Images in class folders, for timm's ImageDataset.
 
     The classes are the folders of the first level, whatever folders they have themselves. Hidden files and folders and
-    those of operating systems do not count; links do, but a folder counts once in a class, so that loops end.
-
-    Args:
-        root: The folder.
-        endings: Endings of image files, in lower case.
-
-    Raises:
-        RunError: a folder can't be read, there is no class folder, one has no images, or two have the same name.
+    those of operating systems do not count.
 
     Attributes:
-        images: The images of each class, by the names of the classes in natural order (a2 before a10).
-        samples: The images that have a label, in natural order of their paths, each with its label.
+        root: Where they are.
+        images: The paths of each class, by the names of the classes in natural order (a2 before a10).
+        samples: The paths that have a label, in natural order, each with its label.
     """
 
-    def __init__(self, root: Path, endings: Collection[str]):
+    def __init__(self, root: Path, images: dict[str, list[str]], stray: Sequence[str], nested: int):
         super().__init__()
-        self.root = str(root)
-        _, folders, files = _listing(self.root)
-        stray = [name for name in files if _ending(name) in endings]
+        self.root, self.images = str(root), images
+        self.samples: list[tuple[str, int]] = []
         if stray:
             log.warning(
                 "%s has %d images outside of class folders, which are left out; the first is %s.",
@@ -45,29 +41,14 @@ class ClassFolders(Reader):
                 len(stray),
                 stray[0],
             )
-        if not folders:
+        if not images:
             raise RunError(f"{root} has no class folders: images belong into {root}/<class>/.")
-        self.images: dict[str, list[str]] = {}
-        nested = 0
-        for folder in sorted(folders, key=natural_key):
-            name, path = class_name(folder), os.path.join(self.root, folder)
-            found = list(_images(path, endings, set()))
-            if not found:
-                raise RunError(
-                    f"the class folder {path} has no images ({', '.join(sorted(endings))}): "
-                    "add some or remove the folder."
-                )
-            if name in self.images:
-                raise RunError(f"{root} has two folders of the class {name!r}: put their images into one.")
-            self.images[name] = found
-            nested += sum(os.path.dirname(image) != path for image in found)
         if nested:
             log.info(
                 "%s: %d images lie deeper than their class folders; the classes are the folders of the first level.",
                 root,
                 nested,
             )
-        self.samples: list[tuple[str, int]] = []
 
     def label(self, classes: Sequence[str]) -> None:
         """Give the images the places of their classes in `classes` as labels; those of others are left out."""
@@ -75,16 +56,89 @@ class ClassFolders(Reader):
         samples = [(path, labels[name]) for name, paths in self.images.items() if name in labels for path in paths]
         self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
 
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        path, label = self.samples[index]
-        return open(path, "rb"), label
-
     def __len__(self) -> int:
         return len(self.samples)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = self.samples[index][0]
         return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
+
+
+class ClassFolders(_ByClass):
+    """The images in a folder of class folders; links are followed, but a folder counts once in a class: loops end.
+
+    Args:
+        root: The folder.
+        endings: Endings of image files, in lower case.
+
+    Raises:
+        RunError: a folder can't be read, there is no class folder, one has no images, or two have the same name.
+    """
+
+    def __init__(self, root: Path, endings: Collection[str]):
+        _, folders, files = _listing(str(root))
+        images: dict[str, list[str]] = {}
+        nested = 0
+        for folder in sorted(folders, key=natural_key):
+            name, path = class_name(folder), os.path.join(root, folder)
+            found = list(_images(path, endings, set()))
+            if not found:
+                raise RunError(
+                    f"the class folder {path} has no images ({', '.join(sorted(endings))}): "
+                    "add some or remove the folder."
+                )
+            if name in images:
+                raise RunError(f"{root} has two folders of the class {name!r}: put their images into one.")
+            images[name] = found
+            nested += sum(os.path.dirname(image) != path for image in found)
+        super().__init__(root, images, [name for name in files if _ending(name) in endings], nested)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+
+class ClassTar(_ByClass):
+    """The images in a tar file of class folders, or of a tar file for each class; a folder around them is seen through.
+
+    Args:
+        root: The file, which is not compressed.
+        endings: Endings of image files, in lower case.
+
+    Raises:
+        RunError: it can't be read to its end, or has no class folders.
+    """
+
+    def __init__(self, root: Path, endings: Collection[str]):
+        self.places: dict[str, tuple[int, int]] = {}
+        try:
+            with open(root, "rb") as file:
+                for path, *place in _members(file, 0, ""):
+                    parts = [part for part in path.split("/") if part not in ("", ".")]
+                    if _ending(path) in endings and not any(map(is_hidden, parts)):
+                        self.places["/".join(parts)] = (place[0], place[1])
+            if os.path.getsize(root) % tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it ends within a file")
+        except (OSError, EOFError, tarfile.TarError) as error:
+            raise RunError(f"{root} can't be read as a tar file ({error}): mend or replace it.") from error
+        tops = [path.split("/") for path in self.places]
+        around = 0
+        while tops and all(len(parts) > around + 2 and parts[around] == tops[0][around] for parts in tops):
+            around += 1
+        images: dict[str, list[str]] = {}
+        for parts in sorted(tops, key=lambda parts: natural_key("/".join(parts))):
+            if len(parts) > around + 1:
+                images.setdefault(class_name(parts[around]), []).append("/".join(parts))
+        images = {name: images[name] for name in sorted(images, key=natural_key)}
+        stray = ["/".join(parts) for parts in tops if len(parts) == around + 1]
+        super().__init__(root, images, stray, sum(len(parts) > around + 2 for parts in tops))
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        path, label = self.samples[index]
+        offset, size = self.places[path]
+        with open(self.root, "rb") as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size)), label
 
 
 def class_name(text: str) -> str:
@@ -140,3 +194,16 @@ def _images(folder: str, endings: Collection[str], visited: set[tuple[int, int]]
     yield from (os.path.join(folder, name) for name in files if _ending(name) in endings)
     for name in folders:
         yield from _images(os.path.join(folder, name), endings, visited)
+
+
+def _members(file: BinaryIO, start: int, inside: str) -> Iterator[tuple[str, int, int]]:
+    """Path, place and size of the files in a tar file that begins at `start` of the outermost one."""
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        for info in archive:
+            if not info.isfile():
+                continue
+            path, place = inside + info.name, start + info.offset_data
+            if _ending(path) == ".tar":
+                yield from _members(archive.extractfile(info), place, path[: -len(".tar")] + "/")
+            else:
+                yield path, place, info.size

@@ -227,7 +227,7 @@ def test_single_class(fit, make_folder, tmp_path):
 
 def test_validation_without_training_split(fit, make_folder, tmp_path):
     make_folder(tmp_path / "data" / "val")
-    _refused(fit, tmp_path, tmp_path / "data", "has val/ but no train/")
+    _refused(fit, tmp_path, tmp_path / "data", "has val but no train: name it")
 
 
 def test_wrong_root_names_the_nearest_folder(fit, folder, tmp_path):

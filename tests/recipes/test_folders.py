@@ -2,6 +2,7 @@
 
 import os
 import re
+import tarfile
 import unicodedata
 
 import pytest
@@ -265,3 +266,66 @@ def test_classes_of_the_list_without_images_are_said(three, tmp_path, said):
     (tmp_path / "a.txt").write_text("cat\ndog\nemu\nfox\n")
     _open(three, class_map=str(tmp_path / "a.txt"))
     assert "has no images of 1 of the 4 classes: fox." in said.text
+
+
+# Tar files.
+
+
+def _tar(file, root, prefix=""):
+    with tarfile.open(file, "w") as archive:
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                archive.add(path, f"{prefix}{path.relative_to(root)}")
+    return file
+
+
+NESTED = ("cat/indoor/1.png", "cat/2.png", "dog/outdoor/1.png", "dog/2.png", "cat/._2.png", "__MACOSX/cat/3.png")
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "pets/train/"])
+def test_class_folders_in_a_tar_file(write, tmp_path, prefix):
+    file = _tar(tmp_path / "a.tar", write(*NESTED), prefix)
+    data = _open(file, name="tar")
+    assert data.classes == ["cat", "dog"]
+    stripped = prefix.removeprefix("./")
+    assert dict(data.train.reader.samples) == {stripped + name: int("dog" in name) for name in NESTED[:4]}
+    assert sorted(data.train.reader.samples[i][1] for i in data.val_indices) == [0, 1]
+
+
+def test_tar_files_of_splits(write, tmp_path):
+    root = write(*NESTED)
+    for split in ("a", "b"):
+        _tar(tmp_path / f"{split}.tar", root)
+    data = _open(tmp_path, train_split="a.tar", val_split="b.tar")
+    assert (data.classes, len(data.train), len(data.val)) == (["cat", "dog"], 4, 4)
+
+
+def test_tar_file_with_a_tar_file_for_each_class(tmp_path):
+    for name, colour in (("n1", 10), ("n2", 20)):
+        for i in range(2):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("L", (8, 8), colour).save(tmp_path / name / f"{name}_{i}.png")
+        (tmp_path / "all").mkdir(exist_ok=True)
+        _tar(tmp_path / "all" / f"{name}.tar", tmp_path / name)
+    data = _open(_tar(tmp_path / "a.tar", tmp_path / "all"))
+    assert data.classes == ["n1", "n2"]
+    assert [(Image.open(file).getpixel((0, 0)), label) for file, label in data.train.reader] == [
+        (10, 0),
+        (10, 0),
+        (20, 1),
+        (20, 1),
+    ]
+
+
+@pytest.mark.parametrize("cut", [100, 4 * 512 + 100, -7])
+def test_tar_file_that_ends_early_is_refused(write, tmp_path, cut):
+    file = _tar(tmp_path / "a.tar", write("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"))
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(RunError, match=r"a.tar can't be read as a tar file"):
+        _open(file)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "data.zip").write_bytes(b"PK")
+    with pytest.raises(RunError, match=r"data.zip is neither a folder of class folders nor a .tar file"):
+        _open(tmp_path / "data.zip")
