@@ -169,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=_positive, default=60.0, metavar="S", help="to time each kind of pass for (60)")
     add("--rounds", type=cli.count, default=10, metavar="N", help="to time at least, however long they take (10)")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured, after each kind of pass")
-    add("--picture", type=Path, metavar="FILE", help="draw throughput against published accuracy: .png, .svg or .pdf")
+    add("--picture", type=Path, metavar="FILE", help="draw speed against published accuracy: .png, .svg or .pdf")
 
     add = command("simulate", SIMULATE, SIMULATE_EXAMPLES, _simulate).add_argument
     add("--size", type=_pair, required=True, metavar="HxW", help="of the map, such as 56x56")
@@ -543,7 +543,7 @@ def _models(options: argparse.Namespace) -> None:
                 _write_json(options.json, {"machine": machine, "settings": settings, "models": models})
     _print_models(console, options, contenders, results, batch)
     if options.picture:
-        benchmark_models.draw(options.picture, contenders, results, batch, f"{where}; {setting}")
+        benchmark_models.draw(options.picture, contenders, results, f"{where}; {setting}")
     for path in filter(None, (options.json, options.picture)):
         console.print(f"written: {path}", highlight=False)
     _judge_models(options, contenders, results)

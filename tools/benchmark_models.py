@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -24,6 +24,10 @@ from zoo.checkpoints import manifest
 from zoo.tools import benchmark_timing as timing
 from zoo.tools.benchmark_timing import digits, spread
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 # The same architectures in timm. Those of the other families it does not have.
 _MAXVITS = ("tiny", "small", "base", "large", "xlarge")
 IN_TIMM = {
@@ -31,6 +35,17 @@ IN_TIMM = {
     **{f"maxvit_{size}_{side}": f"maxvit_{size}_tf_{side}" for size in _MAXVITS for side in (384, 512)},
     **{f"gc_vit_{size}": f"gcvit_{size}" for size in ("xxtiny", "xtiny", "tiny", "small", "base")},
 }
+_TOP1 = {"swin_tiny_patch4_window7_224": 81.3}  # arXiv 2103.14030, table 1
+# Where a label can stand: how many points from its place, and which of its sides is there.
+_BESIDE = [
+    *[
+        ((0, 6), "center", "bottom"),
+        ((0, -6), "center", "top"),
+        ((7, 0), "left", "center"),
+        ((-7, 0), "right", "center"),
+    ],
+    *[((5, 5), "left", "bottom"), ((-5, -5), "right", "top"), ((0, 16), "center", "bottom")],
+]
 
 
 @dataclass
@@ -241,7 +256,9 @@ def fresh_compiler(device: str, functions: int) -> Iterator[None]:
 
 
 def top1(name: str) -> float | None:
-    """The published ImageNet-1k accuracy of a model's first checkpoint in the manifest, in percent."""
+    """The published ImageNet-1k accuracy in percent; of a model of ours, its first checkpoint's in the manifest."""
+    if name in _TOP1:
+        return _TOP1[name]
     entries = (entry for family in zoo.FAMILIES for entry in manifest(family))
     first = next((entry for entry in entries if entry["model"] == name), {})
     return first.get("top1", {}).get("value")
@@ -303,39 +320,69 @@ def _with_spread(ratios: list[float]) -> str:
     return "{:.2f} ({:.2f}-{:.2f})".format(*spread(ratios)) if ratios else "-"
 
 
-def draw(path: Path, contenders: list[Contender], results: Results, batch: int, where: str) -> None:
-    """Throughput of inference against published accuracy; a thin line leads from timm's model to ours."""
+def draw(path: Path, contenders: list[Contender], results: Results, where: str) -> None:
+    """Speed of inference, that of the yardstick being 1, against published accuracy."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(contenders, results, where).savefig(path, dpi=150)
+
+
+def picture(contenders: list[Contender], results: Results, where: str) -> Figure:
+    """What `draw` writes: a colour for each family, and a thin line from timm's model to ours."""
     from matplotlib.figure import Figure
 
-    rows = {label: row for label, row in results["inference"].items() if row.times}
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    speeds = {label: 1 / spread(row.ratios)[0] for label, row in results["inference"].items() if row.ratios}
+    known = [c for c in contenders if c.shown and c.label in speeds and top1(c.name) is not None]
+    modules = list(dict.fromkeys(timm.models.model_entrypoint(c.name).__module__ for c in known))
+    figure = Figure(figsize=(7.2, 5), layout="constrained")
     axes = figure.subplots()
-
-    def speed(label: str) -> float:
-        return batch / spread(rows[label].times)[0]
-
-    known = [c for c in contenders if c.shown and c.label in rows and top1(c.name) is not None]
-    colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(c.name for c in known))}
+    labels = []
     for contender in known:
-        place, color = (speed(contender.label), top1(contender.name)), colors[contender.name]
+        place = (speeds[contender.label], top1(contender.name))
+        number = modules.index(timm.models.model_entrypoint(contender.name).__module__)
+        color = f"C{number % 10}" if contender.ours else "black"
         axes.plot(*place, marker="D" if contender.compiled else "o", color=color)
-        axes.annotate(contender.label, place, (0, 7), textcoords="offset points", ha="center", fontsize=8)
-        if contender.peer in rows:
-            other = (speed(contender.peer), place[1])
+        labels.append((contender.label, place))
+        if contender.peer in speeds:
+            other = (speeds[contender.peer], place[1])
             axes.plot(*other, marker="o", color=color, fillstyle="none")
-            axes.plot([other[0], place[0]], [place[1]] * 2, color=color, linewidth=0.8)
-            axes.annotate("timm's", other, (0, -13), textcoords="offset points", ha="center", fontsize=7)
+            axes.plot([other[0], place[0]], [place[1]] * 2, color=color, linewidth=0.8, marker="")
+            labels.append(("timm's", other))
     yardstick = contenders[0].label
-    if yardstick in rows and yardstick not in {c.label for c in known}:
-        axes.axvline(speed(yardstick), color="0.6", linewidth=0.8, linestyle=":")
-        axes.annotate(yardstick, (speed(yardstick), 0.01), xycoords=("data", "axes fraction"), fontsize=7, rotation=90)
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "234568" else "")
-    axes.margins(0.12)
-    axes.set_xlabel("images/s, inference")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "123468" else "")
+    axes.margins(0.14)
+    axes.set_xlabel(f"inference, images per second, in units of {yardstick}'s")
     axes.set_ylabel("published ImageNet-1k top-1, %")
-    axes.set_title(where, fontsize=10)
+    axes.set_title(f"Speed and published accuracy\n{where}", fontsize=10)
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    arrow = {"arrowstyle": "->", "color": "0.4"}
+    middle = {
+        "xycoords": "axes fraction",
+        "textcoords": "axes fraction",
+        "color": "0.4",
+        "ha": "center",
+        "va": "center",
+    }
+    axes.annotate("better", (0.98, 0.97), (0.88, 0.88), arrowprops=arrow, **middle)
+    _write_beside(axes, labels)
+    return figure
+
+
+def _write_beside(axes: Axes, labels: list[tuple[str, tuple[float, float]]]) -> None:
+    """Write each label above, below or beside its place, where it touches neither a place nor another label."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in axes.transData.transform([at for _, at in labels])]
+    for text, place in labels:
+        for offset, across, up in _BESIDE:
+            written = axes.annotate(
+                text, place, offset, textcoords="offset points", ha=across, va=up, fontsize=7.5, annotation_clip=False
+            )
+            box = written.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+            if offset != _BESIDE[-1][0]:
+                written.remove()
+        taken.append(box)

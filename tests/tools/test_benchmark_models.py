@@ -128,6 +128,50 @@ def test_accuracy_is_the_manifests(name, value):
     assert benchmark_models.top1(name) == value
 
 
+@pytest.fixture
+def figure():
+    """The picture of models with times in units of the first."""
+
+    def figure(ratios, peers):
+        made = [benchmark_models.Contender(name, None, None, False, peer=peers.get(name)) for name in ratios]
+        for one in made:
+            one.shown = one.name not in peers.values()
+        rows = {name: benchmark_models.Row(name, ratios=[ratio]) for name, ratio in ratios.items()}
+        return benchmark_models.picture(made, {"inference": rows}, "a machine")
+
+    return figure
+
+
+CLOSE = {
+    **{"swin_tiny_patch4_window7_224": 1.0, "litv2_small": 0.49, "dinat_mini": 0.5, "nat_mini": 0.51},
+    **{"gc_vit_tiny": 0.88, "gcvit_tiny": 1.2, "gc_vit_xxtiny": 0.48, "biformer_tiny": 0.52},
+}
+
+
+def test_labels_of_the_picture_touch_nothing(figure):
+    axes = figure(CLOSE, {"gc_vit_tiny": "gcvit_tiny"}).axes[0]
+    axes.figure.draw_without_rendering()
+    labels = [text.get_window_extent() for text in axes.texts if text.get_text() != "better"]
+    dots = [axes.transData.transform(line.get_xydata())[0] for line in axes.lines if line.get_marker() == "o"]
+    assert (len(labels), len(dots)) == (8, 8)
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
+    assert not any(label.contains(*dot) for label in labels for dot in dots)
+
+
+def test_picture_has_the_unit_at_its_accuracy_and_a_colour_for_each_family(figure):
+    axes = figure(CLOSE, {"gc_vit_tiny": "gcvit_tiny"}).axes[0]
+    at = {text.get_text(): text.xy for text in axes.texts}
+    assert at["swin_tiny_patch4_window7_224"] == (1, 81.3)
+    assert at["gc_vit_tiny"] == (1 / 0.88, 83.5)
+    colours = {tuple(line.get_xydata()[0]): line.get_color() for line in axes.lines if line.get_fillstyle() == "full"}
+    found = {name: colours[at[name]] for name in at if at[name] in colours and name != "timm's"}
+    assert found["gc_vit_tiny"] == found["gc_vit_xxtiny"]
+    assert found["nat_mini"] == found["dinat_mini"]
+    assert len(set(found.values())) == 5
+    assert axes.get_title() == "Speed and published accuracy\na machine"
+    assert "better" in at
+
+
 def test_table_json_and_picture(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark_models, "IN_TIMM", {"test_van": "test_vit"})
     monkeypatch.setattr(benchmark_models, "top1", {"test_van": 75.0}.get)
