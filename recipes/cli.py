@@ -1,67 +1,290 @@
-"""What the command-line entry points share: overrides checked early, errors in one sentence."""
+"""What the command-line entry points share: the words checked and made ready for Hydra, errors in one sentence."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import logging
+import os
+import re
+import shlex
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from zoo.recipes import config
+from zoo.recipes import config, sweep
 from zoo.recipes.errors import RunError, Stopped
+from zoo.versions import versions
 
 CONF = str(Path(__file__).parent / "conf")
 
+# Keys whose values are paths. They are taken as they stand: Hydra's grammar has another use for = , [ ] { } and spaces.
+PATHS = (
+    *("run", "out", "pretrained", "data.root", "data.class_map", "data.train_ann", "data.val_ann"),
+    *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
+)
+_MOST_OPTIONS = 20  # of a group, that are listed
 
-def fail(command: str, message: str) -> NoReturn:
+Keeps = Callable[[str], bool]
+
+
+def fail(command: str, message: str, code: int = 1) -> NoReturn:
     """End the process with one line on stderr."""
     print(f"{command}: error: {message}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(code)
 
 
-def show_help(description: str, schema: type) -> None:
-    """If the command line asks for help, print the description, the groups and every key of `schema`, and end."""
-    if not {"-h", "--help"} & set(sys.argv[1:]):
+# Help.
+
+
+def show_version() -> None:
+    """If the command line asks for it, print what is installed, and end."""
+    if "--version" in sys.argv[1:]:
+        print(versions())
+        sys.exit(0)
+
+
+def show_help(page: Callable[[], None], needs_words: bool) -> None:
+    """Print a page and end: with 0 if it is asked for; on stderr with 2 if the command lacks the words it needs."""
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        end_with_the_reader()
+        page()
+        sys.exit(0)
+    if needs_words and not words:
+        with redirect_stdout(sys.stderr):
+            page()
+        sys.exit(2)
+
+
+def print_help(description: str, schema: type, origin: str, keeps: Keeps = lambda name: True) -> None:
+    """Print the description, the groups and the keys of `schema`; or all recipes, if that word is on the command line.
+
+    Args:
+        description: The command's docstring.
+        schema: A dataclass of config.py.
+        origin: What else may decide on the defaults.
+        keeps: Whether a key or group is shown.
+    """
+    if "recipe" in sys.argv[1:]:
+        print("\n".join(f"recipe={name}" for name in options("recipe")))
         return
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` reads a part
     print(f"{description.strip()}\n\nGroups (group=option):")
-    for group in config.GROUPS:
-        print(f"  {group + '=':<12}{', '.join(_options(group))}")
-    print("\nKeys (key=value):")
-    for name, help in config.keys(schema):
-        if help:
-            print(f"  {name + '=':<30}{help}")
-    print("\n--cfg job shows the values that result, -m runs every combination of comma-separated values.")
-    sys.exit(0)
+    for group in filter(keeps, config.GROUPS):
+        print_entry(f"{group}=", _recipes() if group == "recipe" else ", ".join(options(group)), 12)
+    print(f"\nKeys with their defaults (key=value), {origin}:")
+    section = ""
+    for name, help, default in filter(lambda entry: keeps(entry[0]), defaults(schema)):
+        if name.rpartition(".")[0] != section:
+            section = name.rpartition(".")[0]
+            print()
+        print_entry(f"{name}={default}", help, 34)
+    print(
+        "\n--cfg job shows the values that result, -m runs every combination of comma-separated values,\n"
+        "--version shows what is installed."
+    )
 
 
-def check_overrides(command: str, schema: type) -> None:
+def print_entry(name: str, help: str, column: int) -> None:
+    """Print a line or more of help: the name, and from `column` on what it is."""
+    width = shutil.get_terminal_size((120, 24)).columns
+    lines = textwrap.wrap(help, max(width - column - 2, 40), break_on_hyphens=False)
+    if len(name) >= column:
+        lines.insert(0, "")
+    starts = [name, *[""] * len(lines)]
+    print("\n".join(f"  {start:<{column}}{line}".rstrip() for start, line in zip(starts, lines, strict=False)))
+
+
+def defaults(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of `schema` in dotted form with its help text and its default, as one would type it."""
+    values = schema()
+    for item in dataclasses.fields(schema):
+        value = getattr(values, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from defaults(type(value), f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", item.metadata["help"], _typed(value)
+
+
+def _typed(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _recipes() -> str:
+    """How many recipes there are of each kind."""
+    names = options("recipe")
+    kinds = sorted({name.partition("/")[0] for name in names})
+    counts = (f"{kind}/<name> ({sum(name.startswith(f'{kind}/') for name in names)})" for kind in kinds)
+    return f"{', '.join(counts)}; --help recipe lists them"
+
+
+# Words.
+
+
+def run(command: str, config_name: str, schema: type, job: Callable[[DictConfig], Any]) -> None:
+    """Check the command line, and do `job` with the configuration that it gives; in a sweep with one after another.
+
+    In a sweep, a job that fails says so, and the others go on.
+    """
+    given = sys.argv[1:]
+    prepare(command, schema)
+    words = sys.argv[1:]
+
+    def work(cfg: DictConfig) -> Any:
+        sys.argv[1:] = given  # for what is written of the run
+        with friendly_errors(command):
+            if HydraConfig.get().mode != RunMode.MULTIRUN:
+                return job(cfg)
+            try:
+                sweep.name_folder(cfg, words)
+                return job(cfg)
+            except Stopped:
+                raise
+            except Exception as error:
+                if isinstance(error, RunError):
+                    logging.getLogger("zoo").error("%s: error: %s", command, error)
+                else:
+                    traceback.print_exc()
+                sweep.discard_folder(cfg)
+                return error
+
+    with hydra_errors(command):
+        hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(work)()
+
+
+def prepare(command: str, schema: type) -> None:
+    """Check the words of the command line, and put into `sys.argv` what Hydra understands as the user meant it."""
+    words = sys.argv[1:]
+    parser = get_args_parser()
+    parser.error = lambda message: fail(command, f"{message}; --help shows what there is.", 2)
+    names = [name for name, help in config.keys(schema) if help]
+    refuse_flags(command, words, [*names, *config.GROUPS], set(parser._option_string_actions) - {"--run", "-r"})
+    arguments, rest = parser.parse_known_args(words)
+    if sum(map(bool, (arguments.multirun, arguments.cfg, arguments.info, arguments.shell_completion))) > 1:
+        fail(command, "-m, --cfg, --info and --shell-completion can't be combined: give one of them.")
+    if arguments.resolve and not arguments.cfg:
+        fail(command, "--resolve needs --cfg: --cfg job --resolve.")
+    overrides = [word for word in words if word in {*arguments.overrides, *rest}]
+    flags = [word for word in words if word not in overrides]  # Hydra wants them before or after all others
+    _refuse_loose_words(command, overrides, names)
+    sys.argv[1:] = [*flags, *(literal(word, arguments.multirun) for word in overrides)]
+    check_overrides(command, schema, arguments.multirun)
+
+
+def refuse_flags(command: str, words: Sequence[str], names: Sequence[str], flags: Sequence[str] | set[str]) -> None:
+    """End the process if a word is `--key` or `--key=value` and none of `flags`: keys are written key=value."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if not word.startswith("-") or word.partition("=")[0] in flags:
+            continue
+        key, sign, value = word.lstrip("-").partition("=")
+        key = key.replace("-", "_")
+        leaves = [name for name in names if name.rpartition(".")[2] == key]
+        meant = key if key in names else leaves[0] if leaves else config.nearest(key, list(names))
+        if not meant or os.path.lexists(word):
+            fail(command, f"there is no option {word}: settings are written key=value, and --help lists them.")
+        takes_next = not sign and following and not following.startswith("-") and "=" not in following
+        value = value if sign else following if takes_next else "true"
+        fail(command, f"keys are written without dashes: write {_for_shell(f'{meant}={value}')} for {word}.")
+
+
+def _refuse_loose_words(command: str, words: Sequence[str], names: Sequence[str]) -> None:
+    """End the process if a word is no key=value."""
+    for before, word in zip(["", *words], words, strict=False):
+        if "=" in word or word.startswith("~"):
+            continue
+        whole = f"{before} {word}"
+        if "=" in before and os.path.lexists(before.partition("=")[2] + f" {word}"):
+            hint = f"quote what has spaces: {_for_shell(whole)}"
+        elif Path(word, "config.yaml").is_file():
+            hint = f"did you mean {_for_shell(f'run={word}')}?"
+        elif groups := [group for group in config.GROUPS if word in options(group)]:
+            hint = f"did you mean {groups[0]}={word}?"
+        elif word in names:
+            hint = f"write {word}=<value>"
+        else:
+            hint = "--help lists the keys; a value with spaces has to be quoted"
+        fail(command, f"{word!r} is no key=value: {hint}{'' if hint.endswith('?') else '.'}")
+
+
+def literal(word: str, sweep: bool = False) -> str:
+    """`word`, quoted for Hydra if it gives a path that Hydra would take for something else.
+
+    Args:
+        word: Such as data.root=/data/a,b.
+        sweep: Whether commas may separate the values of several runs; then they do, unless such a path exists.
+    """
+    key, _, value = word.partition("=")
+    if key.lstrip("+") not in PATHS or not value:
+        return word
+    value = home(value)
+    if not os.path.lexists(value):
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        if quoted or value.lower() in ("null", "true", "false") or (sweep and "," in value):
+            return f"{key}={value}"
+    with suppress(OverrideParseException):
+        if OverridesParser.create().parse_overrides([f"{key}={value}"])[0].value() == value:
+            return f"{key}={value}"
+    return f"{key}={_quoted(value)}"
+
+
+def home(path: str) -> str:
+    """`path` with the home folder for a ~ at its beginning: shells leave one behind = to the command."""
+    return os.path.expanduser(path) if path.startswith("~/") and not os.path.lexists(path) else path
+
+
+def _quoted(value: str) -> str:
+    """`value` as a string of Hydra's grammar, in which backslashes count only before a quote."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (f"\\{found[2]}" if found[2] else ""), value) + "'"
+
+
+def _for_shell(word: str) -> str:
+    """`word` as one types it, within double quotes where it has single ones."""
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
+def check_overrides(command: str, schema: type, sweep: bool = True) -> None:
     """End the process if an override on the command line names no key of `schema` and no configuration group.
 
     Hydra would refuse it too, but without saying what may have been meant.
     """
-    words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    try:
-        overrides = OverridesParser.create().parse_overrides(words)
-    except OverrideParseException:
-        return  # Hydra says where
     known = {name for name, _ in config.keys(schema)}
-    for override in overrides:
+    for word in [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]:
+        try:
+            [override] = OverridesParser.create().parse_overrides([word])
+        except OverrideParseException as error:
+            key, _, value = word.partition("=")
+            way = _for_shell(f"{key}={_quoted(value)}")
+            fail(command, f"{word} can't be read ({_line(error)}): to take it as a text, write {way}.")
         key = override.key_or_group
+        if override.is_sweep_override() and not sweep and key in {*known, *config.GROUPS}:
+            lists = f"for a list write {_for_shell(f'{key}=[{override.get_value_string()}]')}, " if "," in word else ""
+            fail(command, f"{word} gives several values: {lists}to run one after another add -m.")
         if key in config.GROUPS:
             # A value that is no list of names (a range, a dictionary) is Hydra's to judge.
-            options = override.value().list if override.is_choice_sweep() else [override.value()]
-            for option in options:
-                if isinstance(option, str):
-                    _check_option(command, key, option)
+            values = override.value().list if override.is_choice_sweep() else [override.value()]
+            for option in values:
+                if isinstance(option, str | int):
+                    _check_option(command, key, str(option))
         elif key.partition(".")[0] in _free(schema):
             if override.type == OverrideType.CHANGE:
                 # Hydra wants a sign at keys that it does not know; ++ suits new ones and those that are there.
@@ -83,24 +306,61 @@ def _free(schema: type) -> list[str]:
 
 
 def _check_option(command: str, group: str, option: str) -> None:
-    options = _options(group)
-    if option not in options:
-        guess = config.nearest(option, options)
-        hint = f"did you mean {group}={guess}? " if guess else ""
-        fail(command, f"there is no {group}={option}: {hint}There are {', '.join(options)}.")
+    names = options(group)
+    if option in names:
+        return
+    guess = config.nearest(option, names)
+    hint = f"did you mean {group}={guess}? " if guess else ""
+    if len(names) <= _MOST_OPTIONS:
+        fail(command, f"there is no {group}={option}: {hint}There are {', '.join(names)}.")
+    # Of many names, those that end in the word, and those that look like it.
+    near = [name for name in names if name.rpartition("/")[2] == option.rpartition("/")[2]]
+    near = list(dict.fromkeys(near + difflib.get_close_matches(option, names, n=5, cutoff=0.4)))[:5]
+    listing = f"near it are {', '.join(near)}; " if near else ""
+    fail(command, f"there is no {group}={option}: {listing}--help {group} lists all {len(names)}.")
 
 
-def _options(group: str) -> list[str]:
+def options(group: str) -> list[str]:
+    """The names that a configuration group has."""
     folder = Path(CONF) / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+# Errors.
+
+
+def end_with_the_reader() -> None:
+    """Let this process end without a word when what reads its output, such as `head`, has seen enough."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+@contextmanager
+def hydra_errors(command: str) -> Iterator[None]:
+    """Print in one line what Hydra and OmegaConf have against a configuration, and end the process."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":  # the user wants to see all of it
+        yield
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints, over several lines, what it does not raise
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(command, _line(error))
+
+
+def _line(error: BaseException) -> str:
+    """What an error of Hydra's says, with that of OmegaConf which led to it, each without the lines on where it was."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    lines = [(str(one).strip().splitlines() or [type(one).__name__])[0] for one in (error, cause) if one]
+    return ": ".join(line.removeprefix("Error merging override ").rstrip(".") for line in lines)
 
 
 @contextmanager
 def friendly_errors(command: str) -> Iterator[None]:
     """Print what the user can mend in one line, without a traceback, and end the process."""
-    from zoo.recipes import distributed  # with torch, which help and misspelt keys need not wait for
-    from zoo.recipes.runs import log
-
+    log = logging.getLogger("zoo")
+    if not log.handlers:  # before a run starts its own, with torch, which cheap mistakes need not wait for
+        log.addHandler(logging.StreamHandler())
     try:
         yield
     except RunError as error:
@@ -112,5 +372,8 @@ def friendly_errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         log.error("%s: interrupted", command)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
-        distributed.leave()
+        if "zoo.recipes.distributed" in sys.modules:
+            sys.modules["zoo.recipes.distributed"].leave()

@@ -227,6 +227,7 @@ class Config:
 class EvalConfig(Config):
     """`zoo-eval`: the keys of `zoo-train` that matter, and these."""
 
+    run: str | None = option(None, "run folder whose model is evaluated")
     checkpoint: str = option("last", "checkpoint of a run folder: last or best")
     per_class: bool = option(False, "per-class accuracies, printed and written")
     out: str | None = option(None, "output folder; <run>/eval, or runs/eval-<date>-<model>, if null")

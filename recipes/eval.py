@@ -11,36 +11,55 @@ zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/m
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from zoo.recipes import cli, config
+from zoo.recipes import cli, config, early
 from zoo.recipes.tasks import task
+
+# Keys and groups of training, which say nothing to an evaluation.
+_OF_TRAINING = (
+    *("augment", "optim", "schedule", "log", "recipe", "resume", "trainer", "dense", "mm"),
+    *("data.train_", "data.num_samples", "data.max_corrupt"),
+)
+_OF_BOTH = (
+    *("trainer.batch_size", "trainer.device", "trainer.amp", "trainer.channels_last"),
+    *("dense.scales", "dense.max_size", "dense.size_divisor", "dense.test_divisor"),
+)
 
 
 def main() -> None:
     """Compose the configuration, check it, evaluate. `zoo-eval <folder>` is short for `zoo-eval run=<folder>`."""
     config.register()
-    cli.show_help(__doc__, config.EvalConfig)
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-") and ("=" not in sys.argv[1] or Path(sys.argv[1]).is_dir()):
-        quoted = sys.argv[1].replace("'", r"\'")
-        sys.argv[1] = f"run='{quoted}'"
-    cli.check_overrides("zoo-eval", config.EvalConfig)
-    _evaluate()
+    cli.show_version()
+    origin = "of a run its own"
+    cli.show_help(lambda: cli.print_help(__doc__, config.EvalConfig, origin, _matters), needs_words=True)
+    first = sys.argv[1]
+    if not first.startswith("-") and ("=" not in first or os.path.isdir(first)):
+        sys.argv[1] = f"run={first}"
+    cli.run("zoo-eval", "eval", config.EvalConfig, _evaluate)
 
 
-@hydra.main(version_base="1.3", config_path=cli.CONF, config_name="eval")
-def _evaluate(cfg: DictConfig) -> None:
-    with cli.friendly_errors("zoo-eval"):
-        from zoo.recipes import runs
+def _matters(name: str) -> bool:
+    return name in _OF_BOTH or not name.startswith(_OF_TRAINING)
 
-        name = runs.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
-        overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
-        task(name, "score").score(cfg, overridden)
+
+def _evaluate(cfg: DictConfig) -> dict[str, Any]:
+    early.check(cfg)
+    if cfg.run:
+        early.check_run(Path(cfg.run))
+    if cfg.out:
+        early.check_folder(Path(cfg.out), "out")
+    from zoo.recipes import runs
+
+    name = runs.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
+    overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
+    return task(name, "score").score(cfg, overridden)
 
 
 if __name__ == "__main__":

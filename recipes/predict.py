@@ -1,16 +1,21 @@
-"""zoo-predict: what a run's detector or segmentor finds in images.
+"""zoo-predict: what a run's model sees in images.
 
 zoo-predict run=runs/<folder> image.jpg out/       one image, or several
 zoo-predict run=runs/<folder> photos/ out/         a folder of images, and those below it
 zoo-predict run=runs/<folder> photos/ out/ checkpoint=best score=0.3
                                                    the best epoch's weights; objects of 30 % and more
 
-The output folder gets a picture for each image, and predictions.json (COCO's format; detection) or a PNG of labels for
-each image in labels/ (segmentation).
+Of a classifier's run a table is printed, and the output folder gets predictions.csv and predictions.json (the first
+five classes of every image with their probabilities) and predictions.png (a sheet of the images with their classes).
+Of a detector's or segmentor's run it gets a picture for each image, and predictions.json (COCO's format; detection) or
+a PNG of labels for each image in labels/ (segmentation; 16 bits if there are more than 256 classes).
+
+What can't be read as an image is named and left out, and makes the command end with 1 when the others are written.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,39 +23,51 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo.recipes import cli, config
+from zoo.recipes import cli, config, early
 from zoo.recipes.config import option
 from zoo.recipes.errors import RunError
+from zoo.recipes.tasks import task
 
 
 @dataclass
 class PredictConfig:
     """`zoo-predict`."""
 
-    run: str = option("", "run folder of a detector or segmentor")
+    run: str = option("", "run folder")
     checkpoint: str = option("last", "checkpoint of the run: last or best")
-    score: float = option(0.5, "score from which on an object is drawn and written, 0-1")
+    score: float | None = option(
+        None, "score from which on an object is drawn and written, 0-1 (detectors only); 0.5 if null"
+    )
     device: str = option("auto", "device: auto, cpu, cuda, cuda:N, mps or xpu")
+
+
+_KEYS = [item.name for item in fields(PredictConfig)]
 
 
 def main() -> None:
     """Read the command line and predict."""
     words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__.strip(), "\n\nKeys (key=value):")
-        for item in fields(PredictConfig):
-            print(f"  {item.name + '=':<30}{item.metadata['help']}")
-        sys.exit(0)
+    cli.show_version()
+    cli.show_help(_print_help, needs_words=True)
+    cli.refuse_flags("zoo-predict", words, _KEYS, ())
     with cli.friendly_errors("zoo-predict"):
-        cfg, inputs, out = parse(words)
+        cfg, paths, out = parse(words)
+        early.check_run(Path(cfg.run))
+        early.check_folder(out, "the output folder")
+        from zoo.recipes.inputs import Inputs
+
+        inputs = Inputs(paths, out)
         from zoo.recipes import runs
-        from zoo.recipes.tasks import task
 
         runs.start_log(None, True)
         name = runs.load_config(Path(cfg.run)).get("task", "classify")
-        if name == "classify":
-            raise RunError(f"{cfg.run} is a classifier's run: zoo-predict is for task=detect and task=segment.")
         task(name, "predict").predict(cfg, inputs, out)
+
+
+def _print_help() -> None:
+    print(__doc__.strip(), "\n\nKeys with their defaults (key=value):")
+    for name, help, default in cli.defaults(PredictConfig):
+        cli.print_entry(f"{name}={default}", help, 20)
 
 
 def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
@@ -59,28 +76,28 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
     Raises:
         RunError: they do not fit.
     """
-    names = [item.name for item in fields(PredictConfig)]
-    settings, paths = [], []
+    cfg, paths = OmegaConf.structured(PredictConfig), []
     for word in words:
-        key = word.partition("=")[0]
-        if "=" not in word or Path(word).exists():
+        key, _, value = word.partition("=")
+        if "=" not in word or os.path.lexists(word):
             paths.append(Path(word))
-        elif key in names:
-            settings.append(word)
+        elif key in _KEYS:
+            try:
+                cfg[key] = None if value == "null" else cli.home(value)
+            except OmegaConfBaseException as error:
+                raise RunError(f"{word}: {str(error).splitlines()[0]}.") from error
         else:
-            guess = config.nearest(key, names)
+            guess = config.nearest(key, _KEYS)
             hint = f": did you mean {guess}?" if guess else "."
-            raise RunError(f"there is no key {key!r}{hint} There are {', '.join(names)}.")
-    try:
-        cfg = OmegaConf.merge(OmegaConf.structured(PredictConfig), OmegaConf.from_dotlist(settings))
-    except OmegaConfBaseException as error:
-        raise RunError(f"{' '.join(settings)}: {str(error).splitlines()[0]}.") from error
+            raise RunError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}.")
     if not cfg.run:
         raise RunError("run is not set: give the folder of a run, run=runs/<folder>.")
     if len(paths) < 2:
         raise RunError("give the images (files or folders) and then the output folder.")
-    if not 0 <= cfg.score <= 1:
+    if cfg.score is not None and not 0 <= cfg.score <= 1:
         raise RunError(f"score={cfg.score} is not allowed: it has to be between 0 and 1.")
+    if cfg.checkpoint not in ("last", "best"):
+        raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
     return cfg, paths[:-1], paths[-1]
 
 

@@ -154,10 +154,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
+def safe_name(name: str) -> str:
+    """`name` as part of a folder's name."""
+    return "".join(c if c.isalnum() or c in "._-=" else "-" for c in name).strip("-.")[:100]
+
+
 def default_folder(prefix: str, name: str) -> Path:
     """A new name for a folder below runs/: `prefix`, date, time and `name`."""
-    safe = "".join(c if c.isalnum() or c in "._-" else "-" for c in name).strip("-.")
-    stem = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{safe}"
+    stem = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
     number, folder = 1, Path("runs") / stem
     while folder.exists():
         number += 1

@@ -13,26 +13,27 @@ zoo-train run=runs/<folder> ...                    continue where that run stopp
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-import hydra
 from omegaconf import DictConfig
 
-from zoo.recipes import cli, config
+from zoo.recipes import cli, config, early
 from zoo.recipes.tasks import task
 
 
 def main() -> None:
     """Compose the configuration, check it, run the task."""
     config.register()
-    cli.show_help(__doc__, config.Config)
-    cli.check_overrides("zoo-train", config.Config)
-    _train()
+    cli.show_version()
+    origin = "which data=, task= and recipe= may change"
+    cli.show_help(lambda: cli.print_help(__doc__, config.Config, origin), needs_words=False)
+    cli.run("zoo-train", "config", config.Config, _train)
 
 
-@hydra.main(version_base="1.3", config_path=cli.CONF, config_name="config")
-def _train(cfg: DictConfig) -> None:
-    with cli.friendly_errors("zoo-train"):
-        task(cfg.task, "loop").train(cfg)
+def _train(cfg: DictConfig) -> dict[str, Any]:
+    config.check(cfg)
+    early.check(cfg)
+    return task(cfg.task, "loop").train(cfg)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
     runs.start_log(None, distributed.rank() == 0)
     if cfg.run:
-        model, cfg, classes, weights = _from_run(cfg, overridden)
+        model, cfg, classes, weights = from_run(cfg, overridden)
     elif cfg.pretrained:
         model, classes, weights = build_model(cfg, None), None, str(cfg.pretrained)
     else:
@@ -75,7 +75,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def _from_run(cfg: DictConfig, overridden: Sequence[str]) -> tuple[nn.Module, DictConfig, list[str], str]:
+def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, list[str], str]:
     """The model of a run, the run's configuration with the user's changes, its classes, and where the weights stood."""
     folder = Path(cfg.run)
     trained = runs.load_config(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,23 @@ from pycocotools import mask as coco_mask
 
 from zoo.recipes import config, distributed, runs
 from zoo.recipes.dense import configure, pictures, score
-from zoo.recipes.dense.data import IMAGES
-from zoo.recipes.errors import RunError
+from zoo.recipes.inputs import Inputs, as_text, shown
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
 
 
-def predict(settings: Any, inputs: Sequence[Path], out: Path) -> None:
+def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     """Draw and write what the model of a run finds in images.
 
     Args:
         settings: A `PredictConfig`.
-        inputs: Files and folders.
+        inputs: The images.
         out: The output folder; need not exist.
 
     Raises:
-        RunError: something that the user can mend; at the end, if images could not be read.
+        RunError: something that the user can mend; at the end, if images were left out.
     """
-    images = _images(inputs, out)
+    inputs.protect(target for item in inputs.found for target in (_picture(out, item.name), _labels(out, item.name)))
     base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
     base.checkpoint = settings.checkpoint
     model, cfg, classes, _ = score.from_run(base)
@@ -42,38 +41,26 @@ def predict(settings: Any, inputs: Sequence[Path], out: Path) -> None:
     runs.make_folder(out, "the output folder")
     steps = configure.pipelines(cfg, False)[1]
     pipeline = Compose([step for step in steps if not step["type"].startswith("Load")])
-    written, corrupt = _Written(cfg, out, classes), []
-    with Progress(True) as bar:
-        bar.start_evaluation(len(images))
-        for path, name in images:
-            try:
-                image = pictures.open_image(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                corrupt.append(path)
-                log.warning("%s can't be read as an image (%s).", path, " ".join(str(error).split()))
-                continue
-            # mmcv's readers give BGR, and the models turn it.
-            data = pipeline({"img": np.asarray(image)[..., ::-1], "img_path": str(path), "img_id": len(written.images),
-                             "ori_shape": image.size[::-1], "img_shape": image.size[::-1]})  # fmt: skip
-            with torch.no_grad():
-                [found] = model.test_step(pseudo_collate([data]))
-            written.add(name, image, found, settings.score)
-            bar.advance_evaluation()
-    written.close()
-    log.info("%d images: %s. Written to %s", len(written.images), written.summary(), out)
-    if corrupt:
-        raise RunError(f"{len(corrupt)} of {len(images)} files can't be read as images, beginning with {corrupt[0]}.")
-
-
-def _images(inputs: Sequence[Path], out: Path) -> list[tuple[Path, Path]]:
-    """Every image of `inputs`, and its name below the output folder, in which none of them may lie."""
-    images = list(_found(inputs, out))
-    sources = {file.resolve() for file, _ in images}
-    for _, name in images:
-        for target in (_picture(out, name), _labels(out, name)):
-            if target.resolve() in sources:
-                raise RunError(f"the image {target} would be written over: give another output folder than {out}.")
-    return images
+    written = _Written(cfg, out, classes, pictures.SCORE if settings.score is None else settings.score)
+    try:
+        with Progress(True) as bar:
+            bar.start_evaluation(len(inputs.found))
+            for item, image in inputs.read(3, cfg.data.max_pixels, bar.advance_evaluation):
+                # mmcv's readers give BGR, and the models turn it.
+                data = {"img": np.asarray(image)[..., ::-1], "img_path": str(item.path), "img_id": len(written.images),
+                        "ori_shape": image.size[::-1], "img_shape": image.size[::-1]}  # fmt: skip
+                try:
+                    with torch.no_grad():
+                        [found] = model.test_step(pseudo_collate([pipeline(data)]))
+                    picture = pictures.draw_sample(image, found, classes, written.score)
+                except Exception as error:  # whatever mmdet and mmseg raise of one image: the others go on
+                    inputs.fail(item, error)
+                else:
+                    written.add(item.name, image, found, picture)
+    finally:
+        written.close()
+    log.info("%d images: %s. Written to %s", len(written.images), written.summary(), shown(out))
+    inputs.conclude()
 
 
 def _picture(out: Path, name: Path) -> Path:
@@ -84,46 +71,26 @@ def _labels(out: Path, name: Path) -> Path:
     return out / "labels" / name.with_suffix(".png")
 
 
-def _found(inputs: Sequence[Path], out: Path) -> Iterator[tuple[Path, Path]]:
-    names: set[Path] = set()
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
-            if path.resolve() in out.resolve().parents:  # what an earlier call wrote is not predicted on
-                found = [p for p in found if not p.resolve().is_relative_to(out.resolve())]
-            if not found:
-                raise RunError(f"the folder {path} has no images ({', '.join(sorted(IMAGES))}).")
-            pairs = [(p, p.relative_to(path)) for p in found]
-        elif path.is_file():
-            pairs = [(path, Path(path.name))]
-        else:
-            raise RunError(f"{path} does not exist: give images or folders, and the output folder last.")
-        for file, name in pairs:
-            while name.with_suffix("") in names:  # the same name in two folders, or with two endings
-                name = name.with_name(f"{name.stem}_{name.suffix[1:]}{name.suffix}")
-            names.add(name.with_suffix(""))
-            yield file, name
-
-
 class _Written:
     """What has been written to the output folder."""
 
-    def __init__(self, cfg: DictConfig, out: Path, classes: Sequence[str]):
-        self.out, self.classes, self.task = out, classes, cfg.task
+    def __init__(self, cfg: DictConfig, out: Path, classes: Sequence[str], score: float):
+        self.out, self.classes, self.task, self.score = out, classes, cfg.task, score
         self.images: list[dict[str, Any]] = []
         self.objects: list[dict[str, Any]] = []
 
-    def add(self, name: Path, image: Image.Image, found: Any, score: float) -> None:
+    def add(self, name: Path, image: Image.Image, found: Any, picture: Image.Image) -> None:
         """Write an image's predictions."""
         number = len(self.images)
-        self.images.append({"id": number, "file_name": str(name), "width": image.width, "height": image.height})
-        self._save(_picture(self.out, name), pictures.draw_sample(image, found, self.classes, score))
+        self.images.append({"id": number, "file_name": as_text(name), "width": image.width, "height": image.height})
+        self._save(_picture(self.out, name), picture)
         if self.task == "segment":
             labels = found.pred_sem_seg.data[0].cpu().numpy()
-            self._save(_labels(self.out, name), Image.fromarray(labels.astype(np.uint8)))
+            bits = np.uint8 if len(self.classes) <= 256 else np.uint16
+            self._save(_labels(self.out, name), Image.fromarray(labels.astype(bits)))
             return
         objects = found.pred_instances
-        objects = objects[objects.scores >= score].cpu()
+        objects = objects[objects.scores >= self.score].cpu()
         for i in range(len(objects)):
             left, top, right, bottom = objects.bboxes[i].tolist()
             item = {

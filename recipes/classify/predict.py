@@ -1,0 +1,270 @@
+"""The classes of images outside of a data set: `zoo-predict`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+from zoo.recipes import config, distributed, runs
+from zoo.recipes.classify.data import build_transform
+from zoo.recipes.classify.evaluation import Normalize
+from zoo.recipes.classify.model import input_config
+from zoo.recipes.classify.score import from_run
+from zoo.recipes.classify.training import autocast
+from zoo.recipes.errors import RunError
+from zoo.recipes.inputs import Input, Inputs, as_text, shown
+from zoo.recipes.progress import Progress
+from zoo.recipes.runs import log
+
+NAMES = ("predictions.csv", "predictions.json", "predictions.png")
+_TOP = 5  # classes written of each image
+_MOST_ROWS = 20  # of the printed table
+_LEAST_ROOM = 32  # characters of a path in it
+_MOST_PICTURES = 40  # of the contact sheet
+
+Guesses = list[tuple[str, float]]  # classes with their probabilities, the first first
+
+
+@dataclass
+class _Prediction:
+    path: Path
+    guesses: Guesses
+    thumbnail: Image.Image | None
+
+
+def predict(settings: Any, inputs: Inputs, out: Path) -> None:
+    """Print, write and draw which classes the model of a run sees in images.
+
+    Args:
+        settings: A `PredictConfig`.
+        inputs: The images.
+        out: The output folder; need not exist.
+
+    Raises:
+        RunError: something that the user can mend; at the end, if images were left out.
+    """
+    if settings.score is not None:
+        raise RunError(f"score={settings.score} is for detectors: {settings.run} is a classifier's run, leave it out.")
+    inputs.protect(out / name for name in NAMES)
+    base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
+    base.checkpoint = settings.checkpoint
+    model, cfg, classes, weights = from_run(base)
+    device = distributed.setup(settings.device)
+    runs.make_folder(out, "the output folder")
+    data_config = input_config(model, cfg.data)
+    transform = build_transform(None, data_config)
+    normalize = Normalize(data_config, device, cfg.trainer.channels_last)
+    model = model.to(device).eval()
+    if cfg.trainer.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def run(batch: list[torch.Tensor]) -> torch.Tensor:
+        """Images (C, H, W), uint8, to probabilities (B, classes)."""
+        with autocast(cfg.trainer.amp, device):
+            return model(normalize(torch.stack(batch))).float().softmax(1).cpu()
+
+    drawn = set(_spread(len(inputs.found), _MOST_PICTURES))
+    pictured = {inputs.found[i] for i in drawn}
+    predictions: list[_Prediction] = []
+    try:
+        with Progress(True) as bar:
+            bar.start_evaluation(len(inputs.found))
+            read = inputs.read(data_config["input_size"][0], cfg.data.max_pixels, bar.advance_evaluation)
+            for batch in _batches(_prepared(read, transform, pictured, inputs), cfg.trainer.batch_size):
+                predictions += _classify(batch, run, classes, inputs)
+    finally:
+        _write(out, predictions, inputs, classes, {"run": settings.run, "model": cfg.model, "weights": weights})
+    _print(predictions)
+    log.info("%d images%s. Written to %s", len(predictions), _summary(predictions), shown(out))
+    inputs.conclude()
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` positions, evenly spread."""
+    return [i * count // most for i in range(most)] if count > most else list(range(count))
+
+
+Prepared = tuple[Input, torch.Tensor, Image.Image | None]
+
+
+def _prepared(
+    read: Iterable[tuple[Input, Image.Image]], transform: Callable, pictured: set[Input], inputs: Inputs
+) -> Iterator[Prepared]:
+    """Each image as the model takes it, with its thumbnail where it is drawn."""
+    for item, image in read:
+        try:
+            pixels = torch.as_tensor(transform(image))
+            thumbnail = _thumbnail(image) if item in pictured else None
+        except Exception as error:  # Pillow's, for want of memory
+            inputs.fail(item, error)
+        else:
+            yield item, pixels, thumbnail
+
+
+def _batches(items: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
+    batch: list[Prepared] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _classify(
+    batch: list[Prepared], run: Callable[[list[torch.Tensor]], torch.Tensor], classes: Sequence[str], inputs: Inputs
+) -> Iterator[_Prediction]:
+    try:
+        probabilities = run([pixels for _, pixels, _ in batch])
+    except Exception as error:  # whatever a model raises
+        if len(batch) == 1:
+            inputs.fail(batch[0][0], error)
+        else:  # one image is to blame, or the memory has no room for a batch
+            for one in batch:
+                yield from _classify([one], run, classes, inputs)
+        return
+    for (item, _, thumbnail), row in zip(batch, probabilities, strict=True):
+        if not row.isfinite().all():
+            inputs.fail(item, ValueError("its scores are not finite"))
+            continue
+        values, labels = row.topk(min(_TOP, len(classes)))
+        guesses = [(as_text(classes[i]), round(p, 6)) for i, p in zip(labels.tolist(), values.tolist(), strict=True)]
+        yield _Prediction(item.path, guesses, thumbnail)
+
+
+# What is written.
+
+
+def _write(
+    out: Path, predictions: list[_Prediction], inputs: Inputs, classes: Sequence[str], about: dict[str, str]
+) -> None:
+    columns = [f"{what}_{i}" for i in range(1, min(_TOP, len(classes)) + 1) for what in ("class", "probability")]
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["image", *columns])
+    for item in predictions:
+        writer.writerow([as_text(item.path), *(value for guess in item.guesses for value in guess)])
+    runs.write_text(out / "predictions.csv", table.getvalue())
+    content = {
+        **about,
+        "images": [
+            {
+                "image": as_text(item.path),
+                "predictions": [{"class": name, "probability": probability} for name, probability in item.guesses],
+            }
+            for item in predictions
+        ],
+        "left_out": [as_text(path) for path in (*inputs.unread, *inputs.failed)],
+    }
+    runs.write_json(out / "predictions.json", content)
+    pictured = [item for item in predictions if item.thumbnail]
+    if pictured:
+        title = (
+            f"{len(pictured)} of {len(predictions)} images, evenly spread" if len(pictured) < len(predictions) else ""
+        )
+        with runs.atomic(out / "predictions.png") as file:
+            _sheet(pictured, title).save(file, format="png")
+
+
+def _print(predictions: list[_Prediction]) -> None:
+    """Print a table of the first images, with as many of their classes as leave room for the paths."""
+    if not predictions:
+        return
+    cells = [
+        [cell for name, p in item.guesses for cell in (_cut(shown(name), 24), f"{100 * p:.1f}")]
+        for item in predictions[:_MOST_ROWS]
+    ]
+    widths = [2 + max(4, *map(cell_len, column)) for column in zip(*cells, strict=True)]
+    for count in range(min(6, len(widths)), 0, -2):
+        room = runs.console.width - sum(widths[:count]) - 2
+        if room >= _LEAST_ROOM:
+            break
+    table = Table("image", box=None, header_style="bold", pad_edge=False)
+    for title in ("first", "second", "third")[: count // 2]:
+        table.add_column(title)
+        table.add_column("%", justify="right")
+    for item, row in zip(predictions, cells, strict=False):
+        path = shown(item.path)
+        table.add_row(*map(Text, (path if len(path) <= room else f"…{path[1 - room :]}", *row[:count])))
+    runs.console.print(table)
+    if len(predictions) > _MOST_ROWS:
+        runs.console.print(f"and {len(predictions) - _MOST_ROWS} more, all in predictions.csv", highlight=False)
+
+
+def _summary(predictions: list[_Prediction]) -> str:
+    """How often the most frequent classes come first."""
+    counts = Counter(item.guesses[0][0] for item in predictions)
+    parts = [f"{shown(name)} ({count})" for name, count in counts.most_common(5)]
+    if len(counts) > len(parts):
+        parts.append(f"others ({len(predictions) - sum(count for _, count in counts.most_common(5))})")
+    return f": {', '.join(parts)}" if parts else ""
+
+
+def _cut(text: str, length: int) -> str:
+    """`text` with an ellipsis for what is too long."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+# The contact sheet; all measures are pixels.
+
+_CELL, _PICTURE, _LINE, _GAP = 240, 180, 19, 14
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """`image` as RGB in the size of a picture of the sheet."""
+    small = ImageOps.contain(image, (_CELL, _PICTURE))
+    background = Image.new("RGB", small.size, "white")
+    background.paste(small, mask=small.getchannel("A") if small.mode == "RGBA" else None)
+    return background
+
+
+def _sheet(predictions: Sequence[_Prediction], title: str) -> Image.Image:
+    """A picture of images with the first three classes and the file's name below each."""
+    from matplotlib.font_manager import findfont  # ships DejaVu Sans
+
+    plain = ImageFont.truetype(findfont("DejaVu Sans"), 13)
+    bold = ImageFont.truetype(findfont("DejaVu Sans:bold"), 14)
+    columns = min(5, len(predictions))
+    rows = math.ceil(len(predictions) / columns)
+    height, top = _PICTURE + 4 * _LINE + 2 * _GAP, 2 * _GAP + _LINE if title else _GAP
+    sheet = Image.new("RGB", (columns * (_CELL + _GAP) + _GAP, top + rows * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, _GAP), title, "black", bold)
+    for number, item in enumerate(predictions):
+        x = _GAP + number % columns * (_CELL + _GAP)
+        y = top + number // columns * height
+        picture = item.thumbnail
+        draw.rectangle((x, y, x + _CELL, y + _PICTURE), "#f0f0f0")
+        sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_PICTURE - picture.height) // 2))
+        y += _PICTURE + _GAP // 2
+        for place, (name, probability) in enumerate(item.guesses[:3]):
+            font, color = (plain, "#606060") if place else (bold, "black")
+            figure = f"{100 * probability:.0f} %" if probability >= 0.01 else "<1 %"
+            draw.text((x, y), _fitting(shown(name), font, _CELL - 60), color, font)
+            draw.text((x + _CELL, y), figure, color, font, anchor="ra")
+            y += _LINE
+        draw.text((x, y), _fitting(shown(item.path.name), plain, _CELL), "#1a5fb4", plain)
+    return sheet
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """As much of `text` as fits."""
+    text = _cut(text, 60)
+    while font.getlength(text) > width:
+        text = f"{text[:-2]}…"
+    return text

@@ -1,0 +1,94 @@
+"""What can be known to be wrong without torch and timm, whose import takes seconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from zoo.recipes.config import nearest
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import similar_path
+from zoo.recipes.tasks import TASKS
+
+# Keys that name something below data.root, or anywhere.
+_BELOW_ROOT = (
+    *("data.class_map", "data.train_ann", "data.val_ann"),
+    *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
+)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a task, a model, data or weights that are not there; of a run's own, only what `cfg` says of them.
+
+    Raises:
+        RunError: names the key, its value, and what may have been meant.
+    """
+    if cfg.task not in TASKS:
+        raise RunError(f"task={cfg.task} is not allowed: it has to be {', '.join(TASKS)}.")
+    check_model(cfg.model)
+    root = Path(cfg.data.root) if cfg.data.root else None
+    # Other data sets are made or downloaded where there is none.
+    if root and cfg.data.name in ("", "coco", "masks") and not os.path.exists(root):
+        raise RunError(f"data.root={root} does not exist{similar_path(root)}")
+    for key in _BELOW_ROOT:
+        value = cfg.data[key.partition(".")[2]]
+        if value and not os.path.exists(value) and not (root and os.path.exists(root / value)):
+            raise RunError(f"{key}={value} does not exist{similar_path(root / value if root else Path(value))}")
+    if isinstance(cfg.pretrained, str) and not os.path.exists(cfg.pretrained):
+        hint = similar_path(Path(cfg.pretrained))
+        raise RunError(
+            f"pretrained={cfg.pretrained} does not exist{hint} Give true, false, a checkpoint or the folder of a run."
+        )
+
+
+def check_run(folder: Path) -> None:
+    """Refuse what is no run folder.
+
+    Raises:
+        RunError: says what may have been meant.
+    """
+    if not os.path.exists(folder):
+        raise RunError(f"there is no run folder {folder}{similar_path(folder)}")
+    if not os.path.isfile(folder / "config.yaml"):
+        raise RunError(f"{folder} is not the folder of a run: it has no config.yaml.")
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Refuse a folder that can't be made or written to.
+
+    Raises:
+        RunError: says what stands in the way.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise RunError(f"{there} is a file, and can't be {what}: give a folder, new or old.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{there} can't be written to: choose another folder for {what}.")
+
+
+def check_model(name: str) -> None:
+    """Refuse the name of a model that stands in no source of timm's or the zoo's.
+
+    A model is a function of its name, so that reading is enough; timm itself looks again, and at the tag.
+
+    Raises:
+        RunError: with the nearest name.
+    """
+    model = name.partition(".")[0]
+    if ":" in name:  # a folder, or a place at Hugging Face
+        return
+    sources = "\n".join(
+        file.read_text(encoding="utf-8")
+        for package, folder in (("timm", "models"), ("zoo", ""))
+        for location in importlib.util.find_spec(package).submodule_search_locations
+        for file in Path(location, folder).glob("*.py")
+    )
+    names = re.findall(r"^@register_model\s+def (\w+)\(", sources, re.MULTILINE)
+    if model not in names and f"'{model}'" not in sources:  # a former name stands in quotes
+        guess = nearest(model, names)
+        hint = f"did you mean {guess!r}? " if guess else ""
+        raise RunError(f"there is no model {model!r}; {hint}timm.list_models() lists all, after `import zoo`.")

@@ -1,0 +1,162 @@
+"""The images that a command line names, read one after another: what is no image is named and left out, and the rest
+goes on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+
+from PIL import Image
+
+from zoo.recipes import images
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import similar_path
+
+log = logging.getLogger("zoo")
+ENDINGS = images.ENDINGS | {".gif"}
+_LONGEST_NAME = 200  # bytes; file systems have 255, and an ending and what makes a name unique come on top
+# Resized to a model's size, the long side of anything narrower takes more memory than there is.
+_MOST_NARROW = 200
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image file, and its name below an output folder; no two of a command have the same but for the ending."""
+
+    path: Path
+    name: Path
+
+
+class Inputs:
+    """The images of a command, in files and folders; links to folders are not followed.
+
+    Args:
+        paths: Files and folders.
+        out: The output folder. What lies below it is left out of the folder around it.
+
+    Attributes:
+        found: The images.
+        unread: What turned out to be none.
+        failed: Images that the model could not take.
+
+    Raises:
+        RunError: a path does not exist, or a folder has no images.
+    """
+
+    def __init__(self, paths: Sequence[Path], out: Path):
+        self.found: list[Input] = []
+        self.unread: list[Path] = []
+        self.failed: list[Path] = []
+        self.total = 0
+        taken: set[str] = set()
+        for path in paths:
+            if os.path.isdir(path):
+                found = [(file, file.relative_to(path)) for file in self._below(path, out)]
+                if not found and not self.unread:
+                    raise RunError(f"the folder {path} has no images ({', '.join(sorted(ENDINGS))}).")
+            elif os.path.lexists(path):
+                found = [(path, Path(path.name))]
+            else:
+                where = similar_path(path)
+                raise RunError(f"{path} does not exist{where} Give images or folders, and the output folder last.")
+            folders = {str(folder).casefold() for _, name in found for folder in name.parents}
+            self.found += [Input(file, _unique(name, taken, folders)) for file, name in found]
+            self.total += len(found)
+
+    def _below(self, folder: Path, out: Path) -> list[Path]:
+        files, target = [], os.path.realpath(out)
+        for root, folders, names in os.walk(folder, onerror=self._leave_out_folder):
+            folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) != target]
+            files += [Path(root, name) for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
+        return sorted(files)
+
+    def _leave_out_folder(self, error: OSError) -> None:
+        self.unread.append(Path(error.filename))
+        self.total += 1
+        log.warning("The folder %s can't be read (%s).", shown(error.filename), error.strerror)
+
+    def protect(self, targets: Iterable[Path]) -> None:
+        """Refuse to write over an image.
+
+        Raises:
+            RunError: one of `targets` is an image of the command.
+        """
+        sources = {os.path.realpath(item.path) for item in self.found}
+        for target in targets:
+            if os.path.realpath(target) in sources:
+                raise RunError(f"the image {shown(target)} would be written over: give another output folder.")
+
+    def read(self, channels: int, max_pixels: int, advance: Callable[[], None]) -> Iterator[tuple[Input, Image.Image]]:
+        """The images that can be read, upright, with so many channels; `advance` is called after each file."""
+        for item in self.found:
+            try:
+                image = _open(item.path, channels, max_pixels)
+            except (OSError, images.ImageError) as error:
+                self.unread.append(item.path)
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+                log.warning("%s can't be read as an image (%s).", shown(item.path), reason)
+            else:
+                yield item, image
+            advance()
+
+    def fail(self, item: Input, error: BaseException) -> None:
+        """Leave out an image on which the model, or what comes before and after it, raised `error`."""
+        self.failed.append(item.path)
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        log.warning("%s is left out: the model can't take it (%s).", shown(item.path), reason)
+
+    def conclude(self) -> None:
+        """Say at the end that something was left out.
+
+        Raises:
+            RunError: if it was.
+        """
+        kinds = ((self.unread, "can't be read as images"), (self.failed, "are images that the model can't take"))
+        parts = [
+            f"{len(paths)} of {self.total} files {what}, beginning with {shown(paths[0])}"
+            for paths, what in kinds
+            if paths
+        ]
+        if parts:
+            raise RunError(f"{'; '.join(parts)}.")
+
+
+def _open(path: Path, channels: int, max_pixels: int) -> Image.Image:
+    """An image; a pipe or a device, which could keep one waiting for ever, is none."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise images.ImageError("it is no regular file")
+    image = images.open_image(path, channels, max_pixels)
+    if max(image.size) > _MOST_NARROW * min(image.size):
+        size = f"{image.width}x{image.height}"
+        raise images.ImageError(f"{size} pixels: one side is more than {_MOST_NARROW} times as long as the other")
+    return image
+
+
+def _unique(name: Path, taken: set[str], folders: set[str]) -> Path:
+    """`name`, or what it is called where something else has that name, such as an image with another ending."""
+    if name.parts[0].casefold() == "labels":  # where a segmentor's labels are written
+        name = Path("labels_", *name.parts[1:])
+    stem, ending = name.stem, name.suffix
+    if len(os.fsencode(stem)) > _LONGEST_NAME:
+        stem = os.fsencode(stem)[:_LONGEST_NAME].decode("utf-8", "ignore")
+    for candidate in chain([stem, f"{stem}_{ending[1:]}"], (f"{stem}_{ending[1:]}_{number}" for number in count(2))):
+        key = str(name.with_name(candidate)).casefold()  # some file systems don't tell capitals from small letters
+        if key not in taken and f"{key}.png" not in folders:
+            taken.add(key)
+            return name.with_name(candidate + ending)
+    raise AssertionError("there are numbers enough")
+
+
+def as_text(text: str | Path) -> str:
+    """A path, or a class's name, as text that any file can hold: what is no Unicode is written out."""
+    return str(text).encode(errors="backslashreplace").decode()
+
+
+def shown(text: str | Path) -> str:
+    """The same for people: what can't be printed, such as a newline, is written out too."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in as_text(text))

@@ -1,0 +1,120 @@
+"""Sweeps (-m): run folders that say what varied, and a table of all runs at the end."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+PRIMARY = os.environ.get("RANK", "0") == "0"  # under torchrun, one process names folders and prints
+
+
+def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
+    """What tells a run of a sweep from the others, key -> value.
+
+    Args:
+        overrides: The words of the run.
+        asked: The words of the sweep. What none of them fixes was chosen by Hydra's sweeper.
+    """
+    parser = OverridesParser.create()
+    words = parser.parse_overrides([word for word in asked if "=" in word and not word.startswith("-")])
+    fixed = {word.key_or_group for word in words if not word.is_sweep_override()}
+    own = parser.parse_overrides(list(overrides))
+    return {word.key_or_group: str(word.value()) for word in own if word.key_or_group not in fixed}
+
+
+def name_folder(cfg: DictConfig, asked: Sequence[str]) -> None:
+    """Name what a run of a sweep writes by what varied, where the user did not name it."""
+    from zoo.recipes import runs
+
+    key = "out" if "out" in cfg else "run"
+    if cfg[key] or not PRIMARY:
+        return
+    values = varied(HydraConfig.get().overrides.task, asked)
+    label = "-".join(f"{name}={value}" for name, value in values.items() if name not in ("model", "run"))
+    if key == "run" or not cfg.run:
+        cfg[key] = str(runs.default_folder("eval-" if key == "out" else "", f"{cfg.model}-{label}"))
+    elif label:
+        cfg.out = str(Path(cfg.run, runs.safe_name(f"eval-{label}")))
+
+
+def discard_folder(cfg: DictConfig) -> None:
+    """Remove the folder of a run that failed before it wrote anything."""
+    with suppress(OSError):  # which says that something is in it
+        Path(cfg.get("out") or cfg.run or "").rmdir()
+
+
+class Sweep(Callback):
+    """Collects the runs of a sweep that run in this process, and prints them at the end."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.runs: list[tuple[dict[str, str], Path, Any]] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the words of the sweep."""
+        self.asked = list(config.hydra.overrides.task)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Remember a run."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            folder = job_return.cfg.get("out") or job_return.cfg.run or ""
+            values = varied(config.hydra.overrides.task, self.asked)
+            self.runs.append((values, Path(folder), job_return.return_value))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print all runs, the best one marked, and end with 1 if one failed."""
+        if not self.runs or not PRIMARY:
+            return
+        from zoo.recipes import runs
+
+        done = [str(folder) for _, folder, result in self.runs if isinstance(result, dict)]
+        # A terminal folds what does not fit; in a file, lines may be long.
+        runs.console.print(_table(self.runs), width=None if runs.console.is_terminal else 200)
+        failed = [(folder, error) for _, folder, error in self.runs if not isinstance(error, dict)]
+        if len(done) > 1:
+            print(f"Side by side: {shlex.join(['zoo-report', *done])}")
+        if failed:
+            runs.log.error("%d of %d runs failed.", len(failed), len(self.runs))
+            sys.exit(1)
+
+
+def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
+    """A row for each run: what varied, the figures in percent or why there are none, and the folder."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from zoo.recipes.report import SCORES
+
+    keys = list(dict.fromkeys(key for values, _, _ in jobs for key in values))
+    results = [result for _, _, result in jobs if isinstance(result, dict)]
+    names = {name: title for result in results[:1] for name, title in SCORES[result["task"]].items()}
+    names = {name: title for name, title in names.items() if any(name in result["metrics"] for result in results)}
+    main = next(iter(names), None)
+    best = max((result["metrics"].get(main) or 0.0 for result in results), default=None)
+    table = Table(*keys, *(f"{title} %" for title in names.values()), box=None, header_style="bold", pad_edge=False)
+    table.add_column("folder", overflow="fold")
+    for values, folder, result in jobs:
+        row = [values.get(key, "") for key in keys]
+        if isinstance(result, dict):
+            figures = [result["metrics"].get(name) for name in names]
+            marked = len(results) > 1 and result["metrics"].get(main) == best
+            row += ["" if figure is None else f"{figure:.2f}" for figure in figures]
+            row[len(keys)] += " best" if marked else ""
+            row.append(str(folder))
+        else:
+            marked = False
+            row += [*["-"] * len(names), f"failed: {' '.join(str(result).split())}"]
+        table.add_row(*map(Text, row), style="bold" if marked else None)
+    return table
