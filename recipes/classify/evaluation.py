@@ -195,9 +195,11 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
             )
     names = [_short(classes[i]) for i in shown]
     axes.set_xticks(range(len(shown)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=8)
-    axes.set_yticks(range(len(shown)), names, fontsize=8)
+    axes.set_yticks(
+        range(len(shown)), [f"{name} ({images[i]})" for i, name in zip(shown, names, strict=True)], fontsize=8
+    )
     axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
+    axes.set_ylabel("true (images)")
     axes.set_title(title, fontsize=9)
     figure.colorbar(drawn, label="% of the true class", shrink=0.8)
     with atomic(path) as file:

@@ -110,12 +110,22 @@ def _takes_img_size(model: str) -> bool:
 
 
 def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
-    """timm's data configuration of `model` (input_size, mean, std, ...), with what the data section `cfg` overrides."""
+    """timm's data configuration of `model` (input_size, mean, std, ...), with what the data section `cfg` overrides.
+
+    Raises:
+        RunError: the mean or standard deviation is of another number of channels.
+    """
     names = ("img_size", "mean", "std", "interpolation", "crop_pct")
     overrides = {name: cfg[name] for name in names if cfg[name] is not None}
     if cfg.name in ("digits", "digit_crops"):
         overrides.setdefault("crop_pct", 1.0)  # digits reach to the edge
     channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
+    for name in ("mean", "std"):
+        if len(overrides.get(name, [0])) not in (1, channels):
+            raise RunError(
+                f"data.{name}={list(overrides[name])} has {len(overrides[name])} numbers, but the model takes "
+                f"{channels} channels: give one number, or one for each."
+            )
     config = resolve_model_data_config(model, args={**overrides, "in_chans": channels})
     config["input_size"] = (channels, *config["input_size"][1:])
     for name in ("mean", "std"):

@@ -121,12 +121,12 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         runs.console.print(table)
     for name in result.corrupt:
         log.warning("A corrupt image does not count: %s", name)
+    names = {"top1": "top-1"} | ({"top5": "top-5"} if len(classes) > 5 else {})  # else it is 100 %
     log.info(
-        "%s (%s): top-1 %s, top-5 %s, loss %.4f on %d images",
+        "%s (%s): %s, loss %.4f on %d images",
         summary["model"],
         summary["weights"],
-        percentage(metrics["top1"]),
-        percentage(metrics["top5"]),
+        ", ".join(f"{text} {percentage(metrics[name])}" for name, text in names.items()),
         metrics["loss"],
         metrics["images"],
     )

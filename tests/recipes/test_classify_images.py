@@ -134,6 +134,12 @@ def test_models_of_other_channels_train(fit, images, tmp_path, channels):
     assert (result["updates"], result["corrupt_images"]) == (1, [])
 
 
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_normalisation_of_another_number_of_channels_is_refused(fit, images, tmp_path, name):
+    with pytest.raises(RunError, match=rf"data.{name}=\[0.5, 0.5\] has 2 numbers, but the model takes 3 channels"):
+        fit(tmp_path / "run", images, f"data.{name}=[0.5,0.5]")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("policy", ["rand-m10-n9-inc1", "v0"], ids=["strongest", "v0"])
 def test_every_augmentation_works(policy, channels):

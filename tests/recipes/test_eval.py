@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from zoo.recipes.classify.evaluation import Evaluation, plot_confusion
-from zoo.recipes.classify.score import score
+from zoo.recipes.classify.score import _report, score
 from zoo.recipes.errors import RunError
+from zoo.recipes.runs import log
 
 
 @pytest.fixture
@@ -95,6 +96,17 @@ def test_output_folder(evaluate, run, tmp_path):
     evaluate(f"run={run}", f"out={tmp_path / 'out'}")
     assert (tmp_path / "out" / "eval.json").exists()
     assert not (run / "eval").exists()
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_is_said_where_it_tells_something(tmp_path, caplog, monkeypatch, classes):
+    monkeypatch.setattr(log, "propagate", True)  # a run that another test started has changed it
+    names = [str(i) for i in range(classes)]
+    result = Evaluation({"top1": 25.0, "top5": 100.0, "loss": 1.0, "images": 4}, np.arange(4), np.zeros(4, int), [])
+    with caplog.at_level("INFO"):
+        _report(tmp_path, {"model": "m", "weights": "w", "metrics": result.metrics}, result, names, False)
+    figures = "top-1 25.00 %, top-5 100.00 %" if classes == 6 else "top-1 25.00 %"
+    assert f"m (w): {figures}, loss 1.0000 on 4 images" in caplog.text
 
 
 def test_confusion_is_a_picture(evaluate, run):
