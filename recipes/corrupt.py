@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from zoo.recipes import distributed, runs
 from zoo.recipes.errors import RunError
 from zoo.recipes.runs import log
+
+
+class CorruptFile(Exception):
+    """An image, or what belongs to it, can't be read; `reason` says why."""
+
+    def __init__(self, path: str | Path, reason: str):
+        super().__init__(f"{path} ({reason})")
+        self.path = str(path)
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """What a worker has to tell the user comes without the worker's traceback."""
+    try:
+        yield
+    except RunError as error:
+        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from error
 
 
 class CorruptImages:

@@ -16,6 +16,7 @@ from mmdet.evaluation.metrics import CocoMetric
 from mmdet.registry import DATASETS, METRICS
 
 from zoo.recipes.dense.annotations import normalise
+from zoo.recipes.dense.transforms import SkipsCorrupt
 from zoo.recipes.files import read_json
 
 
@@ -37,7 +38,7 @@ class NamedCoco(COCO):
 
 
 @DATASETS.register_module()
-class NamedCocoDataset(CocoDataset):
+class NamedCocoDataset(SkipsCorrupt, CocoDataset):
     """Labels follow `metainfo["classes"]`, not the order in which the file lists its categories."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
@@ -50,6 +51,10 @@ class NamedCocoDataset(CocoDataset):
         if self.test_mode or not (self.filter_cfg or {}).get("filter_empty_gt"):
             return self.data_list
         return [item for item in self.data_list if not all(i["ignore_flag"] for i in item["instances"])]
+
+    def exclude(self, sample: Any, idx: int) -> None:
+        """The scores know images by their ids."""
+        sample.set_metainfo({"img_id": self.get_data_info(idx)["img_id"]})
 
 
 @METRICS.register_module()
@@ -68,13 +73,25 @@ class NamedCocoMetric(CocoMetric):
         super().__init__(**options)
         self._coco_api = NamedCoco(ann_file, classes)
 
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Keep what was found in a batch; of a corrupt image, that it is one."""
+        for sample in data_samples:
+            if sample.get("corrupt"):
+                self.results.append(({"img_id": sample["img_id"]}, None))
+            else:
+                super().process(data_batch, [sample])
+
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Score without pycocotools' tables; finding nothing at all, of which mmdet says nothing, scores 0.
 
+        Objects in corrupt images count neither way.
+
         `per_class` holds each class's AP, 0-1 and NaN where there is nothing to find: of masks, if they are scored.
         """
+        corrupt = {truth["img_id"] for truth, found in results if found is None}
+        self.img_ids = [number for number in self._coco_api.get_img_ids() if number not in corrupt]
         with contextlib.redirect_stdout(io.StringIO()):
-            scores = super().compute_metrics(results)
+            scores = super().compute_metrics([result for result in results if result[1] is not None])
         if not scores:
             return {f"{kind}_{name}": 0.0 for kind in self.metrics for name in ("mAP", "mAP_50")}
         classes = self.dataset_meta["classes"]

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.recipes import config, distributed
 from zoo.recipes.dense import confusion as _confusion  # noqa: F401  registers the metric
 from zoo.recipes.dense import optim as _optim  # noqa: F401  registers the optimizer wrappers
+from zoo.recipes.dense import transforms as _transforms  # noqa: F401  registers the readers
 from zoo.recipes.dense.backbone import TimmBackbone, dense_settings
 from zoo.recipes.dense.data import DetectionData, SegmentationData
 from zoo.recipes.errors import RunError
@@ -365,13 +366,13 @@ def _set_norm(part: Any, norm: str) -> None:
 
 
 def pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
-    """The transforms of training and of test images; prediction leaves `LoadAnnotations` out of the latter."""
+    """The transforms of training and of test images; prediction leaves those out that load."""
     return (_detection_pipelines if cfg.task == "detect" else _segmentation_pipelines)(cfg, masks)
 
 
 def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
     dense = cfg.dense
-    load = dict(type="LoadImageFromFile")
+    load = dict(type="LoadImage", max_pixels=cfg.data.max_pixels)
     annotations = dict(type="LoadAnnotations", with_bbox=True, with_mask=masks)
     several = dict(type="RandomChoiceResize", scales=[(dense.max_size, s) for s in dense.scales], keep_ratio=True)
     one = dict(type="Resize", scale=(dense.max_size, dense.scales[-1]), keep_ratio=True)
@@ -417,7 +418,7 @@ def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list
 
 def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
     dense = cfg.dense
-    load, annotations = dict(type="LoadImageFromFile"), dict(type="LoadAnnotations")
+    load, annotations = dict(type="LoadImage", max_pixels=cfg.data.max_pixels), dict(type="LoadLabels")
     one = dict(type="Resize", scale=(dense.max_size, dense.scales[-1]), keep_ratio=True)
     train = [load, annotations]
     if len(dense.scales) > 1:
@@ -435,7 +436,8 @@ def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], l
     else:
         train.append(one)
     if dense.crop:
-        train.append(dict(type="RandomCrop", crop_size=tuple(dense.crop), cat_max_ratio=0.75))
+        ignored = cfg.data.ignore_index
+        train.append(dict(type="RandomCrop", crop_size=tuple(dense.crop), cat_max_ratio=0.75, ignore_index=ignored))
     if cfg.augment.hflip:
         train.append(dict(type="RandomFlip", prob=cfg.augment.hflip))
     if dense.photometric:

@@ -19,15 +19,17 @@ import numpy as np
 from PIL import Image
 
 from zoo.recipes.config import DataConfig
+from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense import scenes
 from zoo.recipes.dense.annotations import category_names, count_boxes, find_twice, load_annotations, some
 from zoo.recipes.errors import RunError
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, reason, similar_path
+from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_lines, read_text, reason, similar_path
+from zoo.recipes.images import ENDINGS as IMAGES
+from zoo.recipes.images import image_size
 from zoo.recipes.runs import log
 
-IMAGES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 _LABELS = frozenset({".png"})
-_EXIF_ORIENTATION = 0x0112
+_MOST_LABELS = 2**16  # of the deepest PNGs
 
 
 @dataclass
@@ -311,14 +313,22 @@ def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, A
             f"{len(missing)} of the {len(images)} images of {path} do not exist, the first is {missing[0]}: "
             "add them, or remove them from the annotations."
         )
-    chosen = _chosen(images, cfg)
-    files = [str(folder / str(image["file_name"])) for image in chosen]
-    for image, file, size in zip(chosen, files, _in_threads(_image_size, files, f"images of {path.name}"), strict=True):
-        if size != (image["width"], image["height"]):
-            raise RunError(
-                f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {path} gives "
-                f"{image['width']}x{image['height']}: the boxes would lie elsewhere."
-            )
+    chosen = {str(folder / str(image["file_name"])): image for image in _chosen(images, cfg)}
+
+    def check(file: str) -> None:
+        size, image = read_size(file, cfg.max_pixels), chosen[file]
+        check_size(file, size, (image["width"], image["height"]), path)
+
+    _checked(check, list(chosen), f"images of {path.name}")
+
+
+def check_size(file: str, size: tuple[int, int], given: tuple[float, float], annotations: str | Path) -> None:
+    """Refuse an image of another width and height than its annotations give."""
+    if size != given:
+        raise RunError(
+            f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {annotations} gives "
+            f"{given[0]}x{given[1]}: the boxes would lie elsewhere."
+        )
 
 
 # Segmentation.
@@ -338,13 +348,7 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
     """
     base = _base(cfg, cfg.val_images)
     classes = _segmentation_classes(cfg, base, classes)
-    if cfg.reduce_zero_label and cfg.ignore_index != 255:
-        raise RunError(
-            f"data.ignore_index={cfg.ignore_index} can't be used with data.reduce_zero_label=true, which turns 0 into "
-            "255: leave it out."
-        )
-    if not 0 <= cfg.ignore_index <= 255:
-        raise RunError(f"data.ignore_index={cfg.ignore_index} is not allowed: labels are 0 to 255.")
+    _check_ignore_index(cfg, len(classes))
     splits = [(cfg.val_split, "val", cfg.val_images, cfg.val_labels)]
     if training:
         splits.insert(0, (cfg.train_split, "train", cfg.train_images, cfg.train_labels))
@@ -354,25 +358,44 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
         labels = _split_folder(base, split, key, "labels", given_labels, ("annotations", "labels"))
         found = pair_files(images, labels, strict=True)
         chosen = _chosen(found, cfg)
-        present = list(_in_threads(_read_label, chosen, f"labels in {labels}"))
+        counted = _checked(lambda pair: (pair[1], _count_labels(pair, cfg.max_pixels)), chosen, f"labels in {labels}")
+        files, present = [file for file, _ in counted], [counts for _, counts in counted]
         reduce = _reduces(cfg, labels, present, len(classes))
-        pixels = _count_pixels(cfg, [label for _, label in chosen], present, classes, reduce)
-        if chosen:
-            whole = key == "train" and len(chosen) == len(found)
+        pixels = _count_pixels(cfg, files, present, classes, reduce)
+        if present:
+            whole = key == "train" and len(present) == len(found)
             _check_pixels(labels, pixels, present, classes, cfg.ignore_index, reduce, whole)
         opened.append(
-            SegmentationSplit(images, labels, classes, cfg.ignore_index, reduce, len(found), pixels, len(chosen))
+            SegmentationSplit(images, labels, classes, cfg.ignore_index, reduce, len(found), pixels, len(present))
         )
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
     data = SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
     return data
 
 
+def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
+    index = cfg.ignore_index
+    if classes >= _MOST_LABELS:
+        raise RunError(f"the data has {classes} classes, but PNGs tell {_MOST_LABELS} labels apart at most.")
+    if not 0 <= index < _MOST_LABELS:
+        raise RunError(f"data.ignore_index={index} is not allowed: labels are 0 to {_MOST_LABELS - 1}.")
+    if cfg.reduce_zero_label and index <= classes:
+        raise RunError(
+            f"data.ignore_index={index} can't be used with data.reduce_zero_label=true, where 0 is no class and "
+            f"1 to {classes} are classes: it has to be a label above, for example {_MOST_LABELS - 1}."
+        )
+    if index == DataConfig.ignore_index < classes:
+        raise RunError(
+            f"data.ignore_index={index} is one of the {classes} classes: set it to a label that is none, for example "
+            f"{_MOST_LABELS - 1}."
+        )
+
+
 def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | None) -> list[str]:
     names = None
     source = Path(cfg.class_map) if cfg.class_map else base / "classes.txt"
     if cfg.class_map or source.is_file():
-        names = _class_file(source)
+        names = _class_lines(source)
         if cfg.num_classes and cfg.num_classes != len(names):
             raise RunError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
     if given is not None:
@@ -406,20 +429,24 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
     return names
 
 
-def _class_file(path: Path) -> list[str]:
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
-    except FileNotFoundError:
-        raise RunError(f"data.class_map={path} does not exist: give a text file with one class a line.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} can't be read ({error}): a text file with one class a line is needed.") from error
-    if not names or "" in names:
-        where = f"line {names.index('') + 1} is empty" if names else "it is empty"
-        raise RunError(f"{path} has to name one class a line, but {where}.")
+def _class_file(path: Path, lines: Callable[[Path], list[str]] = read_lines) -> list[str]:
+    if not path.exists():
+        raise RunError(f"data.class_map={path} does not exist: give a text file with one class a line.")
+    names = lines(path)
+    if not names:
+        raise RunError(f"{path} has to name one class a line, but it is empty.")
     twice = find_twice(names)
     if twice:
         raise RunError(f"{path} names the class {twice[0]!r} twice: make the names unique.")
     return names
+
+
+def _class_lines(path: Path) -> list[str]:
+    """The classes of a file in which a line's number is the label: an empty one between others would shift those."""
+    lines = [line.strip() for line in read_text(path).rstrip().split("\n")] if path.exists() else []
+    if len(lines) > 1 and "" in lines:
+        raise RunError(f"{path} has to name one class a line, but line {lines.index('') + 1} is empty.")
+    return _class_file(path)
 
 
 def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None, parents: Sequence[str]) -> Path:
@@ -486,16 +513,34 @@ def _files(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
     return found
 
 
-def _read_label(pair: tuple[Path, Path]) -> Counter:
+def _count_labels(pair: tuple[Path, Path], max_pixels: int) -> Counter:
     """How many pixels have which label; also checks that the image belongs to it."""
     image, label = pair
-    size = _image_size(str(image))
+    pixels = read_labels(label, image, read_size(image, max_pixels))
+    if pixels.dtype == np.uint8:
+        counts = np.bincount(pixels.ravel(), minlength=256)
+        return Counter({int(value): int(counts[value]) for value in np.flatnonzero(counts)})
+    return Counter(dict(zip(*(part.tolist() for part in np.unique(pixels, return_counts=True)), strict=True)))
+
+
+def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> np.ndarray:
+    """The labels in a PNG, as they are stored: (H, W), uint8, or int32 if they have more bits.
+
+    Args:
+        label: The PNG.
+        image: The image that it belongs to, for messages.
+        size: Width and height of that image, turned as its EXIF data say.
+
+    Raises:
+        CorruptFile: it can't be read.
+        RunError: it is no label, or of another image.
+    """
     try:
         with Image.open(label) as opened:
             mode = opened.mode
-            pixels = np.asarray(opened)
+            pixels = np.array(opened)
     except DECODING_ERRORS as error:
-        raise RunError(f"{label} {_unreadable(str(label), error)}") from error
+        raise CorruptFile(label, reason(error)) from error
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui":
         raise RunError(
             f"{label} has the mode {mode}, but a label has one channel of numbers, or a palette: "
@@ -506,10 +551,7 @@ def _read_label(pair: tuple[Path, Path]) -> Counter:
             f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (turned as its "
             "EXIF data say): they have to be of the same size."
         )
-    if pixels.dtype.itemsize == 1:
-        counts = np.bincount(pixels.ravel(), minlength=256)
-        return Counter({int(value): int(counts[value]) for value in np.flatnonzero(counts)})
-    return Counter(dict(zip(*(part.tolist() for part in np.unique(pixels, return_counts=True)), strict=True)))
+    return pixels.astype(np.uint8 if pixels.dtype.itemsize == 1 else np.int32, copy=False)
 
 
 def _reduces(cfg: DataConfig, folder: Path, present: Sequence[Counter], num_classes: int) -> bool:
@@ -542,7 +584,7 @@ def _count_pixels(
             f"it, or set data.ignore_index=<label> for pixels that do not count, or data.num_classes{remedy}."
         )
     total = sum(present, Counter())
-    ignored = {cfg.ignore_index} if not reduce else {0, 255}
+    ignored = {cfg.ignore_index} | ({0} if reduce else set())
     return [0 if label in ignored else total[label] for label in range(first, len(classes) + first)]
 
 
@@ -592,27 +634,48 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
-def _in_threads(function: Callable[[Any], Any], items: Sequence[Any], description: str) -> Iterator[Any]:
-    """The results in order; decoding lets other threads run."""
-    with ThreadPool(min(8, len(os.sched_getaffinity(0)))) as pool:
-        yield from scenes.track(pool.imap(function, items), len(items), description)
+def _checked(check: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
+    """What `check` makes of the items, without those that are corrupt: these are counted here, skipped and named later.
 
-
-def _image_size(path: str) -> tuple[int, int]:
-    """Width and height as mmcv loads an image: turned as the EXIF data of a JPEG say.
+    Text that is named like an image is another matter: an error page or a list, saved by mistake, spoils a whole data
+    set.
 
     Raises:
-        RunError: it is not an image.
+        RunError: a file is text, or all are corrupt.
+    """
+
+    def tried(item: Any) -> Any:
+        try:
+            return check(item)
+        except CorruptFile as error:
+            return error
+
+    with ThreadPool(min(8, len(os.sched_getaffinity(0)))) as pool:  # decoding lets other threads run
+        results = list(scenes.track(pool.imap(tried, items), len(items), description))
+    corrupt = [result for result in results if isinstance(result, CorruptFile)]
+    text = next((error.path for error in corrupt if is_text(error.path)), None)
+    if text:
+        raise RunError(f"{text} is text, not an image: remove or replace it.")
+    if corrupt and len(corrupt) == len(items):
+        raise RunError(f"none of the {len(items)} {description} can be read, the first is {corrupt[0]}.")
+    if corrupt:
+        log.warning(
+            "%d of %d %s can't be read, the first is %s: they are skipped.",
+            len(corrupt),
+            len(items),
+            description,
+            corrupt[0],
+        )
+    return [result for result in results if not isinstance(result, CorruptFile)]
+
+
+def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
+    """Width and height of an image as it is shown, turned as its EXIF data say.
+
+    Raises:
+        CorruptFile: it can't be read.
     """
     try:
-        with Image.open(path) as image:
-            turned = image.format in ("JPEG", "MPO") and image.getexif().get(_EXIF_ORIENTATION, 1) >= 5
-            return image.size[::-1] if turned else image.size
+        return image_size(path, max_pixels)
     except DECODING_ERRORS as error:
-        raise RunError(f"{path} {_unreadable(path, error)}") from error
-
-
-def _unreadable(path: str, error: BaseException) -> str:
-    if is_text(path):
-        return "is text, not an image: remove or replace it."
-    return f"can't be read ({reason(error)}): remove or replace it."
+        raise CorruptFile(path, reason(error)) from error

@@ -23,10 +23,12 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.recipes import config, distributed, runs
 from zoo.recipes.classify.loop import train as classify
 from zoo.recipes.classify.model import check_model_name, save_weights
+from zoo.recipes.corrupt import CorruptImages, worker_errors
 from zoo.recipes.course import Course, continuing
 from zoo.recipes.dense import configure, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import DetectionData, SegmentationData, open_detection, open_segmentation
+from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
@@ -138,6 +140,8 @@ class DenseRun(Course):
         self.model = configure.build_model(cfg, data.classes, device, pretrained)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.runner: Runner | None = None
+        self.corrupt = CorruptImages(folder, cfg.data.max_corrupt, (self.checkpoint or {}).get("corrupt", ()))
+        self.val_corrupt: set[str] = set()  # in the last evaluation
         if self.checkpoint:
             self.take_up(self.checkpoint)
 
@@ -160,6 +164,7 @@ class DenseRun(Course):
         return {
             "model": _bare(runner.model).state_dict(),
             "optimizer": runner.optim_wrapper.state_dict(),
+            "corrupt": sorted(self.corrupt.names),
         }
 
     def restore(self, runner: Runner) -> None:
@@ -237,11 +242,23 @@ class DenseRun(Course):
             runner.restore = self.restore
             runner.register_hook(_Keeper(self), "VERY_LOW")
             self.bar.start("training", self.progress["update"])
-            runner.train()
+            with worker_errors():
+                runner.train()
+
+    def check_corrupt(self) -> None:
+        """After an update: end the run if too many images could not be read."""
+        [news] = distributed.total([float(self.corrupt.news)], self.device)
+        self.corrupt.check(news, self.kept())
+
+    def val_images(self) -> int:
+        """The images that the last evaluation counts."""
+        return self.data.val.num_images - len(self.val_corrupt)
 
     def close_epoch(self, metrics: dict[str, Any], losses: dict[str, float], speed: float | None) -> None:
         """An evaluation is over."""
         update = self.progress["update"]
+        self.corrupt.share()
+        self.val_corrupt = {name for part in distributed.gather(self.val_corrupt) for name in part}
         record = {
             "epoch": round(update / self.steps.per_epoch, 3),
             "update": update,
@@ -251,6 +268,7 @@ class DenseRun(Course):
             "skipped_updates": self.progress.pop("skipped", 0),
             "images_per_second": speed,
             "step_seconds": self.times.take(),
+            "corrupt_images": len(self.corrupt.names),
             "seconds": self.seconds(),
         }
         self.history.append(record)
@@ -311,12 +329,13 @@ class DenseRun(Course):
             params=self.params,
             epochs=record["epoch"],
             train_images=self.data.train.num_images,
-            val_images=self.data.val.num_images,
+            val_images=self.val_images(),
             classes=list(self.data.classes),
             skipped_updates=sum(r["skipped_updates"] for r in self.history),
+            corrupt_images=sorted(self.corrupt.names),
         )
         figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in summary["metrics"].items())
-        log.info("%s on %d validation images after %.0f s", figures, self.data.val.num_images, summary["seconds"])
+        log.info("%s on %d validation images after %.0f s", figures, self.val_images(), summary["seconds"])
         log.info("Pictures of predictions: %s", self.folder / "predictions.png")
         log.info("Run folder: %s", self.folder)
         distributed.share(None)  # no process leaves before the files are complete
@@ -337,6 +356,7 @@ class _Keeper(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         self.run.times.lap("waiting for images")
+        self.run.corrupt.note(corrupt_names(data_batch))
         if not self.count:
             self.started = time.monotonic()
         if runner.iter % self.run.steps.accumulate == 0:
@@ -352,6 +372,7 @@ class _Keeper(Hook):
         run.times.lap("rest")
         if (runner.iter + 1) % run.steps.accumulate:
             return
+        run.check_corrupt()
         run.progress["update"] += 1
         lr = max(runner.optim_wrapper.get_lr()["lr"])
         _advance(runner)
@@ -370,9 +391,13 @@ class _Keeper(Hook):
         images = self.count * self.run.effective_batch / self.run.steps.accumulate
         self.speed = images / (time.monotonic() - self.started) if self.count else None
         distributed.average_batchnorm(_bare(runner.model))
+        self.run.val_corrupt = set()
         self.run.bar.start_evaluation(len(runner.val_dataloader))
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        names = corrupt_names(data_batch)
+        self.run.corrupt.note(names)
+        self.run.val_corrupt.update(names)
         self.run.bar.advance_evaluation()
         self.run.stop_between_evaluations()
 

@@ -9,17 +9,22 @@ from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
 from zoo.recipes.dense.data import pair_files
+from zoo.recipes.dense.transforms import SkipsCorrupt
 
 
 @DATASETS.register_module()
-class PairedDataset(BaseSegDataset):
+class PairedDataset(SkipsCorrupt, BaseSegDataset):
     """Images of any ending, mixed ones too: mmseg by itself takes one."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """List the pairs."""
         folders = (Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path"))
-        common = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
+        common = {"reduce_zero_label": self.reduce_zero_label, "ignore_index": self.ignore_index}
         return [
             dict(img_path=str(image), seg_map_path=str(label), seg_fields=[], **common)
             for image, label in pair_files(*folders)
         ]
+
+    def exclude(self, sample: Any, idx: int) -> None:
+        """No pixel of it counts."""
+        sample.gt_sem_seg.data.fill_(self.ignore_index)

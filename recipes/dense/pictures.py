@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from zoo.recipes import sheet
+from zoo.recipes import images, sheet
 from zoo.recipes.sheet import Tile
 
 # Smaller pictures are enlarged to this many pixels, so that names can be read.
@@ -156,7 +156,7 @@ def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequ
     for number in range(count):
         item = dataset[number * len(dataset) // count]
         [result] = model.test_step(pseudo_collate([item]))
-        image = open_image(Path(item["data_samples"].img_path))
+        image = images.open_image(item["data_samples"].img_path, max_pixels=2**40)  # the data set has read it
         found = draw_sample(image, result, classes, width=_WIDTH)
         true = draw_truth(image, item["data_samples"], classes, width=_WIDTH)
         pairs.append([Tile(found, "found"), Tile(true, "true")])

@@ -20,9 +20,11 @@ from rich.table import Table
 from zoo.recipes import config, distributed, report, runs
 from zoo.recipes.classify.evaluation import percentage, plot_confusion
 from zoo.recipes.classify.model import load_weights
+from zoo.recipes.corrupt import worker_errors
 from zoo.recipes.dense import configure, loop, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import DetectionSplit
+from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
@@ -51,20 +53,22 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     if distributed.rank() == 0:
         runs.make_folder(folder, "out")
     distributed.share(None)
-    metrics, runner = _evaluate(cfg, model, data, folder, device)
+    metrics, runner, corrupt = _evaluate(cfg, model, data, folder, device)
+    images = data.val.num_images - len(corrupt)
     summary = {
         "task": cfg.task,
         "model": cfg.model,
         "method": cfg.dense.method,
         "weights": weights,
-        "data": {"name": cfg.data.name, "root": cfg.data.root, "images": data.val.num_images},
+        "data": {"name": cfg.data.name, "root": cfg.data.root, "images": images},
         "metrics": loop.scores(metrics),
+        "corrupt_images": corrupt,
         "command": runs.command(),
     }
     if distributed.rank() == 0:
-        title = f"{cfg.dense.method} on {cfg.model}, {data.val.num_images} images"
+        title = f"{cfg.dense.method} on {cfg.model}, {images} images"
         if cfg.task == "detect":
-            table = _detection_details(folder, data.val, title)
+            table = _detection_details(folder, data.val, title, runner.val_evaluator.metrics[0].img_ids)
             runs.write_classes(folder, classes, table, data.val.boxes, "objects")
         else:
             table = class_scores(metrics["confusion"])
@@ -80,7 +84,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         if cfg.per_class:
             _print_classes(summary["per_class"])
         figures = ", ".join(f"{loop.title(name)} {value:.1f}" for name, value in summary["metrics"].items())
-        log.info("%s (%s): %s on %d images", cfg.model, weights, figures, data.val.num_images)
+        log.info("%s (%s): %s on %d images", cfg.model, weights, figures, images)
         log.info("Written to %s", folder)
     distributed.share(None)
     return summary
@@ -109,32 +113,40 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.
 
 def _evaluate(
     cfg: DictConfig, model: torch.nn.Module, data: Any, folder: Path, device: torch.device
-) -> tuple[dict[str, Any], Any]:
+) -> tuple[dict[str, Any], Any, list[str]]:
+    """The metrics, the runner, and the names of images that could not be read."""
     settings = configure.runner_config(cfg, data, None, folder / "mmengine", device)
     if cfg.task == "detect":
         settings.val_evaluator.outfile_prefix = str(folder / "results")
-    with configure.mm_errors(cfg), Progress(distributed.rank() == 0) as bar:
+    with configure.mm_errors(cfg), worker_errors(), Progress(distributed.rank() == 0) as bar:
         runner = loop.make_runner(settings, model.to(device))
-        runner.register_hook(_Bar(bar, runner), "VERY_LOW")
+        hook = _Bar(bar)
+        runner.register_hook(hook, "VERY_LOW")
         metrics = runner.val()
-    return metrics, runner
+    corrupt = sorted({name for part in distributed.gather(hook.corrupt) for name in part})
+    for name in corrupt:
+        log.warning("A corrupt image does not count: %s", name)
+    return metrics, runner, corrupt
 
 
 class _Bar(Hook):
-    """Moves a progress bar on."""
+    """Moves a progress bar on, and collects the images that can't be read."""
 
-    def __init__(self, bar: Progress, runner: Any):
-        self.bar = bar
+    def __init__(self, bar: Progress):
+        self.bar, self.corrupt = bar, set()
 
     def before_val_epoch(self, runner: Any) -> None:
         self.bar.start_evaluation(len(runner.val_dataloader))
 
     def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.corrupt.update(corrupt_names(data_batch))
         self.bar.advance_evaluation()
 
 
-def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[str, list[float | None]]:
-    """Each class's average precisions in percent; draws precision over recall."""
+def _detection_details(
+    folder: Path, split: DetectionSplit, title: str, images: Sequence[int | str]
+) -> dict[str, list[float | None]]:
+    """Each class's average precisions in percent, on the images of these ids; draws precision over recall."""
     from matplotlib.figure import Figure
 
     from zoo.recipes.dense.coco import NamedCoco
@@ -151,6 +163,7 @@ def _detection_details(folder: Path, split: DetectionSplit, title: str) -> dict[
             found = json.loads(path.read_text())
             # pycocotools can't load an empty list.
             evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), kind)
+            evaluation.params.imgIds = list(images)
             evaluation.evaluate()
             evaluation.accumulate()
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shutil
 
 import numpy as np
@@ -178,6 +179,11 @@ def test_class_map_gives_the_order(coco, tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     data = coco.open(class_map=str(tmp_path / "names.txt"))
     assert (data.classes, data.train.boxes) == (["cat", "dog"], [2, 1])
+
+
+def test_class_map_of_another_editor(coco, tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfcat\r\n\r\ndog\r\n")
+    assert coco.open(class_map=str(tmp_path / "names.txt")).classes == ["cat", "dog"]
 
 
 def test_classes_of_a_checkpoint_give_the_order(coco):
@@ -472,9 +478,23 @@ def test_text_saved_as_an_image(coco):
     _refuse(r"train/2\.jpg is text, not an image: remove or replace it", coco.open)
 
 
-def test_image_that_is_none(coco):
-    (coco.root / "train" / "2.jpg").write_bytes(bytes(range(256)))
-    _refuse(r"train/2\.jpg can't be read \(.*\): remove or replace it", coco.open)
+@pytest.mark.parametrize("content", [b"", bytes(range(256))], ids=["empty", "random"])
+def test_image_that_is_none_is_skipped(coco, caplog, content):
+    (coco.root / "train" / "2.jpg").write_bytes(content)
+    assert coco.open().train.num_images == 2
+    assert "1 of 3 images of instances_train.json can't be read, the first is" in caplog.text
+
+
+def test_no_image_can_be_read(coco):
+    for number in (1, 2, 3):
+        (coco.root / "train" / f"{number}.jpg").write_bytes(b"")
+    _refuse(r"none of the 3 images of instances_train\.json can be read, the first is .*1\.jpg", coco.open)
+
+
+def test_image_of_more_pixels_than_the_limit(coco, caplog):
+    _image(coco.root / "train" / "2.jpg", size=(WIDTH + 1, HEIGHT))
+    coco.open(max_pixels=WIDTH * HEIGHT)
+    assert "more than data.max_pixels=1200 pixels): they are skipped" in caplog.text
 
 
 def test_unchecked_files_are_not_opened(coco):
@@ -596,6 +616,19 @@ def test_scores_go_by_name(coco, ids, listed):
     val["categories"] = val["categories"][::listed]
     data = coco.open()
     assert _score(data, data.classes)["coco/bbox_mAP"] == 1
+
+
+def test_objects_in_corrupt_images_do_not_score(coco):
+    from mmdet.registry import METRICS
+
+    metric = METRICS.build(coco.open().val.metrics(masks=False))
+    metric.dataset_meta = {"classes": ("dog", "cat")}
+    found = {"bboxes": torch.tensor([[5.0, 6, 15, 14]]), "scores": torch.ones(1), "labels": torch.tensor([1])}
+    samples = [{"img_id": image, "ori_shape": (HEIGHT, WIDTH), "pred_instances": found} for image in (10, 20)]
+    samples[0]["corrupt"] = ["1.jpg (cut)"]
+    metric.process({}, samples)
+    scores = metric.evaluate(2)
+    assert (scores["coco/bbox_mAP"], math.isnan(scores["coco/dog_precision"])) == (1, True)
 
 
 def test_wrong_labels_score_less(coco):
@@ -835,14 +868,26 @@ def test_label_beyond_a_byte(masks):
 
 def test_reduced_labels_with_an_ignore_index(masks):
     _refuse(
-        r"data\.ignore_index=9 can't be used with data\.reduce_zero_label=true",
-        lambda: masks.open(reduce_zero_label=True, ignore_index=9),
+        r"data\.ignore_index=3 can't be used with data\.reduce_zero_label=true, where 0 is no class and 1 to 3 are",
+        lambda: masks.open(reduce_zero_label=True, ignore_index=3),
     )
 
 
-@pytest.mark.parametrize("index", [-100, 256])
+@pytest.mark.parametrize("index", [-100, 65536])
 def test_ignore_index_that_no_label_has(masks, index):
-    _refuse(rf"data\.ignore_index={index} is not allowed: labels are 0 to 255", lambda: masks.open(ignore_index=index))
+    _refuse(
+        rf"data\.ignore_index={index} is not allowed: labels are 0 to 65535", lambda: masks.open(ignore_index=index)
+    )
+
+
+def test_ignore_index_of_a_class(masks):
+    (masks.root / "classes.txt").unlink()
+    _refuse(r"data\.ignore_index=255 is one of the 300 classes: set it", lambda: masks.open(num_classes=300))
+
+
+def test_more_classes_than_labels(masks):
+    (masks.root / "classes.txt").unlink()
+    _refuse("the data has 70000 classes, but PNGs tell 65536 labels apart", lambda: masks.open(num_classes=70000))
 
 
 def test_nothing_counts(masks):
@@ -926,10 +971,13 @@ def test_text_saved_as_an_image_or_label(masks, kind):
     _refuse(f"{path.name} is text, not an image: remove or replace it", masks.open)
 
 
-def test_truncated_label(masks):
-    path = masks.root / "annotations" / "train" / "a.png"
+@pytest.mark.parametrize("kind", ["images", "annotations"])
+def test_truncated_image_or_label_is_skipped(masks, kind, caplog):
+    [path] = (masks.root / kind / "train").glob("a.*")
     path.write_bytes(path.read_bytes()[:60])
-    _refuse(r"a\.png can't be read \(.*\): remove or replace it", masks.open)
+    split = masks.open().train
+    assert (split.num_checked, split.num_images, split.pixels) == (1, 2, [HEIGHT * n for n in (12, 12, 8)])
+    assert f"1 of 2 labels in {split.labels} can't be read, the first is {path} (" in caplog.text
 
 
 def test_no_classes_named(masks):
@@ -952,7 +1000,14 @@ def test_missing_class_map(masks):
 
 def test_unreadable_class_file(masks):
     (masks.root / "classes.txt").write_bytes(b"\xff\xfe\x00")
-    _refuse(r"classes\.txt can't be read \(.*\): a text file with one class a line is needed", masks.open)
+    _refuse(r"classes\.txt is no text in UTF-8 or UTF-16", masks.open)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["unix", "windows", "old-mac"])
+def test_class_file_of_other_editors(masks, encoding, end):
+    (masks.root / "classes.txt").write_bytes(end.join(["road", "straße ", "sky", "", ""]).encode(encoding))
+    assert masks.open().classes == ["road", "straße", "sky"]
 
 
 @pytest.mark.parametrize(("text", "where"), [("", "it is empty"), ("road\n\nsky\n", "line 2 is empty")])
@@ -987,32 +1042,115 @@ def test_checkpoint_names_what_has_no_names(masks):
 
 # Segmentation: what mmseg makes of it.
 
-LOADING = [{"type": "LoadImageFromFile"}, {"type": "mmseg.LoadAnnotations"}]
+LOADING = [{"type": "LoadImage"}, {"type": "LoadLabels"}]
+
+
+def _segments(split, training=True):
+    from mmseg.registry import DATASETS
+
+    return DATASETS.build(split.dataset(LOADING, training))
 
 
 def test_mmseg_reads_the_pairs(masks):
-    from mmseg.registry import DATASETS
-
     image = masks.root / "images" / "train" / "a.jpg"
     Image.open(image).save(image.with_suffix(".png"))
     image.unlink()
-    items = list(DATASETS.build(masks.open().train.dataset(LOADING, training=True)))
+    items = list(_segments(masks.open().train))
     assert [item["img_path"].rpartition("/")[2] for item in items] == ["a.png", "b.jpg"]
     np.testing.assert_array_equal(items[0]["gt_seg_map"], masks.pixels())
 
 
 def test_mmseg_reduces_labels(masks):
-    from mmseg.registry import DATASETS
-
     (masks.root / "classes.txt").write_text("car\nsky\n")
-    split = masks.open(reduce_zero_label=True).val
-    item = DATASETS.build(split.dataset(LOADING, training=False))[0]
+    item = _segments(masks.open(reduce_zero_label=True).val)[0]
+    assert item["gt_seg_map"].dtype == np.uint8
     assert np.bincount(item["gt_seg_map"].ravel())[[0, 1, 255]].tolist() == [HEIGHT * n for n in (12, 8, 20)]
 
 
 def test_mmseg_reads_palettes(masks):
+    masks.label("train", "a", masks.pixels(), palette=True)
+    np.testing.assert_array_equal(_segments(masks.open().train)[0]["gt_seg_map"], masks.pixels())
+
+
+@pytest.fixture
+def many(masks):
+    """300 classes: 299, 256, 2 and, for pixels that do not count, 65535, in bands."""
+    (masks.root / "classes.txt").unlink()
+    deep = np.array([299, 256, 2, *[0] * 252, 65535])
+    masks.every(lambda pixels: deep[pixels].astype(np.uint16))
+    return lambda **options: masks.open(num_classes=300, ignore_index=65535, **options).train
+
+
+def test_more_classes_than_a_byte_holds(many):
+    split = many()
+    labels = _segments(split)[0]["gt_seg_map"]
+    assert [labels[0, column] for column in (0, 12, 24, 32)] == [299, 256, 2, 65535]
+    assert [split.pixels[label] for label in (299, 256, 2, 0)] == [2 * HEIGHT * n for n in (12, 12, 8, 0)]
+
+
+def test_more_reduced_classes_than_a_byte_holds(many):
+    labels = _segments(many(reduce_zero_label=True))[0]["gt_seg_map"]
+    assert [labels[0, column] for column in (0, 12, 24, 32)] == [298, 255, 1, 65535]
+
+
+@pytest.mark.parametrize("step", ["RandomFlip", "Resize"])
+def test_more_classes_than_a_byte_holds_survive_what_is_done_to_images(many, step):
     from mmseg.registry import DATASETS
 
-    masks.label("train", "a", masks.pixels(), palette=True)
-    item = DATASETS.build(masks.open().train.dataset(LOADING, training=True))[0]
-    np.testing.assert_array_equal(item["gt_seg_map"], masks.pixels())
+    changes = {"RandomFlip": {"prob": 1.0}, "Resize": {"scale": (2 * WIDTH, 2 * HEIGHT)}}
+    pipeline = [*LOADING, {"type": step, **changes[step]}, {"type": "mmseg.PackSegInputs"}]
+    item = DATASETS.build(many().dataset(pipeline, training=True))[0]
+    assert item["data_samples"].gt_sem_seg.data.unique().tolist() == [2, 256, 299, 65535]
+
+
+def test_unchecked_label_of_another_size_ends_in_a_sentence(masks):
+    masks.label("train", "a", masks.pixels().T.copy())
+    split = masks.open(check_files=0).train
+    _refuse(r"a\.png is 30x40 pixels, but .*a\.jpg is 40x30", lambda: _segments(split)[0])
+
+
+# What mmdet and mmseg see of an image.
+
+
+def _pixels(coco):
+    """What mmdet reads of the first training image, as RGB."""
+    from mmdet.registry import DATASETS
+
+    return DATASETS.build(coco.open().train.dataset([{"type": "LoadImage"}], training=True))[0]["img"][..., ::-1]
+
+
+def test_pixels_are_those_of_the_file(coco):
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    coco.contents["train"]["images"][0]["file_name"] = "1.png"
+    Image.fromarray(pixels).save(coco.root / "train" / "1.png")
+    np.testing.assert_array_equal(_pixels(coco), pixels)
+
+
+def test_deep_pixels_are_scaled(coco):
+    pixels = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH), np.uint16)
+    coco.contents["train"]["images"][0]["file_name"] = "1.png"
+    Image.fromarray(pixels).save(coco.root / "train" / "1.png")
+    np.testing.assert_array_equal(_pixels(coco), np.repeat((pixels >> 8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_images_are_upright_in_every_format(coco, ending):
+    """A red band on the stored left is at the top of the image as it is shown, which is what the JSON describes."""
+    stored = np.zeros((WIDTH, HEIGHT, 3), np.uint8)
+    stored[:, :8] = 255, 0, 0
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    coco.contents["train"]["images"][0]["file_name"] = f"1.{ending}"
+    Image.fromarray(stored).save(coco.root / "train" / f"1.{ending}", exif=exif)
+    pixels = _pixels(coco)
+    assert pixels.shape == (HEIGHT, WIDTH, 3)
+    assert pixels[2, 20, 0] > 200 > 100 > pixels[20, 2, 0]
+
+
+def test_unchecked_image_of_another_size_ends_in_a_sentence(coco):
+    from mmdet.registry import DATASETS
+
+    _image(coco.root / "train" / "1.jpg", size=(HEIGHT, WIDTH))
+    split = coco.open(check_files=0).train
+    dataset = DATASETS.build(split.dataset([{"type": "LoadImage"}], training=True))
+    _refuse(r"1\.jpg is 30x40 pixels .*, but the annotation file gives 40x30: the boxes would lie", lambda: dataset[0])

@@ -1,0 +1,106 @@
+"""How images and labels come into the pipelines of mmdet and mmseg: by the reader that all tasks share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import BaseTransform
+from mmengine.registry import TRANSFORMS
+
+from zoo.recipes.corrupt import CorruptFile
+from zoo.recipes.dense.data import check_size, read_labels
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import DECODING_ERRORS, reason
+from zoo.recipes.images import MAX_PIXELS, open_image
+
+_MOST = 1000  # that are tried in place of a corrupt image
+
+
+@TRANSFORMS.register_module()
+class LoadImage(BaseTransform):
+    """The image of `img_path` as `img`, uint8 (H, W, 3) in the order blue, green, red, upright.
+
+    Args:
+        max_pixels: Images of more pixels count as corrupt.
+    """
+
+    def __init__(self, max_pixels: int = MAX_PIXELS):
+        self.max_pixels = max_pixels
+
+    def transform(self, results: dict) -> dict:
+        """Read the image.
+
+        Raises:
+            CorruptFile: it can't be read.
+            RunError: it is of another size than its annotations say.
+        """
+        path = results["img_path"]
+        try:
+            image = open_image(path, max_pixels=self.max_pixels)
+        except DECODING_ERRORS as error:
+            raise CorruptFile(path, reason(error)) from error
+        if "instances" in results:
+            check_size(path, image.size, (results["width"], results["height"]), "the annotation file")
+        pixels = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+        return results | {"img": pixels, "img_shape": pixels.shape[:2], "ori_shape": pixels.shape[:2]}
+
+
+@TRANSFORMS.register_module()
+class LoadLabels(BaseTransform):
+    """The labels of `seg_map_path` as `gt_seg_map` (H, W), of any number of classes: mmseg by itself takes bytes."""
+
+    def transform(self, results: dict) -> dict:
+        """Read the labels.
+
+        Raises:
+            CorruptFile: they can't be read.
+            RunError: the file holds no labels, or those of another image.
+        """
+        height, width = results["ori_shape"]
+        labels = read_labels(results["seg_map_path"], results["img_path"], (width, height))
+        if results["reduce_zero_label"]:
+            if results["ignore_index"] > 255:
+                labels = labels.astype(np.int32)
+            ignored = (labels == 0) | (labels == results["ignore_index"])
+            labels = labels - 1
+            labels[ignored] = results["ignore_index"]
+        results["gt_seg_map"] = labels
+        results["seg_fields"].append("gt_seg_map")
+        return results
+
+
+class SkipsCorrupt:
+    """A data set of mmengine that puts the next good item in the place of one that can't be read.
+
+    The item carries the names of those that it stands for as `corrupt` in its sample. In evaluation it does not count.
+    """
+
+    def prepare_data(self, idx: int) -> Any:
+        """What the pipeline makes of an item.
+
+        Raises:
+            RunError: too many items in a row can't be read.
+        """
+        corrupt: list[str] = []
+        for attempt in range(min(len(self), _MOST)):
+            try:
+                item = super().prepare_data((idx + attempt) % len(self) if attempt else idx)
+            except CorruptFile as error:
+                corrupt.append(str(error))
+                continue
+            if corrupt and item is not None:
+                item["data_samples"].set_metainfo({"corrupt": corrupt})
+                if self.test_mode:
+                    self.exclude(item["data_samples"], idx)
+            return item
+        raise RunError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
+
+    def exclude(self, sample: Any, idx: int) -> None:
+        """Let the scores leave out `sample`, which stands for the item `idx`."""
+        raise NotImplementedError
+
+
+def corrupt_names(data_batch: dict[str, Any]) -> list[str]:
+    """The images of a batch that could not be read."""
+    return [name for sample in data_batch["data_samples"] for name in sample.get("corrupt", ())]
