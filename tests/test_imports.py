@@ -27,7 +27,8 @@ ALLOWED = {
     "kernels": {"torch", "triton", "zoo.kernels"},
     "zoo": {
         *("torch", "timm", "huggingface_hub", "safetensors", "wrapt"),
-        *("zoo", "zoo.kernels", "zoo.backbone", "zoo.checkpoints", "zoo.downloads", "zoo.layers"),
+        *("zoo", "zoo.kernels", "zoo.arguments", "zoo.backbone", "zoo.checkpoints", "zoo.downloads"),
+        "zoo.layers",
     },
     "recipes": None,
     "tools": None,

@@ -4,6 +4,7 @@ Images and features are NCHW, as timm's users expect; between the blocks of a tr
 operators read them. A stage's output is a view of its tokens, so the permutation costs nothing.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import checkpoints
+from zoo import arguments, checkpoints
 from zoo.kernels import depthwise_conv2d_nhwc
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "attend",
     "attend_to_all",
     "check_images",
-    "check_stages",
     "create",
     "crop_tokens",
     "init_transformer",
@@ -64,19 +64,6 @@ def larger(size: int, other: int) -> int:
     if isinstance(size, int) and isinstance(other, int):
         return max(size, other)
     return torch.sym_max(size, other)
-
-
-def check_stages(**settings: Sequence) -> None:
-    """Raise ValueError unless all settings have one value per stage, and each stage a block and a channel.
-
-    `depths`, `dims` and `embed_dims` have to be 1 or more.
-    """
-    if len({len(values) for values in settings.values()}) != 1 or not len(next(iter(settings.values()))):
-        listed = ", ".join(f"{len(values)} {name}={values}" for name, values in settings.items())
-        raise ValueError(f"Got {listed}; give each of them one value per stage.")
-    for name in ("depths", "dims", "embed_dims"):
-        if name in settings and min(settings[name]) < 1:
-            raise ValueError(f"Got {name}={settings[name]}; every stage needs at least one channel and one block.")
 
 
 @register_notrace_module
@@ -292,11 +279,9 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one (none if `num_classes` is 0), and the pooling unless it is None."""
-        if num_classes < 0:
-            raise ValueError(f"Got {num_classes=}; it must be at least 0, which means no classifier.")
+        arguments.check(num_classes=num_classes)
         if global_pool is not None:
-            if global_pool not in ("avg", ""):
-                raise ValueError(f"Got {global_pool=}; it has to be 'avg', or '' for no pooling.")
+            arguments.check(global_pool=global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
         dd = get_device_dtype(self)
@@ -383,7 +368,24 @@ class Backbone(nn.Module):
 def create(
     model_cls: type[Backbone], variant: str, settings: dict[str, Any], pretrained: bool, filter_fn: Callable, **kwargs
 ) -> Backbone:
-    """A registered model, by timm: `settings` of the variant, `kwargs` of the call, `filter_fn` for checkpoints."""
+    """A registered model, by timm: `settings` of the variant, `kwargs` of the call, `filter_fn` for checkpoints.
+
+    Raises:
+        TypeError: an argument that there is not.
+        ValueError: one that is out of range, or weights that are none.
+    """
+    own = list(inspect.signature(model_cls.__init__).parameters)[1:]
+    timms = [
+        "features_only",
+        "out_indices",
+        "feature_cls",
+        "pruned",
+        *inspect.signature(build_model_with_cfg).parameters,
+    ]
+    for name, value in kwargs.items():
+        arguments.check_name(name, value, [*own, *timms], variant)
+    if "out_indices" in kwargs:
+        _check_indices(kwargs["out_indices"], len(settings["depths"]))
     kwargs = checkpoints.settle_num_classes(variant, pretrained, settings | kwargs)
     if pretrained:
         kwargs, filter_fn = checkpoints.reading(variant, kwargs, filter_fn)
@@ -399,6 +401,19 @@ def create(
         },
         **kwargs,
     )
+
+
+def _check_indices(indices: Any, stages: int) -> None:
+    """Raise ValueError unless these are stages, or how many of the last ones."""
+    if arguments.is_list(indices):
+        good = len(indices) > 0 and all(arguments.is_number(index, -stages, stages - 1) for index in indices)
+    else:
+        good = arguments.is_number(indices, 1, stages)
+    if not good:
+        raise ValueError(
+            f"Got out_indices={arguments.shown(indices)}; it has to be a list of stages from 0 to {stages - 1}, or a "
+            f"number of the last ones from 1 to {stages}."
+        )
 
 
 def init_transformer(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import checkpoints
+from zoo import arguments, checkpoints
 from zoo.backbone import (
     Backbone,
     DepthwiseConv,
@@ -30,7 +30,6 @@ from zoo.backbone import (
     attend,
     attend_to_all,
     check_images,
-    check_stages,
     create,
     crop_tokens,
     larger,
@@ -300,18 +299,29 @@ class BiFormer(Backbone):
         dtype=None,
     ):
         super().__init__(in_chans)
-        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, topks=topks)
-        if layout not in ("biformer", "stl", "stl_nchw"):
-            raise ValueError(f"Got {layout=}; it has to be 'biformer', 'stl' or 'stl_nchw'.")
-        if num_regions < 1:
-            raise ValueError(f"Got {num_regions=}; a map needs at least one region along each side.")
-        if any(topk != FULL and not 1 <= topk <= num_regions**2 for topk in topks):
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            num_regions=num_regions,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            output_norm=output_norm,
+        )
+        arguments.check_choice("layout", layout, ("biformer", "stl", "stl_nchw"))
+        arguments.check_stages(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio, topks=topks
+        )
+        if layout == "biformer" and embed_dims[0] < 2:
             raise ValueError(
-                f"Got {topks=}; give numbers from 1 to {num_regions**2}, the regions of a map with {num_regions=}, or "
+                f"Got {embed_dims=}; the first stage needs 2 channels or more, half of which its stem has."
+            )
+        if not all(arguments.is_number(k, 1, num_regions**2) or arguments.is_number(k, FULL, FULL) for k in topks):
+            raise ValueError(
+                f"Got topks={arguments.shown(topks)}; "
+                f"give numbers from 1 to {num_regions**2}, the regions of a map with {num_regions=}, or "
                 f"{FULL} for attention to the whole map."
             )
-        if any(n < 1 or dim % n for dim, n in zip(embed_dims, num_heads, strict=True)):
-            raise ValueError(f"Got {num_heads=} for {embed_dims=}; heads have to divide their stage's channels.")
         self.layout = layout
         dd = {"device": device, "dtype": dtype}
         stem_cls, downsample = (ConvStem, conv_downsample) if layout == "biformer" else (PatchStem, patch_downsample)

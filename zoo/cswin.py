@@ -20,7 +20,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import checkpoints
+from zoo import arguments, checkpoints
 from zoo.backbone import (
     Backbone,
     DepthwiseConv,
@@ -28,7 +28,6 @@ from zoo.backbone import (
     TransformerBlock,
     attend_to_all,
     check_images,
-    check_stages,
     create,
     larger,
 )
@@ -222,15 +221,22 @@ class CSWin(Backbone):
         dtype=None,
     ):
         super().__init__(in_chans)
-        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, split_sizes=split_sizes)
-        if min(split_sizes) < 1:
-            raise ValueError(f"Got {split_sizes=}; every stripe needs at least one column or row.")
-        if any(n < 1 or dim % n for dim, n in zip(embed_dims, num_heads, strict=True)) or any(
-            n % 2 for n in num_heads[:-1]
-        ):
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            output_norm=output_norm,
+        )
+        arguments.check_stages(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, split_sizes=split_sizes, mlp_ratio=mlp_ratio
+        )
+        if any(heads % 2 for heads in num_heads[:-1]):
             raise ValueError(
-                f"Got {num_heads=} for {embed_dims=}; heads have to divide their stage's channels, and to be an even "
-                "number in all stages but the last: half of them have vertical stripes, half horizontal ones."
+                f"Got {num_heads=}; it has to be an even number in all stages but the last: half of the heads have "
+                "vertical stripes, half horizontal ones."
             )
         dd = {"device": device, "dtype": dtype}
         self.stem = Stem(in_chans, embed_dims[0], **dd)

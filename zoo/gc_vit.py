@@ -23,8 +23,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import checkpoints
-from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
+from zoo import arguments, checkpoints
+from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
 from zoo.layers import Mlp, linear
 
@@ -260,10 +260,20 @@ class GCViT(Backbone):
         dtype=None,
     ):
         super().__init__(in_chans)
-        windows = (window_size,) * len(depths) if isinstance(window_size, int) else tuple(window_size)
-        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, window_size=windows)
-        if min(windows) < 1:
-            raise ValueError(f"Got {window_size=}; windows have a side of 1 token or more.")
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            layer_scale=layer_scale,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            output_norm=output_norm,
+        )
+        arguments.check_stages(
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio, window_size=window_size
+        )
+        windows = tuple(window_size) if arguments.is_list(window_size) else (window_size,) * len(depths)
         dd = {"device": device, "dtype": dtype}
         self.stem = Stem(in_chans, embed_dims[0], **dd)
         drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))

@@ -22,7 +22,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import checkpoints
+from zoo import arguments, checkpoints
 from zoo.backbone import (
     Backbone,
     DepthwiseConv,
@@ -30,7 +30,6 @@ from zoo.backbone import (
     Stage,
     TransformerBlock,
     attend,
-    check_stages,
     create,
     crop_tokens,
     pad_tokens,
@@ -286,18 +285,27 @@ class LITv2(Backbone):
         dtype=None,
     ):
         super().__init__(in_chans)
-        check_stages(embed_dims=embed_dims, depths=depths)
-        if head_dim < 1 or any(dim % head_dim for dim in embed_dims[2:]):
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            head_dim=head_dim,
+            alpha=alpha,
+            window_size=window_size,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+        )
+        arguments.check_stages(embed_dims=embed_dims, depths=depths, mlp_ratio=mlp_ratio)
+        if any(dim % head_dim for dim in embed_dims[2:]):
             raise ValueError(
                 f"Got {head_dim=} for {embed_dims=}; the channels from the third stage on have to be multiples of it."
             )
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"Got {alpha=}; the share of Lo-Fi heads is between 0 and 1.")
-        if window_size < 1:
-            raise ValueError(f"Got {window_size=}; windows have a side of 1 token or more.")
         last = len(depths) - 1
-        if not isinstance(output_norm, bool) and not set(output_norm) <= set(range(last + 1)):
-            raise ValueError(f"Got {output_norm=}; it has to be True, False or a list of stages from 0 to {last}.")
+        listed = output_norm if arguments.is_list(output_norm) else ()
+        if not (isinstance(output_norm, bool) or all(arguments.is_number(i, 0, last) for i in listed or [None])):
+            given = arguments.shown(output_norm)
+            raise ValueError(f"Got output_norm={given}; it has to be True, False or a list of stages from 0 to {last}.")
         dd = {"device": device, "dtype": dtype}
         self.stem = PatchStem(in_chans, embed_dims[0], 4, **dd)
         drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))

@@ -22,8 +22,8 @@ from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import checkpoints
-from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, check_stages, create, crop_tokens, pad_tokens
+from zoo import arguments, checkpoints
+from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
 from zoo.kernels.checks import certain
 from zoo.layers import Mlp, by_image, linear
@@ -318,14 +318,25 @@ class MaxViT(Backbone):
         dtype=None,
     ):
         super().__init__(in_chans)
-        check_stages(embed_dims=embed_dims, depths=depths)
-        if stem_dim < 1:
-            raise ValueError(f"Got {stem_dim=}; the stem has to have 1 or more channels.")
-        if head_dim < 1 or any(dim % head_dim for dim in embed_dims):
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            stem_dim=stem_dim,
+            head_dim=head_dim,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_momentum=norm_momentum,
+        )
+        arguments.check_stages(embed_dims=embed_dims, depths=depths)
+        if any(dim % head_dim for dim in embed_dims):
             raise ValueError(f"Got {head_dim=} for {embed_dims=}; the channels of each stage have to be a multiple.")
-        sides = (window_size,) * 2 if isinstance(window_size, int) else tuple(window_size)
-        if len(sides) != 2 or min(sides) < 1:
-            raise ValueError(f"Got {window_size=}; give one number for rows and columns, or two, each 1 or more.")
+        sides = tuple(window_size) if arguments.is_list(window_size) else (window_size,) * 2
+        if len(sides) != 2:
+            raise ValueError(f"Got {window_size=}; give one number for rows and columns, or two.")
+        for side in sides:
+            arguments.check(window_size=side)
         dd = {"device": device, "dtype": dtype}
         self.stem = Stem(in_chans, stem_dim, **dd)
         count = sum(depths)

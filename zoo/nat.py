@@ -18,14 +18,13 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace
 from timm.models import register_model
 from torch import Tensor, nn
 
-from zoo import checkpoints
+from zoo import arguments, checkpoints
 from zoo.backbone import (
     Backbone,
     PatchStem,
     Stage,
     TransformerBlock,
     check_images,
-    check_stages,
     create,
     crop_tokens,
     larger,
@@ -204,10 +203,12 @@ class PatchMerging(nn.Module):
 
 def block_dilations(dilations: int | Sequence[int], depth: int) -> list[int]:
     """The dilation of each block of a stage: d for every second one, or a pattern that repeats."""
-    pattern = (1, dilations) if isinstance(dilations, int) else tuple(dilations)
-    if (not isinstance(dilations, int) and not 0 < len(pattern) <= depth) or min(pattern) < 1:
+    listed = arguments.is_list(dilations)
+    pattern = tuple(dilations) if listed else (1, dilations)
+    if (listed and not 0 < len(pattern) <= depth) or not all(arguments.is_number(d, 1, 2**10) for d in pattern):
         raise ValueError(
-            f"Got {dilations=} for a stage of {depth} blocks; give the dilation of every second block, or a pattern "
+            f"Got dilations={arguments.shown(dilations)} for a stage of {depth} blocks; "
+            f"give the dilation of every second block, or a pattern "
             f"of 1 to {depth} dilations."
         )
     return [pattern[i % len(pattern)] for i in range(depth)]
@@ -260,10 +261,25 @@ class NAT(Backbone):
         dtype=None,
     ):
         super().__init__(in_chans)
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            kernel_size=kernel_size,
+            layer_scale=layer_scale,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            output_norm=output_norm,
+        )
+        arguments.check_choice("layout", layout, ("nat", "swin", "isotropic"))
+        arguments.check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio)
         dilations = (1,) * len(depths) if dilations is None else dilations
-        check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, dilations=dilations)
-        if layout not in ("nat", "swin", "isotropic"):
-            raise ValueError(f"Got {layout=}; it has to be 'nat', 'swin' or 'isotropic'.")
+        arguments.check_stages(embed_dims=embed_dims, dilations=dilations)
+        if layout == "nat" and embed_dims[0] < 2:
+            raise ValueError(
+                f"Got {embed_dims=}; the first stage needs 2 channels or more, half of which its stem has."
+            )
         dd = {"device": device, "dtype": dtype}
         stride = 16 if layout == "isotropic" else 4
         downsample_cls = {"nat": ConvDownsample, "swin": PatchMerging}.get(layout)

@@ -21,8 +21,8 @@ from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, regist
 from timm.models import register_model
 from torch import Tensor, nn
 
-from zoo import checkpoints
-from zoo.backbone import Backbone, Stage, check_images, check_stages, create
+from zoo import arguments, checkpoints
+from zoo.backbone import Backbone, Stage, check_images, create
 from zoo.kernels import large_kernel_attention
 from zoo.layers import by_image, is_plain
 
@@ -196,7 +196,17 @@ class VAN(Backbone):
         dtype=None,
     ):
         super().__init__(in_chans)
-        check_stages(embed_dims=embed_dims, depths=depths, mlp_ratios=mlp_ratios)
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            proj_drop_rate=proj_drop_rate,
+            drop_path_rate=drop_path_rate,
+            norm_eps=norm_eps,
+            layer_scale_init=layer_scale_init,
+        )
+        arguments.check_stages(embed_dims=embed_dims, depths=depths, mlp_ratios=mlp_ratios)
         dd = {"device": device, "dtype": dtype}
         drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = Stem(in_chans, embed_dims[0], **dd)

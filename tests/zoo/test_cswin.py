@@ -147,7 +147,7 @@ def test_norms_of_the_segmentation_backbone_are_the_output_norms():
     ("kwargs", "message"),
     [
         ({"split_sizes": (1, 2, 7)}, r"3 split_sizes=\(1, 2, 7\).*one value per stage"),
-        ({"split_sizes": (1, 0, 7, 7)}, r"split_sizes=\(1, 0, 7, 7\).*at least one column or row"),
+        ({"split_sizes": (1, 0, 7, 7)}, r"split_sizes=\(1, 0, 7, 7\).*it has to be whole numbers from 1 to 1,024"),
         ({"num_heads": (1, 2, 4, 8)}, r"num_heads=\(1, 2, 4, 8\).*even number in all stages but the last"),
         ({"num_heads": (2, 6, 8, 8)}, r"num_heads=\(2, 6, 8, 8\).*divide their stage's channels"),
         ({"output_norm": True}, r"output_norm=True with 1000 classes"),

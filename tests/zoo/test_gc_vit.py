@@ -184,9 +184,9 @@ def test_initialisation_is_official():
     ("kwargs", "message"),
     [
         ({"window_size": (7, 7, 14)}, r"3 window_size=\(7, 7, 14\).*one value per stage"),
-        ({"window_size": 0}, r"window_size=0.*1 token or more"),
-        ({"window_size": (4, 4, -4, 4)}, r"window_size=\(4, 4, -4, 4\).*1 token or more"),
-        ({"depths": (2, 2, 0, 2)}, r"depths=\(2, 2, 0, 2\).*at least one channel and one block"),
+        ({"window_size": 0}, r"window_size=0; it has to be a whole number from 1"),
+        ({"window_size": (4, 4, -4, 4)}, r"window_size=\(4, 4, -4, 4\); it has to be whole numbers from 1"),
+        ({"depths": (2, 2, 0, 2)}, r"depths=\(2, 2, 0, 2\).*it has to be whole numbers from 1 to 1,000"),
         ({"output_norm": True}, r"output_norm=True with 1000 classes"),
     ],
     ids=["count", "zero", "negative", "depth", "output_norm"],

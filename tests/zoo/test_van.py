@@ -44,9 +44,9 @@ def test_norm_eps_reaches_every_stage():
     ("kwargs", "message"),
     [
         ({"embed_dims": (16, 32)}, r"2 embed_dims=\(16, 32\).*one value per stage"),
-        ({"depths": (1, 1, 0, 1)}, r"depths=\(1, 1, 0, 1\).*at least one channel and one block"),
+        ({"depths": (1, 1, 0, 1)}, r"depths=\(1, 1, 0, 1\).*it has to be whole numbers from 1 to 1,000"),
         ({"global_pool": "max"}, r"global_pool='max'.*'avg'"),
-        ({"num_classes": -1}, r"num_classes=-1.*at least 0"),
+        ({"num_classes": -1}, r"num_classes=-1; it has to be a whole number from 0"),
     ],
     ids=["lengths", "depth", "global_pool", "num_classes"],
 )

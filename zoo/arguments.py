@@ -1,0 +1,125 @@
+"""What the arguments of models may be, in one place: a mistake is a sentence, before any memory is taken."""
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+__all__ = ["check", "check_choice", "check_name", "check_stages", "is_list", "is_number", "shown"]
+
+# What numbers an argument takes, both ends included; for those of stages, each of them.
+WHOLE = {
+    "in_chans": (1, 2**14),
+    "num_classes": (0, 10**7),
+    "stem_dim": (1, 2**14),
+    "head_dim": (1, 2**14),
+    "num_regions": (1, 2**10),
+    "kernel_size": (1, 2**10),
+    "window_size": (1, 2**10),
+    "embed_dims": (1, 2**14),
+    "depths": (1, 1000),
+    "num_heads": (1, 2**14),
+    "split_sizes": (1, 2**10),
+}
+REAL = {
+    "mlp_ratio": (0, 100),
+    "mlp_ratios": (0, 100),
+    "alpha": (0, 1),
+    "drop_rate": (0, 1),
+    "proj_drop_rate": (0, 1),
+    "drop_path_rate": (0, 1),
+    "norm_eps": (0, 1),
+    "norm_momentum": (0, 1),
+    "layer_scale": (-1000, 1000),
+    "layer_scale_init": (-1000, 1000),
+}
+OPTIONAL = ("layer_scale", "kernel_size")  # None does without
+ONE_FOR_ALL = ("mlp_ratio", "window_size")  # stages, if it is a single number
+CHOICES = {"global_pool": ("avg", ""), "output_norm": (True, False)}
+
+
+def check(**settings: Any) -> None:
+    """Raise ValueError unless each argument is what WHOLE, REAL or CHOICES say: one number, or one word."""
+    for name, value in settings.items():
+        if name in CHOICES:
+            check_choice(name, value, CHOICES[name])
+        elif not (value is None and name in OPTIONAL) and not _fits(name, value):
+            kind = "a whole number" if name in WHOLE else "a number"
+            raise ValueError(f"Got {name}={shown(value)}; it has to be {kind} {_range(name)}.")
+
+
+def check_stages(**settings: Any) -> None:
+    """Raise ValueError unless all settings are lists of one value per stage, of what WHOLE or REAL say.
+
+    A single `mlp_ratio` or `window_size` is for all stages. Heads have to divide the channels of their stage, and MLPs
+    to have hidden channels.
+    """
+    lists = {}
+    for name, values in settings.items():
+        if name in ONE_FOR_ALL and not is_list(values):
+            check(**{name: values})
+            continue
+        if not is_list(values):
+            raise ValueError(f"Got {name}={shown(values)}; give a list with one value per stage.")
+        if name in (*WHOLE, *REAL) and not all(
+            _fits(name, value) and isinstance(value, int | float)
+            for value in values  # and not NumPy's
+        ):
+            kind = "whole numbers" if name in WHOLE else "numbers"
+            raise ValueError(f"Got {name}={shown(values)}; it has to be {kind} {_range(name)}, one per stage.")
+        lists[name] = values
+    counts = {len(values) for values in lists.values()}
+    if len(counts) != 1 or 0 in counts:
+        listed = ", ".join(f"{len(values)} {name}={shown(values)}" for name, values in lists.items())
+        raise ValueError(f"Got {listed}; give each of them one value per stage.")
+    for i, dim in enumerate(dims := settings["embed_dims"]):
+        if "num_heads" in settings and dim % settings["num_heads"][i]:
+            raise ValueError(
+                f"Got num_heads={shown(settings['num_heads'])} for embed_dims={shown(dims)}; heads have to divide "
+                "their stage's channels."
+            )
+        for name in ("mlp_ratio", "mlp_ratios"):
+            ratio = lists[name][i] if name in lists else settings.get(name, 1)
+            if int(dim * ratio) < 1:
+                raise ValueError(f"Got {name} {ratio} for a stage of {dim} channels, which leaves none: raise it.")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"Got {name}={shown(value)}; it has to be one of {', '.join(map(repr, choices))}.")
+
+
+def check_name(name: str, value: Any, known: Iterable[str], owner: str) -> None:
+    """Raise TypeError unless the argument `name` of `owner` is one of the `known`; says which it may have been."""
+    known = list(known)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        raise TypeError(f"Got {name}={shown(value)}, which {owner} does not take; {hint}")
+
+
+def is_list(value: Any) -> bool:
+    """Whether `value` is a list, a tuple or another sequence of single values."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def is_number(value: Any, least: float, most: float, whole: bool = True) -> bool:
+    """Whether `value` is a number of this range, and a whole one if asked to be."""
+    kind = Integral if whole else Real
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
+
+
+def shown(value: Any) -> str:
+    """`value` for a sentence."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _fits(name: str, value: Any) -> bool:
+    return is_number(value, *(WHOLE.get(name) or REAL[name]), whole=name in WHOLE)
+
+
+def _range(name: str) -> str:
+    least, most = WHOLE.get(name) or REAL[name]
+    return f"from {least:,} to {most:,}"
