@@ -23,7 +23,9 @@ SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "valida
 
 def similar_path(path: Path) -> str:
     """What the user may have meant: the nearest name beside the first part of `path` that does not exist."""
-    missing = next(p for p in [*reversed(path.absolute().parents), path.absolute()] if not p.exists())
+    missing = next((p for p in [*reversed(path.absolute().parents), path.absolute()] if not p.exists()), None)
+    if missing is None:  # it exists, and is of another kind than was asked for
+        return "."
     try:
         names = [p.name for p in missing.parent.iterdir()]
     except OSError:

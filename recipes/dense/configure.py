@@ -125,6 +125,7 @@ def check(cfg: DictConfig) -> None:
             "cosine, multistep, poly or constant",
         ),
         "trainer.parallel": (cfg.trainer.parallel == "ddp", f"ddp for task={cfg.task}"),
+        "model_kwargs.in_chans": (cfg.model_kwargs.get("in_chans", 3) == 3, f"3 for task={cfg.task}"),
     }
     for key, (fine, allowed) in rules.items():
         if not fine:

@@ -206,6 +206,7 @@ def open_detection(
         splits.insert(0, (cfg.train_split, "train", cfg.train_ann, cfg.train_images))
     classes = list(classes) if classes else _class_file(Path(cfg.class_map)) if cfg.class_map else None
     opened: list[DetectionSplit] = []
+    files: list[set[str]] = []
     for split, key, given, images in splits:
         path = _annotation_file(base, split, key, given)
         content = load_annotations(path)
@@ -217,6 +218,7 @@ def open_detection(
         _check_image_files(path, folder, content["images"], cfg)
         learnt = key == "train"
         boxes = count_boxes(path, content, names, classes, learnt, masks)
+        files.append({os.path.join(os.path.realpath(folder), image["file_name"]) for image in content["images"]})
         total = len(content["images"])
         used, empty = boxes.images if learnt else total, total - boxes.images
         opened.append(DetectionSplit(path, folder, list(classes), boxes.by_class, used, empty, boxes.has_masks))
@@ -224,9 +226,9 @@ def open_detection(
         raise RunError(
             f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
         )
+    _note_shared(files)
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
-    data = DetectionData(train, val, classes, all(split.has_masks for split in opened))
-    return data
+    return DetectionData(train, val, classes, all(split.has_masks for split in opened))
 
 
 def _base(cfg: DataConfig, path: str | None) -> Path:
@@ -249,8 +251,16 @@ def _check_folder(key: str, folder: Path) -> None:
 def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Path:
     if given:
         path = base / given
+        if path.is_dir():
+            files = sorted(file.name for file in path.glob("*.json"))
+            there = f"the file in it, for example {path / files[0]}" if files else "a COCO JSON"
+            raise RunError(f"data.{key}_ann={path} is a folder: give {there}{_other_format(path)}.")
         if not path.is_file():
             raise RunError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
+        if path.suffix.lower() in (".txt", ".xml", ".yaml", ".yml"):
+            raise RunError(
+                f"data.{key}_ann={path} is no COCO JSON: labels of YOLO and VOC have to be converted to one."
+            )
         return path
     names = SPLIT_FOLDERS.get(split, (split,))
     tried = [base / "annotations" / f"instances_{name}.json" for name in names]
@@ -259,9 +269,18 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
     if found is None:
         raise RunError(
             f"{base} has no annotations of the split {split!r} ({tried[0]} or {tried[len(names)]}): "
-            f"name them with data.{key}_ann=<file>."
+            f"name them with data.{key}_ann=<file>{_other_format(base)}."
         )
     return found
+
+
+def _other_format(folder: Path) -> str:
+    """What else a data set seems to be, for the end of a sentence."""
+    if any((folder / name).is_dir() for name in ("labels", "train/labels")) or (folder / "data.yaml").is_file():
+        return "; labels of YOLO, which seem to be there, have to be converted to COCO JSON"
+    if any((folder / name).is_dir() for name in ("Annotations", "ImageSets")) or next(folder.glob("*.xml"), None):
+        return "; annotations of VOC, which seem to be there, have to be converted to COCO JSON"
+    return ""
 
 
 def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:
@@ -285,13 +304,17 @@ def _image_folder(base: Path, split: str, key: str, given: str | None, annotatio
         folder = base / given
         _check_folder(f"data.{key}_images", folder)
         return folder
-    folders = SPLIT_FOLDERS.get(split, (split,))
-    tried = [base / "images" / name for name in folders] + [base / name for name in folders]
+    # A file of one's own says more than the split, which is the usual one then.
+    folders = [annotations.stem, *SPLIT_FOLDERS.get(split, (split,)), *SPLIT_FOLDERS[key]]
+    tried = [
+        parent / name for parent in (base / "images", base, annotations.parent, annotations.parent / "images")
+        for name in folders
+    ]  # fmt: skip
     tried += [annotations.parent, base / "images", base]
     tried = [folder for folder in dict.fromkeys(tried) if folder.is_dir()]
     sample = _spread(names, 20)
-    best = max(tried, key=lambda folder: sum((folder / name).is_file() for name in sample))
-    if not any((best / name).is_file() for name in sample):
+    best = max(tried, key=lambda folder: sum(os.path.isfile(folder / name) for name in sample))
+    if not any(os.path.isfile(best / name) for name in sample):
         raise RunError(
             f"the images of {annotations}, for example {names[0]}, are in none of {', '.join(map(str, tried))}: "
             f"give data.{key}_images=<folder>."
@@ -353,24 +376,26 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
     if training:
         splits.insert(0, (cfg.train_split, "train", cfg.train_images, cfg.train_labels))
     opened: list[SegmentationSplit] = []
+    files: list[set[str]] = []
     for split, key, given_images, given_labels in splits:
         images = _split_folder(base, split, key, "images", given_images, ("images",))
         labels = _split_folder(base, split, key, "labels", given_labels, ("annotations", "labels"))
         found = pair_files(images, labels, strict=True)
+        files.append({os.path.join(os.path.realpath(images), image.relative_to(images)) for image, _ in found})
         chosen = _chosen(found, cfg)
         counted = _checked(lambda pair: (pair[1], _count_labels(pair, cfg.max_pixels)), chosen, f"labels in {labels}")
-        files, present = [file for file, _ in counted], [counts for _, counts in counted]
+        present = [counts for _, counts in counted]
         reduce = _reduces(cfg, labels, present, len(classes))
-        pixels = _count_pixels(cfg, files, present, classes, reduce)
+        pixels = _count_pixels(cfg, [label for label, _ in counted], present, classes, reduce)
         if present:
             whole = key == "train" and len(present) == len(found)
             _check_pixels(labels, pixels, present, classes, cfg.ignore_index, reduce, whole)
         opened.append(
             SegmentationSplit(images, labels, classes, cfg.ignore_index, reduce, len(found), pixels, len(present))
         )
+    _note_shared(files)
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
-    data = SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
-    return data
+    return SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
 
 
 def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
@@ -457,9 +482,13 @@ def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None
     found = next((folder for folder in tried if folder.is_dir()), None)
     if found is None:
         wanted = " or ".join(str(base / parent / split) for parent in parents)
+        lists = base / "ImageSets" / "Segmentation"
+        voc = (
+            f"; the lists of VOC in {lists} are not read, each split needs folders of its own" if lists.is_dir() else ""
+        )
         raise RunError(
             f"there are no {kind} of the split {split!r} in {wanted}: name the split with data.{key}_split=<name>, or "
-            f"the folder with data.{key}_{kind}=<folder>."
+            f"the folder with data.{key}_{kind}=<folder>{voc}."
         )
     return found
 
@@ -622,6 +651,19 @@ def _check_pixels(
 
 
 # Both.
+
+
+def _note_shared(files: Sequence[set[str]]) -> None:
+    """Say that images of the training are validated on; VOC's lists of splits, for one, are not read."""
+    shared = set.intersection(*files) if len(files) > 1 else None
+    if shared:
+        log.warning(
+            "%d of the %d validation images are training images too, the first is %s: scores on them say nothing about "
+            "other images.",
+            len(shared),
+            len(files[-1]),
+            min(shared),
+        )
 
 
 def _chosen(items: Sequence[Any], cfg: DataConfig) -> list[Any]:

@@ -69,6 +69,8 @@ REFUSED = [
     ("detect", "dense.crop=[64]", r"dense.crop=\[64\] is not allowed: it has to be two sizes, or null"),
     ("segment", "dense.crop=[16,64]", r"dense.crop=\[16, 64\] is not allowed"),
     ("segment", "dense.detr_crop=true", r"dense.detr_crop=True is not allowed: it has to be false for task=segment"),
+    ("detect", "+model_kwargs.in_chans=1", r"model_kwargs.in_chans=1 is not allowed: it has to be 3 for task=detect"),
+    ("segment", "+model_kwargs.in_chans=4", r"model_kwargs.in_chans=4 is not allowed: it has to be 3 for task=segment"),
     ("detect", "dense.size_divisor=0", r"dense.size_divisor=0 is not allowed: it has to be 1 or more"),
     ("detect", "schedule.sched=tanh", r"schedule.sched=tanh is not allowed: it has to be cosine, multistep, poly or"),
     ("detect", "trainer.parallel=fsdp", r"trainer.parallel=fsdp is not allowed: it has to be ddp for task=detect"),

@@ -165,6 +165,45 @@ def test_image_folder_is_found_for_a_json_of_ones_own(coco):
     assert coco.open(train_ann="mine.json").train.images == coco.root / "images"
 
 
+USUAL = {"train_split": "train2017", "val_split": "val2017"}  # data=coco
+
+
+@pytest.mark.parametrize("below", ["", "images"], ids=["root", "images"])
+def test_images_of_a_json_of_ones_own_are_in_the_folder_of_its_split(coco, below):
+    coco.write()
+    for split in ("train", "val"):
+        (coco.root / below).mkdir(exist_ok=True)
+        if below:
+            shutil.move(coco.root / split, coco.root / below / split)
+        coco.path(split).rename(coco.root / f"{split}.json")
+    coco.contents = {}
+    data = coco.open(train_ann="train.json", val_ann="val.json", **USUAL)
+    assert (data.train.images, data.val.images) == (coco.root / below / "train", coco.root / below / "val")
+
+
+def test_images_of_a_test_set_are_in_the_folder_of_its_name(coco):
+    coco.write()
+    shutil.copytree(coco.root / "val", coco.root / "test")
+    coco.path("val").rename(coco.root / "test.json")
+    del coco.contents["val"]
+    assert coco.open(training=False, val_ann="test.json", **USUAL).val.images == coco.root / "test"
+
+
+def test_images_beside_a_json_of_ones_own_without_a_root(coco):
+    coco.write()
+    coco.path("val").rename(coco.root / "mine.json")
+    coco.contents = {}
+    data = coco.open(training=False, root=None, val_ann=str(coco.root / "mine.json"), **USUAL)
+    assert data.val.images == coco.root / "val"
+
+
+def test_training_images_in_validation_are_counted(coco, caplog):
+    (coco.root / "link").symlink_to(coco.root / "train")
+    del coco.contents["train"]["images"][2]
+    coco.open(val_images="link")
+    assert "2 of the 3 validation images are training images too, the first is" in caplog.text
+
+
 def test_digit_scenes(digits):
     data = open_detection(DataConfig(name="digit_scenes", root=str(digits)), masks=True)
     assert (data.classes, data.train.num_images, data.has_masks) == (list("0123456789"), 12, True)
@@ -283,6 +322,26 @@ def test_missing_annotations(coco):
 
 def test_missing_annotation_file(coco):
     _refuse(r"data\.val_ann=.*mine\.json does not exist", lambda: coco.open(val_ann="mine.json"))
+
+
+def test_annotation_file_is_a_folder(coco):
+    _refuse(
+        r"data\.train_ann=.*annotations is a folder: give the file in it, for example .*/instances_train\.json",
+        lambda: coco.open(train_ann="annotations"),
+    )
+
+
+@pytest.mark.parametrize(("name", "format"), [("labels", "YOLO"), ("Annotations", "VOC"), ("ImageSets", "VOC")])
+@pytest.mark.parametrize("given", [{"train_ann": "."}, {"train_split": "other"}], ids=["folder", "split"])
+def test_other_formats_are_named(coco, name, format, given):
+    (coco.root / name).mkdir()
+    _refuse(f"of {format}, which seem to be there, have to be converted to COCO JSON", lambda: coco.open(**given))
+
+
+@pytest.mark.parametrize("name", ["data.yaml", "1.txt", "1.xml"])
+def test_file_of_another_format(coco, name):
+    (coco.root / name).write_text("names: [cat, dog]")
+    _refuse(f"{name} is no COCO JSON: labels of YOLO and VOC have to be converted", lambda: coco.open(train_ann=name))
 
 
 def test_missing_image_folder(coco):
@@ -948,6 +1007,16 @@ def test_missing_split(masks):
         r"folder with data\.val_images=<folder>",
         lambda: masks.open(val_split="vall"),
     )
+
+
+def test_lists_of_voc_are_not_read(masks):
+    (masks.root / "ImageSets" / "Segmentation").mkdir(parents=True)
+    _refuse(r"the lists of VOC in .* are not read, each split needs folders", lambda: masks.open(val_split="vall"))
+
+
+def test_segmentation_on_the_images_of_the_training_is_pointed_out(masks, caplog):
+    masks.open(val_images="images/train", val_labels="annotations/train")
+    assert "2 of the 2 validation images are training images too, the first is" in caplog.text
 
 
 def test_missing_labels(masks):

@@ -54,3 +54,7 @@ def test_says_what_is_wrong(tmp_path, content, message):
 def test_says_why_a_file_cannot_be_read(tmp_path):
     with pytest.raises(RunError, match="No such file"):
         files.read_text(tmp_path / "none.txt")
+
+
+def test_nothing_is_similar_to_a_path_that_exists(tmp_path):
+    assert files.similar_path(tmp_path) == "."
