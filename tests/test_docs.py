@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
+from importlib import import_module
 from io import StringIO
 
 import pytest
@@ -69,6 +70,11 @@ def test_every_family_has_a_page_and_every_page_its_parts():
         assert headings == ["What is special", "Models", "Recipes", "Pitfalls", "Licence"], path
 
 
+@pytest.mark.parametrize("path", FAMILIES, ids=_name)
+def test_every_family_shows_its_own_pattern(path):
+    assert f"../images/{path.stem}_patterns.png" in pages.links(path)
+
+
 def test_install_names_extras_that_there_are():
     extras = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
     named = {extra for page in PAGES for extra in re.findall(r"pip install .*\[(\w+)\]", page.read_text())}
@@ -85,22 +91,27 @@ def rows():
     return json.loads(printed.getvalue())
 
 
+def _sizes(family):
+    """The variants in the papers' order, from small to large."""
+    return list(import_module(f"zoo.{family}").VARIANTS)
+
+
 def _variants(rows, family):
     yield "| model | parameters | multiply-adds | input | top-1, published | trained on |"
     yield "|---|---|---|---|---|---|"
     sources = []
-    for row in rows:
-        if row["family"] == family:
-            top1 = "" if row["top1"] is None else f"{row['top1']} %"
-            if top1 and row["top1_source"] != "README of the origin":
-                if row["top1_source"] not in sources:
-                    sources.append(row["top1_source"])
-                top1 += f" ({sources.index(row['top1_source']) + 1})"
-            height, width = row["input_size"]
-            yield (
-                f"| `{row['name']}` | {row['parameters'] / 1e6:.1f} M | {row['multiply_adds'] / 1e9:.2f} G "
-                f"| {height}x{width} | {top1} | {row['dataset']} |"
-            )
+    order = _sizes(family)
+    for row in sorted((row for row in rows if row["family"] == family), key=lambda row: order.index(row["model"])):
+        top1 = "" if row["top1"] is None else f"{row['top1']} %"
+        if top1 and row["top1_source"] != "README of the origin":
+            if row["top1_source"] not in sources:
+                sources.append(row["top1_source"])
+            top1 += f" ({sources.index(row['top1_source']) + 1})"
+        height, width = row["input_size"]
+        yield (
+            f"| `{row['name']}` | {row['parameters'] / 1e6:.1f} M | {row['multiply_adds'] / 1e9:.2f} G "
+            f"| {height}x{width} | {top1} | {row['dataset']} |"
+        )
     notes = [f"({number}) {source.rstrip('.')}." for number, source in enumerate(sources, 1)]
     yield "\n" + " ".join(["Accuracies are those of the authors' README.", *notes])
 
@@ -109,10 +120,17 @@ def _recipes(rows, family):
     names = {row["model"] for row in rows if row["family"] == family}
     yield "| recipe | published |"
     yield "|---|---|"
-    for recipe in models.recipes():
-        if recipe["model"].partition(".")[0] in names:
-            name = recipe["recipe"]
-            yield f"| [{name}](../../recipes/conf/recipe/{name}.yaml) | {recipe['expected']} |"
+    found = [(recipe["model"].partition(".")[0], recipe) for recipe in models.recipes()]
+    order = _sizes(family)
+
+    def place(item):
+        """By task and method, then by size; what is not called after its model comes last."""
+        model, recipe = item
+        return recipe["recipe"].partition(model)[0], order.index(model)
+
+    for _, recipe in sorted((item for item in found if item[0] in names), key=place):
+        name = recipe["recipe"]
+        yield f"| [{name}](../../recipes/conf/recipe/{name}.yaml) | {recipe['expected']} |"
 
 
 @pytest.mark.slow

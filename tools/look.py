@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo import FAMILIES
 from zoo.tools import cli
 from zoo.tools.cli import ToolError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Draw how a model attends: what its attention can see, and what it does see, as a PNG."
 EXAMPLES = """\
 examples:
-  zoo-look patterns                                   the attention patterns of all families
+  zoo-look patterns                                   the attention patterns of all families; also of one
   zoo-look keys dinat_mini cat.jpg --pixel 120 200 --pretrained
   zoo-look cam runs/mine cat.jpg --class cat          of the classifier in a run folder
   zoo-look field van_b0 --pretrained
@@ -116,7 +117,8 @@ def parser() -> argparse.ArgumentParser:
             add("--pixel", type=cli.index, nargs=2, metavar=("Y", "X"), help=help)
         return add
 
-    command("patterns", PATTERNS, None, _patterns)
+    add = command("patterns", PATTERNS, None, _patterns)
+    add("family", metavar="FAMILY", nargs="?", choices=FAMILIES, help=f"only this one's: {', '.join(FAMILIES)}")
     add = command("keys", KEYS, KEYS_EXAMPLES, _keys, "model", "image", "pixel")
     add("--block", type=_block, metavar="N", help="of each stage, from 1 on; -1 is the last (the first of each kind)")
     add = command("cam", CAM, CAM_EXAMPLES, _cam, "model", "image")
@@ -146,6 +148,8 @@ def _target(options: argparse.Namespace) -> Path:
         model = Path(options.model)
         name = model.resolve().name if model.is_dir() else options.model.rpartition("/")[2]
         stem = f"{name}_{options.command}"
+    elif options.family:
+        stem = f"{options.family}_{options.command}"
     given = options.out or Path()
     out = given / f"{stem}.png" if given.is_dir() else given
     if not out.suffix:
@@ -165,7 +169,7 @@ def _patterns(options: argparse.Namespace, out: Path, say: Callable[[str], None]
 
     say("drawing")
     out.parent.mkdir(parents=True, exist_ok=True)
-    look_patterns.draw(out)
+    look_patterns.draw(out, options.family)
     return {}
 
 

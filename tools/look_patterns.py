@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from zoo import biformer, cswin, gc_vit, litv2, maxvit, nat, van
@@ -25,8 +26,9 @@ TITLE, LINE = 50, 32  # sizes of letters in pixels; seen at half of that
 
 @dataclass
 class Panel:
-    """One operator: its title; lines, of which the first says the first map in its colour; maps (h, w) of 0 to 1."""
+    """One operator: its family and title; lines, the first says the first map in its colour; maps (h, w) of 0 to 1."""
 
+    family: str
     title: str
     lines: tuple[str, str]
     one_map: bool
@@ -68,17 +70,33 @@ def panels() -> list[Panel]:
     paths = attention(kernel, (image,), [QUERY])[0, 0]
     return [
         Panel(
+            "nat",
             "NAT",
             ("7 × 7 around the token,", "moved inward at a rim"),
             False,
             [*keys(neighbors), *keys(neighbors, CORNER)],
             [QUERY, CORNER],
         ),
-        Panel("DiNAT", ("7 × 7, every third token:", "dilated by 3"), True, keys(dilated), [QUERY]),
-        Panel("CSWin", ("half the heads: columns", "the other half: rows"), False, keys(stripes), [QUERY]),
-        Panel("MaxViT", ("a block of 7 × 7, then", "a grid of 7 × 7"), False, [*keys(block), *keys(grid)], [QUERY]),
-        Panel("BiFormer", ("4 regions out of 7 × 7,", "those that answer best"), True, keys(routed), [QUERY]),
+        Panel("nat", "DiNAT", ("7 × 7, every third token:", "dilated by 3"), True, keys(dilated), [QUERY]),
+        Panel("cswin", "CSWin", ("half the heads: columns", "the other half: rows"), False, keys(stripes), [QUERY]),
         Panel(
+            "maxvit",
+            "MaxViT",
+            ("a block of 7 × 7, then", "a grid of 7 × 7"),
+            False,
+            [*keys(block), *keys(grid)],
+            [QUERY],
+        ),
+        Panel(
+            "biformer",
+            "BiFormer",
+            ("4 regions out of 7 × 7,", "those that answer best"),
+            True,
+            keys(routed),
+            [QUERY],
+        ),
+        Panel(
+            "gc_vit",
             "GC ViT",
             ("keys: a window of 7 × 7", "queries: the whole map"),
             False,
@@ -86,13 +104,21 @@ def panels() -> list[Panel]:
             [QUERY],
         ),
         Panel(
+            "litv2",
             "LITv2",
             ("Hi-Fi: a window of 2 × 2", "Lo-Fi: means of 2 × 2"),
             False,
             [*keys(hilo.hifi), *(0.45 * weights for weights in keys_of_means(hilo.lofi, tokens))],
             [QUERY],
         ),
-        Panel("VAN", ("23 × 23 by two kernels:", "5 × 5, dilated 7 × 7"), True, [paths / paths.max()], [QUERY]),
+        Panel(
+            "van",
+            "VAN",
+            ("23 × 23 by two kernels:", "5 × 5, dilated 7 × 7"),
+            True,
+            [paths / paths.max()],
+            [QUERY],
+        ),
     ]
 
 
@@ -125,12 +151,12 @@ def paint(panel: Panel) -> np.ndarray:
     return image
 
 
-def draw(path: Path) -> tuple[int, int]:
-    """Draw all panels to a PNG with a transparent background; returns its width and height."""
+def draw(path: Path, family: str | None = None) -> tuple[int, int]:
+    """Draw the panels, of all families or of one, to a PNG with a transparent background; returns width and height."""
     from matplotlib.figure import Figure
 
-    shown = panels()
-    columns, map_size = 4, SIDE * CELL
+    shown = [panel for panel in panels() if family in (None, panel.family)]
+    columns, map_size = min(4, len(shown)), SIDE * CELL
     text = TITLE + 2 * LINE + 42
     rows = len(shown) // columns
     width = columns * map_size + (columns - 1) * SPACE + 8
@@ -151,4 +177,8 @@ def draw(path: Path) -> tuple[int, int]:
             write(x, top + TITLE + 16 + i * (LINE + 8), line, LINE, colour)
         figure.figimage(paint(panel), xo=x, yo=height - top - text - map_size, origin="upper")
     figure.savefig(path, format="png", transparent=True)
+    if family:  # one or two panels are shown as they are, eight at half of that
+        width, height = width // 2, height // 2
+        with Image.open(path) as image:
+            image.resize((width, height), Image.Resampling.LANCZOS).save(path, optimize=True)
     return width, height

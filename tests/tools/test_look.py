@@ -256,6 +256,14 @@ def test_patterns_as_a_file(capsys, tmp_path):
     assert path.stat().st_size < 150_000
 
 
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_patterns_of_a_family(capsys, tmp_path, family, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    count = 2 if family == "nat" else 1
+    assert run(capsys, "patterns", family)[1] == f"written: {family}_patterns.png\n"
+    assert Image.open(f"{family}_patterns.png").size == (count * 196 + (count - 1) * 20 + 4, (392 + 156) // 2)
+
+
 # ---- rollout, receptive field, class activation
 
 
@@ -540,6 +548,7 @@ def test_mistakes(arguments, message, capsys, tmp_path, photo, finished, monkeyp
         (["keys", "test_van", "x", "--size", "0", "1"], "--size: got '0'; give a whole number of 1 or more"),
         (["keys", "test_van", "x", "--block", "0"], "--block: got '0'; give a whole number from 1 on, or -1 for the"),
         (["look"], "invalid choice: 'look'"),
+        (["patterns", "resnet"], "invalid choice: 'resnet'"),
     ],
 )
 def test_bad_options(arguments, message, capsys):
