@@ -5,7 +5,7 @@ A task's own class says what is trained and how; nothing that the run folder hol
 
 from __future__ import annotations
 
-import json
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -16,13 +16,18 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
-from zoo.recipes import distributed, report, runs
-from zoo.recipes.errors import RunError, Stopped
+from zoo.recipes import batchnorm, distributed, report, runs
+from zoo.recipes.errors import RunError, Stopped, causes, of_the_system
+from zoo.recipes.files import read_json
+from zoo.recipes.lock import Lock
 from zoo.recipes.runs import log
 from zoo.recipes.timing import StepTimes
 
 # In what gloo and NCCL say when a process is gone.
 _LOST = ("gloo", "NCCL", "Connection", "timed out")
+_FEW = 100  # so few validation images make a percentage coarse
+# What a run leaves at its end, in this order.
+_LAST = ("model.safetensors", "summary.json", report.NAME)
 
 
 class Course:
@@ -46,10 +51,12 @@ class Course:
         self.best: dict[str, Any] = {}
         self.wandb, self.wandb_id = None, None
         self.stop_signal = 0
+        self.damaged = False  # whether last.pt is, and the checkpoint before it was taken up
         self.changed = ""  # what a continued run's configuration says now, and said before
         self.effective_batch = 0  # images of an update
         self.params = 0  # of the model
         self.times = StepTimes(device)
+        self.notes: list[str] = []  # what is said before the training is introduced
 
     # What a task says about itself.
 
@@ -77,6 +84,10 @@ class Course:
         """Train to the end."""
         raise NotImplementedError
 
+    def curves(self) -> tuple[str, dict[str, str]]:
+        """The title of the curves, and the names of the scores in them with what people call them."""
+        raise NotImplementedError
+
     def finish(self) -> dict[str, Any]:
         """Write what is left behind and return the summary."""
         raise NotImplementedError
@@ -89,12 +100,14 @@ class Course:
         Raises:
             RunError: the folder holds another run, or `resume` says otherwise.
         """
-        path, resume = self.folder / "last.pt", self.cfg.resume
-        if distributed.share(path.exists()):
+        resume = self.cfg.resume
+        if distributed.share(runs.has_checkpoint(self.folder)):
             if resume == "never":
                 raise RunError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
-            state = runs.load_checkpoint(path)
+            state, _, damage = runs.last_checkpoint(self.folder)
             self._check_same_run(state)
+            self.damaged = bool(damage)
+            self.notes += [damage] if damage else []
             return state
         if resume == "must":
             raise RunError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
@@ -126,7 +139,22 @@ class Course:
     def take_up(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote."""
         self.progress, self.history = state["progress"], state["history"]
-        self.best, self.wandb_id = state["best"], state["wandb"]
+        self.best, self.wandb_id = state["best"], state.get("wandb")
+
+    def unfit(self, error: Exception) -> RunError:
+        """What to say if the weights of a checkpoint can't be taken over."""
+        return RunError(
+            f"the checkpoint in {self.folder} does not fit these settings ({' '.join(str(error).split())[:200]}): "
+            "choose another run=<folder>, or give the settings that it was started with."
+        )
+
+    def write_history(self) -> None:
+        """Write the curves, and then metrics.jsonl: where that has all lines, the curves are complete."""
+        if self.primary:
+            title, scores = self.curves()
+            if scores:
+                runs.plot_curves(self.folder / "curves.png", self.history, title, scores)
+            runs.write_metrics(self.folder, self.history)
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -139,35 +167,41 @@ class Course:
             "wandb": self.wandb_id,
         }
         if self.primary:
+            Lock(self.folder).check()
             runs.save_checkpoint(self.folder / "last.pt", state)
             if not self.progress["finished"]:
                 # Of a shorter run that this one continues.
-                for name in ("model.safetensors", "summary.json", "report.html"):
+                for name in _LAST:
                     (self.folder / name).unlink(missing_ok=True)
         self.saved_at = time.monotonic()
 
     def kept(self) -> str:
         """What is left if the run breaks off now, as a sentence."""
-        path = self.folder / "last.pt"
-        return f"The last good checkpoint is {path}." if path.exists() else "There was no checkpoint yet."
+        if not runs.has_checkpoint(self.folder):
+            return "There was no checkpoint yet."
+        return f"The last good checkpoint is {self.folder / 'last.pt'}."
 
     # The course.
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary."""
-        if self.primary:
-            runs.make_folder(self.folder)
-        distributed.share(None)  # the others wait for the folder
         runs.start_log(self.folder, self.primary)
+        for note in self.notes:
+            log.info("%s", note)
         self.introduce()
-        summary = self.folder / "summary.json"
-        if self.progress["finished"] and self.complete() and summary.exists():
+        if self.primary:
+            if self.damaged:
+                runs.set_aside(self.folder / "last.pt")
+            if self.history and not runs.has_metrics(self.folder, self.history):
+                self.write_history()  # the run was ended between its checkpoint and these
+        summary = distributed.share(self._left_behind())
+        if summary is not None:
             if self.changed:
                 raise RunError(
                     f"{self.folder} holds a finished run, not with {self.changed}: choose another run=<folder>."
                 )
             log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
-            return json.loads(summary.read_text())
+            return summary
         self.progress["finished"] = False
         if self.primary:
             runs.save_config(self.folder, self.cfg)
@@ -184,13 +218,28 @@ class Course:
                 # Another run follows in this process, and shall not.
                 raise Stopped(f"Stopped. Continue with: {self.again}", self.stop_signal)
             return summary
-        except RuntimeError as error:
+        except (MemoryError, OSError, RuntimeError, ValueError) as error:
             raise self._explained(error) from error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             if self.wandb:
                 self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
+
+    def _left_behind(self) -> dict[str, Any] | None:
+        """The summary of a run that ended and left all its files; None if it has to train or to write some of them."""
+        if not self.progress["finished"] or not self.complete():
+            return None
+        if not all((self.folder / name).is_file() for name in ("config.yaml", "start.json", *_LAST)):
+            return None
+        try:
+            runs.load_config(self.folder)
+            summary = read_json(self.folder / "summary.json")
+        except RunError:
+            return None
+        whole = isinstance(summary, dict) and isinstance(summary.get("metrics"), dict)
+        # A run that was continued and killed before its end may have the files of the shorter one.
+        return summary if whole and summary.get("updates") == self.progress["update"] else None
 
     def _note_start(self) -> None:
         """Write `start.json`: what the report of a run can't know later."""
@@ -288,16 +337,33 @@ class Course:
             "versions": {"zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         }
         if self.primary:
+            # The order tells a continued run what is there: each file is newer than those before it.
+            (self.folder / report.NAME).unlink(missing_ok=True)
             runs.write_json(self.folder / "summary.json", summary)
             report.write_or_warn(self.folder)
             if self.wandb:
                 self.wandb.summary.update(metrics)
         return summary
 
-    def _explained(self, error: RuntimeError) -> Exception:
+    def say_next(self, best: str) -> None:
+        """Say which weights are where, and what one may do with them; `best` is the score of the best epoch."""
+        folder = shlex.quote(str(self.folder))
+        where, same = self.best["epoch"] if self.best else None, self.best.get("epoch") == self.history[-1]["epoch"]
+        text = f"Weights: {self.folder / 'model.safetensors'}: the last epoch"
+        if where is not None:
+            text += ", also the best." if same else f"; the best was epoch {where:g} ({best}): checkpoint=best."
+        log.info("%s", text)
+        log.info("What next:")
+        log.info("  zoo-eval %s%s", folder, "" if same or where is None else " checkpoint=best")
+        log.info("  zoo-predict %s photos/ out/", shlex.quote(f"run={self.folder}"))
+        if self.cfg.task == "classify":
+            log.info("  zoo-export %s", folder)
+        log.info("  zoo-report %s", folder)
+
+    def _explained(self, error: Exception) -> Exception:
         """What the user can do about `error`, if that is known; `error` itself otherwise."""
         again = f"{self.kept()} The same command continues from there."
-        for cause in runs.causes(error):
+        for cause in causes(error):
             text = " ".join(str(cause).split())[:200]
             if isinstance(cause, torch.OutOfMemoryError):
                 return RunError(
@@ -305,14 +371,17 @@ class Course:
                     f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. "
                     f"{again}"
                 )
-            if "DataLoader worker" in text:
-                return RunError(
-                    f"a process that loads images died ({text}), often for want of memory: lower data.num_workers. "
-                    f"{again}"
-                )
             if distributed.world_size() > 1 and any(word in text for word in _LOST):
                 return RunError(f"process {distributed.rank()} lost another process ({text}). {again}")
-        return error
+        if batchnorm.TOO_FEW in str(error):
+            return RunError(f"{batchnorm.remedy('image')} {self.kept()}")
+        system = of_the_system(error)
+        return RunError(f"{system} {again}") if system else error
+
+
+def of_few(images: int) -> str:
+    """For behind a figure: how many images it comes from, if these are a handful."""
+    return f" of {images} image{'s'[: images != 1]}" if images < _FEW else ""
 
 
 def continuing(cfg: DictConfig, folder: Path) -> str:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
 from timm.utils import distribute_bn
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 from torch import nn
 
 from zoo.recipes.config import TrainerConfig
 from zoo.recipes.errors import RunError
+
+T = TypeVar("T")
 
 
 def setup(device: str) -> torch.device:
@@ -67,6 +71,29 @@ def batches(trainer: TrainerConfig) -> tuple[int, int]:
     return wanted // per_pass, wanted
 
 
+def fitted(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]:
+    """`cfg` with an update that `images` training images fill, and what was lowered for that: a sentence, or none.
+
+    Raises:
+        RunError: there is not one image for each process (with mixup, which pairs them, not two).
+    """
+    trainer, pairs = cfg.trainer, bool(cfg.augment.mixup or cfg.augment.cutmix)
+    _, wanted = batches(trainer)
+    if images >= wanted:
+        return cfg, []
+    batch = min(trainer.batch_size, images // world_size())
+    batch -= batch % 2 if pairs else 0
+    if not batch:
+        need = f"{'two' if pairs else 'one'} for each of {world_size()} processes"
+        raise RunError(f"there are too few images for training, {images}: it takes at least {need}.")
+    lowered = {"batch_size": batch}
+    if trainer.effective_batch_size:
+        lowered["effective_batch_size"] = images // (batch * world_size()) * batch * world_size()
+    changes = [f"trainer.{key} from {trainer[key]} to {new}" for key, new in lowered.items() if new != trainer[key]]
+    note = f"There are {images} images for training, fewer than the {wanted} of an update: lowered "
+    return OmegaConf.merge(cfg, {"trainer": lowered}), [f"{note}{' and '.join(changes)}."]
+
+
 def spare_cores() -> int:
     """How many processes may load images for this one: its share of the cores, at most eight."""
     return min(8, max(1, len(os.sched_getaffinity(0)) // local_world_size()))
@@ -85,6 +112,26 @@ def share(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def first(action: Callable[[], T]) -> T:
+    """What `action` gives in the first process, in every process.
+
+    Raises:
+        RunError: it fails there; the other processes end without a word.
+    """
+    if rank():
+        done, value = share(None)
+        if not done:
+            raise SystemExit(1)
+        return value
+    try:
+        value = action()
+    except RunError:
+        share((False, None))
+        raise
+    share((True, value))
+    return value
 
 
 def gather(value: Any) -> list[Any]:

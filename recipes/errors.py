@@ -1,4 +1,9 @@
-"""The two ways in which a command ends early."""
+"""The two ways in which a command ends early, and what the system's own errors mean."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
 
 
 class RunError(Exception):
@@ -11,3 +16,31 @@ class Stopped(Exception):
     def __init__(self, message: str, signum: int):
         super().__init__(message)
         self.signum = signum
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, and what it came from: torch's writer raises an error of its own on top of any that interrupts it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def of_the_system(error: BaseException) -> str | None:
+    """What a user can do where the system refused files or memory, or killed a process; None for other errors."""
+    for cause in causes(error):
+        text = " ".join(str(cause).split())[:200]
+        number = getattr(cause, "errno", None)
+        if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
+            return "no more files may be open at once: raise the limit (ulimit -n 4096), or set data.num_workers=0."
+        if "DataLoader worker" in text:
+            return f"a process that loads images died ({text}), often for want of memory: lower data.num_workers."
+        if number == errno.ENOMEM or isinstance(cause, MemoryError) or any(words in text for words in _NO_MEMORY):
+            return "the memory is too small: lower trainer.batch_size or data.num_workers, or end other programs."
+        if "can't start new thread" in text or (number == errno.EAGAIN and isinstance(cause, BlockingIOError)):
+            return (
+                "no more processes and threads may be started: raise the limit (ulimit -u), or set data.num_workers=0."
+            )
+    return None
+
+
+_NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from rich import progress as rich_progress
@@ -17,16 +18,22 @@ class Progress:
         epochs: How many there are.
         updates: Updates in each.
         every: Where there is no terminal, one line every so many updates.
+        done: Updates of the whole run that are done already.
+        last: The update that ends the run, if not the last one of the last epoch.
     """
 
-    def __init__(self, shown: bool, epochs: int = 0, updates: int = 0, every: int = 1):
+    def __init__(
+        self, shown: bool, epochs: int = 0, updates: int = 0, every: int = 1, done: int = 0, last: int | None = None
+    ):
         self.epochs, self.updates, self.every, self.shown = epochs, updates, every, shown
+        self.left = (last or epochs * updates) - done  # updates of the whole run
+        self.here = 0  # updates of this process
+        self.begun: float | None = None
         self.bar = rich_progress.Progress(
             rich_progress.TextColumn("{task.description}"),
             rich_progress.BarColumn(bar_width=24),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TextColumn("{task.fields[note]}"),
-            rich_progress.TimeRemainingColumn(),
             console=console,
             transient=True,
             disable=not (shown and console.is_terminal),
@@ -59,6 +66,7 @@ class Progress:
     def advance(self, note: str, lr: float, images: int) -> None:
         """One update is done, on so many images; `note` says how it goes."""
         self.done += 1
+        note += self._remaining()
         if self.bar.disable:
             if self.shown and self.done % self.every == 0 and self.done < self.updates:
                 log.info("%s, update %d/%d: %s, lr %.2e", self.title, self.done, self.updates, note, lr)
@@ -68,6 +76,17 @@ class Progress:
             note += f"  {self.images / elapsed:.0f} images/s"
         self.images += images
         self.bar.update(self.task, advance=1, note=note)
+
+    def _remaining(self) -> str:
+        """How long the whole run will go on, evaluations included, by this process's time for an update so far."""
+        self.left -= 1
+        if self.begun is None:  # the first update waits for workers and compilers
+            self.begun = time.monotonic()
+            return ""
+        self.here += 1
+        seconds = round((time.monotonic() - self.begun) / self.here * max(self.left, 0))
+        hours, minutes = divmod(seconds // 60, 60)
+        return f"  {hours}:{minutes:02d}:{seconds % 60:02d} left"
 
     def start_evaluation(self, batches: int | None) -> None:
         """Evaluation of `batches` batches begins."""

@@ -4,6 +4,7 @@ config.yaml          the whole configuration
 start.json           command, data, and the settings of the recipe before the user's changes
 train.log            what was printed
 last.pt              everything needed to continue
+previous.pt          the same, one checkpoint before; taken up where last.pt is damaged
 best.safetensors     weights of the best epoch so far
 metrics.jsonl        one line per epoch
 curves.png           the same, drawn
@@ -13,6 +14,7 @@ model.safetensors    the final weights and
 config.json          their description: timm.create_model("local-dir:<run folder>") loads them
 summary.json         the figures
 report.html          all of it in one page
+.lock                who is writing to the folder, while somebody is
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ import json
 import logging
 import math
 import os
-import pickle
 import shlex
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -35,7 +37,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from zoo.recipes.errors import RunError
+from zoo.recipes import distributed
+from zoo.recipes.errors import RunError, causes, of_the_system
+from zoo.recipes.lock import Lock, temporary
 
 console = Console()
 _errors = Console(stderr=True)
@@ -71,19 +75,25 @@ def command() -> str:
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
     """Open `path` for writing such that it holds either what it held before or all of the new content.
+
+    Args:
+        path: The file.
+        before: What `path` held is found there afterwards.
 
     Raises:
         RunError: the content could not be written (disk full, folder not writable); `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    draft = temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(draft, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if before:
+            _keep(path, before)
+        os.replace(draft, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the new name, too, has to survive a power cut
@@ -91,7 +101,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             os.close(folder)
     except BaseException as error:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
         cause = next((e for e in causes(error) if isinstance(e, OSError)), None)
         if cause is None:
             raise
@@ -103,11 +113,14 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         ) from error
 
 
-def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, and what it came from: torch's writer raises an error of its own on top of any that interrupts it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _keep(path: Path, before: Path) -> None:
+    """Give what `path` holds the name `before`, too."""
+    if path.exists():
+        before.unlink(missing_ok=True)
+        try:
+            os.link(path, before)
+        except OSError:  # a file system without hard links
+            os.replace(path, before)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -131,25 +144,42 @@ def _finite(value: Any) -> Any:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, atomically."""
-    with atomic(path) as file:
+    """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, atomically; what it held becomes previous.pt.
+
+    So a whole checkpoint is there at every moment, and the one before it too from the second on: twice the size of a
+    checkpoint on the disk, three times while one is being written.
+    """
+    with atomic(path, before=path.with_name("previous.pt")) as file:
         torch.save(state, file)
+
+
+# What a checkpoint has to hold for `Course` to take it up.
+_PARTS = {"progress": dict, "history": list, "best": dict, "identity": dict, "config": dict}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote. Nothing in the file is executed.
 
     Raises:
-        RunError: the file is missing, damaged or not such a checkpoint.
+        RunError: the file is missing, damaged (to a single bit) or not such a checkpoint.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = (
+                file.testzip()
+            )  # torch does not look at the checksums that it wrote; half as long again as loading
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}: is {path.parent} the folder of a run?") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = (str(error).strip().splitlines() or ["incomplete"])[0]
+    except Exception as error:  # zipfile's and torch's, of damaged files, are of many kinds
+        system = of_the_system(error)
+        if system:
+            raise RunError(f"the checkpoint {path} can't be read: {system}") from error
+        reason = (str(error).strip().splitlines() or ["incomplete"])[0].rstrip(".")
         raise RunError(f"the checkpoint {path} can't be read ({reason}): delete it, or start another run.") from error
-    if not isinstance(state, dict) or "progress" not in state:
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in _PARTS.items()):
         raise RunError(f"{path} is not a checkpoint of zoo-train: give the folder of a run.")
     return state
 
@@ -159,14 +189,99 @@ def safe_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-=" else "-" for c in name).strip("-.")[:100]
 
 
+def last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path, str]:
+    """The last checkpoint of a run that is whole, its file, and what was wrong with last.pt if it isn't that one.
+
+    Raises:
+        RunError: there is none.
+    """
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    try:
+        return load_checkpoint(last), last, ""
+    except RunError as error:
+        try:
+            state = load_checkpoint(previous)
+        except RunError as other:
+            raise (other if previous.exists() and not last.exists() else error) from None
+        wrong = str(error).partition(":")[0] if last.exists() else f"{last} is missing"
+        return state, previous, f"{wrong[0].upper()}{wrong[1:]}: {previous}, the checkpoint before it, is used."
+
+
+def set_aside(last: Path) -> None:
+    """Give a damaged checkpoint the name damaged.pt, so that it never takes the place of a whole previous.pt.
+
+    Raises:
+        RunError: it can't be renamed.
+    """
+    if last.exists():
+        try:
+            last.replace(last.with_name("damaged.pt"))
+        except OSError as error:
+            raise RunError(f"the damaged {last} can't be renamed ({error.strerror}): move it away.") from error
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run left a checkpoint in `folder`, whole or not."""
+    return (folder / "last.pt").exists() or (folder / "previous.pt").exists()
+
+
+@contextmanager
+def taken(folder: Path | None, prefix: str = "", name: str = "", key: str = "run") -> Iterator[Path]:
+    """Own a folder, which is made if need be: no other process writes to it meanwhile (`Lock`).
+
+    Of several processes of a run the first makes and locks it for all. If nothing was written, a new one goes again.
+
+    Args:
+        folder: The folder; a new one below runs/, of `prefix`, date, time and `name`, if None.
+        prefix: See above.
+        name: See above.
+        key: What the user sets to choose another folder.
+
+    Raises:
+        RunError: it can't be written to, or another process has it.
+    """
+    lock, new = None, False
+
+    def take() -> Path:
+        nonlocal lock, new
+        new = folder is None or not folder.exists()
+        path = folder or default_folder(prefix, name)
+        make_folder(path, key)
+        with _writable(path, key):
+            lock = Lock(path, key)
+            lock.acquire()
+        return path
+
+    path = distributed.first(take)
+    try:
+        yield path
+    finally:
+        if lock:
+            lock.release()
+            if new:
+                with suppress(OSError):  # which says that something is in it
+                    path.rmdir()
+
+
 def default_folder(prefix: str, name: str) -> Path:
-    """A new name for a folder below runs/: `prefix`, date, time and `name`."""
+    """Make a new folder below runs/, named by `prefix`, date, time and `name`; no other process gets the same.
+
+    Raises:
+        RunError: it can't be made.
+    """
     stem = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
     number, folder = 1, Path("runs") / stem
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{stem}-{number}"
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path("runs") / f"{stem}-{number}"
+        except OSError as error:
+            raise RunError(
+                f"the folder {folder} can't be made ({error.strerror}): choose another with run=<folder>."
+            ) from error
 
 
 def make_folder(folder: Path, key: str = "run") -> None:
@@ -175,11 +290,17 @@ def make_folder(folder: Path, key: str = "run") -> None:
     Raises:
         RunError: it can't.
     """
-    try:
+    with _writable(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".write-test"
         probe.touch()
         probe.unlink()
+
+
+@contextmanager
+def _writable(folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunError(
             f"the folder {folder} can't be written to ({error.strerror}): choose another with {key}=<folder>."
@@ -208,7 +329,17 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
 
     It is written anew every time, so that after a resume no epoch stands in it twice.
     """
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(_finite(record)) + "\n" for record in history))
+    write_text(folder / "metrics.jsonl", _lines(history))
+
+
+def has_metrics(folder: Path, history: list[dict[str, Any]]) -> bool:
+    """Whether `metrics.jsonl` is what `write_metrics` makes of `history`."""
+    path = folder / "metrics.jsonl"
+    return path.is_file() and path.read_bytes() == _lines(history).encode()
+
+
+def _lines(history: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(record)) + "\n" for record in history)
 
 
 def write_classes(

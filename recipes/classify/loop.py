@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from timm.models._hub import save_config_for_hf  # its public sibling, save_for_
 from torch.utils.data import Dataset
 
 from zoo.recipes import config, distributed, runs
+from zoo.recipes.batchnorm import check_batchnorm
 from zoo.recipes.classify.data import (
     Data,
     EpochSampler,
@@ -35,8 +37,7 @@ from zoo.recipes.classify.evaluation import Normalize, evaluate, percentage, plo
 from zoo.recipes.classify.model import build_model, check_model_name, input_config, save_weights
 from zoo.recipes.classify.training import Training, autocast
 from zoo.recipes.corrupt import CorruptImages
-from zoo.recipes.course import Course
-from zoo.recipes.errors import RunError
+from zoo.recipes.course import Course, of_few
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
 from zoo.recipes.seeding import seed_all
@@ -58,23 +59,19 @@ def train(cfg: DictConfig, again: str | None = None) -> dict[str, Any]:
     device = distributed.setup(cfg.trainer.device)
     runs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg.data, cfg.seed)
-    folder = Path(distributed.share(cfg.run or str(runs.default_folder("", cfg.model))))
-    return Run(cfg, data, device, folder, again).run()
+    with runs.taken(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
+        return Run(cfg, data, device, folder, again).run()
 
 
 class Run(Course):
     """One run, from the data to `summary.json`."""
 
     def __init__(self, cfg: DictConfig, data: Data, device: torch.device, folder: Path, again: str | None = None):
+        cfg, lowered = distributed.fitted(cfg, _count(data.train, data.train_indices))
         super().__init__(cfg, device, folder, again)
+        self.notes += lowered
         self.data = data
         self.accumulate, self.effective_batch = distributed.batches(cfg.trainer)
-        available = _count(data.train, data.train_indices)
-        if available < self.effective_batch:
-            raise RunError(
-                f"one update takes {self.effective_batch} images, but there are {available} for training: "
-                "lower trainer.batch_size or trainer.effective_batch_size."
-            )
         if cfg.trainer.deterministic:
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
@@ -83,6 +80,8 @@ class Run(Course):
         self.description = copy.copy(model)  # keeps timm's records of how it was made, whatever wraps the model
         self.params = sum(p.numel() for p in model.parameters())
         self.data_config = input_config(model, cfg.data)
+        if cfg.trainer.batch_size == 1:
+            check_batchnorm(model, lambda: model(torch.zeros(1, *self.data_config["input_size"])), "data.img_size")
         self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)
         self._build_loaders()
         # The place in the run; `samples` counts into the epoch, over all processes.
@@ -134,10 +133,13 @@ class Run(Course):
     def take_up(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote."""
         super().take_up(state)
-        self.training.load_state_dict(state["training"])
-        if len(state["tallies"]) == distributed.world_size():  # else the epoch's training figures start anew
-            self.tallies = state["tallies"][distributed.rank()]
-        self.corrupt = CorruptImages(self.folder, self.cfg.data.max_corrupt, state["corrupt"])
+        try:
+            self.training.load_state_dict(state["training"])
+            if len(state["tallies"]) == distributed.world_size():  # else the epoch's training figures start anew
+                self.tallies = state["tallies"][distributed.rank()]
+            self.corrupt = CorruptImages(self.folder, self.cfg.data.max_corrupt, state["corrupt"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self.unfit(error) from error
         self.training.set_schedule(self.progress["update"])
 
     def state(self) -> dict[str, Any]:
@@ -156,7 +158,9 @@ class Run(Course):
 
     def train(self) -> None:
         """Train to the end."""
-        self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, self.cfg.log.every)
+        every, done, limit = self.cfg.log.every, self.progress["update"], self.cfg.trainer.max_updates
+        last = min(self.epochs * self.updates_per_epoch, limit or sys.maxsize)
+        self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, every, done, last)
         with self.bar:
             # An epoch that trainer.max_updates cut is closed again, for its evaluation.
             while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self.enough()):
@@ -180,6 +184,9 @@ class Run(Course):
             self.device,
             self.loader.num_workers,
         )
+        if left := self.train_images % self.effective_batch:
+            others = "" if self.sampler is None else ", other ones each time"
+            log.info("%d training images are left out in every epoch%s: they don't fill an update.", left, others)
         if self.progress["update"]:
             log.info("Continues in epoch %d after update %d.", self.progress["epoch"] + 1, self.progress["update"])
         if self.changed:
@@ -311,13 +318,14 @@ class Run(Course):
         progress |= {"epoch": epoch, "samples": 0, "finished": last}
         if not cut:
             self.save()
-        if self.primary:
-            runs.write_metrics(self.folder, self.history)
-            title = f"{cfg.model}, {self.folder.name}"
-            runs.plot_curves(self.folder / "curves.png", self.history, title, {"top1": "top-1"})
+        self.write_history()
         if self.wandb:
             self.wandb.log({key: value for key, value in record.items() if value is not None})
-        log.info("%s | %s | %.0f images/s", self.bar.title, _line(record, improved), speed)
+        log.info("%s | %s | %.0f images/s", self.bar.title, _line(record, improved, self.val_images), speed)
+
+    def curves(self) -> tuple[str, dict[str, str]]:
+        """The title of the curves, and the names of the scores in them with what people call them."""
+        return f"{self.cfg.model}, {self.folder.name}", {"top1": "top-1"}
 
     def _after_evaluating_batch(self) -> None:
         self.bar.advance_evaluation()
@@ -354,21 +362,21 @@ class Run(Course):
             summary["seconds"],
         )
         log.info("Run folder: %s", self.folder)
+        self.say_next(f"top-1 {percentage(self.best['top1'])}")
         distributed.share(None)  # no process leaves before the files are complete
         return summary
 
     def _describe(self, weights: dict[str, torch.Tensor]) -> None:
         """Write what `timm.create_model("local-dir:<folder>")` needs beside the weights, and draw predictions."""
-        temporary = self.folder / ".config.json.tmp"
         names = ("input_size", "mean", "std", "interpolation", "crop_pct")
-        save_config_for_hf(
-            self.description,
-            str(temporary),
-            model_config={"label_names": list(self.data.classes)},
-            model_args=OmegaConf.to_container(self.cfg.model_kwargs),
-            data_config={name: self.data_config[name] for name in names},
-        )
-        temporary.replace(self.folder / "config.json")
+        with runs.atomic(self.folder / "config.json") as file:
+            save_config_for_hf(
+                self.description,
+                file.name,
+                model_config={"label_names": list(self.data.classes)},
+                model_args=OmegaConf.to_container(self.cfg.model_kwargs),
+                data_config={name: self.data_config[name] for name in names},
+            )
         if self.data.val_indices is None:
             return
         model = build_model(OmegaConf.merge(self.cfg, {"pretrained": False}), len(self.data.classes))
@@ -379,13 +387,14 @@ class Run(Course):
             runs.log_pictures(self.wandb, [path, self.folder / "curves.png"])
 
 
-def _line(record: dict[str, Any], improved: bool) -> str:
+def _line(record: dict[str, Any], improved: bool, val_images: int) -> str:
     """An epoch's record for people."""
     text = f"training loss {record['train_loss']:.4f}"
     if record["train_top1"] is not None:
         text += f" top-1 {record['train_top1']:.2f} %"
     if "val_top1" in record:
         text += f" | validation loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} %"
+        text += of_few(val_images)
     return text + (" (best)" if improved else "")
 
 

@@ -22,6 +22,7 @@ from zoo import checkpoints
 from zoo.recipes import runs
 from zoo.recipes.config import Config, DataConfig, nearest
 from zoo.recipes.errors import RunError
+from zoo.recipes.runs import log
 
 
 def check_model_name(name: str) -> None:
@@ -153,8 +154,9 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
     """
     path = folder / ("best.safetensors" if which == "best" else "model.safetensors")
     if not path.is_file():
-        path = folder / "last.pt"
-        state = runs.load_checkpoint(path)
+        state, path, damage = runs.last_checkpoint(folder)
+        if damage:
+            log.warning("%s", damage)
         training = state.get("training", state)  # detectors and segmentors have no averaged weights
         return training.get("ema") or training["model"], state["identity"]["classes"], path
     try:

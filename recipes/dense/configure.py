@@ -20,7 +20,7 @@ from mmengine.config import Config as MMConfig
 from mmengine.registry import MODELS, init_default_scope
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.recipes import config, distributed
+from zoo.recipes import batchnorm, config, distributed
 from zoo.recipes.dense import confusion as _confusion  # noqa: F401  registers the metric
 from zoo.recipes.dense import optim as _optim  # noqa: F401  registers the optimizer wrappers
 from zoo.recipes.dense import transforms as _transforms  # noqa: F401  registers the readers
@@ -150,11 +150,6 @@ def steps(cfg: DictConfig, images: int) -> Steps:
         RunError: the images of an update can't be reached.
     """
     accumulate, batch = distributed.batches(cfg.trainer)
-    if images < batch:
-        raise RunError(
-            f"one update takes {batch} images, but there are {images} for training: "
-            "lower trainer.batch_size or trainer.effective_batch_size."
-        )
     per_epoch = -(-images // batch)
     updates = cfg.dense.updates or cfg.trainer.epochs * per_epoch
     return Steps(updates, per_epoch, accumulate, batch, min(cfg.trainer.eval_every * per_epoch, updates))
@@ -203,6 +198,24 @@ def build_model(
     if cfg.task == "segment" and _synchronised(device):
         model.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     return model
+
+
+def check_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
+    """Refuse one image a pass where it can't train BatchNorm, as far as layers are concerned that need no labels.
+
+    Args:
+        cfg: The configuration.
+        model: The detector or segmentor, on the CPU.
+
+    Raises:
+        RunError: it can't.
+    """
+    divisor, side = cfg.dense.size_divisor, min(cfg.dense.scales)
+    size = cfg.dense.crop or [-(-side // divisor) * divisor] * 2
+    image = torch.zeros(1, 3, *size)
+    whole = cfg.task == "segment" and cfg.dense.method != "mask2former"
+    run = (lambda: model(image, mode="tensor")) if whole else (lambda: model.extract_feat(image))
+    batchnorm.check_batchnorm(model, run, "dense.crop" if cfg.dense.crop else "dense.scales")
 
 
 def _synchronised(device: torch.device) -> bool:

@@ -24,12 +24,11 @@ from zoo.recipes import config, distributed, runs
 from zoo.recipes.classify.loop import train as classify
 from zoo.recipes.classify.model import check_model_name, save_weights
 from zoo.recipes.corrupt import CorruptImages, worker_errors
-from zoo.recipes.course import Course, continuing
+from zoo.recipes.course import Course, continuing, of_few
 from zoo.recipes.dense import configure, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import DetectionData, SegmentationData, open_detection, open_segmentation
 from zoo.recipes.dense.transforms import corrupt_names
-from zoo.recipes.errors import RunError
 from zoo.recipes.progress import Progress
 from zoo.recipes.runs import log
 from zoo.recipes.seeding import seed_all
@@ -59,16 +58,16 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     device = distributed.setup(cfg.trainer.device)
     runs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg)
-    folder = Path(distributed.share(cfg.run or str(runs.default_folder("", cfg.model))))
-    if cfg.dense.digits_first and not cfg.pretrained:
-        cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder)})
-    return DenseRun(cfg, data, device, folder).run()
+    with runs.taken(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
+        if cfg.dense.digits_first and not cfg.pretrained:
+            cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder)})
+        return DenseRun(cfg, data, device, folder).run()
 
 
 def _digits_first(cfg: DictConfig, folder: Path) -> str:
     """Let the backbone learn to tell digits apart, in a run of its own below `folder`, and return that run's folder."""
     backbone = folder / "backbone"
-    if distributed.share((folder / "last.pt").exists()):
+    if distributed.share(runs.has_checkpoint(folder)):
         return str(backbone)
     first = compose("config", ["data=digit_crops"])
     for key in ("model", "model_kwargs", "resume", "seed", "data.root", "trainer.device", "trainer.max_updates"):
@@ -128,7 +127,9 @@ class DenseRun(Course):
     """One run, from the data to `summary.json`."""
 
     def __init__(self, cfg: DictConfig, data: DetectionData | SegmentationData, device: torch.device, folder: Path):
+        cfg, lowered = distributed.fitted(cfg, data.train.num_images)
         super().__init__(cfg, device, folder)
+        self.notes += lowered
         self.data = data
         self.steps = configure.steps(cfg, data.train.num_images)
         self.effective_batch = self.steps.batch
@@ -138,6 +139,8 @@ class DenseRun(Course):
         # The weights of a run that goes on come from its checkpoint.
         pretrained = False if self.checkpoint else cfg.pretrained
         self.model = configure.build_model(cfg, data.classes, device, pretrained)
+        if cfg.trainer.batch_size == 1:
+            configure.check_batchnorm(cfg, self.model)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.runner: Runner | None = None
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt, (self.checkpoint or {}).get("corrupt", ()))
@@ -175,8 +178,8 @@ class DenseRun(Course):
             self._load(runner, self.checkpoint)
             update = self.progress["update"]
             runner.train_loop._iter = update * self.steps.accumulate
-            evaluated = self.history[-1]["update"] if self.history else 0
-            if update > evaluated and (update % self.steps.evaluate_every == 0 or update >= self.last):
+            evaluated = max((r["update"] for r in self.history if any(key.startswith("val_") for key in r)), default=0)
+            if update > evaluated and self.evaluates(update):
                 runner.val_loop.run()  # the run was ended between an update and the evaluation that followed it
         self.seed()
 
@@ -187,11 +190,8 @@ class DenseRun(Course):
         try:
             _bare(runner.model).load_state_dict(state["model"])
             runner.optim_wrapper.load_state_dict(state["optimizer"])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise RunError(
-                f"{self.folder / 'last.pt'} does not fit these settings ({' '.join(str(error).split())[:200]}): "
-                "choose another run=<folder>, or give the settings that it was started with."
-            ) from error
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self.unfit(error) from error
         for group, rate in zip(runner.optim_wrapper.param_groups, rates, strict=True):
             group["lr"] = rate
 
@@ -236,7 +236,7 @@ class DenseRun(Course):
         settings.train_cfg.max_iters = self.last * self.steps.accumulate
         if self.primary:
             runs.write_text(self.folder / "mmengine.py", settings.pretty_text)
-        self.bar = Progress(self.primary, 1, self.last, self.cfg.log.every)
+        self.bar = Progress(self.primary, 1, self.last, self.cfg.log.every, self.progress["update"])
         with configure.mm_errors(self.cfg), self.bar:
             runner = make_runner(settings, self.model)
             runner.restore = self.restore
@@ -254,43 +254,58 @@ class DenseRun(Course):
         """The images that the last evaluation counts."""
         return self.data.val.num_images - len(self.val_corrupt)
 
-    def close_epoch(self, metrics: dict[str, Any], losses: dict[str, float], speed: float | None) -> None:
-        """An evaluation is over."""
+    def evaluates(self, update: int) -> bool:
+        """Whether an evaluation follows update number `update`, from 1."""
+        return update % self.steps.evaluate_every == 0 or update >= self.last
+
+    def close_epoch(self, losses: dict[str, float], speed: float | None, metrics: dict[str, Any] | None) -> None:
+        """An epoch is over or, with `metrics`, an evaluation."""
         update = self.progress["update"]
         self.corrupt.share()
         self.val_corrupt = {name for part in distributed.gather(self.val_corrupt) for name in part}
+        epochs, rest = divmod(update, self.steps.per_epoch)
         record = {
-            "epoch": round(update / self.steps.per_epoch, 3),
+            "epoch": round(update / self.steps.per_epoch, 3) if rest else epochs,
             "update": update,
             "lr": max(self.runner.optim_wrapper.get_lr()["lr"], default=None),
             **{f"train_{name}": value for name, value in losses.items()},
-            **{f"val_{name}": value for name, value in scores(metrics).items()},
+            **{f"val_{name}": value for name, value in scores(metrics or {}).items()},
             "skipped_updates": self.progress.pop("skipped", 0),
             "images_per_second": speed,
             "step_seconds": self.times.take(),
             "corrupt_images": len(self.corrupt.names),
             "seconds": self.seconds(),
         }
+        if self.history and self.history[-1]["update"] == update:
+            record = {**self.history.pop(), **record}  # the epoch was closed, and the evaluation comes afterwards
         self.history.append(record)
         main = self.main_score(record)
         improved = main is not None and record[f"val_{main}"] > self.best.get(main, -1.0)
         if improved:
             self.best = {"epoch": record["epoch"], "update": update, main: record[f"val_{main}"]}
             self._write_weights("best.safetensors")
-        self.progress["finished"] = update >= self.last
-        self.save()
-        if self.primary:
-            runs.write_metrics(self.folder, self.history)
-            self._write_classes(metrics)
-            names = {name: title(name) for name in SCORES.values() if f"val_{name}" in record}
-            if names:
-                heading = f"{self.cfg.dense.method} on {self.cfg.model}, {self.folder.name}"
-                runs.plot_curves(self.folder / "curves.png", self.history, heading, names)
+        if metrics is None:
+            if self.primary:
+                runs.write_metrics(self.folder, self.history)
+        else:
+            if self.primary:
+                self._write_classes(metrics)
+            self.progress["finished"] = update >= self.last
+            self.save()
+            self.write_history()
         if self.wandb:
             self.wandb.log({key: value for key, value in record.items() if value is not None})
-        figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in scores(metrics).items())
-        loss = f"training loss {losses['loss']:.4f} | " if "loss" in losses else ""
-        log.info("update %d/%d | %s%s%s", update, self.last, loss, figures, " (best)" if improved else "")
+        parts = [f"training loss {losses['loss']:.4f}"] if "loss" in losses else []
+        if metrics is not None:
+            figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in scores(metrics).items())
+            parts.append(f"{figures}{of_few(self.val_images())}{' (best)' if improved else ''}")
+        log.info("update %d/%d | %s", update, self.last, " | ".join(parts))
+
+    def curves(self) -> tuple[str, dict[str, str]]:
+        """The title of the curves, and the names of the scores in them with what people call them."""
+        names = [name for name in SCORES.values() if any(f"val_{name}" in record for record in self.history)]
+        heading = f"{self.cfg.dense.method} on {self.cfg.model}, {self.folder.name}"
+        return heading, {name: title(name) for name in names}
 
     def _write_classes(self, metrics: dict[str, Any]) -> None:
         classes = self.data.classes
@@ -338,6 +353,8 @@ class DenseRun(Course):
         log.info("%s on %d validation images after %.0f s", figures, self.val_images(), summary["seconds"])
         log.info("Pictures of predictions: %s", self.folder / "predictions.png")
         log.info("Run folder: %s", self.folder)
+        main = next((name for name in SCORES.values() if name in self.best), None)
+        self.say_next(f"{title(main)} {self.best[main]:.1f}" if main else "")
         distributed.share(None)  # no process leaves before the files are complete
         return summary
 
@@ -384,12 +401,14 @@ class _Keeper(Hook):
         run.bar.advance(f"loss {self.sums['loss'] / self.count:.3f}", lr, run.effective_batch)
         run.seed()
         run.times.lap("rest")
+        update = run.progress["update"]
+        if update % run.steps.per_epoch == 0 and not run.evaluates(update):
+            self._close(self._speed(), None)
         run.save_or_stop()
         run.times.begin()
 
     def before_val_epoch(self, runner: Runner) -> None:
-        images = self.count * self.run.effective_batch / self.run.steps.accumulate
-        self.speed = images / (time.monotonic() - self.started) if self.count else None
+        self.speed = self._speed()
         distributed.average_batchnorm(_bare(runner.model))
         self.run.val_corrupt = set()
         self.run.bar.start_evaluation(len(runner.val_dataloader))
@@ -402,12 +421,19 @@ class _Keeper(Hook):
         self.run.stop_between_evaluations()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
+        self._close(self.speed, metrics)
+        self.run.bar.start("training", self.run.progress["update"])
+        self.run.times.restart()  # the next update has begun, and not with an evaluation
+
+    def _speed(self) -> float | None:
+        images = self.count * self.run.effective_batch / self.run.steps.accumulate
+        return images / (time.monotonic() - self.started) if self.count else None
+
+    def _close(self, speed: float | None, metrics: dict[str, Any] | None) -> None:
         losses = {name: value / self.count for name, value in self.sums.items()} if self.count else {}
         self.sums.clear()
         self.count = 0
-        self.run.close_epoch(metrics, losses, self.speed)
-        self.run.bar.start("training", self.run.progress["update"])
-        self.run.times.restart()  # the next update has begun, and not with an evaluation
+        self.run.close_epoch(losses, speed, metrics)
 
 
 def _advance(runner: Runner) -> None:

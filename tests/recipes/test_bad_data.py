@@ -247,10 +247,6 @@ def test_root_is_a_file(fit, tmp_path):
     _refused(fit, tmp_path, tmp_path / "data.zip", re.escape(str(tmp_path / "data.zip")))
 
 
-def test_fewer_images_than_a_batch(fit, folder, tmp_path):
-    _refused(fit, tmp_path, folder, "one update takes 32 images, but there are 24", "trainer.batch_size=32")
-
-
 def test_too_few_images_to_hold_any_out(fit, make_folder, tmp_path):
     make_folder(tmp_path / "data", per_class=1)
     _refused(fit, tmp_path, tmp_path / "data", "has too few images to hold out")

@@ -34,6 +34,7 @@ FILES = {
     "start.json",
     "train.log",
     "last.pt",
+    "previous.pt",
     "best.safetensors",
     "metrics.jsonl",
     "curves.png",

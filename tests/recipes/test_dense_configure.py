@@ -127,13 +127,6 @@ def test_length(compose, words, expected):
     assert (found.updates, found.per_epoch, found.accumulate, found.batch, found.evaluate_every) == expected
 
 
-def test_batch_of_more_images_than_there_are(compose):
-    with pytest.raises(
-        RunError, match=r"one update takes 16 images, but there are 5 for training: lower trainer.batch"
-    ):
-        configure.steps(compose("task=detect", "trainer.batch_size=16"), 5)
-
-
 def test_batch_that_can_not_be_reached(compose):
     with pytest.raises(RunError, match=r"trainer.effective_batch_size=6 is not a multiple of 4"):
         configure.steps(compose("task=detect", "trainer.batch_size=4", "trainer.effective_batch_size=6"), 50)

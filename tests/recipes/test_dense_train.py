@@ -83,6 +83,17 @@ def test_metrics_have_a_line_per_evaluation(finished_dense, task):
     assert {f"val_{name}" for name in SCORES[task]} <= line.keys()
 
 
+def test_training_loss_has_a_line_per_epoch(fit_dense, tmp_path):
+    fit_dense(tmp_path, "trainer.batch_size=8", "trainer.eval_every=9", "trainer.max_updates=5", task="segment")
+    lines = _lines(tmp_path)
+    assert [(line["update"], line["epoch"], "val_mIoU" in line) for line in lines] == [
+        (2, 1, False),
+        (4, 2, False),
+        (5, 2.5, True),
+    ]
+    assert all(line["train_loss"] > 0 for line in lines)
+
+
 @pytest.mark.parametrize(("task", "line"), [("detect", "training: 44 boxes"), ("segment", "training: 16 images")])
 def test_log_says_what_the_data_are(finished_dense, task, line):
     assert line in _log(finished_dense[task])

@@ -203,7 +203,7 @@ def test_folder_that_is_no_run(evaluate, images):
 
 
 def test_run_without_weights(evaluate, run):
-    for name in ("model.safetensors", "last.pt", "best.safetensors"):
+    for name in ("model.safetensors", "last.pt", "previous.pt", "best.safetensors"):
         (run / name).unlink()
     with pytest.raises(RunError, match="there is no checkpoint"):
         evaluate(f"run={run}")

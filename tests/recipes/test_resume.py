@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from zoo.recipes import runs
 from zoo.recipes.classify import loop
+from zoo.recipes.classify.model import load_weights
 from zoo.recipes.errors import RunError
 
 # Everything random at once, saved at every update.
@@ -236,13 +237,14 @@ def test_refusing_leaves_the_folder_as_it_is(fit, images, copied):
 
 
 def test_folder_of_a_run_without_checkpoint_refuses_another_model(fit, images, copied):
-    (copied / "last.pt").unlink()
+    for name in ("last.pt", "previous.pt"):
+        (copied / name).unlink()
     with pytest.raises(RunError, match="holds a run of test_vit"):
         fit(copied, images, *AGAIN, "model=test_vit2")
 
 
 def test_folder_of_a_run_without_checkpoint_begins_again(fit, images, copied, weights, finished, same):
-    for name in ("last.pt", "model.safetensors", "summary.json"):
+    for name in ("last.pt", "previous.pt", "model.safetensors", "summary.json"):
         (copied / name).unlink()
     fit(copied, images, *AGAIN)
     assert same(weights(copied), weights(finished))
@@ -355,20 +357,91 @@ DAMAGES = [_truncated, _without_end, _empty, _random, _zeros, _text]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.strip("_"))
-def test_damaged_checkpoint_is_named_and_nothing_overwritten(fit, images, copied, damage):
+def test_damaged_checkpoint_falls_back_to_the_one_before(fit, images, copied, weights, finished, same, damage):
     (copied / "last.pt").write_bytes(damage((copied / "last.pt").read_bytes()))
+    fit(copied, images, *AGAIN)
+    assert re.search(r"last\.pt .*previous\.pt, the checkpoint before it, is used", (copied / "train.log").read_text())
+    assert same(weights(copied), weights(finished))
+
+
+def test_damaged_checkpoint_may_be_a_folder(fit, images, copied, weights, finished, same):
+    (copied / "last.pt").unlink()
+    (copied / "last.pt").mkdir()
+    fit(copied, images, *AGAIN)
+    assert same(weights(copied), weights(finished))
+
+
+def test_checkpoint_before_a_damaged_one_is_kept_until_the_next_is_whole(fit, images, copied, monkeypatch):
+    (copied / "last.pt").write_bytes(b"")
+    before = (copied / "previous.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", _killed)
+    with pytest.raises(SystemError):
+        fit(copied, images, *AGAIN)
+    assert (copied / "previous.pt").read_bytes() == before
+
+
+def test_missing_checkpoint_falls_back_to_the_one_before(fit, images, copied):
+    """Where a file system has no hard links, a kill may leave it so."""
+    (copied / "last.pt").unlink()
+    assert fit(copied, images, *AGAIN)["updates"] == 9
+
+
+def test_zoo_eval_reads_the_checkpoint_before_a_damaged_one(copied, same):
+    (copied / "model.safetensors").unlink()
+    (copied / "last.pt").write_bytes(b"")
+    weights, _, path = load_weights(copied, "last")
+    assert path == copied / "previous.pt"
+    assert same(weights, torch.load(path, weights_only=True)["training"]["model"])
+
+
+def test_checkpoint_before_the_last_is_there_from_the_second_on(tmp_path):
+    for update in (1, 2, 3):
+        runs.save_checkpoint(tmp_path / "last.pt", _checkpoint(update))
+    names = ("previous.pt", "last.pt")
+    assert [runs.load_checkpoint(tmp_path / name)["progress"]["update"] for name in names] == [2, 3]
+
+
+def test_checkpoints_are_kept_without_hard_links(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", _refused)
+    test_checkpoint_before_the_last_is_there_from_the_second_on(tmp_path)
+
+
+def _refused(*_):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def _checkpoint(update, **more):
+    return {"progress": {"update": update}, "history": [], "best": {}, "identity": {}, "config": {}, **more}
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9], ids=lambda place: f"at {place:.0%}")
+def test_one_flipped_bit_of_a_tensor_is_noticed(tmp_path, place):
+    path = tmp_path / "last.pt"
+    runs.save_checkpoint(path, _checkpoint(1, weight=torch.zeros(50_000)))
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(RunError, match="can't be read"):
+        runs.load_checkpoint(path)
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.strip("_"))
+def test_damaged_checkpoints_are_named_and_nothing_overwritten(fit, images, copied, damage):
+    for name in ("last.pt", "previous.pt"):
+        (copied / name).write_bytes(damage((copied / name).read_bytes()))
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     with pytest.raises(RunError, match=re.escape(str(copied / "last.pt"))):
         fit(copied, images, *AGAIN)
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
 
 
-OTHERS = {"dict": {"weights": torch.zeros(1)}, "list": [1, 2], "tensor": torch.zeros(2)}
+OTHERS = {"dict": {"weights": torch.zeros(1)}, "part": {"progress": {}}, "list": [1, 2], "tensor": torch.zeros(2)}
 
 
 @pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
 def test_checkpoint_of_something_else(fit, images, copied, content):
-    torch.save(content, copied / "last.pt")
+    for name in ("last.pt", "previous.pt"):
+        torch.save(content, copied / name)
     with pytest.raises(RunError, match="is not a checkpoint of zoo-train"):
         fit(copied, images, *AGAIN)
 
@@ -420,6 +493,6 @@ def test_atomic_recognises_a_full_disk_behind_another_error(tmp_path):
 
 
 def test_checkpoint_survives_a_round_trip(tmp_path, same):
-    state = {"progress": {"update": 3}, "tensor": torch.arange(5), "nested": [{"a": 1.5}, "text", None]}
+    state = _checkpoint(3, tensor=torch.arange(5), nested=[{"a": 1.5}, "text", None])
     runs.save_checkpoint(tmp_path / "last.pt", state)
     assert same(runs.load_checkpoint(tmp_path / "last.pt"), state)

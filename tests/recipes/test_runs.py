@@ -68,9 +68,10 @@ def test_default_folder_is_one_folder_below_runs(monkeypatch, tmp_path, name):
 def test_default_folder_is_new(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "20300101-000000")
-    first = runs.default_folder("", "van_b0")
-    first.mkdir(parents=True)
-    assert runs.default_folder("", "van_b0") != first
+    first, second = (runs.default_folder("", "van_b0") for _ in range(2))
+    assert first != second
+    assert first.is_dir()
+    assert second.is_dir()
 
 
 def test_make_folder_leaves_it_empty(tmp_path):
