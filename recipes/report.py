@@ -253,31 +253,20 @@ def _unreadable(path: Path, error: Exception) -> RunError:
 
 def page(record: Record) -> str:
     """The HTML of a run or an evaluation."""
-    left_out = []
-
-    def part(name: str, make: Callable[[Record], Any]) -> Any:
-        """What `make` gives, or nothing where the files don't hold what a run or an evaluation writes."""
-        try:
-            return make(record)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            left_out.append(name)
-            return []
-
-    sections = {
-        "tiles": part("figures", _tiles),
-        "charts": part("curves", lambda record: _charts([record])),
-        "classes": part("classes", _class_table),
-        "matrix": part("confusion matrix", _matrix),
-        "pictures": part("pictures", lambda record: _pictures(record.path)),
-        "steps": part("parts of an update", _steps),
-        "data": part("data", _data),
-        "changes": part("differences from the recipe", _changes),
-        "configuration": yaml.safe_dump(record.settings, sort_keys=False, allow_unicode=True),
-        "facts": part("command and versions", _facts),
-        "notes": part("notes", _notes),
-    }
-    if left_out:
-        sections["notes"].insert(0, f"Files of this folder are damaged or incomplete. Left out: {', '.join(left_out)}.")
+    sections, left_out = _made(
+        tiles=("figures", lambda: _tiles(record)),
+        charts=("curves", lambda: _charts([record])),
+        classes=("classes", lambda: _class_table(record)),
+        matrix=("confusion matrix", lambda: _matrix(record)),
+        pictures=("pictures", lambda: _pictures(record.path)),
+        steps=("parts of an update", lambda: _steps(record)),
+        data=("data", lambda: _data(record)),
+        changes=("differences from the recipe", lambda: _changes(record)),
+        facts=("command and versions", lambda: _facts(record)),
+        notes=("notes", lambda: _notes(record)),
+    )
+    sections["notes"] = left_out + sections["notes"]
+    sections["configuration"] = yaml.safe_dump(record.settings, sort_keys=False, allow_unicode=True)
     parts = record.path.absolute().parts[-2 if record.evaluation else -1 :]
     return _render("run", record=record, folder="/".join(parts), task=_TASKS[record.task], **sections)
 
@@ -292,18 +281,28 @@ def comparison(records: Sequence[Record]) -> str:
     if len(tasks) > 1:
         which = " and ".join(f"{record.path} is task={task}" for task, record in tasks.items())
         raise RunError(f"runs of different tasks have no scores in common ({which}): compare one task at a time.")
-    task = records[0].task
-    return _render(
-        "comparison",
-        records=records,
-        task=_TASKS[task],
-        scores=_score_table(records),
-        differences=_data_differences(records),
-        charts=_charts(records),
-        changes=_setting_table(records),
-        classes=_class_differences(records),
-        steps=_step_table(records),
+    sections, left_out = _made(
+        scores=("scores", lambda: _score_table(records)),
+        differences=("data", lambda: _data_differences(records)),
+        charts=("curves", lambda: _charts(records)),
+        changes=("settings", lambda: _setting_table(records)),
+        classes=("classes", lambda: _class_differences(records)),
+        steps=("parts of an update", lambda: _step_table(records)),
     )
+    return _render("comparison", records=records, task=_TASKS[records[0].task], notes=left_out, **sections)
+
+
+def _made(**parts: tuple[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[str]]:
+    """What the parts of a page are made of, and a note on those that files with other content than zoo's leave out."""
+    made, left_out = {}, []
+    for key, (name, make) in parts.items():
+        try:
+            made[key] = make()
+        except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
+            made[key] = []
+            left_out.append(name)
+    note = f"Files are damaged or incomplete. What would be made of them is left out: {', '.join(left_out)}."
+    return made, [note] * bool(left_out)
 
 
 def write(path: Path) -> Path:
@@ -493,13 +492,20 @@ def _class_table(record: Record) -> dict[str, Any] | None:
         return None
     table = record.classes
     names = _in_order(table["scores"])
+    first = table["scores"][names[0]]
     rows = [
-        {"name": name, "count": table["counts"][i], "scores": [table["scores"][score][i] for score in names]}
+        {
+            "name": name,
+            "count": table["counts"][i],
+            "scores": [_percent(table["scores"][score][i], record.task) for score in names],
+            "bar": f"{first[i] or 0:.1f}",
+        }
         for i, name in enumerate(table["classes"])
     ]
     worst_first = len(rows) > _MOST_ROWS
     if worst_first:
-        rows.sort(key=lambda row: math.inf if row["scores"][0] is None else row["scores"][0])
+        order = sorted(range(len(rows)), key=lambda i: math.inf if first[i] is None else first[i])
+        rows = [rows[i] for i in order]
     return {
         "columns": [_CLASS_SCORES[name] for name in names],
         "unit": table["unit"],

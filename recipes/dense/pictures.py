@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from matplotlib.font_manager import findfont  # ships DejaVu Sans
 from mmengine.dataset import pseudo_collate
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
@@ -166,9 +166,3 @@ def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequ
         named = zip(classes, colors(len(classes)), strict=True)
         legend = [(name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in named if name != _BACKGROUND]
     sheet.write(path, pairs, title=title, legend=legend, columns=4, width=_WIDTH)
-
-
-def open_image(path: Path) -> Image.Image:
-    """The image as RGB, turned as its EXIF data say, which MMCV does too."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")

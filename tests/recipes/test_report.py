@@ -281,28 +281,33 @@ def test_a_single_evaluation_is_a_dot_with_its_value_and_its_epoch(tmp_path):
     assert ">37.5 %</text>" in report.page(record)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "left_out"),
-    [
-        ("summary.json", {"seconds": 1}, "figures"),
-        ("summary.json", {"metrics": {"top1": "high"}}, "figures"),
-        ("metrics.jsonl", {"epoch": "one", "val_top1": 3}, "curves"),
-        ("metrics.jsonl", {"val_top1": 3}, "curves"),
-        ("classes.json", {"classes": ["a"]}, "classes"),
-        (
-            "classes.json",
-            {"classes": ["a"], "scores": {"top1": []}, "counts": [], "unit": "images"},
-            "confusion matrix",
-        ),
-        ("start.json", {"data": 3}, "data"),
-    ],
-)
-def test_page_of_a_folder_with_other_content_leaves_it_out(tmp_path, name, content, left_out):
-    folder = _write_run(tmp_path / "run")
-    (folder / name).write_text(json.dumps(content))
-    text = _page(folder).text
-    assert re.search(rf"damaged or incomplete. Left out: [^.]*\b{left_out}\b", text)
+DAMAGED = [
+    ("summary", {"seconds": 1}, "figures"),
+    ("summary", {"metrics": {"top1": "high"}}, "figures"),
+    ("history", [{"epoch": "one", "val_top1": 3}], "curves"),
+    ("history", [{"epoch": 1, "lr": 1e308}, {"epoch": 2, "lr": -1e308}], "curves"),
+    ("classes", {"classes": ["a"]}, "classes"),
+    ("classes", {"classes": ["a"], "scores": {"top1": ["b"]}, "counts": [1], "unit": "images"}, "classes"),
+    ("classes", {"classes": ["a"], "scores": {}, "counts": [], "unit": "images"}, "confusion matrix"),
+    ("facts", {"data": 3}, "data"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*in multiply:RuntimeWarning")
+@pytest.mark.parametrize(("part", "content", "left_out"), DAMAGED)
+def test_page_leaves_out_what_files_do_not_hold(tmp_path, part, content, left_out):
+    record = replace(report.read(_write_run(tmp_path / "run")), **{part: content})
+    text = _Reader(report.page(record)).text
+    assert re.search(rf"Files are damaged or incomplete. [^.]* is left out: [^.]*\b{left_out}\b", text)
     assert "Configuration" in text
+
+
+def test_comparison_leaves_out_what_files_do_not_hold(tmp_path):
+    records = [report.read(_write_run(tmp_path / name)) for name in ("one", "two")]
+    records[1].summary = {"seconds": 1}
+    text = _Reader(report.comparison(records)).text
+    assert "What would be made of them is left out: scores" in text
+    assert "Settings that differ" in text
 
 
 @pytest.fixture
