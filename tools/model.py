@@ -88,6 +88,7 @@ def load(
     if fixed and size:
         kwargs["img_size"] = tuple(size)
     try:
+        checkpoints.check_network(source, bool(pretrained) and not isinstance(pretrained, str))
         model = timm.create_model(source, **kwargs).eval()
     except Exception as error:  # of the many things that timm, a download or a file can raise
         using = f" with {pretrained if isinstance(pretrained, str) else 'the published weights'}" if pretrained else ""
@@ -125,4 +126,4 @@ def _own_weights(file: Path, config: PretrainedCfg | None) -> dict[str, Any]:
 def reason(error: BaseException) -> str:
     """The beginning of what `error` says, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 300 else f"{text[:300]} ...").rstrip(".")
+    return (text if len(text) <= 600 else f"{text[:600]} ...").rstrip(".")

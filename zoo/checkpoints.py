@@ -24,6 +24,7 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.models import DefaultCfg, PretrainedCfg, _builder, generate_default_cfgs, resolve_pretrained_cfg
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,6 +33,7 @@ import zoo
 from zoo import downloads
 
 __all__ = [
+    "check_network",
     "closest",
     "convert",
     "default_cfgs",
@@ -195,6 +197,23 @@ def _address(variant: str, kwargs: Mapping[str, Any]) -> str | None:
     if cfg.hf_hub_id and not own and f"/{cfg.hf_hub_id}/" not in url:
         return None
     return url if url.startswith(("http://", "https://")) else None
+
+
+def check_network(name: str, pretrained: bool) -> None:
+    """Raise RuntimeError if timm would ask the Hugging Face hub for the model `name`, and it doesn't answer.
+
+    That is so for weights of timm's own models and for names such as "hf-hub:owner/repository".
+    """
+    source, _, repo = name.rpartition(":")
+    if source not in ("hf-hub", "hf_hub"):
+        cfg = timm.get_pretrained_cfg(name) if pretrained and not source else None
+        if cfg is None or timm.model_entrypoint(name.partition(".")[0]).__module__.startswith(f"{__package__}."):
+            return
+        repo = cfg.hf_hub_id
+    files = ("model.safetensors", "pytorch_model.bin")
+    repo, _, revision = (repo or "").partition("@")
+    if repo and not any(isinstance(try_to_load_from_cache(repo, file), str) for file in files):
+        downloads.check_hub(repo, files[0], revision or None)
 
 
 def _known_hash(url: str) -> str:

@@ -2,32 +2,41 @@
 
 Files of the Hugging Face hub come by huggingface_hub, into its cache and by its settings (`HF_HOME`, `HF_HUB_OFFLINE`,
 `HF_ENDPOINT`, ...); all others lie where torch.hub puts its own (`TORCH_HOME`), under the same names. Proxies are those
-of the environment (`https_proxy`, `no_proxy`). `HF_HUB_DISABLE_PROGRESS_BARS` turns the progress bars off.
+of the environment (`https_proxy`, `no_proxy`). `HF_HUB_DISABLE_PROGRESS_BARS` turns the progress bars off. A server
+has 4 seconds for its first answer, or `HF_HUB_ETAG_TIMEOUT` of them: then there is no network. Once it has answered,
+slow networks have all the time that they need.
 """
 
 import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from email.utils import formatdate
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path, PurePosixPath
 from ssl import SSLError
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.utils import WeakFileLock, tqdm
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import WeakFileLock, get_session, tqdm
 
-__all__ = ["fetch"]
+__all__ = ["check_hub", "fetch"]
 
 _HUB = re.compile(r"https://huggingface\.co/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<filename>[^?]+)")
-_BY_HAND = "or get the file by other means and pass it with pretrained_cfg_overlay=dict(file=...)"
+_BY_HAND = (
+    "or get the file by other means and give it: pretrained=<file> to zoo-train and zoo-eval, --pretrained <file> to "
+    "zoo-export and zoo-look, pretrained_cfg_overlay=dict(file=...) in Python"
+)
 _TIMEOUT = 30  # seconds without an answer
+_PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds for the first one
+
+T = TypeVar("T")
 
 
 def fetch(
@@ -109,7 +118,7 @@ def _download(url: str, partial: Path) -> None:
     """Add to `partial` what it lacks: as long as the connection breaks off but has brought something new, again."""
     before = -1
     while True:
-        complete, total = _receive(url, partial)
+        complete, total = _receive(url, partial, _PATIENCE if before < 0 else _TIMEOUT)
         if complete:
             return
         if _size(partial) <= before:
@@ -120,11 +129,14 @@ def _download(url: str, partial: Path) -> None:
         before = _size(partial)
 
 
-def _receive(url: str, partial: Path) -> tuple[bool, int | None]:
-    """Add to `partial` what one answer of the server brings: whether that was all, and the file's length if known."""
+def _receive(url: str, partial: Path, patience: float) -> tuple[bool, int | None]:
+    """Add to `partial` what one answer of the server brings: whether that was all, and the file's length if known.
+
+    The answer has to begin within `patience` seconds.
+    """
     start = _size(partial)
     try:
-        answer = _ask(url, partial, start) or _ask(url, partial, 0)
+        answer = _within(patience, lambda: _ask(url, partial, start) or _ask(url, partial, 0))
     except HTTPError as error:
         why = f"{error.code} {error.reason}"
         raise RuntimeError(f"{url} gives no file ({why}); check the address, {_BY_HAND}.") from error
@@ -166,6 +178,27 @@ def _ask(url: str, partial: Path, start: int) -> HTTPResponse | None:
     return answer
 
 
+def _within(seconds: float, function: Callable[[], T]) -> T:
+    """What `function` returns or raises; TimeoutError after so many seconds, in which even a name may not resolve."""
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    if not results:
+        raise TimeoutError(f"no answer in {seconds:g} seconds")
+    return results[0]
+
+
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
@@ -199,14 +232,12 @@ def _from_hub(
     check: Callable[[Path], Any],
 ) -> Path:
     known = try_to_load_from_cache(repo, filename, cache_dir=folder, revision=revision)
+    if not known:
+        check_hub(repo, filename, revision)
     try:
         path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=folder))
     except Exception as error:  # of huggingface_hub, of its HTTP library, of the system
-        why = _one_line(error.__cause__ or error)
-        raise RuntimeError(
-            f"{filename} of {repo}, on the Hugging Face hub, can't be downloaded ({why}); check the connection and "
-            f"HF_HUB_OFFLINE, {_BY_HAND}."
-        ) from error
+        raise _not_from_hub(repo, filename, error) from error
     if str(path) == known:
         return path
     # huggingface_hub checks the length. In its cache a large file is named by its sha256, with a link to it.
@@ -221,6 +252,25 @@ def _from_hub(
         path.unlink(missing_ok=True)
         raise
     return path
+
+
+def check_hub(repo: str, filename: str, revision: str | None = None) -> None:
+    """Raise RuntimeError if the Hugging Face hub doesn't answer; huggingface_hub tries again for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return  # it says so at once
+    address = hf_hub_url(repo, filename, revision=revision)
+    try:
+        _within(_PATIENCE, lambda: get_session().head(address, timeout=_TIMEOUT))
+    except Exception as error:
+        raise _not_from_hub(repo, filename, error) from error
+
+
+def _not_from_hub(repo: str, filename: str, error: Exception) -> RuntimeError:
+    why = _one_line(error.__cause__ or error)
+    return RuntimeError(
+        f"{filename} of {repo}, on the Hugging Face hub, can't be downloaded ({why}); check the connection and "
+        f"HF_HUB_OFFLINE, {_BY_HAND}."
+    )
 
 
 def _one_line(error: object) -> str:

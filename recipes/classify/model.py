@@ -71,6 +71,7 @@ def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = Non
     if cfg.data.img_size and _takes_img_size(cfg.model):
         kwargs.setdefault("img_size", cfg.data.img_size)
     try:
+        checkpoints.check_network(cfg.model, pretrained is True)
         return timm.create_model(cfg.model, pretrained=bool(pretrained), **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, OSError) as error:
         reason = " ".join(str(error).split())

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -17,6 +19,11 @@ import torch
 from timm.models import set_pretrained_check_hash
 
 from zoo import checkpoints, downloads
+from zoo.recipes.classify.model import build_model
+from zoo.recipes.config import Config
+from zoo.recipes.errors import RunError
+from zoo.tools import model
+from zoo.tools.cli import ToolError
 
 CONTENT = bytes(range(256)) * 4
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -48,6 +55,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
+            self.wfile.flush()
+            time.sleep(server.wait)
             self.wfile.write(content[start:][: server.cuts.pop(0) if server.cuts else None])
 
     do_HEAD = do_GET
@@ -61,7 +70,7 @@ def server():
     """A server that can break off (`cuts`: after how many bytes, answer by answer), ignore ranges, and so on."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.cuts, server.requests, server.headers = CONTENT, [], [], {}
-        server.ranges, server.status, server.modified, server.shift = True, 200, 0, 0
+        server.ranges, server.status, server.modified, server.shift, server.wait = True, 200, 0, 0, 0
         server.url = f"http://127.0.0.1:{server.server_port}"
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
@@ -198,7 +207,42 @@ def test_without_network(server, folder):
         RuntimeError, match=r"can't be reached \(\[Errno \d+\] Connection refused\); check connection"
     ) as e:
         downloads.fetch(f"{server.url}/model.pth")
-    assert "pass it with pretrained_cfg_overlay=dict(file=...)." in str(e.value)
+    assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
+    assert "pretrained_cfg_overlay=dict(file=...) in Python." in str(e.value)
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    """The address of a server that takes connections and never says a word."""
+    monkeypatch.setattr(downloads, "_PATIENCE", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.timeout(20)
+def test_server_that_never_answers(silent, folder):
+    with pytest.raises(RuntimeError, match=r"can't be reached \(no answer in 0\.3 seconds\); check connection") as e:
+        downloads.fetch(f"{silent}/model.pth")
+    assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
+
+
+@pytest.mark.timeout(20)
+def test_name_that_never_resolves(monkeypatch, folder):
+    monkeypatch.setattr(downloads, "_PATIENCE", 0.3)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: threading.Event().wait(60))
+    with pytest.raises(RuntimeError, match=r"can't be reached \(no answer in 0\.3 seconds\)"):
+        downloads.fetch("http://example.invalid/model.pth")
+
+
+def test_name_that_there_is_not(folder):
+    with pytest.raises(RuntimeError, match=r"can't be reached \(.+\); check connection and proxy"):
+        downloads.fetch("http://example.invalid/model.pth")
+
+
+def test_slow_network_has_time_after_the_first_answer(server, folder, monkeypatch):
+    monkeypatch.setattr(downloads, "_PATIENCE", 0.5)
+    server.cuts, server.wait = [300, 300, 300], 0.8
+    assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == CONTENT
 
 
 def test_proxy_of_the_environment(server, folder, monkeypatch):
@@ -230,6 +274,7 @@ def hub(server, monkeypatch):
     server.headers = {"X-Repo-Commit": "1" * 40, "ETag": f'"{HASH}"'}
     download = partial(huggingface_hub.hf_hub_download, endpoint=server.url, token=False)
     monkeypatch.setattr(downloads, "hf_hub_download", download)
+    monkeypatch.setattr(downloads, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=server.url))
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     return server
 
@@ -263,6 +308,31 @@ def test_hub_without_the_file(hub, tmp_path):
     ) as e:
         downloads.fetch(HUB_URL, tmp_path)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("answer", ["silent", "refused"])
+def test_hub_without_network(answer, silent, tmp_path, monkeypatch):
+    endpoint = silent if answer == "silent" else "http://127.0.0.1:9"
+    monkeypatch.setattr(downloads, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=endpoint))
+    message = r"gcvit\.pth\.tar of nvidia/GCViT, on the Hugging Face hub, can't be downloaded \(.*check the connection"
+    with pytest.raises(RuntimeError, match=message) as e:
+        downloads.fetch(HUB_URL, tmp_path)
+    assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"])
+def test_timms_own_downloads_without_network(name, silent, tmp_path, monkeypatch):
+    monkeypatch.setattr(downloads, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=silent))
+    monkeypatch.setattr("zoo.checkpoints.try_to_load_from_cache", lambda *args: None)
+    with pytest.raises(
+        RunError, match=r"model\.safetensors of timm/resnet18\.a1_in1k, .*\(no answer in 0\.3 seconds\)"
+    ):
+        build_model(Config(model=name, pretrained=True), num_classes=5)
+    with pytest.raises(
+        ToolError, match=r"model\.safetensors of timm/resnet18\.a1_in1k, .*\(no answer in 0\.3 seconds\)"
+    ):
+        model.load(name, pretrained=True)
 
 
 @pytest.mark.parametrize(
