@@ -24,8 +24,7 @@ from zoo.recipes.dense import scenes
 from zoo.recipes.dense.annotations import category_names, count_boxes, find_twice, load_annotations, some
 from zoo.recipes.errors import RunError
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_lines, read_text, reason, similar_path
-from zoo.recipes.images import ENDINGS as IMAGES
-from zoo.recipes.images import image_size
+from zoo.recipes.images import ENDINGS, image_size
 from zoo.recipes.runs import log
 
 _LABELS = frozenset({".png"})
@@ -114,7 +113,7 @@ class SegmentationSplit:
 
     Attributes:
         images: The folder of images.
-        labels: The folder of labels, one channel of numbers 0 to 255, or a palette's indices.
+        labels: The folder of labels, one channel of numbers of 8 or 16 bits, or a palette's indices.
         classes: Names in the order of the labels.
         ignore_index: The label of pixels that do not count.
         reduce_zero_label: 0 in the files does not count either, and the classes are 1, 2, ... there.
@@ -454,10 +453,10 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
     return names
 
 
-def _class_file(path: Path, lines: Callable[[Path], list[str]] = read_lines) -> list[str]:
+def _class_file(path: Path) -> list[str]:
     if not path.exists():
         raise RunError(f"data.class_map={path} does not exist: give a text file with one class a line.")
-    names = lines(path)
+    names = read_lines(path)
     if not names:
         raise RunError(f"{path} has to name one class a line, but it is empty.")
     twice = find_twice(names)
@@ -505,11 +504,11 @@ def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[P
         RunError: two images have the same path but for the ending; or, if `strict`, an image has no label, or nothing
             is there.
     """
-    by_stem = _files(images, IMAGES)
+    by_stem = _files(images, ENDINGS)
     labels_by_stem = _files(labels, _LABELS)
     both = sorted(by_stem.keys() & labels_by_stem.keys())
     if strict:
-        for folder, files, endings in ((images, by_stem, IMAGES), (labels, labels_by_stem, _LABELS)):
+        for folder, files, endings in ((images, by_stem, ENDINGS), (labels, labels_by_stem, _LABELS)):
             if not files:
                 raise RunError(
                     f"{folder} has no files that end in {', '.join(sorted(endings))}: it has {_listing(folder)}."
@@ -529,7 +528,8 @@ def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[P
 
 def _files(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
+    for parent, below, names in os.walk(folder, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
             stem, ending = os.path.splitext(name)
             if ending.lower() not in endings or name.startswith("."):

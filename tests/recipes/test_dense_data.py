@@ -825,6 +825,12 @@ def test_folders_below_the_split(masks):
     assert [image.name for image, _ in pair_files(data.train.images, data.train.labels)] == ["b.jpg", "a.jpg"]
 
 
+def test_hidden_folders_and_files_are_no_data(masks):
+    _image(masks.root / "images" / "train" / ".thumbnails" / "a.jpg")
+    _image(masks.root / "images" / "train" / "._a.jpg")
+    assert masks.open().train.num_images == 2
+
+
 def test_palette_indices_are_labels(masks):
     masks.label("train", "a", masks.pixels(), palette=True)
     assert Image.open(masks.root / "annotations" / "train" / "a.png").mode == "P"

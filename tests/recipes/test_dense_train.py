@@ -539,3 +539,23 @@ def test_two_processes_train_one_model(digit_scenes, tmp_path, task, same, summa
     assert "4 images an update = 2 images x 2 processes" in output
     found = summary(tmp_path / "run")
     assert (found["updates"], found["processes"], list(found["metrics"])) == (2, 2, SCORES[task])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduce", [False, True], ids=["from-zero", "from-one"])
+def test_more_classes_than_a_byte_holds(fit_dense, tmp_path, reduce):
+    """Stripes of the labels 299, 256 and 2, and of pixels that do not count."""
+    stripes = np.tile(np.repeat(np.array([299, 256, 2, 65535], np.uint16), 16), (64, 1))
+    for split in ("train", "val"):
+        for number in range(2):
+            for kind in ("images", "annotations"):
+                (tmp_path / "data" / kind / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray((stripes >> 1).astype(np.uint8)).save(tmp_path / f"data/images/{split}/{number}.png")
+            Image.fromarray(stripes).save(tmp_path / f"data/annotations/{split}/{number}.png")
+    words = ("data=masks", f"data.root={tmp_path / 'data'}", "data.num_classes=300", "data.ignore_index=65535")
+    small = ("dense.small=true", "dense.scales=[64]", "dense.max_size=64", "dense.crop=[64,64]")
+    reduced = f"data.reduce_zero_label={str(reduce).lower()}"
+    result = fit_dense(tmp_path / "run", *words, *small, reduced, "trainer.effective_batch_size=2", task="segment")
+    assert result["updates"] == 2
+    classes = json.loads((tmp_path / "run" / "classes.json").read_text())
+    assert [label for label, count in enumerate(classes["counts"]) if count] == [n - reduce for n in (2, 256, 299)]
