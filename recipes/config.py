@@ -14,6 +14,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from zoo.recipes.errors import RunError
 
@@ -321,9 +322,17 @@ def check(cfg: Config) -> None:
 
 
 def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:
-    """The configuration `trained` of a run with what the user set in `cfg`: the keys and groups `overridden`."""
-    # Hydra lets nothing into a configuration that it composed; a run's has names of the user's own.
-    merged = OmegaConf.merge(OmegaConf.structured(EvalConfig), trained)
+    """The configuration `trained` of a run with what the user set in `cfg`: the keys and groups `overridden`.
+
+    Raises:
+        RunError: the run has keys that this version has not.
+    """
+    try:
+        # Hydra lets nothing into a configuration that it composed; a run's has names of the user's own.
+        merged = OmegaConf.merge(OmegaConf.structured(EvalConfig), trained)
+    except OmegaConfBaseException as error:
+        raise RunError(f"{cfg.run} is of another version: {str(error).splitlines()[0]}.") from error
+    data = OmegaConf.to_container(merged.data)
     own = {item.name for item in fields(EvalConfig)}
     for key in ("run", "checkpoint", "per_class", "out", *overridden):
         if key.partition(".")[0] in own:
@@ -331,7 +340,7 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
     # Other data come with data=<option>, which sets the whole section; what the model looks at stays as it was.
     for name in ("img_size", "mean", "std", "interpolation", "crop_pct"):
         if f"data.{name}" not in overridden:
-            OmegaConf.update(merged, f"data.{name}", trained.data.get(name))
+            OmegaConf.update(merged, f"data.{name}", data[name])
     return merged
 
 

@@ -16,7 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
-from zoo.recipes import batchnorm, distributed, report, runs
+from zoo.recipes import batchnorm, distributed, reading, report, runs
 from zoo.recipes.errors import RunError, Stopped, causes, of_the_system
 from zoo.recipes.files import read_json
 from zoo.recipes.lock import Lock
@@ -113,7 +113,7 @@ class Course:
             raise RunError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
         if distributed.share((self.folder / "config.yaml").exists()):
             # A run that ended before its first checkpoint: nothing of it is lost if it begins again.
-            before = runs.load_config(self.folder)
+            before = reading.load_config(self.folder)
             for key in ("task", "model"):
                 if before.get(key) != self.cfg[key]:
                     raise RunError(f"{self.folder} holds a run of {before.get(key)}: choose another run=<folder>.")
@@ -128,11 +128,11 @@ class Course:
                     f"{self.folder} holds a run with {key} {then!r}, not {now!r}: "
                     "choose another run=<folder>, or give the settings that it was started with."
                 )
-        before = OmegaConf.create(state["config"])
+        before = dict(report.flat(state["config"]))
         changed = [
-            f"{key}={value} (was {OmegaConf.select(before, key)})"
+            f"{key}={value} (was {before.get(key)})"
             for key, value in report.flat(OmegaConf.to_container(self.cfg, resolve=True))
-            if OmegaConf.select(before, key) != value and key not in ("run", "resume") and not key.startswith("log.")
+            if before.get(key) != value and key not in ("run", "resume") and not key.startswith("log.")
         ]
         self.changed = ", ".join(changed)
 
@@ -233,7 +233,7 @@ class Course:
         if not all((self.folder / name).is_file() for name in ("config.yaml", "start.json", *_LAST)):
             return None
         try:
-            runs.load_config(self.folder)
+            reading.load_config(self.folder)
             summary = read_json(self.folder / "summary.json")
         except RunError:
             return None

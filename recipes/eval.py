@@ -19,7 +19,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from zoo.recipes import cli, config, early
+from zoo.recipes import cli, config, early, reading
 from zoo.recipes.tasks import task
 
 # Keys and groups of training, which say nothing to an evaluation.
@@ -55,9 +55,7 @@ def _evaluate(cfg: DictConfig) -> dict[str, Any]:
         early.check_run(Path(cfg.run))
     if cfg.out:
         early.check_folder(Path(cfg.out), "out")
-    from zoo.recipes import runs
-
-    name = runs.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
+    name = reading.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
     overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
     return task(name, "score").score(cfg, overridden)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+import os
 import string
 from collections import Counter
 from pathlib import Path
@@ -23,7 +24,8 @@ SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "valida
 
 def similar_path(path: Path) -> str:
     """What the user may have meant: the nearest name beside the first part of `path` that does not exist."""
-    missing = next((p for p in [*reversed(path.absolute().parents), path.absolute()] if not p.exists()), None)
+    parts = [*reversed(path.absolute().parents), path.absolute()]
+    missing = next((part for part in parts if not os.path.exists(part)), None)
     if missing is None:  # it exists, and is of another kind than was asked for
         return "."
     try:
@@ -41,6 +43,8 @@ def read_text(path: Path) -> str:
         RunError: it can't be read, or is no text.
     """
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would never end
+            raise RunError(f"{path} can't be read (it is a pipe or a device): give a file.")
         content = path.read_bytes()
     except OSError as error:
         raise RunError(f"{path} can't be read ({error.strerror}): mend that.") from error
@@ -63,13 +67,21 @@ def read_json(path: Path) -> Any:
     Raises:
         RunError: it can't be read, or is not JSON.
     """
-    text = read_text(path)
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, source: Any) -> Any:
+    """The content of a JSON text that comes from `source`.
+
+    Raises:
+        RunError: it is not JSON.
+    """
     try:
         return json.loads(text)
     except RecursionError:
-        raise RunError(f"{path} is not usable JSON: its lists are nested too deeply.") from None
+        raise RunError(f"{source} is not usable JSON: its lists are nested too deeply.") from None
     except ValueError as error:
-        raise RunError(f"{path} is not JSON: {error}.") from error
+        raise RunError(f"{source} is not JSON: {error}.") from error
 
 
 def read_classes(path: Path) -> list[str]:

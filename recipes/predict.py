@@ -23,7 +23,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo.recipes import cli, config, early
+from zoo.recipes import cli, config, early, reading
 from zoo.recipes.config import option
 from zoo.recipes.errors import RunError
 from zoo.recipes.tasks import task
@@ -60,7 +60,7 @@ def main() -> None:
         from zoo.recipes import runs
 
         runs.start_log(None, True)
-        name = runs.load_config(Path(cfg.run)).get("task", "classify")
+        name = reading.load_config(Path(cfg.run)).get("task", "classify")
         task(name, "predict").predict(cfg, inputs, out)
 
 

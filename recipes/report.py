@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import math
 import os
 import re
@@ -29,9 +28,8 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from zoo.recipes import cli, config
+from zoo.recipes import cli, config, reading
 from zoo.recipes.errors import RunError
 
 if TYPE_CHECKING:
@@ -184,17 +182,11 @@ def read(path: Path) -> Record:
     Raises:
         RunError: it is not the folder of a run or an evaluation, or a file in it can't be read.
     """
-    if (path / "config.yaml").exists():
-        try:
-            settings = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"), resolve=True)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-            raise _unreadable(path / "config.yaml", error) from error
-        task = settings.get("task", "classify") if isinstance(settings, dict) else None
-        if task not in SCORES or not settings.get("model"):
-            raise RunError(f"{path / 'config.yaml'} is not the configuration of a run: it names no task and model.")
-        start = _load(path / "start.json") or {}
+    if os.path.exists(path / "config.yaml"):
+        settings = OmegaConf.to_container(reading.load_config(path), resolve=True)
+        task = settings.get("task", "classify")
+        start = reading.load(path / "start.json", reading.Start) or {}
         chosen = start.get("recipe") or {"chosen": f"task={task}", "settings": _composed((f"task={task}",))}
-        lines = _lines(path / "metrics.jsonl")
         return Record(
             path,
             task,
@@ -202,15 +194,15 @@ def read(path: Path) -> Record:
             recipe=dict(flat(chosen["settings"])),
             recipe_name=chosen["chosen"],
             facts=start,
-            history=lines,
-            summary=_load(path / "summary.json"),
-            classes=_load(path / "classes.json"),
+            history=reading.load_history(path),
+            summary=reading.load(path / "summary.json", reading.Summary),
+            classes=reading.load_classes(path),
         )
-    facts = _load(path / "eval.json")
+    facts = reading.load(path / "eval.json", reading.Evaluation)
     if facts is None:
         raise RunError(f"{path} is not the folder of a run or an evaluation: it has neither config.yaml nor eval.json.")
-    if facts.get("task", "classify") not in SCORES or "metrics" not in facts or "model" not in facts:
-        raise RunError(f"{path / 'eval.json'} is not what zoo-eval writes: it has no task, model and metrics.")
+    if facts.get("task", "classify") not in SCORES:
+        raise RunError(f"{path / 'eval.json'} is not what zoo writes: it is of no task that there is.")
     settings = {key: facts[key] for key in ("model", "method", "weights", "data") if key in facts}
     return Record(
         path,
@@ -218,34 +210,8 @@ def read(path: Path) -> Record:
         evaluation=True,
         settings=dict(flat(settings)),
         facts=facts,
-        classes=_load(path / "classes.json"),
+        classes=reading.load_classes(path),
     )
-
-
-def _load(path: Path) -> dict[str, Any] | None:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not isinstance(content, dict):
-        raise _unreadable(path, ValueError("a JSON object is needed"))
-    return content
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> RunError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return RunError(f"{path} can't be read ({reason}): repair it, or delete it and do without.")
 
 
 # Pages.
@@ -488,10 +454,10 @@ def _source(png: bytes) -> str:
 
 def _class_table(record: Record) -> dict[str, Any] | None:
     """The scores of each class."""
-    if not record.classes or not record.classes["classes"]:
+    names = _in_order(record.classes["scores"]) if record.classes else []
+    if not names:
         return None
     table = record.classes
-    names = _in_order(table["scores"])
     first = table["scores"][names[0]]
     rows = [
         {
@@ -564,8 +530,8 @@ def _matrix(record: Record) -> dict[str, Any] | None:
 
 def _steps(record: Record) -> dict[str, Any] | None:
     """The mean milliseconds of an update's parts, the slowest first."""
-    timed = [r["step_seconds"] for r in record.history if r.get("step_seconds", {}).get("updates")]
-    if not timed:
+    timed = [r["step_seconds"] for r in record.history if (r.get("step_seconds") or {}).get("updates")]
+    if not timed or not any(r.get(part) for r in timed for part in _PARTS):
         return None
     updates = sum(r["updates"] for r in timed)
     seconds = {part: sum(r.get(part, 0.0) for r in timed) for part in _PARTS}

@@ -37,7 +37,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from zoo.recipes import distributed
+from zoo.recipes import distributed, reading
 from zoo.recipes.errors import RunError, causes, of_the_system
 from zoo.recipes.lock import Lock, temporary
 
@@ -153,10 +153,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
-# What a checkpoint has to hold for `Course` to take it up.
-_PARTS = {"progress": dict, "history": list, "best": dict, "identity": dict, "config": dict}
-
-
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote. Nothing in the file is executed.
 
@@ -179,9 +175,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise RunError(f"the checkpoint {path} can't be read: {system}") from error
         reason = (str(error).strip().splitlines() or ["incomplete"])[0].rstrip(".")
         raise RunError(f"the checkpoint {path} can't be read ({reason}): delete it, or start another run.") from error
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in _PARTS.items()):
+    if not isinstance(state, dict) or not reading.Checkpoint.__required_keys__ <= state.keys():
         raise RunError(f"{path} is not a checkpoint of zoo-train: give the folder of a run.")
-    return state
+    return reading.check(state, reading.Checkpoint, path)
 
 
 def safe_name(name: str) -> str:
@@ -310,18 +306,6 @@ def _writable(folder: Path, key: str) -> Iterator[None]:
 def save_config(folder: Path, cfg: DictConfig) -> None:
     """Write the resolved configuration."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-
-
-def load_config(folder: Path) -> DictConfig:
-    """Read the configuration of a run.
-
-    Raises:
-        RunError: `folder` is not a run's.
-    """
-    try:
-        return OmegaConf.load(folder / "config.yaml")
-    except FileNotFoundError:
-        raise RunError(f"{folder} is not the folder of a run: it has no config.yaml.") from None
 
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,6 +271,8 @@ def _class_map(cfg: DataConfig) -> list[str]:
 
 
 def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, int] | None) -> Dataset:
+    if cfg.name.lower().startswith("wds/"):
+        _refuse_commands(cfg, split)
     try:
         return create_dataset(
             cfg.name,
@@ -287,6 +290,16 @@ def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, in
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = f"data.name={cfg.name!r}, data.root={cfg.root}, split {split!r}"
         raise RunError(f"the data set can't be opened ({where}): {what}") from error
+
+
+def _refuse_commands(cfg: DataConfig, split: str) -> None:
+    """Keep webdataset from running the shell commands that it takes in place of shards, `pipe:...`."""
+    if "pipe:" in f"{cfg.root} {split}":
+        raise RunError(f"data.root={cfg.root}, split {split!r} is a command, which is not run: give files.")
+    with suppress(ImportError):
+        from webdataset.gopen import gopen_schemes
+
+        gopen_schemes.pop("pipe", None)  # which a list of shards may name, too
 
 
 def _class_index(dataset: Dataset) -> dict[str, int] | None:

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import timm
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 
 import zoo
 from zoo import checkpoints
-from zoo.recipes import runs
+from zoo.recipes import reading, runs
 from zoo.recipes.config import Config, DataConfig, nearest
 from zoo.recipes.errors import RunError
 from zoo.recipes.runs import log
@@ -143,6 +143,16 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], model: str, class
         file.write(to_safetensors(weights, metadata))
 
 
+class _Weights(TypedDict):
+    model: dict[str, torch.Tensor]
+
+
+class _Training(_Weights, total=False):
+    """Where a checkpoint has weights."""
+
+    ema: dict[str, torch.Tensor] | None
+
+
 def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], list[str], Path]:
     """The weights of a run, its class names, and the file that they came from.
 
@@ -159,10 +169,12 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
         if damage:
             log.warning("%s", damage)
         training = state.get("training", state)  # detectors and segmentors have no averaged weights
-        return training.get("ema") or training["model"], state["identity"]["classes"], path
+        reading.check(training, _Training, path)
+        classes = reading.check(state["identity"].get("classes"), list[str], f"{path}: its list of classes")
+        return training.get("ema") or training["model"], classes, path
     try:
         with safe_open(path, framework="pt") as opened:
-            classes = json.loads(opened.metadata()["classes"])
+            classes = reading.check(json.loads((opened.metadata() or {})["classes"]), list[str], "its list of classes")
         return load_file(path), classes, path
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, RunError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"{path} can't be read ({error}): delete it, the run's last.pt is read instead.") from error

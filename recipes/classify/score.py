@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from torch import nn
 
-from zoo.recipes import config, distributed, report, runs
+from zoo.recipes import config, distributed, reading, report, runs
 from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
 from zoo.recipes.classify.evaluation import (
     Evaluation,
@@ -78,7 +78,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
 def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, list[str], str]:
     """The model of a run, the run's configuration with the user's changes, its classes, and where the weights stood."""
     folder = Path(cfg.run)
-    trained = runs.load_config(folder)
+    trained = reading.load_config(folder)
     merged = config.of_run(cfg, trained, overridden)
     weights, classes, path = load_weights(folder, cfg.checkpoint)
     model = build_model(OmegaConf.merge(merged, {"pretrained": False}), len(classes))

@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 
-from zoo.recipes import config, distributed, report, runs
+from zoo.recipes import config, distributed, reading, report, runs
 from zoo.recipes.classify.evaluation import percentage, plot_confusion
 from zoo.recipes.classify.model import load_weights
 from zoo.recipes.corrupt import worker_errors
@@ -97,7 +97,7 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.
         RunError: there is no such run, or its weights can't be read.
     """
     folder = Path(cfg.run)
-    cfg = config.of_run(cfg, runs.load_config(folder), overridden)
+    cfg = config.of_run(cfg, reading.load_config(folder), overridden)
     if cfg.checkpoint not in ("last", "best"):
         raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
     config.check(cfg)

@@ -109,6 +109,7 @@ def command(monkeypatch, capfd, tmp_path):
 
     def call(name: str, *words: str) -> tuple[int, str]:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which commands set for their own process
         module = "tools" if name in ("models", "convert", "export", "look") else "recipes"
         monkeypatch.setattr(sys, "argv", [f"zoo-{name}", *map(str, words)])
         try:

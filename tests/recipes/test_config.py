@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import zoo
-from zoo.recipes import cli, config, runs
+from zoo.recipes import cli, config, reading, runs
 from zoo.recipes.errors import RunError
 
 RECIPES = sorted(
@@ -107,7 +107,7 @@ def of_run(compose, tmp_path):
     def call(run, *words):
         runs.save_config(tmp_path, compose(*run))
         keys = [word.partition("=")[0].lstrip("+") for word in words]
-        return config.of_run(compose(*words, name="eval"), runs.load_config(tmp_path), keys)
+        return config.of_run(compose(*words, name="eval"), reading.load_config(tmp_path), keys)
 
     return call
 

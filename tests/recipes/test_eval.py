@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 
 from zoo.recipes.classify.evaluation import Evaluation, plot_confusion
@@ -231,6 +232,19 @@ def test_wrong_number_of_classes(evaluate, finished, make_folder, tmp_path):
 def test_weights_of_another_model(evaluate, run):
     with pytest.raises(RunError, match="do not fit test_vit2"):
         evaluate(f"run={run}", "model=test_vit2")
+
+
+@pytest.mark.parametrize("root", ["pipe:touch {canary};", "", None], ids=["root", "shards", "no root"])
+def test_shards_that_are_commands_are_not_run(command, run, tmp_path, root):
+    content = OmegaConf.load(run / "config.yaml")
+    split = "{0..1}.tar|15" if root else f"pipe:touch {tmp_path / 'canary'};.tar|15"
+    content.data.update(name="wds/x", root=root and root.format(canary=tmp_path / "canary"), val_split=split)
+    OmegaConf.save(content, run / "config.yaml")
+    code, output = command("eval", run)
+    assert not (tmp_path / "canary").exists()
+    assert code == 1
+    assert "zoo-eval: error: " in output
+    assert "Traceback" not in output
 
 
 # The command.

@@ -500,10 +500,14 @@ def test_different_tasks_are_not_compared(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("summary.json", "{", r"summary.json can't be read \(Expecting .*\): repair it, or delete it"),
-        ("start.json", "[]", r"start.json can't be read \(a JSON object is needed\)"),
-        ("metrics.jsonl", "{}\nx", r"metrics.jsonl can't be read"),
-        ("config.yaml", "a: [", r"config.yaml can't be read"),
+        ("summary.json", "{", r"summary.json is not JSON: Expecting"),
+        (
+            "start.json",
+            "[]",
+            r"start.json is not what zoo writes: the whole is \[\] and has to be a mapping;",
+        ),
+        ("metrics.jsonl", "{}\nx", r"metrics.jsonl, line 1, is not what zoo writes: the whole has no 'epoch'"),
+        ("config.yaml", "a: [", r"config.yaml is not the configuration of a run \("),
         ("config.yaml", "a: 1", r"config.yaml is not the configuration of a run: it names no task and model"),
     ],
 )
@@ -521,7 +525,7 @@ def test_other_folders_are_refused(tmp_path):
 
 def test_other_json_is_refused(tmp_path):
     (tmp_path / "eval.json").write_text("{}")
-    with pytest.raises(RunError, match=r"eval.json is not what zoo-eval writes"):
+    with pytest.raises(RunError, match=r"eval.json is not what zoo writes: the whole has no 'metrics'"):
         report.make([tmp_path], None)
 
 

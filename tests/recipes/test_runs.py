@@ -6,7 +6,7 @@ import logging
 import pytest
 from PIL import Image
 
-from zoo.recipes import runs
+from zoo.recipes import reading, runs
 from zoo.recipes.errors import RunError
 
 
@@ -123,13 +123,13 @@ def test_curves(tmp_path, history):
 
 def test_config_of_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(RunError, match=r"it has no config\.yaml"):
-        runs.load_config(tmp_path)
+        reading.load_config(tmp_path)
 
 
 def test_config_survives_a_round_trip(compose, tmp_path):
     cfg = compose("optim.lr=3e-4", "augment=strong")
     runs.save_config(tmp_path, cfg)
-    assert runs.load_config(tmp_path) == cfg
+    assert reading.load_config(tmp_path) == cfg
 
 
 def test_wandb_disabled_is_none(compose, tmp_path):
