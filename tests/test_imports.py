@@ -28,7 +28,7 @@ ALLOWED = {
     "zoo": {
         *("torch", "timm", "huggingface_hub", "safetensors", "wrapt"),
         *("zoo", "zoo.kernels", "zoo.arguments", "zoo.backbone", "zoo.checkpoints", "zoo.downloads"),
-        "zoo.layers",
+        *("zoo.layers", "zoo.manifest"),
     },
     "recipes": None,
     "tools": None,

@@ -31,7 +31,7 @@ def wheel(tmp_path_factory):
 @pytest.mark.slow
 def test_wheel_holds_every_file(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    expected = {"zoo/manifest/__init__.py", "zoo/manifest/manifest.json", "zoo/py.typed"}
+    expected = {"zoo/manifest/__init__.py", "zoo/manifest/manifest.json", "zoo/manifest/counts.json", "zoo/py.typed"}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".yaml", ".j2"):

@@ -11,19 +11,18 @@ from fnmatch import fnmatchcase
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
+import zoo
+from zoo.manifest import counts, manifest
 from zoo.tools import cli
 from zoo.tools.cli import ToolError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 DESCRIPTION = """\
 List the models of zoo and the weights that were published for them; with the name of one, everything about it.
 
-Parameters and multiply-adds are counted here, for a classifier of 1000 classes and an image of the size in the table.
+Parameters and multiply-adds are counted, for a classifier of 1000 classes and an image of the size in the table.
 Accuracies are published ones, of others; licences are those of the weights."""
 EXAMPLES = """\
 examples:
@@ -49,11 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the command line and print."""
     options = parser().parse_args(arguments)
     with cli.friendly_errors("zoo-models"):
-        with cli.progress("zoo-models: loading timm"):
-            entries = _entries()
+        entries = _entries()
         names = _chosen(options, entries)
         if isinstance(names, str):
-            with cli.progress(f"zoo-models: counting {names}"):
+            with cli.progress(f"zoo-models: loading {names}"):
                 report = about(names)
             show = _print_one
         else:
@@ -92,19 +90,13 @@ def _number(text: str) -> float:
 
 def _entries() -> list[dict[str, Any]]:
     """The manifest's entries, each with `name` (model.tag) and `family`; models for tests, which it lacks, behind."""
-    import timm
-
-    import zoo
-    from zoo import checkpoints
-
     known = [
         {"name": f"{entry['model']}.{entry['tag']}", "family": family, **entry}
         for family in zoo.FAMILIES
-        for entry in checkpoints.manifest(family)
+        for entry in manifest(family)
     ]
-    published = {entry["model"] for entry in known}
-    rest = [(family, name) for family in zoo.FAMILIES for name in timm.list_models(module=family)]
-    return known + [{"name": n, "family": f, "model": n, "tag": None} for f, n in rest if n not in published]
+    tests = [(name, count["family"]) for name, count in counts().items() if "." not in name]
+    return known + [{"name": name, "family": family, "model": name, "tag": None} for name, family in tests]
 
 
 def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str | list[str]:
@@ -152,11 +144,7 @@ def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[di
         if (not options.licence or entry.get("licence") in options.licence)
         and (options.min_top1 is None or entry.get("top1", {}).get("value", 0) >= options.min_top1)
     ]
-    rows = []
-    with cli.progress("zoo-models: counting") as say:
-        for number, entry in enumerate(entries, 1):
-            say(f"{entry['name']} ({number} of {len(entries)})")
-            rows.append(_row(entry))
+    rows = [_row(entry) for entry in entries]
     rows = [
         row
         for row in rows
@@ -173,19 +161,15 @@ def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[di
 
 def _row(entry: dict[str, Any]) -> dict[str, Any]:
     """A model with the weights of a tag, as JSON has it."""
-    import timm
-
-    model = timm.create_model(entry["name"], device="meta", num_classes=1000).eval()
-    size = tuple(model.pretrained_cfg["input_size"])
-    top1 = entry.get("top1", {})
+    count, top1 = counts()[entry["name"]], entry.get("top1", {})
     return {
         "name": entry["name"],
         "model": entry["model"],
         "tag": entry["tag"],
         "family": entry["family"],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "multiply_adds": multiply_adds(model, size),
-        "input_size": size[1:],
+        "parameters": count["parameters"],
+        "multiply_adds": count["multiply_adds"],
+        "input_size": count["input_size"][1:],
         "top1": top1.get("value"),
         "top1_source": top1.get("source"),
         "licence": entry.get("licence"),
@@ -200,68 +184,9 @@ def _row(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _is_for(recipe: dict[str, Any], entry: dict[str, Any]) -> bool:
     """Whether a recipe starts from these weights; one that names no tag starts from the model's first."""
-    import timm
-
     model, _, tag = recipe["model"].partition(".")
-    return model == entry["model"] and (tag or timm.get_pretrained_cfg(model).tag) == entry["tag"]
-
-
-_counted: dict[tuple, tuple[int, tuple[int, ...]]] = {}
-
-
-def multiply_adds(model: nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-adds of a model on the meta device for one image of `input_size` (C, H, W), as PyTorch counts them.
-
-    Matrix products and convolutions count, and nothing else. A block that was seen before, with the same settings and
-    sizes, is not run again, and most blocks were: counting all models takes seconds, not a minute.
-    """
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from zoo.kernels import use
-
-    counter, repeated = FlopCounterMode(display=False), 0
-
-    def once(block: nn.Module) -> None:
-        forward, settings = block.forward, _settings(block)
-
-        def count(x: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
-            nonlocal repeated
-            key = (settings, *(tuple(tensor.shape) for tensor in (x, *context)))
-            if key in _counted:
-                flops, shape = _counted[key]
-                repeated += flops
-                return x.new_empty(shape)
-            before = counter.get_total_flops()
-            out = forward(x, *context)
-            _counted[key] = counter.get_total_flops() - before, tuple(out.shape)
-            return out
-
-        block.forward = count
-
-    blocks = [block for stage in model.stages for block in stage.blocks]
-    for block in blocks:
-        once(block)
-    try:
-        with torch.no_grad(), use("reference"), counter:
-            model(torch.empty(1, *input_size, device="meta"))
-    finally:
-        for block in blocks:
-            del block.forward
-    return (counter.get_total_flops() + repeated) // 2
-
-
-def _settings(block: nn.Module) -> tuple:
-    """All that decides what a block computes: types, plain attributes, shapes of parameters."""
-    plain = (bool, int, float, str, tuple)
-    return tuple(
-        (
-            type(module),
-            tuple((name, value) for name, value in vars(module).items() if isinstance(value, plain)),
-            tuple(tuple(parameter.shape) for parameter in module.parameters(recurse=False)),
-        )
-        for module in block.modules()
-    )
+    first = next((other["tag"] for other in manifest(entry["family"]) if other["model"] == model), None)
+    return model == entry["model"] and (tag or first) == entry["tag"]
 
 
 @cache

@@ -6,7 +6,6 @@ family's `checkpoint_filter_fn` is one call of `convert`, which timm makes on ev
 """
 
 import argparse
-import json
 import math
 import os
 import pickle
@@ -18,7 +17,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from importlib import resources
 from typing import Any
 
 import safetensors.torch
@@ -31,6 +29,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo import downloads
+from zoo.manifest import manifest
 
 __all__ = [
     "check_network",
@@ -66,14 +65,6 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # it only sets attributes. timm allows it for local files but not for downloads; loading stays weights_only everywhere.
 # Named in full, because the context manager in which timm reads a local file removes the bare type at its end.
 torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace")])
-
-
-@cache
-def manifest(family: str) -> tuple[dict[str, Any], ...]:
-    """The known checkpoints of `family`, as the manifest has them, each with the facts its family shares."""
-    content = json.loads(resources.files("zoo.manifest").joinpath("manifest.json").read_text(encoding="utf-8"))
-    shared = dict(content[family])
-    return tuple({**shared, **entry} for entry in shared.pop("checkpoints"))
 
 
 def default_cfgs(

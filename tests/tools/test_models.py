@@ -1,9 +1,11 @@
 """zoo-models: what it counts and knows of each model, its filters and its command line. 15 s, slow ones 20 s."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from zoo import manifest
 from zoo.kernels import use
 from zoo.tools import models as tool
 
@@ -46,6 +49,59 @@ def count(name):
     return counter.get_total_flops() // 2
 
 
+_counted: dict[tuple, tuple[int, tuple[int, ...]]] = {}
+
+
+def multiply_adds(model: torch.nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-adds of a model on the meta device for one image of `input_size` (C, H, W), as PyTorch counts them.
+
+    Matrix products and convolutions count, and nothing else. A block that was seen before, with the same settings and
+    sizes, is not run again, and most blocks were: counting all models takes seconds, not a minute.
+    """
+    counter, repeated = FlopCounterMode(display=False), 0
+
+    def once(block: torch.nn.Module) -> None:
+        forward, settings = block.forward, _settings(block)
+
+        def count(x: torch.Tensor, *context: torch.Tensor) -> torch.Tensor:
+            nonlocal repeated
+            key = (settings, *(tuple(tensor.shape) for tensor in (x, *context)))
+            if key in _counted:
+                flops, shape = _counted[key]
+                repeated += flops
+                return x.new_empty(shape)
+            before = counter.get_total_flops()
+            out = forward(x, *context)
+            _counted[key] = counter.get_total_flops() - before, tuple(out.shape)
+            return out
+
+        block.forward = count
+
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for block in blocks:
+        once(block)
+    try:
+        with torch.no_grad(), use("reference"), counter:
+            model(torch.empty(1, *input_size, device="meta"))
+    finally:
+        for block in blocks:
+            del block.forward
+    return (counter.get_total_flops() + repeated) // 2
+
+
+def _settings(block: torch.nn.Module) -> tuple:
+    """All that decides what a block computes: types, plain attributes, shapes of parameters."""
+    plain = (bool, int, float, str, tuple)
+    return tuple(
+        (
+            type(module),
+            tuple((name, value) for name, value in vars(module).items() if isinstance(value, plain)),
+            tuple(tuple(parameter.shape) for parameter in module.parameters(recurse=False)),
+        )
+        for module in block.modules()
+    )
+
+
 # The smallest of each family and of each of its layouts, and the largest.
 COUNTED = ("van_b1", "litv2_small", "biformer_tiny", "gc_vit_xxtiny", "maxvit_tiny", "maxvit_tiny_384", "cswin_tiny")
 COUNTED += ("dinat_mini", "nat_mini", "dinat_isotropic_small", "vitrpb_small", "biformer_stl", "biformer_stl_nchw")
@@ -56,14 +112,58 @@ COUNTED += ("dinat_large_384_11x11", "dinat_s_large_384", "nat_base")
 @pytest.mark.parametrize("name", [*COUNTED[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in COUNTED[2:])])
 def test_multiply_adds_are_those_of_the_whole_model(name):
     model = timm.create_model(name, device="meta").eval()
-    assert tool.multiply_adds(model, model.pretrained_cfg["input_size"]) == count(name)
+    assert multiply_adds(model, model.pretrained_cfg["input_size"]) == count(name)
+
+
+def counted(name):
+    """What counts.json has of a model."""
+    model = timm.create_model(name, device="meta", num_classes=1000).eval()
+    size = model.pretrained_cfg["input_size"]
+    return {
+        "family": timm.model_entrypoint(name.partition(".")[0]).__module__.removeprefix("zoo."),
+        "input_size": list(size),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "multiply_adds": multiply_adds(model, size),
+    }
+
+
+COUNTS = Path(__file__).parents[2] / "checkpoints" / "counts.json"
+SOME = ["van_b0.in1k", "litv2_small.in1k_alpha_05", "test_dinat", "test_biformer"]
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_some_counts_are_right(name):
+    assert manifest.counts()[name] == counted(name)
+
+
+@pytest.mark.slow
+def test_all_counts_are_right():
+    """ZOO_SNAPSHOT=1 writes them anew."""
+    names = [entry["name"] for entry in tool._entries() if entry["tag"]]
+    names += [name for family in zoo.FAMILIES for name in timm.list_models("test_*", module=family)]
+    found = {name: counted(name) for name in sorted(names)}
+    if os.environ.get("ZOO_SNAPSHOT"):
+        lines = (f"{json.dumps(name)}: {json.dumps(count)}" for name, count in found.items())
+        COUNTS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    assert json.loads(COUNTS.read_text()) == found
+
+
+@pytest.mark.parametrize("arguments", [[], ["dinat*", "--json"], ["--dense", "van*"], ["nothing*"]])
+def test_lists_need_no_torch(arguments):
+    code = (
+        "import sys, contextlib, zoo.tools.models as m\n"
+        f"with contextlib.suppress(SystemExit): m.main({arguments})\n"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("False\n"), done.stderr
 
 
 def test_counting_leaves_the_model_as_it_was():
     model = timm.create_model("test_van").eval()
     image = torch.randn(1, 3, 64, 64)
     before = model(image)
-    tool.multiply_adds(model.to("meta"), (3, 64, 64))
+    multiply_adds(model.to("meta"), (3, 64, 64))
     assert not any("forward" in vars(module) for module in model.modules())
     assert before.shape == model(image.to("meta")).shape
 
