@@ -25,7 +25,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import OverrideType
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.recipes import config, sweep
@@ -151,18 +151,24 @@ def run(command: str, config_name: str, schema: type, job: Callable[[DictConfig]
     words = sys.argv[1:]
 
     def work(cfg: DictConfig) -> Any:
-        sys.argv[1:] = given  # for what is written of the run
         with friendly_errors(command):
-            if HydraConfig.get().mode != RunMode.MULTIRUN:
+            try:
+                OmegaConf.to_container(cfg, resolve=True)
+            except OmegaConfBaseException as error:
+                raise RunError(f"{_line(error)}.") from error
+            job_config = HydraConfig.get()
+            if job_config.mode != RunMode.MULTIRUN:
+                sys.argv[1:] = given  # for what is written of the run
                 return job(cfg)
             try:
-                sweep.name_folder(cfg, words)
+                folder = sweep.name_folder(cfg, words)
+                sys.argv[1:] = [*job_config.overrides.task, *folder]  # of this run alone, which may be continued
                 return job(cfg)
             except Stopped:
                 raise
             except Exception as error:
                 if isinstance(error, RunError):
-                    logging.getLogger("zoo").error("%s: error: %s", command, error)
+                    say(f"{command}: error: {error}")
                 else:
                     traceback.print_exc()
                 sweep.discard_folder(cfg)
@@ -276,6 +282,8 @@ def check_overrides(command: str, schema: type, sweep: bool = True) -> None:
             way = _for_shell(f"{key}={_quoted(value)}")
             fail(command, f"{word} can't be read ({_line(error)}): to take it as a text, write {way}.")
         key = override.key_or_group
+        if override.is_discrete_sweep() and not any(True for _ in override.sweep_string_iterator()):
+            fail(command, f"{word} gives not a single value.")
         if override.is_sweep_override() and not sweep and key in {*known, *config.GROUPS}:
             lists = f"for a list write {_for_shell(f'{key}=[{override.get_value_string()}]')}, " if "," in word else ""
             fail(command, f"{word} gives several values: {lists}to run one after another add -m.")
@@ -346,6 +354,8 @@ def hydra_errors(command: str) -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         fail(command, _line(error))
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 def _line(error: BaseException) -> str:
@@ -355,22 +365,28 @@ def _line(error: BaseException) -> str:
     return ": ".join(line.removeprefix("Error merging override ").rstrip(".") for line in lines)
 
 
+def say(message: str, level: int = logging.ERROR) -> None:
+    """Log a message; before a run has started its log, which brings torch, print it on stderr."""
+    log = logging.getLogger("zoo")
+    if log.handlers:
+        log.log(level, "%s", message)
+    else:
+        print(message, file=sys.stderr)
+
+
 @contextmanager
 def friendly_errors(command: str) -> Iterator[None]:
     """Print what the user can mend in one line, without a traceback, and end the process."""
-    log = logging.getLogger("zoo")
-    if not log.handlers:  # before a run starts its own, with torch, which cheap mistakes need not wait for
-        log.addHandler(logging.StreamHandler())
     try:
         yield
     except RunError as error:
-        log.error("%s: error: %s", command, error)
+        say(f"{command}: error: {error}")
         sys.exit(1)
     except Stopped as error:
-        log.warning("%s: %s", command, error)
+        say(f"{command}: {error}", logging.WARNING)
         sys.exit(128 + error.signum)
     except KeyboardInterrupt:
-        log.error("%s: interrupted", command)
+        say(f"{command}: interrupted")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from functools import cache
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -31,9 +32,11 @@ def check(cfg: DictConfig) -> None:
         raise RunError(f"task={cfg.task} is not allowed: it has to be {', '.join(TASKS)}.")
     check_model(cfg.model)
     root = Path(cfg.data.root) if cfg.data.root else None
-    # Other data sets are made or downloaded where there is none.
-    if root and cfg.data.name in ("", "coco", "masks") and not os.path.exists(root):
-        raise RunError(f"data.root={root} does not exist{similar_path(root)}")
+    if cfg.data.name in ("", "coco", "masks"):  # others are made or downloaded where there is no folder
+        if not root:
+            raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
+        if not os.path.exists(root):
+            raise RunError(f"data.root={root} does not exist{similar_path(root)}")
     for key in _BELOW_ROOT:
         value = cfg.data[key.partition(".")[2]]
         if value and not os.path.exists(value) and not (root and os.path.exists(root / value)):
@@ -81,14 +84,20 @@ def check_model(name: str) -> None:
     model = name.partition(".")[0]
     if ":" in name:  # a folder, or a place at Hugging Face
         return
+    names, sources = _models()
+    if not model or (model not in names and f"'{model}'" not in sources):  # a former name stands in quotes
+        guess = nearest(model, names)
+        hint = f"did you mean {guess!r}? " if guess else ""
+        raise RunError(f"there is no model {model!r}; {hint}timm.list_models() lists all, after `import zoo`.")
+
+
+@cache
+def _models() -> tuple[list[str], str]:
+    """The models of timm and the zoo, and the sources in which they stand."""
     sources = "\n".join(
         file.read_text(encoding="utf-8")
         for package, folder in (("timm", "models"), ("zoo", ""))
         for location in importlib.util.find_spec(package).submodule_search_locations
         for file in Path(location, folder).glob("*.py")
     )
-    names = re.findall(r"^@register_model\s+def (\w+)\(", sources, re.MULTILINE)
-    if model not in names and f"'{model}'" not in sources:  # a former name stands in quotes
-        guess = nearest(model, names)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise RunError(f"there is no model {model!r}; {hint}timm.list_models() lists all, after `import zoo`.")
+    return re.findall(r"^@register_model\s+def (\w+)\(", sources, re.MULTILINE), sources

@@ -34,19 +34,20 @@ def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
     return {word.key_or_group: str(word.value()) for word in own if word.key_or_group not in fixed}
 
 
-def name_folder(cfg: DictConfig, asked: Sequence[str]) -> None:
-    """Name what a run of a sweep writes by what varied, where the user did not name it."""
+def name_folder(cfg: DictConfig, asked: Sequence[str]) -> list[str]:
+    """Name what a run of a sweep writes by what varied, where the user did not name it; returns that as words."""
     from zoo.recipes import runs
 
     key = "out" if "out" in cfg else "run"
     if cfg[key] or not PRIMARY:
-        return
+        return []
     values = varied(HydraConfig.get().overrides.task, asked)
     label = "-".join(f"{name}={value}" for name, value in values.items() if name not in ("model", "run"))
     if key == "run" or not cfg.run:
         cfg[key] = str(runs.default_folder("eval-" if key == "out" else "", f"{cfg.model}-{label}"))
     elif label:
         cfg.out = str(Path(cfg.run, runs.safe_name(f"eval-{label}")))
+    return [f"{key}={cfg[key]}"] if cfg[key] else []
 
 
 def discard_folder(cfg: DictConfig) -> None:
@@ -86,7 +87,7 @@ class Sweep(Callback):
         if len(done) > 1:
             print(f"Side by side: {shlex.join(['zoo-report', *done])}")
         if failed:
-            runs.log.error("%d of %d runs failed.", len(failed), len(self.runs))
+            print(f"{len(failed)} of {len(self.runs)} runs failed.", file=sys.stderr)
             sys.exit(1)
 
 
@@ -109,9 +110,10 @@ def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
         row = [values.get(key, "") for key in keys]
         if isinstance(result, dict):
             figures = [result["metrics"].get(name) for name in names]
-            marked = len(results) > 1 and result["metrics"].get(main) == best
+            marked = len(results) > 1 and main is not None and result["metrics"].get(main) == best
             row += ["" if figure is None else f"{figure:.2f}" for figure in figures]
-            row[len(keys)] += " best" if marked else ""
+            if marked:
+                row[len(keys)] += " best"
             row.append(str(folder))
         else:
             marked = False

@@ -89,13 +89,8 @@ TILES = (((8, 8), (4, 16)), ((8, 8), (8, 8)), ((8, 8), (2, 32)), ((4, 16), (4, 1
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and run the sub-command."""
     options = parser().parse_args(arguments)
-    try:
+    with cli.friendly_errors(f"zoo-bench {options.command}"):
         options.run(options)
-    except KeyboardInterrupt:
-        print(f"zoo-bench {options.command}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        _fail(options, f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
 
 
 def _fail(options: argparse.Namespace, message: str, code: int) -> NoReturn:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
+
+from zoo.versions import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,14 +21,43 @@ class ToolError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line that shows its description and examples as they are written, and errors in one line."""
+    """A command line that shows its description and examples as they are written, and errors in one line.
+
+    Without the words that it needs it shows its help, on stderr.
+    """
 
     def __init__(self, **settings):
         super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if " " not in self.prog:  # not of a sub-command
+            self.add_argument("--version", action="version", version=versions(), help="show what is installed")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, which `parse_args` calls."""
+        words = sys.argv[1:] if args is None else args
+        if not words and any(action.required for action in self._actions):
+            self.print_help(sys.stderr)  # and then the error
+        with _end_with_the_reader():
+            return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End the process."""
         self.exit(2, f"{self.prog}: error: {message}; --help shows what there is.\n")
+
+
+@contextmanager
+def _end_with_the_reader() -> Iterator[None]:
+    """Within, what reads the output, such as `head`, may end this process without a word."""
+    if not hasattr(signal, "SIGPIPE"):
+        yield
+        return
+    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        yield
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    finally:
+        signal.signal(signal.SIGPIPE, before)
 
 
 @contextmanager

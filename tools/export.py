@@ -66,13 +66,8 @@ class TooNarrow(Exception):
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line, export and check."""
     options = parser().parse_args(arguments)
-    try:
+    with cli.friendly_errors("zoo-export"):
         _export(options)
-    except KeyboardInterrupt:
-        print("zoo-export: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

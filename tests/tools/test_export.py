@@ -289,7 +289,7 @@ def test_disk_full(capsys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export, "_write", full)
     assert run(SMALL, "-o", tmp_path / "model.pt2") == 1
-    assert capsys.readouterr().err.endswith("model.pt2: No space left on device\n")
+    assert capsys.readouterr().err.endswith("model.pt2: No space left on device.\n")
     assert list(tmp_path.iterdir()) == []
 
 
