@@ -92,12 +92,14 @@ def read_classes(path: Path) -> list[str]:
     """
     if path.suffix.lower() in (".json", ".pkl", ".pickle"):
         raise RunError(f"{path} is no list of classes: give a text file with one class a line.")
+    if not path.is_file():
+        raise RunError(f"data.class_map={path} does not exist: give a text file with one class a line.")
     names = read_lines(path)
     if not names:
-        raise RunError(f"{path} is empty: give a text file with one class a line.")
+        raise RunError(f"{path} has to name one class a line, but it is empty.")
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice:
-        raise RunError(f"{path} has the class {twice!r} {names.count(twice)} times: name each class once.")
+        raise RunError(f"{path} names the class {twice!r} twice: make the names unique.")
     return names
 
 

@@ -153,7 +153,7 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
             raise RunError(f"data.root={cfg.root} does not exist{similar_path(Path(cfg.root))}")
         return _open_folders(cfg, seed, training, classes)
     if cfg.class_map:
-        classes = _class_map(cfg)
+        classes = read_classes(Path(cfg.class_map))
     class_map = {name: index for index, name in enumerate(classes)} if classes else None
     train = _create(cfg, cfg.train_split, True, class_map) if training else None
     names = _checked_number(list(classes), cfg) if classes else _class_names(train, cfg) if training else None
@@ -169,7 +169,7 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
     root = Path(cfg.root)
     train_root, val_root = _split(root, cfg.train_split, cfg), _split(root, cfg.val_split, cfg)
     if cfg.class_map:
-        classes = _class_map(cfg)
+        classes = read_classes(Path(cfg.class_map))
     if not training:
         # A root without split folders is itself what is to be evaluated.
         folders = _class_folders(val_root or root, cfg)
@@ -262,12 +262,6 @@ def _meant(name: str, known: Sequence[str]) -> str:
     same = [other for other in known if other.casefold() == name.casefold()]
     close = same or difflib.get_close_matches(name, list(known), n=1)
     return f" (is {close[0]!r} meant?)" if close else ""
-
-
-def _class_map(cfg: DataConfig) -> list[str]:
-    if not os.path.isfile(cfg.class_map):
-        raise RunError(f"data.class_map={cfg.class_map} does not exist: give a text file with one class a line.")
-    return read_classes(Path(cfg.class_map))
 
 
 def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, int] | None) -> Dataset:
@@ -502,7 +496,7 @@ class Samples(Dataset):
         try:
             file, target = self.dataset.reader[position]
         except (AssertionError, KeyError, TypeError, EOFError, tarfile.TarError) as error:
-            raise ImageError(f"it has no image ({type(error).__name__}: {error})") from error
+            raise ImageError(f"it has no image ({type(error).__name__}: {error})") from None
         with file:
             return self._open(file), target
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
 
 from zoo.recipes.classify.data import Samples, Stream, build_transform, open_data
 from zoo.recipes.config import AugmentConfig, DataConfig
@@ -197,3 +199,29 @@ def test_damaged_images_in_tar_files_are_named(images, tmp_path, content):
     samples = _samples(tmp_path / "a.tar", name="tar")
     [corrupt] = [names for i in range(len(samples)) for names in [samples[0, i][2]] if names]
     assert corrupt[0].startswith("apple/0.jpg (")
+
+
+class _Rows(Reader):
+    """Rows of a table, as the readers of Hugging Face's and other data sets give them: the second has no image."""
+
+    def __getitem__(self, index):
+        if index:
+            raise AssertionError("no image")
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        file.seek(0)
+        return file, 1
+
+    def __len__(self):
+        return 2
+
+    def _filename(self, index, basename=False, absolute=False):
+        return f"row {index}"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rows_without_an_image_are_named(training):
+    samples = Samples(ImageDataset("", reader=_Rows()), build_transform(None, _size()), 0, training, (3, 8, 8))
+    _, label, corrupt = samples[0, 1]
+    assert label == (1 if training else -1)
+    assert corrupt == ["row 1 (it has no image (AssertionError: no image))"]

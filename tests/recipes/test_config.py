@@ -263,6 +263,7 @@ REFUSED = [
     ("optim.clip_mode=hard", "norm, value or agc"),
     ("schedule.warmup_epochs=-1", "0 or more"),
     ("data.max_corrupt=-1", "0 or more"),
+    ("data.max_pixels=0", "from 1 to 2\\*\\*40 - 1"),
     ("data.num_workers=-1", "0 or more, or null"),
     ("data.val_fraction=0", "between 0 and 1"),
     ("data.val_fraction=1", "between 0 and 1"),

@@ -245,8 +245,8 @@ def test_class_list_may_have_any_ending(three, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"cat\ndog\ncat\n", "has the class 'cat' 2 times: name each class once"),
-        ("a.txt", b"\n \n", "is empty: give a text file with one class a line"),
+        ("a.txt", b"cat\ndog\ncat\n", "names the class 'cat' twice: make the names unique"),
+        ("a.txt", b"\n \n", "has to name one class a line, but it is empty"),
         ("a.txt", b"cart\ndogs\n", r"has none of the 2 classes of data.class_map=.*a.txt: it has 'cat', 'dog', 'emu'"),
         ("a.txt", b"\x80\x04\x95\xff", "is no text in UTF-8 or UTF-16"),
         ("a.json", b'{"cat": 0}', "is no list of classes: give a text file"),
