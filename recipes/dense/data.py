@@ -21,9 +21,9 @@ from PIL import Image
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense import scenes
-from zoo.recipes.dense.annotations import category_names, count_boxes, find_twice, load_annotations, some
+from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
 from zoo.recipes.errors import RunError
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_lines, read_text, reason, similar_path
+from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_classes, read_text, reason, similar_path
 from zoo.recipes.images import ENDINGS, image_size
 from zoo.recipes.runs import log
 
@@ -203,7 +203,7 @@ def open_detection(
     splits = [(cfg.val_split, "val", cfg.val_ann, cfg.val_images)]
     if training:
         splits.insert(0, (cfg.train_split, "train", cfg.train_ann, cfg.train_images))
-    classes = list(classes) if classes else _class_file(Path(cfg.class_map)) if cfg.class_map else None
+    classes = list(classes) if classes else read_classes(Path(cfg.class_map)) if cfg.class_map else None
     opened: list[DetectionSplit] = []
     files: list[set[str]] = []
     for split, key, given, images in splits:
@@ -419,7 +419,7 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
     names = None
     source = Path(cfg.class_map) if cfg.class_map else base / "classes.txt"
     if cfg.class_map or source.is_file():
-        names = _class_lines(source)
+        names = _class_file(source)
         if cfg.num_classes and cfg.num_classes != len(names):
             raise RunError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
     if given is not None:
@@ -454,23 +454,11 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
 
 
 def _class_file(path: Path) -> list[str]:
-    if not path.exists():
-        raise RunError(f"data.class_map={path} does not exist: give a text file with one class a line.")
-    names = read_lines(path)
-    if not names:
-        raise RunError(f"{path} has to name one class a line, but it is empty.")
-    twice = find_twice(names)
-    if twice:
-        raise RunError(f"{path} names the class {twice[0]!r} twice: make the names unique.")
-    return names
-
-
-def _class_lines(path: Path) -> list[str]:
     """The classes of a file in which a line's number is the label: an empty one between others would shift those."""
     lines = [line.strip() for line in read_text(path).rstrip().split("\n")] if path.exists() else []
     if len(lines) > 1 and "" in lines:
         raise RunError(f"{path} has to name one class a line, but line {lines.index('') + 1} is empty.")
-    return _class_file(path)
+    return read_classes(path)
 
 
 def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None, parents: Sequence[str]) -> Path:
