@@ -17,7 +17,7 @@ _KEY = "zoo sheet"  # of the text in the PNG
 _GAP, _LINE, _SIZE = 12, 18, 13  # pixels: between pictures, of a line of text, of its letters
 _MOST_LINES = 2  # of a caption on the sheet; on a page there is room for all
 _MOST_TILES = 200  # that are read
-WRONG = "#c01c28"
+_WRONG = "#c01c28"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def write(
         draw.text((_GAP, _GAP + number * _LINE), line, "black", _font())
     for tile, picture, caption, (x, y, below) in zip(tiles, pictures, captions, places, strict=True):
         for number, line in enumerate(caption):
-            draw.text((x, y + number * _LINE), line, WRONG if tile.wrong else "black", _font())
+            draw.text((x, y + number * _LINE), line, _WRONG if tile.wrong else "black", _font())
         sheet.paste(picture, (x, below))
     for x, y, name, colour in entries:
         draw.rectangle((x, y + 2, x + 12, y + 14), colour)

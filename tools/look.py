@@ -103,7 +103,7 @@ def parser() -> argparse.ArgumentParser:
         if "image" in operands:
             add("image", type=Path, metavar="IMAGE", help="a picture of any size")
         default = f"MODEL_{name}.png" if operands else f"{name}.png"
-        add("-o", "--out", type=Path, metavar="FILE", help=f"what to write, or the folder for it ({default}, here)")
+        add("-o", "--out", default="", metavar="FILE", help=f"what to write, or the folder for it ({default}, here)")
         add("--force", action="store_true", help="replace the file if there is one")
         add("--json", action="store_true", help="print what was found as JSON")
         if "model" in operands:
@@ -150,8 +150,8 @@ def _target(options: argparse.Namespace) -> Path:
         stem = f"{name}_{options.command}"
     elif options.family:
         stem = f"{options.family}_{options.command}"
-    given = options.out or Path()
-    out = given / f"{stem}.png" if given.is_dir() else given
+    given = Path(options.out)
+    out = given / f"{stem}.png" if given.is_dir() or options.out.endswith(("/", os.sep)) else given
     if not out.suffix:
         out = out.with_name(f"{out.name}.png")
     if out.suffix != ".png":
@@ -249,15 +249,15 @@ def _rollout(options: argparse.Namespace, out: Path, say: Callable[[str], None])
     total = _running(
         loaded, facts["size"], lambda: look_attention.rollout(loaded.model, loaded.name, picture.images, say)
     )
+    stride = loaded.model.feature_info[0]["reduction"]
     if pixel is None:
         heat, whose = total.mean((0, 1)), "the mean of all tokens"
     else:
-        stride = loaded.model.feature_info[0]["reduction"]
         heat = total[tuple(min(place // stride, side - 1) for place, side in zip(pixel, total.shape, strict=False))]
         whose = "the marked token"
     out.parent.mkdir(parents=True, exist_ok=True)
     captions = ("the picture", f"rollout: what is in {whose}")
-    look_draw.draw_heat(out, heat.numpy(), picture, captions, _about(facts), "share of a token", pixel)
+    look_draw.draw_heat(out, heat.numpy(), picture, captions, _about(facts), "share of a token", pixel, stride)
     return {**facts, "pixel": pixel, "weights": heat.tolist()}
 
 
@@ -287,7 +287,7 @@ def _cam(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> 
     label = names[chosen] if names else f"class {chosen}"
     out.parent.mkdir(parents=True, exist_ok=True)
     captions = ("the picture", f"what speaks for {label} ({100 * score:.1f} %)")
-    look_draw.draw_heat(out, heat, picture, captions, _about(facts), "of the largest", smooth=True)
+    look_draw.draw_heat(out, heat, picture, captions, _about(facts), "of the largest")
     if not heat.any():
         facts["notes"].append(f"nothing speaks for {label}: the map is zero everywhere.")
     return {**facts, "class": chosen, "name": names[chosen] if names else None, "score": score}

@@ -56,9 +56,9 @@ def draw_heat(
     title: str,
     scale: str,
     pixel: tuple[int, int] | None = None,
-    smooth: bool = False,
+    cell: int | None = None,
 ) -> None:
-    """The picture, and beside it the same under a map (H, W) of any size, from 0 to its largest value.
+    """The picture, and beside it the same under a map (H, W), from 0 to its largest value.
 
     Args:
         path: What to write.
@@ -68,7 +68,8 @@ def draw_heat(
         title: Of the whole.
         scale: What the colours stand for.
         pixel: To mark, in the model's pixels.
-        smooth: Whether values change gradually from one place of the map to the next; else each is a square.
+        cell: Sides of the squares that the map is made of, in the model's pixels; the last ones may be cut. If None,
+            the map is smooth and as large as the picture.
     """
     grid = _grid(1, 2, picture.original, title, WIDE)
     for axes, caption in zip(grid.flat, titles, strict=True):
@@ -77,9 +78,8 @@ def draw_heat(
         axes.set_title(caption, fontsize=9)
         if pixel is not None:
             _mark(axes, pixel)
-    image = _show(
-        axes, heat, picture.size, cmap=HEAT, vmin=0, alpha=0.6, interpolation="bilinear" if smooth else "nearest"
-    )
+    size = tuple(side * cell for side in heat.shape) if cell else picture.size
+    image = _show(axes, heat, size, cmap=HEAT, vmin=0, alpha=0.6, interpolation="nearest" if cell else "bilinear")
     for axes in grid.flat:
         _bounds(axes, picture)
     _shared_bar(grid, image, scale)

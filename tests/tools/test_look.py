@@ -264,6 +264,12 @@ def test_patterns_of_a_family(capsys, tmp_path, family, monkeypatch):
     assert Image.open(f"{family}_patterns.png").size == (count * 196 + (count - 1) * 20 + 4, (392 + 156) // 2)
 
 
+def test_folder_to_write_into_is_made(capsys, tmp_path):
+    code, _, _ = run(capsys, "patterns", "van", "-o", f"{tmp_path / 'new'}/")
+    assert code == 0
+    assert (tmp_path / "new" / "van_patterns.png").exists()
+
+
 # ---- rollout, receptive field, class activation
 
 
@@ -460,14 +466,16 @@ def figure(monkeypatch):
     return figures
 
 
-@pytest.mark.parametrize(("scale", "smooth"), [("of the largest", True), ("share of a token", False)])
-def test_heat_has_a_scale_and_the_file_s_shape(figure, photo, scale, smooth):
+@pytest.mark.parametrize(("scale", "cell", "reach"), [("of the largest", None, 64), ("share of a token", 20, 80)])
+def test_heat_has_a_scale_and_the_file_s_shape(figure, photo, scale, cell, reach):
     picture = look_picture.read_picture(photo, load("test_van", False), (64, 64))
-    look_draw.draw_heat(photo, np.eye(4), picture, ("one", "two"), "title", scale, smooth=smooth)
+    look_draw.draw_heat(photo, np.eye(4), picture, ("one", "two"), "title", scale, cell=cell)
     assert [axes.get_ylabel() for axes in figure[0].axes] == ["", "", scale]
     figure[0].draw_without_rendering()
     box = figure[0].axes[1].get_window_extent()
     assert box.height / box.width == pytest.approx(40 / 60, abs=0.01)
+    assert figure[0].axes[1].images[-1].get_extent() == [0, reach, reach, 0]
+    assert figure[0].axes[1].get_xlim() == (0, 64)
 
 
 def test_field_has_a_scale_and_says_what_brightness_is(figure, tmp_path):
