@@ -27,7 +27,7 @@ from torchvision.transforms import Compose, Grayscale
 from zoo.recipes import distributed
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
-from zoo.recipes.errors import RunError
+from zoo.recipes.errors import RunError, of_the_system
 from zoo.recipes.files import (
     DECODING_ERRORS,
     SPLIT_FOLDERS,
@@ -476,6 +476,8 @@ class Samples(Dataset):
             try:
                 image, target = self._read(position)
             except DECODING_ERRORS as error:
+                if of_the_system(error):  # not the image's fault
+                    raise
                 corrupt.append(f"{self._name(position)} ({reason(error)})")
                 continue
             if self.training:

@@ -1,5 +1,6 @@
 """What reaches a classifier from images of all kinds, by every way in; a few seconds."""
 
+import errno
 import io
 import random
 import tarfile
@@ -225,3 +226,14 @@ def test_rows_without_an_image_are_named(training):
     _, label, corrupt = samples[0, 1]
     assert label == (1 if training else -1)
     assert corrupt == ["row 1 (it has no image (AssertionError: no image))"]
+
+
+def test_want_of_file_descriptors_is_no_damage(images, monkeypatch):
+    samples = _samples(images)
+
+    def open_none(self, index):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(type(samples.dataset.reader), "__getitem__", open_none)
+    with pytest.raises(OSError, match="Too many open files"):
+        samples[0, 0]
