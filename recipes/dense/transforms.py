@@ -10,7 +10,7 @@ from mmengine.registry import TRANSFORMS
 
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.data import check_size, read_labels
-from zoo.recipes.errors import RunError
+from zoo.recipes.errors import RunError, of_the_system
 from zoo.recipes.files import DECODING_ERRORS, reason
 from zoo.recipes.images import MAX_PIXELS, open_image
 
@@ -39,6 +39,8 @@ class LoadImage(BaseTransform):
         try:
             image = open_image(path, max_pixels=self.max_pixels)
         except DECODING_ERRORS as error:
+            if of_the_system(error):  # not the image's fault
+                raise
             raise CorruptFile(path, reason(error)) from error
         if "instances" in results:
             check_size(path, image.size, (results["width"], results["height"]), "the annotation file")
