@@ -37,7 +37,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from zoo.recipes import distributed, reading
+from zoo.recipes import distributed, early, reading
 from zoo.recipes.errors import RunError, causes, of_the_system
 from zoo.recipes.lock import Lock, temporary
 
@@ -301,6 +301,14 @@ def _writable(folder: Path, key: str) -> Iterator[None]:
         raise RunError(
             f"the folder {folder} can't be written to ({error.strerror}): choose another with {key}=<folder>."
         ) from error
+
+
+def warn_unwritable(folder: Path) -> None:
+    """Say before a long evaluation that nothing can be written to `folder`: its figures are printed all the same."""
+    try:
+        early.check_folder(folder, "out")
+    except RunError as error:
+        log.warning("%s The figures will be printed only.", error)
 
 
 def save_config(folder: Path, cfg: DictConfig) -> None:

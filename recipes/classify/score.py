@@ -58,8 +58,10 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
             f"{cfg.model} tells {model.num_classes} classes apart, but the data has {len(data.classes)}: "
             "evaluate on the classes that it was trained on (data.class_map=<file> lists them in order)."
         )
-    result = _evaluate(cfg, model.to(device), data, device)
     folder = Path(cfg.out) if cfg.out else _folder(cfg)
+    if distributed.rank() == 0:
+        runs.warn_unwritable(folder)
+    result = _evaluate(cfg, model.to(device), data, device)
     summary = {
         "task": cfg.task,
         "model": cfg.model,
@@ -108,11 +110,6 @@ def _folder(cfg: DictConfig) -> Path:
 
 def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: list[str], per_class: bool) -> None:
     metrics = summary["metrics"]
-    runs.make_folder(folder, "out")
-    runs.write_json(folder / "eval.json", summary)
-    title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
-    write_classes(folder, result, classes)
-    plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)
     if per_class:
         table = Table("class", "images", "top-1")
         counts = result.confusion(len(classes)).sum(1)
@@ -130,5 +127,11 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         metrics["loss"],
         metrics["images"],
     )
+    # The figures are out: they are not lost with a folder that can't be written.
+    runs.make_folder(folder, "out")
+    runs.write_json(folder / "eval.json", summary)
+    title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
+    write_classes(folder, result, classes)
+    plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)
     report.write_or_warn(folder)
     log.info("Written to %s", folder)

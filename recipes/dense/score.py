@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from mmengine.hooks import Hook
 from omegaconf import DictConfig
 from pycocotools.coco import COCO
@@ -51,9 +53,10 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         log.info("%s", line)
     folder = Path(cfg.out) if cfg.out else Path(cfg.run) / "eval"
     if distributed.rank() == 0:
-        runs.make_folder(folder, "out")
-    distributed.share(None)
-    metrics, runner, corrupt = _evaluate(cfg, model, data, folder, device)
+        runs.warn_unwritable(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        metrics, runner, corrupt = _evaluate(cfg, model, data, Path(scratch), device)
+        found = {path.name: path.read_bytes() for path in Path(scratch).glob("results.*.json")}
     images = data.val.num_images - len(corrupt)
     summary = {
         "task": cfg.task,
@@ -68,23 +71,31 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     if distributed.rank() == 0:
         title = f"{cfg.dense.method} on {cfg.model}, {images} images"
         if cfg.task == "detect":
-            table = _detection_details(folder, data.val, title, runner.val_evaluator.metrics[0].img_ids)
-            runs.write_classes(folder, classes, table, data.val.boxes, "objects")
+            table, figure = _detection_details(found, data.val, title, runner.val_evaluator.metrics[0].img_ids)
         else:
             table = class_scores(metrics["confusion"])
-            plot_confusion(folder / "confusion.png", metrics["confusion"], classes, title)
-            counts = metrics["confusion"].sum(1).tolist()
-            runs.write_classes(folder, classes, table, counts, "pixels", pairs(metrics["confusion"]))
         summary["per_class"] = {
             name: {score: values[label] for score, values in table.items()} for label, name in enumerate(classes)
         }
-        pictures.draw_samples(folder / "predictions.png", model, runner.val_dataloader.dataset, classes)
-        runs.write_json(folder / "eval.json", summary)
-        report.write_or_warn(folder)
         if cfg.per_class:
             _print_classes(summary["per_class"])
         figures = ", ".join(f"{loop.title(name)} {value:.1f}" for name, value in summary["metrics"].items())
         log.info("%s (%s): %s on %d images", cfg.model, weights, figures, images)
+        # The figures are out: they are not lost with a folder that can't be written.
+        runs.make_folder(folder, "out")
+        runs.write_json(folder / "eval.json", summary)
+        if cfg.task == "detect":
+            for name, content in found.items():
+                runs.write_text(folder / name, content.decode())
+            with runs.atomic(folder / "precision_recall.png") as file:
+                figure.savefig(file, format="png")
+            runs.write_classes(folder, classes, table, data.val.boxes, "objects")
+        else:
+            confusion = metrics["confusion"]
+            plot_confusion(folder / "confusion.png", confusion, classes, title)
+            runs.write_classes(folder, classes, table, confusion.sum(1).tolist(), "pixels", pairs(confusion))
+        pictures.draw_samples(folder / "predictions.png", model, runner.val_dataloader.dataset, classes)
+        report.write_or_warn(folder)
         log.info("Written to %s", folder)
     distributed.share(None)
     return summary
@@ -144,23 +155,20 @@ class _Bar(Hook):
 
 
 def _detection_details(
-    folder: Path, split: DetectionSplit, title: str, images: Sequence[int | str]
-) -> dict[str, list[float | None]]:
-    """Each class's average precisions in percent, on the images of these ids; draws precision over recall."""
-    from matplotlib.figure import Figure
-
+    results: dict[str, bytes], split: DetectionSplit, title: str, images: Sequence[int | str]
+) -> tuple[dict[str, list[float | None]], Figure]:
+    """Each class's average precisions in percent, on the images of these ids, and precision over recall, drawn."""
     from zoo.recipes.dense.coco import NamedCoco
 
-    files = [(name, folder / f"results.{kind}.json", kind) for name, kind in (("bbox", "bbox"), ("mask", "segm"))]
-    files = [(name, path, kind) for name, path, kind in files if path.exists()]
+    kinds = [(name, kind) for name, kind in (("bbox", "bbox"), ("mask", "segm")) if f"results.{kind}.json" in results]
     table: dict[str, list[float | None]] = {}
-    figure = Figure(figsize=(6.2 * len(files), 4.6), layout="constrained", dpi=110)
+    figure = Figure(figsize=(6.2 * len(kinds), 4.6), layout="constrained", dpi=110)
     figure.suptitle(title, fontsize=10)
     palette = pictures.colors(len(split.classes))
-    for (name, path, kind), axes in zip(files, np.atleast_1d(figure.subplots(1, len(files))), strict=True):
+    for (name, kind), axes in zip(kinds, np.atleast_1d(figure.subplots(1, len(kinds))), strict=True):
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
             truth = NamedCoco(str(split.annotations), split.classes)
-            found = json.loads(path.read_text())
+            found = json.loads(results[f"results.{kind}.json"])
             # pycocotools can't load an empty list.
             evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), kind)
             evaluation.params.imgIds = list(images)
@@ -184,9 +192,7 @@ def _detection_details(
         axes.set_ylim(0, 1.02)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=7, loc="lower left", ncols=2)
-    with runs.atomic(folder / "precision_recall.png") as file:
-        figure.savefig(file, format="png")
-    return table
+    return table, figure
 
 
 def _print_classes(table: dict[str, dict[str, float | None]]) -> None:

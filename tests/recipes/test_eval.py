@@ -247,6 +247,31 @@ def test_shards_that_are_commands_are_not_run(command, run, tmp_path, root):
     assert "Traceback" not in output
 
 
+# Figures are printed, whatever happens to the files.
+
+
+@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
+@pytest.mark.parametrize(
+    "file", ["eval", *(pytest.param(f"eval/{name}.json", marks=pytest.mark.slow) for name in ("eval", "classes"))]
+)
+def test_figures_are_printed_where_nothing_can_be_written(command, run, finished_dense, tmp_path, task, file):
+    folder = run
+    if task != "classify":
+        folder = tmp_path / task
+        shutil.copytree(finished_dense[task], folder)
+    blocked = folder / file
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.write_text("") if file == "eval" else (blocked / "in the way").mkdir(parents=True)
+    code, output = command("eval", folder)
+    assert code == 1
+    *_, figures, error = output.strip().splitlines()
+    assert re.search(
+        {"classify": r"top-1 [\d.]+ %", "detect": "box AP [\\d.]+", "segment": "mIoU [\\d.]+"}[task], figures
+    )
+    assert re.match(r"zoo-eval: error: .*eval", error)
+    assert "Traceback" not in output
+
+
 # The command.
 
 
