@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 from PIL import Image
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
 from zoo.recipes.classify.data import open_data
 from zoo.recipes.classify.folders import ClassFolders
@@ -105,6 +106,15 @@ def test_numbers_in_names_are_ordered_by_size(write):
     data = _open(root)
     assert data.classes == ["2", "9", "10", "100"]
     assert list(_labels(data.train, root))[:3] == ["2/9.png", "2/10.png", "9/9.png"]
+
+
+def test_flat_folders_are_read_in_the_order_of_timm(write):
+    root = write(*(f"{kind}/{name}.png" for kind in ("n10", "N9", "é", "b 2", "b-10") for name in ("a10", "A9", "1")))
+    folders = ClassFolders(root, ENDINGS)
+    folders.label(list(folders.images))
+    samples, index = find_images_and_targets(str(root))
+    assert folders.samples == samples
+    assert list(folders.images) == list(index)
 
 
 def test_names_that_differ_in_case_are_two_classes_in_a_fixed_order(write):
