@@ -36,7 +36,8 @@ are also in the file, as JSON: under "zoo" in the metadata of an ONNX file, in t
 EXAMPLES = """\
 examples:
   zoo-export van_b0 --pretrained                         published weights, to van_b0.pt2
-  zoo-export runs/mine -o mine.onnx                      the classifier that zoo-train left in a run folder
+  zoo-export runs/mine -o mine.onnx                      the classifier that zoo-train left in a run folder, as it was
+                                                         at the end; with --checkpoint best, as it was at its best
   zoo-export dinat_mini --pretrained mine.safetensors --format onnx
   zoo-export cswin_tiny --features --size 512 768        four feature maps; an image to start from
   zoo-export resnet18 --static --size 224 224 -o resnet18.onnx
@@ -94,6 +95,12 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--num-classes", type=cli.index, metavar="N", help="of the classifier (that of the weights); 0: pooled features"
     )
+    add(
+        "--checkpoint",
+        choices=("last", "best"),
+        default="last",
+        help="of a run folder: the weights of its last epoch (last) or of its best on validation",
+    )
     add("--force", action="store_true", help="replace the file if there is one")
     add("--json", action="store_true", help="print what was written as JSON")
     return parser
@@ -141,6 +148,7 @@ def _export(options: argparse.Namespace) -> None:
         "format": form,
         "bytes": size_in_bytes,
         **facts,
+        "weights": loaded.weights,
         "size": size,
         "input": {"name": "images", "dtype": "float32", "shape": (batch, channels, *sides), "least": done.least},
         "outputs": [
@@ -223,7 +231,7 @@ def _build(options: argparse.Namespace) -> Loaded:
 
     try:
         given = {"features": options.features, "num_classes": options.num_classes, "size": options.size}
-        return model.load(options.model, options.pretrained, **given)
+        return model.load(options.model, options.pretrained, checkpoint=options.checkpoint, **given)
     except cli.ToolError as error:
         _fail(str(error), 2 if isinstance(error, model.OptionError) else 1)
 
@@ -408,7 +416,7 @@ def _silence() -> Iterator[None]:
 
 
 def _report(record: dict[str, Any]) -> None:
-    print(f"written: {record['file']} ({record['bytes'] / 2**20:.1f} MiB)")
+    print(f"written: {record['file']} ({record['bytes'] / 2**20:.1f} MiB), {record['model']} with {record['weights']}")
     given, preprocessing = record["input"], record["preprocessing"]
     is_open = "height" in given["shape"]
     sides = f", from {_by(given['least'])} pixels" if is_open else ""

@@ -43,6 +43,7 @@ def load(
     features: bool = False,
     num_classes: int | None = None,
     size: Sequence[int] | None = None,
+    checkpoint: str = "last",
 ) -> Loaded:
     """The model `name`: one that timm.create_model takes, or the folder of a classifier's finished run.
 
@@ -52,6 +53,7 @@ def load(
         features: Make it a model that gives the feature maps of all stages.
         num_classes: Of the classifier, if it is not to be that of the weights.
         size: Height and width of the images, for models that are made for one size.
+        checkpoint: Of a run folder: the weights of its "last" epoch, model.safetensors, or of its "best".
 
     Raises:
         ToolError: there is no such model, file or weights, or they do not fit together.
@@ -69,9 +71,17 @@ def load(
                 raise OptionError(
                     f"got {option} with a run folder, which has its own weights and classes: leave it out."
                 )
-        source, label, weights = f"local-dir:{name}", folder.resolve().name, "its own weights"
+        source, label, weights = f"local-dir:{name}", folder.resolve().name, "its last weights"
         kwargs["pretrained"] = True
+        if checkpoint == "best":
+            best = folder / "best.safetensors"
+            if not best.is_file():
+                raise ToolError(f"{name} has no best.safetensors: its last weights are its only ones.")
+            weights = "its best weights"
+            kwargs["pretrained_cfg_overlay"] = {"source": "", "file": str(best), "custom_load": False}
         fixed = json.loads((folder / "config.json").read_text())["pretrained_cfg"].get("fixed_input_size", False)
+    elif checkpoint != "last":
+        raise OptionError(f"got --checkpoint {checkpoint} with {name}, which is no run folder: leave it out.")
     elif ":" not in name:  # else of the Hugging Face hub
         _check_name(name)
         config = timm.get_pretrained_cfg(split_model_name_tag(name)[0])

@@ -9,10 +9,12 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import zoo  # noqa: F401
 from zoo.tools import export
+from zoo.tools.model import load as load_model
 
 FAMILIES = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
 SMALL = "test_resnet"  # of timm, and exported in a second
@@ -168,6 +170,17 @@ def test_run_folder(capsys, tmp_path, monkeypatch, folder, form):
     assert facts["preprocessing"]["mean"] == [0.1, 0.2, 0.3]
 
 
+@torch.no_grad()
+def test_best_weights_of_a_run_folder(folder):
+    path, model = folder
+    best = {name: value * 0.5 if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    save_file(best, path / "best.safetensors")
+    for checkpoint, want in (("last", model.state_dict()), ("best", best)):
+        loaded = load_model(str(path), checkpoint=checkpoint)
+        assert loaded.weights == f"its {checkpoint} weights"
+        assert all(torch.equal(value, want[name]) for name, value in loaded.model.state_dict().items())
+
+
 @pytest.mark.slow
 def test_run_of_zoo_train(capsys, tmp_path):
     settings = ("model=test_van", "trainer.max_updates=2", "trainer.device=cpu", "log.wandb=disabled", "run=digits")
@@ -244,6 +257,8 @@ BAD = [
     ("runs/none", 1, "there is no folder runs/none: give the folder of a finished run, or a model's name."),
     ("empty", 1, "empty has no config.json and model.safetensors: give the folder of a classifier's finished run."),
     ("run --pretrained", 2, "got --pretrained with a run folder, which has its own weights and classes: leave it out."),
+    ("run --checkpoint best", 1, "run has no best.safetensors: its last weights are its only ones."),
+    ("test_van --checkpoint best", 2, "got --checkpoint best with test_van, which is no run folder: leave it out."),
     ("run --num-classes 3", 2, "got --num-classes with a run folder"),
     ("test_van --pretrained none.pth", 1, "there is no file none.pth: --pretrained takes a checkpoint"),
     ("test_van --pretrained text.pth", 1, "text.pth can't be read as a checkpoint: "),

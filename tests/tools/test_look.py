@@ -389,7 +389,7 @@ def test_run_folder(capsys, tmp_path, photo, finished):
     code, out, _ = run(capsys, "cam", finished, photo, "--class", "dog", "-o", tmp_path, "--json")
     record = json.loads(out)
     assert code == 0
-    assert (record["model"], record["weights"]) == ("mine", "its own weights")
+    assert (record["model"], record["weights"]) == ("mine", "its last weights")
     assert (record["class"], record["name"]) == (1, "dog")
     model = timm.create_model(f"local-dir:{finished}", pretrained=True).eval()
     loaded = load(str(finished), False)
