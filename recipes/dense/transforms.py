@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
@@ -44,7 +45,7 @@ class LoadImage(BaseTransform):
             raise CorruptFile(path, reason(error)) from error
         if "instances" in results:
             check_size(path, image.size, (results["width"], results["height"]), "the annotation file")
-        pixels = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+        pixels = mmcv.rgb2bgr(np.asarray(image))
         return results | {"img": pixels, "img_shape": pixels.shape[:2], "ori_shape": pixels.shape[:2]}
 
 
