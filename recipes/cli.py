@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.recipes import config, sweep
-from zoo.recipes.errors import RunError, Stopped
+from zoo.recipes.errors import RunError, Stopped, of_the_system
 from zoo.versions import versions
 
 CONF = str(Path(__file__).parent / "conf")
@@ -368,10 +368,13 @@ def _line(error: BaseException) -> str:
 def say(message: str, level: int = logging.ERROR) -> None:
     """Log a message; before a run has started its log, which brings torch, print it on stderr."""
     log = logging.getLogger("zoo")
-    if log.handlers:
-        log.log(level, "%s", message)
-    else:
+    if not log.handlers:
         print(message, file=sys.stderr)
+        return
+    try:
+        log.log(level, "%s", message)
+    except MemoryError:
+        os.write(2, f"{message}\n".encode())
 
 
 @contextmanager
@@ -390,6 +393,12 @@ def friendly_errors(command: str) -> Iterator[None]:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ImportError, MemoryError, OSError, RuntimeError) as error:
+        explained = of_the_system(error)
+        if explained is None:
+            raise
+        say(f"{command}: error: {explained}")
+        sys.exit(1)
     finally:
         if "zoo.recipes.distributed" in sys.modules:
             sys.modules["zoo.recipes.distributed"].leave()

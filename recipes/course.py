@@ -218,7 +218,7 @@ class Course:
                 # Another run follows in this process, and shall not.
                 raise Stopped(f"Stopped. Continue with: {self.again}", self.stop_signal)
             return summary
-        except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
             raise self._explained(error) from error
         finally:
             for number, handler in handlers.items():
@@ -358,7 +358,6 @@ class Course:
         log.info("  zoo-predict %s photos/ out/", shlex.quote(f"run={self.folder}"))
         if self.cfg.task == "classify":
             log.info("  zoo-export %s", folder)
-        log.info("  zoo-report %s", folder)
 
     def _explained(self, error: Exception) -> Exception:
         """What the user can do about `error`, if that is known; `error` itself otherwise."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -97,6 +98,24 @@ def fitted(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]:
 def spare_cores() -> int:
     """How many processes may load images for this one: its share of the cores, at most eight."""
     return min(8, max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+
+
+def check_open_files(workers: int) -> int:
+    """`workers`, if as many files may be open as so many processes that load images for training and evaluation take.
+
+    Raises:
+        RunError: they may not.
+    """
+    needed = 40 + 12 * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if workers and soft < needed:
+        if hard < needed:
+            raise RunError(
+                f"only {hard} files may be open at once, and {workers} processes that load images take {needed}: raise "
+                f"the limit (ulimit -n {needed} or more), or set data.num_workers=0."
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    return workers
 
 
 def leave() -> None:

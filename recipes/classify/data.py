@@ -625,7 +625,7 @@ def build_loader(
     dataset: Dataset, sampler: Sampler | None, batch_size: int, cfg: DataConfig, device: torch.device, training: bool
 ) -> DataLoader:
     """A loader of `collate`d batches; without a sampler, `dataset` is a stream."""
-    workers = num_workers(cfg)
+    workers = distributed.check_open_files(num_workers(cfg))
     if sampler is None and training:
         # A stream's reader counts how often it was read; a new process for every epoch starts as a resumed run does.
         workers = max(workers, 1)

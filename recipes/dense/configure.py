@@ -479,7 +479,7 @@ def runner_config(
     """
     masks = cfg.task == "detect" and finds_masks(cfg)
     train, test = pipelines(cfg, masks)
-    batch, workers = cfg.trainer.batch_size, _workers(cfg)
+    batch, workers = cfg.trainer.batch_size, distributed.check_open_files(_workers(cfg))
     loading = dict(batch_size=batch, num_workers=workers, persistent_workers=workers > 0)
     evaluated = dict(
         dataset=data.val.dataset(test, training=False),

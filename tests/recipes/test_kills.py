@@ -165,21 +165,22 @@ def _train(fit, images, folder, die_at=0):
 
 
 @pytest.mark.slow
-def test_killed_at_any_file_operation(fit, images, undisturbed, tmp_path, monkeypatch):
+def test_killed_at_any_file_operation(fit, images, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_WRITING", 0.1)
     folder = tmp_path / "whole" / "run"
     folder.parent.mkdir()
     assert _in_a_fork(lambda: _train(fit, images, folder)) == 0
+    undisturbed = _left(folder)
     operations = range(1, 1 + int((folder.parent / "operations").read_text()))
     seed = random.randrange(2**32)
     print(f"random.Random({seed})")
     share = int(os.environ.get("ZOO_KILLS", "12"))
-    wrong = []
+    wrong = {}
     for number in random.Random(seed).sample(operations, min(share, len(operations))):
         folder = tmp_path / str(number) / "run"
         folder.parent.mkdir()
         assert _in_a_fork(lambda folder=folder, number=number: _train(fit, images, folder, number)) == 9
         assert _in_a_fork(lambda folder=folder: _train(fit, images, folder)) == 0
-        if _left(folder) != undisturbed:
-            wrong.append(number)
-    assert wrong == []
+        left = _left(folder)
+        wrong[number] = [name for name in left.keys() | undisturbed.keys() if left.get(name) != undisturbed.get(name)]
+    assert {number: names for number, names in wrong.items() if names} == {}
