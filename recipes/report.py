@@ -753,17 +753,18 @@ def _epochs(low: float, high: float) -> list[float]:
 
 
 def _heights(low: float, high: float, most: float = math.inf) -> list[float]:
-    """Ticks from below `low` to above `high`: from 0 on, unless all values are far from it, and near to each other.
+    """Ticks from below `low` to above `high`: from 0 on, unless values differ that are all far from it.
 
     There are none above `most`, which no value exceeds.
     """
     from matplotlib.ticker import MaxNLocator
 
-    if low >= 0 and low <= 0.7 * high:
-        low = 0.0
-    # Where all values are alike, there is room around them all the same.
-    around = 0.0 if high - low > 1e-3 * max(abs(low), abs(high)) else 0.1 * abs(high) or 1.0
-    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low - around, high + around)
+    alike = high - low <= 1e-3 * max(abs(low), abs(high))
+    if low >= 0 and (alike or low <= 0.7 * high):
+        low, high = 0.0, high or 1.0
+    elif alike:
+        low, high = 1.1 * low, 0.9 * high
+    ticks = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
     return [tick for tick in ticks if tick <= most]
 
 

@@ -256,9 +256,10 @@ def test_epochs_on_the_axis_are_whole(low, high, ticks):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "first"), [(100, 160, 0), (40, 90, 0), (90, 93, 90), (-1, 3, -1), (0, 0, -1), (5, 5, 4.4)]
+    ("low", "high", "first"),
+    [(100, 160, 0), (40, 90, 0), (90, 93, 90), (-1, 3, -1), (0, 0, 0), (5, 5, 0), (-5, -5, -5.6)],
 )
-def test_heights_start_at_zero_unless_all_are_far_from_it(low, high, first):
+def test_heights_start_at_zero_unless_values_differ_far_from_it(low, high, first):
     ticks = report._heights(low, high)
     assert ticks[0] == pytest.approx(first)
     assert ticks[-1] >= high
