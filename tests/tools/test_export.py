@@ -240,6 +240,22 @@ def test_program_that_differs_is_not_kept(capsys, tmp_path, monkeypatch, differe
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_command_ends_when_the_file_is_written(tmp_path):
+    """What Python does at its end, such as to run `atexit`, is left out; the file and what is said are there."""
+    code = (
+        "import atexit, sys\n"
+        "from zoo.tools import export\n"
+        f"sys.argv = ['zoo-export', '{SMALL}', '--static', '-o', 'model.pt2']\n"
+        "atexit.register(print, 'taken apart')\n"
+        "export.command()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, (tmp_path / "model.pt2").is_file()) == (0, True), done.stderr
+    assert done.stdout.startswith("written: model.pt2 (")
+    assert done.stdout.rstrip().endswith("(limit 1e-04)")
+
+
 def test_export_that_fails(capsys, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("no such operator\nat all.")
