@@ -219,7 +219,10 @@ class Course:
                 raise Stopped(f"Stopped. Continue with: {self.again}", self.stop_signal)
             return summary
         except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-            raise self._explained(error) from error
+            explained = self._explained(error)
+            if explained is None:
+                raise
+            raise explained from error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -354,13 +357,13 @@ class Course:
             text += ", also the best." if same else f"; the best was epoch {where:g} ({best}): checkpoint=best."
         log.info("%s", text)
         log.info("What next:")
-        log.info("  zoo-eval %s%s", folder, "" if same or where is None else " checkpoint=best")
+        log.info("  zoo-eval %s", folder)
         log.info("  zoo-predict %s photos/ out/", shlex.quote(f"run={self.folder}"))
         if self.cfg.task == "classify":
             log.info("  zoo-export %s", folder)
 
-    def _explained(self, error: Exception) -> Exception:
-        """What the user can do about `error`, if that is known; `error` itself otherwise."""
+    def _explained(self, error: Exception) -> RunError | None:
+        """What the user can do about `error`, if that is known."""
         again = f"{self.kept()} The same command continues from there."
         for cause in causes(error):
             text = " ".join(str(cause).split())[:200]
@@ -375,7 +378,7 @@ class Course:
         if batchnorm.TOO_FEW in str(error):
             return RunError(f"{batchnorm.remedy('image')} {self.kept()}")
         system = of_the_system(error)
-        return RunError(f"{system} {again}") if system else error
+        return RunError(f"{system} {again}") if system else None
 
 
 def of_few(images: int) -> str:

@@ -20,8 +20,10 @@ class Stopped(Exception):
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """`error`, and what it came from: torch's writer raises an error of its own on top of any that interrupts it."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
         yield error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
 
 

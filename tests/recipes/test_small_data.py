@@ -157,7 +157,6 @@ def test_end_says_which_weights_are_where(fit, images, tmp_path, monkeypatch):
     fit(tmp_path, images, "trainer.epochs=2")
     text = _log(tmp_path)
     assert "model.safetensors: the last epoch; the best was epoch 1 (top-1 50.00 %): checkpoint=best." in text
-    assert f"zoo-eval {tmp_path} checkpoint=best" in text
 
 
 def test_lines_say_how_long_the_run_will_take(fit, images, tmp_path):

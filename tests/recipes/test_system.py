@@ -67,6 +67,22 @@ def test_other_errors_stay_as_they_are(error):
         raise error
 
 
+def test_error_that_is_its_own_cause_ends():
+    error = RuntimeError("a bug")
+    error.__cause__ = error
+    assert of_the_system(error) is None
+
+
+def test_other_errors_of_a_training_stay_as_they_are(fit, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Run, "_update", _bug)
+    with pytest.raises(ValueError, match="^a bug$"):
+        fit(tmp_path, images)
+
+
+def _bug(*_):
+    raise ValueError("a bug")
+
+
 def test_sentence_is_said_without_memory_for_a_log(capfd, monkeypatch):
     runs.start_log(None, primary=True)
     monkeypatch.setattr("logging.Logger.log", _no_memory)
