@@ -53,8 +53,10 @@ def fail(command: str, message: str, code: int = 1) -> NoReturn:
 # Help.
 
 
-def show_version() -> None:
-    """If the command line asks for it, print what is installed, and end."""
+def begin() -> None:
+    """What every command does first: let it print any name, whatever the terminal can show, and answer --version."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
     if "--version" in sys.argv[1:]:
         print(versions())
         sys.exit(0)
@@ -167,12 +169,13 @@ def run(command: str, config_name: str, schema: type, job: Callable[[DictConfig]
             except Stopped:
                 raise
             except Exception as error:
-                if isinstance(error, RunError):
-                    say(f"{command}: error: {error}")
-                else:
+                explained = error if isinstance(error, RunError) else of_the_system(error)
+                if explained is None:
                     traceback.print_exc()
+                else:
+                    say(f"{command}: error: {explained}")
                 sweep.discard_folder(cfg)
-                return error
+                return explained or error
 
     with hydra_errors(command):
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(work)()
@@ -216,12 +219,12 @@ def refuse_flags(command: str, words: Sequence[str], names: Sequence[str], flags
 def _refuse_loose_words(command: str, words: Sequence[str], names: Sequence[str]) -> None:
     """End the process if a word is no key=value."""
     for before, word in zip(["", *words], words, strict=False):
-        if "=" in word or word.startswith("~"):
+        if word.startswith("~") or ("=" in word and not os.path.isfile(f"{word}/config.yaml")):
             continue
         whole = f"{before} {word}"
         if "=" in before and os.path.lexists(before.partition("=")[2] + f" {word}"):
             hint = f"quote what has spaces: {_for_shell(whole)}"
-        elif Path(word, "config.yaml").is_file():
+        elif os.path.isfile(f"{word}/config.yaml"):
             hint = f"did you mean {_for_shell(f'run={word}')}?"
         elif groups := [group for group in config.GROUPS if word in options(group)]:
             hint = f"did you mean {groups[0]}={word}?"
@@ -343,6 +346,11 @@ def end_with_the_reader() -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
+def go_on_unread() -> None:
+    """Print nothing any more: what reads the output has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def hydra_errors(command: str) -> Iterator[None]:
     """Print in one line what Hydra and OmegaConf have against a configuration, and end the process."""
@@ -391,8 +399,8 @@ def friendly_errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         say(f"{command}: interrupted")
         sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        go_on_unread()
     except (ImportError, MemoryError, OSError, RuntimeError) as error:
         explained = of_the_system(error)
         if explained is None:

@@ -36,12 +36,13 @@ _OF_BOTH = (
 def main() -> None:
     """Compose the configuration, check it, evaluate. `zoo-eval <folder>` is short for `zoo-eval run=<folder>`."""
     config.register()
-    cli.show_version()
+    cli.begin()
     origin = "of a run its own"
     cli.show_help(lambda: cli.print_help(__doc__, config.EvalConfig, origin, _matters), needs_words=True)
-    first = sys.argv[1]
-    if not first.startswith("-") and ("=" not in first or os.path.isdir(first)):
-        sys.argv[1] = f"run={first}"
+    place = next((i for i, word in enumerate(sys.argv) if i and word not in ("-m", "--multirun")), 0)
+    first = sys.argv[place]
+    if place and not first.startswith("-") and ("=" not in first or os.path.isdir(first)):
+        sys.argv[place] = f"run={first}"
     cli.run("zoo-eval", "eval", config.EvalConfig, _evaluate)
 
 

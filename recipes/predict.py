@@ -47,7 +47,7 @@ _KEYS = [item.name for item in fields(PredictConfig)]
 def main() -> None:
     """Read the command line and predict."""
     words = sys.argv[1:]
-    cli.show_version()
+    cli.begin()
     cli.show_help(_print_help, needs_words=True)
     cli.refuse_flags("zoo-predict", words, _KEYS, ())
     with cli.friendly_errors("zoo-predict"):
@@ -60,6 +60,7 @@ def main() -> None:
         from zoo.recipes import runs
 
         runs.start_log(None, True)
+        runs.console.on_broken_pipe = cli.go_on_unread  # what is written does not depend on what is read
         name = reading.load_config(Path(cfg.run)).get("task", "classify")
         task(name, "predict").predict(cfg, inputs, out)
 

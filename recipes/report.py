@@ -828,7 +828,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and write the page."""
-    cli.show_version()
+    cli.begin()
     cli.show_help(parser().print_help, needs_words=arguments is None)
     options = parser().parse_args(arguments)
     with cli.friendly_errors("zoo-report"):

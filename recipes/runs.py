@@ -278,8 +278,8 @@ def default_folder(prefix: str, name: str) -> Path:
             ) from error
 
 
-def make_folder(folder: Path, key: str = "run") -> None:
-    """Create `folder`, which the configuration's `key` names, and make sure that it can be written to.
+def make_folder(folder: Path, key: str | None = "run") -> None:
+    """Create `folder`, which the configuration's `key` names (None: a word), and make sure that it can be written to.
 
     Raises:
         RunError: it can't.
@@ -292,13 +292,12 @@ def make_folder(folder: Path, key: str = "run") -> None:
 
 
 @contextmanager
-def _writable(folder: Path, key: str) -> Iterator[None]:
+def _writable(folder: Path, key: str | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"the folder {folder} can't be written to ({error.strerror}): choose another with {key}=<folder>."
-        ) from error
+        way = f" with {key}=<folder>" if key else ""
+        raise RunError(f"the folder {folder} can't be written to ({error.strerror}): choose another{way}.") from error
 
 
 def warn_unwritable(folder: Path) -> None:

@@ -78,11 +78,11 @@ class Sweep(Callback):
         """Print all runs, the best one marked, and end with 1 if one failed."""
         if not self.runs or not PRIMARY:
             return
-        from zoo.recipes import runs
+        from rich.console import Console
 
         done = [str(folder) for _, folder, result in self.runs if isinstance(result, dict)]
         # A terminal folds what does not fit; in a file, lines may be long.
-        runs.console.print(_table(self.runs), width=None if runs.console.is_terminal else 200)
+        Console(width=None if sys.stdout.isatty() else 240).print(_table(self.runs))
         failed = [(folder, error) for _, folder, error in self.runs if not isinstance(error, dict)]
         if len(done) > 1:
             print(f"Side by side: {shlex.join(['zoo-report', *done])}")
@@ -103,20 +103,19 @@ def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
     names = {name: title for result in results[:1] for name, title in SCORES[result["task"]].items()}
     names = {name: title for name, title in names.items() if any(name in result["metrics"] for result in results)}
     main = next(iter(names), None)
-    best = max((result["metrics"].get(main) or 0.0 for result in results), default=None)
+    figures = [result["metrics"].get(main) or 0.0 for result in results]
+    best = results[figures.index(max(figures))] if main and len(results) > 1 else None
     table = Table(*keys, *(f"{title} %" for title in names.values()), box=None, header_style="bold", pad_edge=False)
     table.add_column("folder", overflow="fold")
     for values, folder, result in jobs:
         row = [values.get(key, "") for key in keys]
         if isinstance(result, dict):
-            figures = [result["metrics"].get(name) for name in names]
-            marked = len(results) > 1 and main is not None and result["metrics"].get(main) == best
-            row += ["" if figure is None else f"{figure:.2f}" for figure in figures]
-            if marked:
+            shown = [result["metrics"].get(name) for name in names]
+            row += ["" if figure is None else f"{figure:.2f}" for figure in shown]
+            if result is best:
                 row[len(keys)] += " best"
             row.append(str(folder))
         else:
-            marked = False
             row += [*["-"] * len(names), f"failed: {' '.join(str(result).split())}"]
-        table.add_row(*map(Text, row), style="bold" if marked else None)
+        table.add_row(*map(Text, row), style="bold" if result is best else None)
     return table

@@ -24,7 +24,7 @@ from zoo.recipes.tasks import task
 def main() -> None:
     """Compose the configuration, check it, run the task."""
     config.register()
-    cli.show_version()
+    cli.begin()
     origin = "which data=, task= and recipe= may change"
     cli.show_help(lambda: cli.print_help(__doc__, config.Config, origin), needs_words=False)
     cli.run("zoo-train", "config", config.Config, _train)

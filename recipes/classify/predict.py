@@ -63,7 +63,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     base.checkpoint = settings.checkpoint
     model, cfg, classes, weights = from_run(base)
     device = distributed.setup(settings.device)
-    runs.make_folder(out, "the output folder")
+    runs.make_folder(out, None)
     data_config = input_config(model, cfg.data)
     transform = build_transform(None, data_config)
     normalize = Normalize(data_config, device, cfg.trainer.channels_last)

@@ -38,7 +38,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     model, cfg, classes, _ = score.from_run(base)
     device = distributed.setup(settings.device)
     model = model.to(device).eval()
-    runs.make_folder(out, "the output folder")
+    runs.make_folder(out, None)
     steps = configure.pipelines(cfg, False)[1]
     pipeline = Compose([step for step in steps if not step["type"].startswith("Load")])
     written = _Written(cfg, out, classes, pictures.SCORE if settings.score is None else settings.score)
@@ -109,7 +109,8 @@ class _Written:
             self.objects.append(item)
 
     def _save(self, path: Path, picture: Image.Image) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            runs.make_folder(path.parent, None)
         with runs.atomic(path) as file:
             picture.save(file, format="png")
 

@@ -156,6 +156,26 @@ def test_what_is_wrong_is_said_in_one_line(called, tmp_path, words, message):
     assert list(tmp_path.glob("*/*")) == []
 
 
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "word", [LONG, f"run={LONG}", f"data.root={LONG}", f"pretrained={LONG}", f"{LONG}=3", f"--{LONG}"]
+)
+def test_name_that_is_too_long(called, word):
+    code, (_, errors) = called("train", word, "data=imagefolder")
+    assert code == 1
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["train", "eval"])
+def test_folder_of_a_run_in_place_of_a_key(called, tmp_path, module):
+    (tmp_path / "runs" / "lr=0.1").mkdir(parents=True)
+    (tmp_path / "runs" / "lr=0.1" / "config.yaml").write_text("")
+    _, (_, errors) = called(module, "seed=1", "runs/lr=0.1")
+    assert "'runs/lr=0.1' is no key=value: did you mean run=runs/lr=0.1?" in errors
+
+
 def test_path_that_a_shell_took_apart(called, tmp_path):
     (tmp_path / "my photos").mkdir()
     _, (_, errors) = called("train", "data.root=my", "photos")
@@ -254,6 +274,15 @@ def test_names_of_folders_are_safe(called, trained, tmp_path):
     called("train", "-m", "recipe=imagenet/van_b0,imagenet/van_b1", "data.root=a,b c", "log.project='x/y'")
     names = sorted(path.name[16:] for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert names == [f"van_b{i}-recipe=imagenet-van_b{i}-data.root={root}" for i in (0, 1) for root in ("a", "b-c")]
+
+
+def test_sweep_of_evaluations_names_its_folders(called, monkeypatch):
+    import zoo.recipes.eval as command
+
+    seen = []
+    monkeypatch.setattr(command, "_evaluate", lambda cfg: seen.append(cfg.out) or {"task": "classify", "metrics": {}})
+    called("eval", "-m", "runs/x", "checkpoint=last,best")
+    assert seen == ["runs/x/eval-checkpoint=last", "runs/x/eval-checkpoint=best"]
 
 
 def test_command_of_a_run_of_a_sweep_is_its_own(called, monkeypatch, tmp_path):

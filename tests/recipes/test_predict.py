@@ -2,10 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
@@ -283,6 +287,44 @@ def test_corrupt_image_is_named_and_the_others_written(run_predict, photos, tmp_
     assert [image["file_name"] for image in content["images"]] == ["whole.png"]
     assert {item["image_id"] for item in content["annotations"]} <= {0}
     assert (tmp_path / "out" / "whole.png").exists()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_odd_images_do_not_end_a_folder(run_predict, photos, tmp_path, task):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "loop.png").symlink_to("loop.png")
+    for name, size in (("high", (1, 60000)), ("one", (1, 1)), ("wide", (60000, 1)), ("long", (190, 1))):
+        Image.new("L", size).save(tmp_path / "in" / f"{name}.png")
+    (tmp_path / "in" / "whole.png").write_bytes((photos / "a.png").read_bytes())
+    with pytest.raises(RunError, match=r"^3 of 6 files can't be read as images, beginning with .*high.png"):
+        run_predict(task, [tmp_path / "in"], tmp_path / "out")
+    assert (tmp_path / "out" / {"detect": "predictions.json", "segment": "classes.txt"}[task]).exists()
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"long.png", "one.png", "whole.png"}
+
+
+def test_image_that_the_model_can_not_take(run_predict, photos, tmp_path, monkeypatch):
+    original = predict.pseudo_collate
+
+    def collate(batch):
+        if "b.png" in batch[0]["data_samples"].img_path:
+            raise torch.OutOfMemoryError("no memory")
+        return original(batch)
+
+    monkeypatch.setattr(predict, "pseudo_collate", collate)
+    with pytest.raises(RunError, match=r"^1 of 4 files are images that the model can't take, beginning with .*b.png"):
+        run_predict("detect", [photos], tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["a.bmp", "a_png.png", "more/a.png"]
+
+
+@pytest.mark.parametrize(("classes", "mode"), [(256, "L"), (257, "I;16"), (1000, "I;16")])
+def test_labels_of_many_classes(tmp_path, classes, mode):
+    found = SegDataSample(pred_sem_seg=PixelData(data=torch.tensor([[[0, classes - 1]]])))
+    written = predict._Written(OmegaConf.create({"task": "segment"}), tmp_path, [str(i) for i in range(classes)], 0.5)
+    written.add(Path("a.jpg"), Image.new("RGB", (2, 1)), found, Image.new("RGB", (2, 1)))
+    with Image.open(tmp_path / "labels" / "a.png") as labels:
+        assert labels.mode == mode
+        assert np.asarray(labels).tolist() == [[0, classes - 1]]
 
 
 def test_input_that_does_not_exist(run_predict, tmp_path):

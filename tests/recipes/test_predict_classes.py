@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -219,3 +220,12 @@ def test_dashes_are_refused(call):
     code, output = call("run=x", "--score", "0.3", "a.png", "out")
     assert code == 1
     assert "write score=0.3 for --score" in output
+
+
+@pytest.mark.slow
+def test_all_is_written_whatever_reads_the_output(finished, images, tmp_path):
+    command = f"{sys.executable} -m zoo.recipes.predict run={finished} device=cpu {images / 'val'} out | true"
+    result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stderr == ""
+    assert len(rows(tmp_path / "out")) == 15
+    assert (tmp_path / "out" / "predictions.png").exists()
