@@ -7,8 +7,10 @@ its name written out; `nearest_key` compares misspelt keys with both.
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
@@ -22,11 +24,79 @@ DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet", "dino", "mask2former
 SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
 
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; a callable default makes the value."""
+@dataclass(frozen=True)
+class Between:
+    """Finite numbers from `low` to `high`, or lists of `numbers` of them: one of `lengths`, not falling if `rising`."""
+
+    low: float
+    high: float = 1e9
+    above: bool = False  # without `low` itself
+    below: bool = False  # without `high` itself
+    numbers: str = ""  # of a list: how many, in words
+    lengths: tuple[int, ...] = ()
+    rising: bool = False
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value`, one number or a list, is one of them."""
+        if not isinstance(value, int | float):
+            numbers = list(value)
+            right = len(numbers) in self.lengths if self.lengths else bool(numbers)
+            return right and all(map(self.allows, numbers)) and (not self.rising or numbers == sorted(numbers))
+        over = value > self.low if self.above else value >= self.low
+        return over and (value < self.high if self.below else value <= self.high)  # NaN is neither
+
+    def __str__(self) -> str:
+        if self.above and self.below:
+            words = f"between {self.low:g} and {self.high:g}"
+        else:
+            words = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+            if self.below:
+                words += f" and below {self.high:g}"
+            elif self.high <= 100:  # larger limits only keep absurd values out
+                words += f", at most {self.high:g}"
+        return f"{self.numbers} {words}".strip()
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """One of some words."""
+
+    words: tuple[str, ...]
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is one of them."""
+        return value in self.words
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.words[:-1])} or {self.words[-1]}"
+
+
+@dataclass(frozen=True)
+class Like:
+    """Text of a form, a regular expression, that `meaning` puts in words."""
+
+    form: str
+    meaning: str
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` has it."""
+        return re.fullmatch(self.form, str(value)) is not None
+
+    def __str__(self) -> str:
+        return self.meaning
+
+
+SHARE = Between(0, 1)
+COUNT = Between(1)
+FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
+
+def option(default: Any, help: str, allowed: Between | OneOf | Like | None = None) -> Any:
+    """A dataclass field with its help text and the values that it takes; a callable default makes the value."""
+    metadata = {"help": help, "allowed": allowed}
     if callable(default):
-        return field(default_factory=default, metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -42,27 +112,49 @@ class DataConfig:
     train_split: str = option("train", "training split: its name, or the folder's below the root")
     val_split: str = option("val", "validation split: its name, or the folder's below the root")
     val_fraction: float = option(
-        0.1, "validation fraction: share of every class that is held out where an image folder has no validation split"
+        0.1,
+        "validation fraction: share of every class that is held out where an image folder has no validation split",
+        Between(0, 1, above=True, below=True),
     )
-    num_classes: int | None = option(None, "number of classes, where the data set does not tell")
+    num_classes: int | None = option(None, "number of classes, where the data set does not tell", Between(1, 1e6))
     class_map: str | None = option(None, "class map: file with one class name a line, in the order of the labels")
     input_key: str | None = option(None, "input key: the image's field (hfds, wds) or the file endings (folders)")
     target_key: str | None = option(None, "target key: the label's field (hfds, wds)")
-    num_samples: int | None = option(None, "number of training samples of a stream (hfids, wds) that does not tell")
-    val_num_samples: int | None = option(None, "validation number of samples of a stream that does not tell")
+    num_samples: int | None = option(
+        None, "number of training samples of a stream (hfids, wds) that does not tell", Between(1, 1e12)
+    )
+    val_num_samples: int | None = option(
+        None, "validation number of samples of a stream that does not tell", Between(1, 1e12)
+    )
     download: bool = option(False, "download the data set where the reader can")
-    img_size: int | None = option(None, "image size in pixels; the model's own if null")
-    mean: list[float] | None = option(None, "mean of each channel, 0-1; the model's own if null")
-    std: list[float] | None = option(None, "standard deviation of each channel, 0-1; the model's own if null")
-    interpolation: str | None = option(None, "interpolation when resizing; the model's own if null")
-    crop_pct: float | None = option(None, "crop share of the resized image in evaluation; the model's own if null")
-    num_workers: int | None = option(None, "number of worker processes that load images; by cores if null")
-    max_corrupt: int = option(100, "maximum of corrupt images: that many are skipped and named, one more stops the run")
+    img_size: int | None = option(None, "image size in pixels; the model's own if null", Between(1, 1e5))
+    mean: list[float] | None = option(
+        None, "mean of each channel, 0-1; the model's own if null", Between(0, 1, numbers="a list of numbers,")
+    )
+    std: list[float] | None = option(
+        None,
+        "standard deviation of each channel, 0-1; the model's own if null",
+        Between(0, 1, above=True, numbers="a list of numbers,"),
+    )
+    interpolation: str | None = option(None, "interpolation when resizing; the model's own if null", OneOf(FILTERS))
+    crop_pct: float | None = option(
+        None, "crop share of the resized image in evaluation; the model's own if null", Between(0, 2, above=True)
+    )
+    num_workers: int | None = option(
+        None, "number of worker processes that load images; by cores if null", Between(0, 1024)
+    )
+    max_corrupt: int = option(
+        100, "maximum of corrupt images: that many are skipped and named, one more stops the run", Between(0)
+    )
     max_pixels: int = option(
-        178_956_970, "maximum of an image's pixels: larger ones count as corrupt; the default is where Pillow refuses"
+        178_956_970,
+        "maximum of an image's pixels: larger ones count as corrupt; the default is where Pillow refuses",
+        Between(1, 2**40 - 1),
     )
     check_files: int = option(
-        20000, "check files before training: how many are looked at for text saved as an image; 0 none, -1 all"
+        20000,
+        "check files before training: how many are looked at for text saved as an image; 0 none, -1 all",
+        Between(-1),
     )
     train_ann: str | None = option(None, "training annotations (detect): COCO JSON, absolute or below data.root")
     val_ann: str | None = option(None, "validation annotations (detect): COCO JSON, absolute or below data.root")
@@ -70,7 +162,9 @@ class DataConfig:
     val_images: str | None = option(None, "validation images' folder, absolute or below data.root; found if null")
     train_labels: str | None = option(None, "training labels' folder of PNGs (segment), absolute or below data.root")
     val_labels: str | None = option(None, "validation labels' folder of PNGs (segment), absolute or below data.root")
-    ignore_index: int = option(255, "ignore index (segment): label of the pixels that do not count")
+    ignore_index: int = option(
+        255, "ignore index (segment): label of the pixels that do not count", Between(-255, 65535)
+    )
     reduce_zero_label: bool | None = option(
         None, "reduce zero label (segment): 0 in the PNGs is not a class and the classes count from 1, as in ADE20K"
     )
@@ -80,22 +174,32 @@ class DataConfig:
 class AugmentConfig:
     """What is done to a training image; names and meanings are timm's."""
 
-    scale: list[float] = option(lambda: [0.35, 1.0], "scale of the random resized crop: its share of the area")
-    ratio: list[float] = option(lambda: [3 / 4, 4 / 3], "ratio of width to height of the random resized crop")
-    hflip: float = option(0.5, "horizontal flip probability")
-    vflip: float = option(0.0, "vertical flip probability")
-    color_jitter: float = option(0.0, "colour jitter strength, unless auto_augment is set")
+    scale: list[float] = option(
+        lambda: [0.35, 1.0],
+        "scale of the random resized crop: its share of the area",
+        Between(0, 1e3, above=True, numbers="two rising numbers", lengths=(2,), rising=True),
+    )
+    ratio: list[float] = option(
+        lambda: [3 / 4, 4 / 3],
+        "ratio of width to height of the random resized crop",
+        Between(0, 1e3, above=True, numbers="two rising numbers", lengths=(2,), rising=True),
+    )
+    hflip: float = option(0.5, "horizontal flip probability", SHARE)
+    vflip: float = option(0.0, "vertical flip probability", SHARE)
+    color_jitter: float = option(0.0, "colour jitter strength, unless auto_augment is set", Between(0, 10))
     auto_augment: str | None = option(None, "automatic augmentation policy, for example rand-m9-mstd0.5-inc1")
-    interpolation: str = option("random", "interpolation in training: bilinear, bicubic or random (of the two)")
-    mixup: float = option(0.0, "mixup alpha; 0 is off")
-    cutmix: float = option(0.0, "cutmix alpha; 0 is off")
-    mixup_prob: float = option(1.0, "mixup probability: of mixing a batch at all")
-    mixup_switch_prob: float = option(0.5, "mixup switch probability: of cutmix, where both are on")
-    mixup_mode: str = option("batch", "mixup mode: one draw per batch, pair or elem")
-    smoothing: float = option(0.0, "label smoothing")
-    re_prob: float = option(0.0, "random erasing probability")
-    re_mode: str = option("pixel", "random erasing mode: const, rand or pixel")
-    re_count: int = option(1, "random erasing count: most areas per image")
+    interpolation: str = option(
+        "random", "interpolation in training: bilinear, bicubic or random (of the two)", OneOf((*FILTERS, "random"))
+    )
+    mixup: float = option(0.0, "mixup alpha; 0 is off", Between(0, 100))
+    cutmix: float = option(0.0, "cutmix alpha; 0 is off", Between(0, 100))
+    mixup_prob: float = option(1.0, "mixup probability: of mixing a batch at all", SHARE)
+    mixup_switch_prob: float = option(0.5, "mixup switch probability: of cutmix, where both are on", SHARE)
+    mixup_mode: str = option("batch", "mixup mode: one draw per batch, pair or elem", OneOf(("batch", "pair", "elem")))
+    smoothing: float = option(0.0, "label smoothing", Between(0, 1, below=True))
+    re_prob: float = option(0.0, "random erasing probability", SHARE)
+    re_mode: str = option("pixel", "random erasing mode: const, rand or pixel", OneOf(("const", "rand", "pixel")))
+    re_count: int = option(1, "random erasing count: most areas per image", Between(1, 100))
 
 
 @dataclass
@@ -104,52 +208,84 @@ class OptimConfig:
 
     opt: str = option("adamw", "optimizer: any name of timm.optim.list_optimizers()")
     lr: float | None = option(
-        None, "learning rate for the effective batch size; null: 1e-3, or 2e-4 where training starts from weights"
+        None,
+        "learning rate for the effective batch size; null: 1e-3, or 2e-4 where training starts from weights",
+        Between(0, 1e4, above=True),
     )
-    weight_decay: float = option(0.05, "weight decay; biases and vectors are exempt")
-    momentum: float = option(0.9, "momentum of optimizers that have one")
-    betas: list[float] | None = option(None, "betas of Adam and its kin; the optimizer's own if null")
-    eps: float | None = option(None, "epsilon of the optimizer; its own if null")
-    layer_decay: float | None = option(None, "layer decay: factor of the learning rate from one layer to the one below")
-    clip_grad: float | None = option(None, "clip gradients at this norm")
-    clip_mode: str = option("norm", "clip mode: norm, value or agc")
+    weight_decay: float = option(0.05, "weight decay; biases and vectors are exempt", Between(0, 1e4))
+    momentum: float = option(0.9, "momentum of optimizers that have one", Between(0, 1, below=True))
+    betas: list[float] | None = option(
+        None,
+        "betas of Adam and its kin; the optimizer's own if null",
+        Between(0, 1, below=True, numbers="two or three numbers,", lengths=(2, 3)),
+    )
+    eps: float | None = option(None, "epsilon of the optimizer; its own if null", Between(0, 1))
+    layer_decay: float | None = option(
+        None, "layer decay: factor of the learning rate from one layer to the one below", Between(0, 1, above=True)
+    )
+    clip_grad: float | None = option(None, "clip gradients at this norm", Between(0, above=True))
+    clip_mode: str = option("norm", "clip mode: norm, value or agc", OneOf(("norm", "value", "agc")))
 
 
 @dataclass
 class ScheduleConfig:
     """timm.scheduler.create_scheduler_v2, stepped at every update; lengths in epochs."""
 
-    sched: str = option("cosine", "schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none")
-    warmup_epochs: float = option(0.0, "warm-up epochs, part of trainer.epochs")
-    warmup_lr: float = option(1e-6, "warm-up learning rate at the start")
-    min_lr: float = option(1e-6, "minimum learning rate")
-    cooldown_epochs: int = option(0, "cool-down epochs at min_lr, after trainer.epochs")
-    decay_epochs: float | None = option(None, "decay epochs: interval (step) or length (wsd, rsqrt)")
-    decay_milestones: list[float] = option(lambda: [90, 180, 270], "decay milestones in epochs (multistep)")
-    decay_rate: float = option(0.1, "decay rate (step, multistep) or power (poly)")
+    sched: str = option(
+        "cosine",
+        "schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none",
+        OneOf(("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")),
+    )
+    warmup_epochs: float = option(0.0, "warm-up epochs, part of trainer.epochs", Between(0, 1e6))
+    warmup_lr: float = option(1e-6, "warm-up learning rate at the start", Between(0, 1e4))
+    min_lr: float = option(1e-6, "minimum learning rate", Between(0, 1e4))
+    cooldown_epochs: int = option(0, "cool-down epochs at min_lr, after trainer.epochs", Between(0, 1e6))
+    decay_epochs: float | None = option(
+        None, "decay epochs: interval (step) or length (wsd, rsqrt)", Between(0, 1e6, above=True)
+    )
+    decay_milestones: list[float] = option(
+        lambda: [90, 180, 270], "decay milestones in epochs (multistep)", Between(0, 1e6, numbers="a list of numbers,")
+    )
+    decay_rate: float = option(0.1, "decay rate (step, multistep) or power (poly)", Between(0, 100, above=True))
 
 
 @dataclass
 class TrainerConfig:
     """How the model is trained, and on what."""
 
-    epochs: int = option(30, "epochs, warm-up included, cool-down not")
-    batch_size: int = option(64, "batch size of one forward pass of one process")
+    epochs: int = option(30, "epochs, warm-up included, cool-down not", Between(1, 1e6))
+    batch_size: int = option(64, "batch size of one forward pass of one process", Between(1, 1e6))
     effective_batch_size: int | None = option(
-        None, "effective batch size of one update; reached by accumulating gradients; null: one batch per process"
+        None,
+        "effective batch size of one update; reached by accumulating gradients; null: one batch per process",
+        COUNT,
     )
-    device: str = option("auto", "device: auto, cpu, cuda, cuda:N, mps or xpu")
-    amp: str = option("none", "automatic mixed precision: none (or false), bf16 (or true) or fp16")
+    device: str = option(
+        "auto",
+        "device: auto, cpu, cuda, cuda:N, mps or xpu",
+        Like("auto|cpu|mps|xpu|cuda|(cuda|xpu):[0-9]{1,3}", "auto, cpu, cuda, cuda:N, mps or xpu"),
+    )
+    amp: str = option(
+        "none",
+        "automatic mixed precision: none (or false), bf16 (or true) or fp16",
+        Like("(?i)none|false|bf16|true|fp16", "none, bf16 or fp16"),
+    )
     channels_last: bool = option(False, "channels last memory format")
     compile: bool = option(False, "compile the model with torch.compile")
-    parallel: str = option("ddp", "parallel training under torchrun: ddp or fsdp (FSDP2)")
+    parallel: str = option("ddp", "parallel training under torchrun: ddp or fsdp (FSDP2)", OneOf(("ddp", "fsdp")))
     grad_checkpointing: bool = option(False, "gradient checkpointing: less memory, more time")
-    ema_decay: float | None = option(None, "EMA decay of the averaged weights, which are then the ones evaluated")
+    ema_decay: float | None = option(
+        None,
+        "EMA decay of the averaged weights, which are then the ones evaluated",
+        Between(0, 1, above=True, below=True),
+    )
     ema_warmup: bool = option(False, "EMA warm-up: let the decay grow to ema_decay")
-    eval_every: int = option(1, "evaluate every so many epochs; the last one always")
-    save_minutes: float = option(10.0, "save minutes: longest time between two checkpoints within an epoch")
-    max_nonfinite: int = option(20, "maximum of non-finite losses in a row: the next one stops the run")
-    max_updates: int | None = option(None, "maximum of updates: stop there, for trying a recipe out")
+    eval_every: int = option(1, "evaluate every so many epochs; the last one always", COUNT)
+    save_minutes: float = option(
+        10.0, "save minutes: longest time between two checkpoints within an epoch", Between(0, 1e6)
+    )
+    max_nonfinite: int = option(20, "maximum of non-finite losses in a row: the next one stops the run", Between(0))
+    max_updates: int | None = option(None, "maximum of updates: stop there, for trying a recipe out", COUNT)
     deterministic: bool = option(False, "deterministic kernels where torch has them")
 
 
@@ -163,34 +299,48 @@ class DenseConfig:
     )
     small: bool = option(False, "small necks, heads and anchors, for images of some 128 pixels")
     masks: bool = option(True, "masks: find instance masks besides boxes, where data and method have them")
-    updates: int | None = option(None, "updates: length of the training, in place of trainer.epochs")
-    warmup_updates: int = option(0, "warm-up updates, linear")
-    warmup_factor: float = option(1e-3, "warm-up factor of the learning rate at the start")
+    updates: int | None = option(None, "updates: length of the training, in place of trainer.epochs", COUNT)
+    warmup_updates: int = option(0, "warm-up updates, linear", Between(0))
+    warmup_factor: float = option(1e-3, "warm-up factor of the learning rate at the start", Between(0, 1, above=True))
     no_decay: list[str] | None = option(
         None, "no weight decay for parameters with one of these in their name; vectors and the model's own if null"
     )
-    backbone_lr: float = option(1.0, "backbone learning rate as a factor of optim.lr")
+    backbone_lr: float = option(1.0, "backbone learning rate as a factor of optim.lr", Between(0, 1e4, above=True))
     out_indices: list[int] | None = option(
-        None, "output indices: stages whose features are used; the last four if null"
+        None,
+        "output indices: stages whose features are used; the last four if null",
+        Between(-100, 100, numbers="a list of numbers,"),
     )
     output_norm: bool | None = option(
         None, "output norm: LayerNorm on each of the features; as the family's dense-prediction code has it if null"
     )
-    frozen_stages: int = option(-1, "frozen stages: the stem and that many stages are not trained; -1 none at all")
+    frozen_stages: int = option(
+        -1, "frozen stages: the stem and that many stages are not trained; -1 none at all", Between(-1, 100)
+    )
     norm_eval: bool = option(False, "norm evaluation: BatchNorm of the backbone keeps its statistics")
     scales: list[int] = option(
-        lambda: [800], "scales: short sides of training images in pixels, one drawn at random; the last one evaluates"
+        lambda: [800],
+        "scales: short sides of training images in pixels, one drawn at random; the last one evaluates",
+        Between(32, 1e5, numbers="a list of numbers,"),
     )
-    max_size: int = option(1333, "maximum size of an image's long side in pixels, after resizing")
+    max_size: int = option(1333, "maximum size of an image's long side in pixels, after resizing", Between(32, 1e5))
     ratio_range: list[float] | None = option(
-        None, "ratio range: a random factor of the scale, drawn for each training image"
+        None,
+        "ratio range: a random factor of the scale, drawn for each training image",
+        Between(0, 1e3, above=True, numbers="two rising numbers", lengths=(2,), rising=True),
     )
-    crop: list[int] | None = option(None, "crop of a training image: height and width in pixels; none if null")
+    crop: list[int] | None = option(
+        None,
+        "crop of a training image: height and width in pixels; none if null",
+        Between(32, 1e5, numbers="two numbers,", lengths=(2,)),
+    )
     detr_crop: bool = option(False, "DETR's crop: half of the images are cropped between two resizings (detect)")
     photometric: bool = option(False, "photometric distortion of training images: brightness, contrast, hue")
-    size_divisor: int = option(32, "size divisor: images of a batch are padded to a multiple of it")
+    size_divisor: int = option(32, "size divisor: images of a batch are padded to a multiple of it", Between(1, 1e4))
     test_divisor: int | None = option(
-        None, "test divisor: images are resized to a multiple of it for evaluation (segment); not if null"
+        None,
+        "test divisor: images are resized to a multiple of it for evaluation (segment); not if null",
+        Between(1, 1e4),
     )
 
 
@@ -198,8 +348,10 @@ class DenseConfig:
 class LogConfig:
     """What is written beside the checkpoints."""
 
-    every: int = option(50, "every so many updates a plain line, where there is no progress bar")
-    wandb: str = option("offline", "Weights & Biases: offline, online or disabled")
+    every: int = option(50, "every so many updates a plain line, where there is no progress bar", COUNT)
+    wandb: str = option(
+        "offline", "Weights & Biases: offline, online or disabled", OneOf(("offline", "online", "disabled"))
+    )
     project: str = option("zoo", "project name at Weights & Biases")
 
 
@@ -211,8 +363,10 @@ class Config:
     model_kwargs: dict[str, Any] = option(dict, "model keyword arguments, for example {drop_path_rate: 0.1}")
     pretrained: Any = option(False, "pretrained weights: false, true (the published ones), or a file or run folder")
     run: str | None = option(None, "run folder; runs/<date>-<model> if null")
-    resume: str = option("auto", "resume: auto (where the run folder has a checkpoint), never, or must")
-    seed: int = option(0, "seed of everything random")
+    resume: str = option(
+        "auto", "resume: auto (where the run folder has a checkpoint), never, or must", OneOf(("auto", "never", "must"))
+    )
+    seed: int = option(0, "seed of everything random", Between(0, 2**32 - 1))
     task: str = option("classify", "task: classify, detect or segment")
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -229,7 +383,7 @@ class EvalConfig(Config):
     """`zoo-eval`: the keys of `zoo-train` that matter, and these."""
 
     run: str | None = option(None, "run folder whose model is evaluated")
-    checkpoint: str = option("last", "checkpoint of a run folder: last or best")
+    checkpoint: str = option("last", "checkpoint of a run folder: last or best", OneOf(("last", "best")))
     per_class: bool = option(False, "per-class accuracies, printed and written")
     out: str | None = option(None, "output folder; <run>/eval, or runs/eval-<date>-<model>, if null")
 
@@ -240,13 +394,17 @@ AMP = {"none": None, "false": None, "bf16": "bfloat16", "true": "bfloat16", "fp1
 GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "dense", "log", "recipe")
 
 
-def keys(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+def keys(schema: type = Config) -> Iterator[tuple[str, str]]:
     """Every key of `schema` in dotted form with its help text; a group is a key without help."""
-    for item in fields(schema):
-        name = prefix + item.name
+    for name, item in _items(schema):
         yield name, item.metadata.get("help", "")
+
+
+def _items(schema: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
+    for item in fields(schema):
+        yield prefix + item.name, item
         if item.default_factory is not MISSING and is_dataclass(item.default_factory):
-            yield from keys(item.default_factory, name + ".")
+            yield from _items(item.default_factory, f"{prefix}{item.name}.")
 
 
 def nearest(word: str, words: list[str]) -> str | None:
@@ -278,47 +436,19 @@ def check(cfg: Config) -> None:
     Raises:
         RunError: names the key, its value and what is allowed.
     """
-    trainer, optim, augment, data = cfg.trainer, cfg.optim, cfg.augment, cfg.data
-    rules = {
-        "trainer.epochs": (trainer.epochs >= 1, "1 or more"),
-        "trainer.batch_size": (trainer.batch_size >= 1, "1 or more"),
-        "trainer.effective_batch_size": (
-            trainer.effective_batch_size is None or trainer.effective_batch_size >= 1,
-            "1 or more, or null",
-        ),
-        "trainer.eval_every": (trainer.eval_every >= 1, "1 or more"),
-        "trainer.max_updates": (trainer.max_updates is None or trainer.max_updates >= 1, "1 or more, or null"),
-        "trainer.max_nonfinite": (trainer.max_nonfinite >= 0, "0 or more"),
-        "trainer.amp": (trainer.amp.lower() in AMP, "none, bf16 or fp16"),
-        "trainer.parallel": (trainer.parallel in ("ddp", "fsdp"), "ddp or fsdp"),
-        "trainer.ema_decay": (trainer.ema_decay is None or 0 < trainer.ema_decay < 1, "between 0 and 1, or null"),
-        "optim.lr": (optim.lr is None or optim.lr > 0, "above 0, or null"),
-        "optim.weight_decay": (optim.weight_decay >= 0, "0 or more"),
-        "optim.layer_decay": (
-            optim.layer_decay is None or 0 < optim.layer_decay <= 1,
-            "above 0, at most 1, or null",
-        ),
-        "optim.clip_mode": (optim.clip_mode in ("norm", "value", "agc"), "norm, value or agc"),
-        "schedule.warmup_epochs": (cfg.schedule.warmup_epochs >= 0, "0 or more"),
-        "data.name": (data.name != "unset", "a name that timm.data.create_dataset reads, for example hfds/cifar10"),
-        "data.max_corrupt": (data.max_corrupt >= 0, "0 or more"),
-        "data.max_pixels": (1 <= data.max_pixels < 2**40, "from 1 to 2**40 - 1"),
-        "data.num_workers": (data.num_workers is None or data.num_workers >= 0, "0 or more, or null"),
-        "data.val_fraction": (0 < data.val_fraction < 1, "between 0 and 1"),
-        "data.img_size": (data.img_size is None or data.img_size >= 1, "1 or more, or null"),
-        "augment.smoothing": (0 <= augment.smoothing < 1, "0 or more and below 1"),
-        "augment.scale": (_is_range(augment.scale), "two rising numbers above 0"),
-        "augment.ratio": (_is_range(augment.ratio), "two rising numbers above 0"),
-        "augment.mixup_mode": (augment.mixup_mode in ("batch", "pair", "elem"), "batch, pair or elem"),
-        "log.wandb": (cfg.log.wandb in ("offline", "online", "disabled"), "offline, online or disabled"),
-        "seed": (cfg.seed >= 0, "0 or more"),
-        "resume": (cfg.resume in ("auto", "never", "must"), "auto, never or must"),
-    }
-    for key, (fine, allowed) in rules.items():
-        if not fine:
-            raise RunError(f"{key}={OmegaConf.select(cfg, key)} is not allowed: it has to be {allowed}.")
-    if (augment.mixup or augment.cutmix) and trainer.batch_size % 2:
-        raise RunError(f"trainer.batch_size={trainer.batch_size} is odd, but mixup pairs images: make it even.")
+    for key, item in _items(EvalConfig if "checkpoint" in cfg else Config):
+        allowed, value = item.metadata.get("allowed"), OmegaConf.select(cfg, key)
+        if allowed and value is not None and not allowed.allows(value):
+            null = ", or null" if str(item.type).endswith("| None") else ""
+            high = getattr(allowed, "high", math.inf)
+            numbers = [value] if isinstance(value, int | float) else value
+            absurd = f", and {high:,.0f} at most" if 100 < high < math.inf and any(n > high for n in numbers) else ""
+            raise RunError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
+    if cfg.data.name == "unset":
+        raise RunError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
+                       "for example hfds/cifar10.")  # fmt: skip
+    if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.trainer.batch_size % 2:
+        raise RunError(f"trainer.batch_size={cfg.trainer.batch_size} is odd, but mixup pairs images: make it even.")
 
 
 def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:
@@ -342,10 +472,6 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
         if f"data.{name}" not in overridden:
             OmegaConf.update(merged, f"data.{name}", data[name])
     return merged
-
-
-def _is_range(values: list[float]) -> bool:
-    return len(values) == 2 and 0 < values[0] <= values[1]
 
 
 @cache

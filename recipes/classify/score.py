@@ -39,8 +39,6 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         RunError: something that the user can mend.
     """
     config.check(cfg)
-    if cfg.checkpoint not in ("last", "best"):
-        raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
     runs.start_log(None, distributed.rank() == 0)
     if cfg.run:
         model, cfg, classes, weights = from_run(cfg, overridden)
@@ -82,6 +80,7 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[nn.Module
     folder = Path(cfg.run)
     trained = reading.load_config(folder)
     merged = config.of_run(cfg, trained, overridden)
+    config.check(merged)
     weights, classes, path = load_weights(folder, cfg.checkpoint)
     model = build_model(OmegaConf.merge(merged, {"pretrained": False}), len(classes))
     try:

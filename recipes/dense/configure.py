@@ -94,6 +94,7 @@ def check(cfg: DictConfig) -> None:
     Raises:
         RunError: names the key, its value and what is allowed.
     """
+    config.check(cfg)
     dense, defaults = cfg.dense, OmegaConf.structured(config.Config)
     methods = METHODS[cfg.task]
     if dense.method not in methods:
@@ -106,20 +107,8 @@ def check(cfg: DictConfig) -> None:
         if value not in (OmegaConf.select(defaults, key), _DIGIT_DEFAULTS.get(key)):
             raise RunError(f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense).")
     rules = {
-        "dense.updates": (dense.updates is None or dense.updates >= 1, "1 or more, or null"),
-        "dense.warmup_updates": (dense.warmup_updates >= 0, "0 or more"),
-        "dense.warmup_factor": (0 < dense.warmup_factor <= 1, "above 0, at most 1"),
-        "dense.backbone_lr": (dense.backbone_lr > 0, "above 0"),
-        "dense.scales": (bool(dense.scales) and min(dense.scales) >= 32, "a list of numbers, 32 or more"),
         "dense.max_size": (dense.max_size >= max(dense.scales, default=0), "no less than the largest of dense.scales"),
-        "dense.ratio_range": (
-            dense.ratio_range is None
-            or (len(dense.ratio_range) == 2 and 0 < dense.ratio_range[0] <= dense.ratio_range[1]),
-            "two rising numbers above 0, or null",
-        ),
-        "dense.crop": (dense.crop is None or (len(dense.crop) == 2 and min(dense.crop) >= 32), "two sizes, or null"),
         "dense.detr_crop": (not dense.detr_crop or cfg.task == "detect", "false for task=segment"),
-        "dense.size_divisor": (dense.size_divisor >= 1, "1 or more"),
         "schedule.sched": (
             cfg.schedule.sched in ("cosine", "multistep", "poly", "constant"),
             "cosine, multistep, poly or constant",

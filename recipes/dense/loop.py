@@ -20,7 +20,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.recipes import config, distributed, runs
+from zoo.recipes import distributed, runs
 from zoo.recipes.classify.loop import train as classify
 from zoo.recipes.classify.model import check_model_name, save_weights
 from zoo.recipes.corrupt import CorruptImages, worker_errors
@@ -52,9 +52,8 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         RunError: something that the user can mend.
         Stopped: a signal arrived; the state is saved.
     """
-    config.check(cfg)
-    check_model_name(cfg.model)
     configure.check(cfg)
+    check_model_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)
     runs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg)

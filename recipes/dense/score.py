@@ -109,9 +109,6 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.
     """
     folder = Path(cfg.run)
     cfg = config.of_run(cfg, reading.load_config(folder), overridden)
-    if cfg.checkpoint not in ("last", "best"):
-        raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
-    config.check(cfg)
     configure.check(cfg)
     weights, classes, path = load_weights(folder, cfg.checkpoint)
     model = configure.build_model(cfg, classes, torch.device("cpu"), pretrained=False)

@@ -263,7 +263,7 @@ REFUSED = [
     ("optim.clip_mode=hard", "norm, value or agc"),
     ("schedule.warmup_epochs=-1", "0 or more"),
     ("data.max_corrupt=-1", "0 or more"),
-    ("data.max_pixels=0", "from 1 to 2**40 - 1"),
+    ("data.max_pixels=0", "1 or more"),
     ("data.num_workers=-1", "0 or more, or null"),
     ("data.val_fraction=0", "between 0 and 1"),
     ("data.val_fraction=1", "between 0 and 1"),
@@ -277,6 +277,70 @@ REFUSED = [
     ("resume=yes", "auto, never or must"),
     ("seed=-1", "0 or more"),
 ]
+
+
+RANGES = {name: field.metadata.get("allowed") for name, field in _leaves(config.EvalConfig)}
+NUMBERS = [name for name, field in _leaves(config.EvalConfig) if re.search("int|float", str(field.type))]
+# Texts that name something of the user's, or what only other packages know.
+FREE = """
+data.name data.root data.train_split data.val_split data.class_map data.input_key data.target_key data.train_ann
+data.val_ann data.train_images data.val_images data.train_labels data.val_labels augment.auto_augment optim.opt
+dense.method dense.no_decay log.project model run out task
+"""
+
+
+def test_every_key_has_the_values_that_it_takes():
+    texts = [
+        name for name, field in _leaves(config.EvalConfig) if "str" in str(field.type) and "dict" not in field.type
+    ]
+    assert [name for name in [*NUMBERS, *texts] if not RANGES[name] and name not in FREE.split()] == []
+
+
+@pytest.fixture(scope="module")
+def defaults(compose):
+    return compose(name="eval")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1e30", "1e30"])
+@pytest.mark.parametrize("key", NUMBERS)
+def test_number_that_no_run_can_use(defaults, key, value):
+    cfg, field = OmegaConf.create(defaults), dict(_leaves(config.EvalConfig))[key]
+    number = float(value) if "float" in field.type else int(float(value)) if "e" in value else -7_000_000_000
+    OmegaConf.update(cfg, key, [number, number] if field.type.startswith("list") else number)
+    with pytest.raises(RunError, match=rf"^{re.escape(key)}=.* is not allowed: it has to be [^\n]*\.$"):
+        config.check(cfg)
+
+
+@pytest.mark.parametrize("key", [name for name in RANGES if isinstance(RANGES[name], config.OneOf | config.Like)])
+def test_word_that_no_run_can_use(defaults, key):
+    cfg = OmegaConf.create(defaults)
+    OmegaConf.update(cfg, key, "nonsense")
+    with pytest.raises(RunError, match=rf"^{re.escape(key)}=nonsense is not allowed: it has to be .* or .*\.$"):
+        config.check(cfg)
+
+
+ABSURD = {
+    "augment.mixup_prob=5": "0 or more, at most 1",
+    "augment.hflip=1.1": "0 or more, at most 1",
+    "augment.scale=[1,2,3]": "two rising numbers above 0",
+    "augment.ratio=[2,1]": "two rising numbers above 0",
+    "augment.re_count=0": "1 or more, at most 100",
+    "optim.clip_grad=0": "above 0, or null",
+    "optim.betas=[0.9]": "two or three numbers, 0 or more and below 1, or null",
+    "optim.betas=[0.9,1.0]": "two or three numbers, 0 or more and below 1, or null",
+    "optim.lr=1e5": "above 0, or null, and 10,000 at most",
+    "data.std=[0,1,1]": "a list of numbers, above 0, at most 1, or null",
+    "data.mean=[]": "a list of numbers, 0 or more, at most 1, or null",
+    "data.img_size=1000000": "1 or more, or null, and 100,000 at most",
+    "trainer.device=gpu": "auto, cpu, cuda, cuda:N, mps or xpu",
+    "log.every=0": "1 or more",
+}
+
+
+@pytest.mark.parametrize(("override", "allowed"), ABSURD.items(), ids=ABSURD)
+def test_absurd_value(compose, override, allowed):
+    with pytest.raises(RunError, match=rf"is not allowed: it has to be {re.escape(allowed)}\.$"):
+        config.check(compose(override))
 
 
 @pytest.mark.parametrize(("override", "allowed"), REFUSED, ids=[override for override, _ in REFUSED])

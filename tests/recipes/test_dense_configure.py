@@ -66,7 +66,7 @@ REFUSED = [
     ("detect", "dense.max_size=64", r"dense.max_size=64 is not allowed: it has to be no less than the largest of"),
     ("detect", "dense.ratio_range=[2.0,1.0]", r"dense.ratio_range=.* is not allowed: it has to be two rising numbers"),
     ("detect", "dense.ratio_range=[1.0]", r"dense.ratio_range=\[1.0\] is not allowed"),
-    ("detect", "dense.crop=[64]", r"dense.crop=\[64\] is not allowed: it has to be two sizes, or null"),
+    ("detect", "dense.crop=[64]", r"dense.crop=\[64\] is not allowed: it has to be two numbers, 32 or more, or null"),
     ("segment", "dense.crop=[16,64]", r"dense.crop=\[16, 64\] is not allowed"),
     ("segment", "dense.detr_crop=true", r"dense.detr_crop=True is not allowed: it has to be false for task=segment"),
     ("detect", "+model_kwargs.in_chans=1", r"model_kwargs.in_chans=1 is not allowed: it has to be 3 for task=detect"),
