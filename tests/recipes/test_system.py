@@ -75,7 +75,7 @@ def test_error_that_is_its_own_cause_ends():
 
 def test_other_errors_of_a_training_stay_as_they_are(fit, images, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Run, "_update", _bug)
-    with pytest.raises(ValueError, match="^a bug$"):
+    with pytest.raises(ValueError, match=r"^a bug$"):
         fit(tmp_path, images)
 
 
