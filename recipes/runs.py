@@ -31,7 +31,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -40,6 +40,9 @@ from rich.console import Console
 from zoo.recipes import distributed, early, reading
 from zoo.recipes.errors import RunError, causes, of_the_system
 from zoo.recipes.lock import Lock, temporary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 console = Console()
 _errors = Console(stderr=True)
@@ -353,6 +356,15 @@ def write_classes(
     write_text(folder / "classes.json", json.dumps(_finite(content)) + "\n")
 
 
+def new_figure(**settings: Any) -> Figure:
+    """A figure of Matplotlib's that draws names as they are: dollar signs in them are no formulas."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["text.parse_math"] = False
+    return Figure(layout="constrained", **settings)
+
+
 def plot_curves(path: Path, history: list[dict[str, Any]], title: str, scores: dict[str, str]) -> None:
     """Draw loss, scores and learning rate over the epochs.
 
@@ -363,14 +375,13 @@ def plot_curves(path: Path, history: list[dict[str, Any]], title: str, scores: d
         title: Of the picture.
         scores: The names of the scores, in percent, and how to call them; the best of the first one is marked.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     def series(key: str) -> tuple[list[int], list[float]]:
         points = [(record["epoch"], record[key]) for record in history if record.get(key) is not None]
         return [x for x, _ in points], [y for _, y in points]
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained", dpi=120)
+    figure = new_figure(figsize=(12, 3.8), dpi=120)
     figure.suptitle(title, fontsize=11)
     loss, score, rate = figure.subplots(1, 3)
     for key, where in (("train_loss", "training (augmented)"), ("val_loss", "validation")):

@@ -173,8 +173,6 @@ def _short(name: str, length: int = 14) -> str:
 
 def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, limit: int = 40) -> None:
     """Draw the confusion matrix in percent of each row; of many classes, those that are mistaken most."""
-    from matplotlib.figure import Figure
-
     images = confusion.sum(1)
     shown = np.arange(len(classes))
     if len(classes) > limit:
@@ -183,7 +181,7 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         title += f"\nthe {limit} of {len(classes)} classes with the most mistakes"
     percent = 100 * confusion[np.ix_(shown, shown)] / np.maximum(images[shown, None], 1)
     size = max(4.0, 0.34 * len(shown) + 2.2)
-    figure = Figure(figsize=(size + 0.8, size), layout="constrained", dpi=110)
+    figure = runs.new_figure(figsize=(size + 0.8, size), dpi=110)
     axes = figure.add_subplot()
     drawn = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     if len(shown) <= 20:

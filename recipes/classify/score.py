@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from zoo.recipes import config, distributed, reading, report, runs
@@ -113,7 +114,7 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         table = Table("class", "images", "top-1")
         counts = result.confusion(len(classes)).sum(1)
         for (name, value), count in zip(summary["per_class"].items(), counts.tolist(), strict=True):
-            table.add_row(name, str(count), percentage(value))
+            table.add_row(Text(name), str(count), percentage(value))
         runs.console.print(table)
     for name in result.corrupt:
         log.warning("A corrupt image does not count: %s", name)

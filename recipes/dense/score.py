@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.table import Table
+from rich.text import Text
 
 from zoo.recipes import config, distributed, reading, report, runs
 from zoo.recipes.classify.evaluation import percentage, plot_confusion
@@ -159,7 +160,7 @@ def _detection_details(
 
     kinds = [(name, kind) for name, kind in (("bbox", "bbox"), ("mask", "segm")) if f"results.{kind}.json" in results]
     table: dict[str, list[float | None]] = {}
-    figure = Figure(figsize=(6.2 * len(kinds), 4.6), layout="constrained", dpi=110)
+    figure = runs.new_figure(figsize=(6.2 * len(kinds), 4.6), dpi=110)
     figure.suptitle(title, fontsize=10)
     palette = pictures.colors(len(split.classes))
     for (name, kind), axes in zip(kinds, np.atleast_1d(figure.subplots(1, len(kinds))), strict=True):
@@ -196,5 +197,5 @@ def _print_classes(table: dict[str, dict[str, float | None]]) -> None:
     columns = list(next(iter(table.values())))
     shown = Table("class", *(loop.title(column) for column in columns))
     for name, values in table.items():
-        shown.add_row(name, *(percentage(values[column]) for column in columns))
+        shown.add_row(Text(name), *(percentage(values[column]) for column in columns))
     runs.console.print(shown)

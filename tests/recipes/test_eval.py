@@ -320,3 +320,16 @@ def test_torch_is_left_alone(evaluate, run):
     state = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
     evaluate(f"run={run}")
     assert (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()) == state
+
+
+def test_names_of_classes_are_no_formulas(tmp_path):
+    plot_confusion(tmp_path / "c.png", np.eye(2, dtype=int), ["$\\frac$", "5$-10$"], r"a$\nothing$")
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_names_of_classes_are_no_markup(evaluate, fit, make_folder, tmp_path, capsys):
+    root = make_folder(tmp_path / "data", classes=("[red]a", "[b"), per_class=4)
+    fit(tmp_path / "run", root, "trainer.batch_size=4")
+    evaluate(f"run={tmp_path / 'run'}", "per_class=true")
+    assert re.search(r"│ \[red\]a +│", capsys.readouterr().out)
