@@ -19,7 +19,11 @@ class PairedDataset(SkipsCorrupt, BaseSegDataset):
     def load_data_list(self) -> list[dict[str, Any]]:
         """List the pairs."""
         folders = (Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path"))
-        common = {"reduce_zero_label": self.reduce_zero_label, "ignore_index": self.ignore_index}
+        common = {
+            "reduce_zero_label": self.reduce_zero_label,
+            "ignore_index": self.ignore_index,
+            "num_classes": len(self.metainfo["classes"]),
+        }
         return [
             dict(img_path=str(image), seg_map_path=str(label), seg_fields=[], **common)
             for image, label in pair_files(*folders)

@@ -58,16 +58,23 @@ class LoadLabels(BaseTransform):
 
         Raises:
             CorruptFile: they can't be read.
-            RunError: the file holds no labels, or those of another image.
+            RunError: the file holds no labels, those of another image, or one that is no class.
         """
         height, width = results["ori_shape"]
-        labels = read_labels(results["seg_map_path"], results["img_path"], (width, height))
-        if results["reduce_zero_label"]:
-            if results["ignore_index"] > 255:
+        path, ignored, reduce = results["seg_map_path"], results["ignore_index"], results["reduce_zero_label"]
+        labels = read_labels(path, results["img_path"], (width, height))
+        if reduce:
+            if ignored > 255:
                 labels = labels.astype(np.int32)
-            ignored = (labels == 0) | (labels == results["ignore_index"])
+            void = (labels == 0) | (labels == ignored)
             labels = labels - 1
-            labels[ignored] = results["ignore_index"]
+            labels[void] = ignored
+        most = int(labels.max(where=labels != ignored, initial=0))
+        if most >= results["num_classes"]:
+            raise RunError(
+                f"{path} has the label {most + reduce}, but there are {results['num_classes']} classes: mend it; "
+                "data.check_files=-1 looks at all files before training."
+            )
         results["gt_seg_map"] = labels
         results["seg_fields"].append("gt_seg_map")
         return results

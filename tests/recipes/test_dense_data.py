@@ -1178,6 +1178,13 @@ def test_more_classes_than_a_byte_holds_survive_what_is_done_to_images(many, ste
     assert item["data_samples"].gt_sem_seg.data.unique().tolist() == [2, 256, 299, 65535]
 
 
+@pytest.mark.parametrize("reduce", [False, True])
+def test_unchecked_label_that_is_no_class_ends_in_a_sentence(masks, reduce):
+    masks.label("train", "a", np.where(masks.pixels() == 1, 77, masks.pixels()).astype(np.uint8))
+    split = masks.open(check_files=0, reduce_zero_label=reduce).train
+    _refuse(r"a\.png has the label 77, but there are 3 classes: mend it", lambda: _segments(split)[0])
+
+
 def test_unchecked_label_of_another_size_ends_in_a_sentence(masks):
     masks.label("train", "a", masks.pixels().T.copy())
     split = masks.open(check_files=0).train
