@@ -267,12 +267,13 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
     except Exception as error:  # a damaged pickle can raise anything
         asked = re.search(r"GLOBAL (\S+) w|Unsupported class (\S+)|call reduce for", str(error))
         if isinstance(error, pickle.UnpicklingError) and asked:
+            what = some([next(filter(None, asked.groups()), "a function")])
             raise ValueError(
-                f"the file asks for {next(filter(None, asked.groups()), 'a function')}, which could run any code and "
-                "which weights have no need of: nothing of it was run; get them as safetensors or plain tensors."
+                f"the file asks for {what}, which could run any code and which weights have no need of: nothing of it was "
+                "run; get them as safetensors or plain tensors."
             ) from error
         raise ValueError(
-            f"the file is damaged, incomplete or no checkpoint ({_first_line(error)}): download it again."
+            f"the file is damaged, incomplete or no checkpoint ({some([_first_line(error)])}): download it again."
         ) from error
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f"the file holds a {type(checkpoint).__name__}, not a state dict or a dict with one in it.")

@@ -156,7 +156,7 @@ FILES = {
     "endless-link": (lambda path, weights: path.symlink_to(path), "Too many levels of symbolic links|does not exist"),
 }  # fmt: skip
 
-SLOW = ("deep", "long-prefix")
+SLOW = ("deep", "long-prefix", "zero-size")  # the last two compare with all models
 
 
 def by_timm(path):
