@@ -269,8 +269,8 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
         if isinstance(error, pickle.UnpicklingError) and asked:
             what = some([next(filter(None, asked.groups()), "a function")])
             raise ValueError(
-                f"the file asks for {what}, which could run any code and which weights have no need of: nothing of it was "
-                "run; get them as safetensors or plain tensors."
+                f"the file asks for {what}, which could run any code and which weights have no need of: nothing of it "
+                "was run; get them as safetensors or plain tensors."
             ) from error
         raise ValueError(
             f"the file is damaged, incomplete or no checkpoint ({some([_first_line(error)])}): download it again."
