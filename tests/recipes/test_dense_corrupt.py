@@ -77,6 +77,7 @@ def test_corrupt_validation_image_does_not_count(fit_dense, damaged, tmp_path, t
     assert "on 3 validation images" in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_corrupt_validation_label_counts_no_pixels(fit_dense, damaged, tmp_path):
     root, files = damaged(1, split="val", kind="labels")
     result = fit_dense(tmp_path / "run", f"data.root={root}", task="segment")
