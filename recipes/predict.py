@@ -80,7 +80,7 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
     cfg, paths = OmegaConf.structured(PredictConfig), []
     for word in words:
         key, _, value = word.partition("=")
-        if "=" not in word or os.path.lexists(word):
+        if "=" not in word or os.path.lexists(word) or not key.isidentifier():
             paths.append(Path(word))
         elif key in _KEYS:
             try:
@@ -90,7 +90,7 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
         else:
             guess = config.nearest(key, _KEYS)
             hint = f": did you mean {guess}?" if guess else "."
-            raise RunError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}.")
+            raise RunError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}; a file is ./{word}.")
     if not cfg.run:
         raise RunError("run is not set: give the folder of a run, run=runs/<folder>.")
     if len(paths) < 2:

@@ -216,6 +216,12 @@ def test_run_folder_with_any_name(monkeypatch, tmp_path, name):
     assert cfg.run == f"runs/{name}"
 
 
+@pytest.mark.parametrize("name", ["./lr=0.1", "out =", "new/lr=0.1", "Фото 1=2"])
+def test_output_folder_with_an_equals_sign(name):
+    _, _, out = command.parse(["run=x", "a.png", name])
+    assert str(out) == name.removeprefix("./")
+
+
 def test_dashes_are_refused(call):
     code, output = call("run=x", "--score", "0.3", "a.png", "out")
     assert code == 1
