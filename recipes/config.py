@@ -138,7 +138,7 @@ class DataConfig:
     )
     interpolation: str | None = option(None, "interpolation when resizing; the model's own if null", OneOf(FILTERS))
     crop_pct: float | None = option(
-        None, "crop share of the resized image in evaluation; the model's own if null", Between(0, 2, above=True)
+        None, "crop share of the resized image in evaluation; the model's own if null", Between(0.1, 2)
     )
     num_workers: int | None = option(
         None, "number of worker processes that load images; by cores if null", Between(0, 1024)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,14 @@ class Course:
             if self.wandb:
                 self.wandb.summary.update(metrics)
         return summary
+
+    def refuse_nonfinite(self, weights: Iterable[torch.Tensor]) -> None:
+        """Raise RunError if one of the final `weights` is not finite: the files are there, but no use."""
+        if not all(bool(weight.isfinite().all()) for weight in weights):
+            raise RunError(
+                f"the final weights in {self.folder} are not finite: lower optim.lr or set optim.clip_grad=1, "
+                "and choose another run=<folder>."
+            )
 
     def say_next(self, best: str) -> None:
         """Say which weights are where, and what one may do with them; `best` is the score of the best epoch."""

@@ -406,17 +406,23 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
             f"augment.auto_augment={cfg.auto_augment} changes images of 1 or 3 channels, but the model takes 4: "
             "set it to null."
         )
-    transform = create_transform(
-        **common,
-        is_training=True,
-        scale=tuple(cfg.scale),
-        ratio=tuple(cfg.ratio),
-        hflip=cfg.hflip,
-        vflip=cfg.vflip,
-        color_jitter=cfg.color_jitter or None,
-        auto_augment=cfg.auto_augment,
-        interpolation=cfg.interpolation,
-    )
+    try:
+        transform = create_transform(
+            **common,
+            is_training=True,
+            scale=tuple(cfg.scale),
+            ratio=tuple(cfg.ratio),
+            hflip=cfg.hflip,
+            vflip=cfg.vflip,
+            color_jitter=cfg.color_jitter or None,
+            auto_augment=cfg.auto_augment,
+            interpolation=cfg.interpolation,
+        )
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        raise RunError(
+            f"augment.auto_augment={cfg.auto_augment} is no policy of timm's ({type(error).__name__}: {error}): "
+            "give one such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, or null."
+        ) from error
     if cfg.auto_augment and channels == 1:  # its policies are for colours
         *steps, to_array = transform.transforms
         return Compose([Grayscale(3), *steps, Grayscale(1), to_array])

@@ -364,6 +364,7 @@ class Run(Course):
         log.info("Run folder: %s", self.folder)
         self.say_next(f"top-1 {percentage(self.best['top1'])}")
         distributed.share(None)  # no process leaves before the files are complete
+        self.refuse_nonfinite(weights.values())
         return summary
 
     def _describe(self, weights: dict[str, torch.Tensor]) -> None:

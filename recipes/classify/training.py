@@ -81,13 +81,16 @@ class Training:
         if schedule["warmup_epochs"] > cfg.trainer.epochs / 2:
             schedule["warmup_epochs"] = cfg.trainer.epochs / 2
             log.info("The warm-up is shortened to %g epochs, half of the training.", schedule["warmup_epochs"])
-        self.scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer,
-            num_epochs=cfg.trainer.epochs,
-            step_on_epochs=False,
-            updates_per_epoch=updates_per_epoch,
-            **schedule,
-        )
+        try:
+            self.scheduler, self.epochs = create_scheduler_v2(
+                self.optimizer,
+                num_epochs=cfg.trainer.epochs,
+                step_on_epochs=False,
+                updates_per_epoch=updates_per_epoch,
+                **schedule,
+            )
+        except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
+            raise RunError(f"the schedule can't be made from schedule={schedule}: {_line(error)}") from error
 
     def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         cfg = self.cfg.optim
@@ -103,8 +106,8 @@ class Training:
                 layer_decay=cfg.layer_decay,
                 **extra,
             )
-        except (AssertionError, TypeError, ValueError) as error:
-            raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {error}") from error
+        except Exception as error:  # of many optimizers, and packages that some of them need
+            raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {_line(error)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Mix and erase normalised images (B, C, H, W) with labels (B,); return the task's `loss` and `output`."""
@@ -214,3 +217,7 @@ def shard(model: nn.Module) -> None:
                 if any(True for _ in block.children()) and any(True for _ in block.parameters()):
                     fully_shard(block)
     fully_shard(model)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -355,6 +355,7 @@ class DenseRun(Course):
         main = next((name for name in SCORES.values() if name in self.best), None)
         self.say_next(f"{title(main)} {self.best[main]:.1f}" if main else "")
         distributed.share(None)  # no process leaves before the files are complete
+        self.refuse_nonfinite(_bare(self.runner.model).state_dict().values())
         return summary
 
 

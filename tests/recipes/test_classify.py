@@ -606,3 +606,29 @@ def test_evaluation_counts_every_image_once(count, world):
     samplers = [EvalSampler(range(count), rank, world) for rank in range(world)]
     counted = [index for s in samplers for _, index in list(s)[: s.num_valid_samples]]
     assert sorted(counted) == list(range(count))
+
+
+# Values that no training survives.
+
+
+def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path, monkeypatch):
+    from zoo.recipes.classify import loop
+
+    monkeypatch.setattr(loop.Run, "_write_weights", lambda self, name: {"weight": torch.tensor([1.0, torch.nan])})
+    monkeypatch.setattr(loop.Run, "_describe", lambda self, weights: None)
+    with pytest.raises(RunError, match=r"the final weights in .* are not finite: lower optim\.lr"):
+        fit(tmp_path / "run", images)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("augment.auto_augment=nonsense", r"augment.auto_augment=nonsense is no policy of timm's .*: give one such as"),
+        ("augment.auto_augment=rand-n-5", r"augment.auto_augment=rand-n-5 is no policy of timm's"),
+        ("optim.opt=nonsense", r"the optimizer can't be made from .*: Optimizer nonsense not found"),
+        ("optim.opt=os.system", r"the optimizer can't be made from .*: Optimizer os.system not found"),
+    ],
+)
+def test_value_that_timm_refuses(fit, images, tmp_path, override, message):
+    with pytest.raises(RunError, match=message):
+        fit(tmp_path / "run", images, override)
