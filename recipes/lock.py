@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -132,9 +133,7 @@ class Lock:
         if first is None or time.time() - first > _ANCIENT:
             return False
         patience = SILENCE if owner else _WRITING
-        from zoo.recipes.runs import log  # which imports this module
-
-        log.info("%s Waiting up to %.0f s for a sign of life.", self._in_use(owner), patience)
+        logging.getLogger("zoo").info("%s Waiting up to %.0f s for a sign of life.", self._in_use(owner), patience)
         end = time.monotonic() + patience
         while time.monotonic() < end:
             time.sleep(min(1.0, patience / 10))
