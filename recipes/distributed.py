@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -16,6 +15,11 @@ from torch import nn
 
 from zoo.recipes.config import TrainerConfig
 from zoo.recipes.errors import RunError
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limits
+    resource = None
 
 T = TypeVar("T")
 
@@ -95,9 +99,14 @@ def fitted(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]:
     return OmegaConf.merge(cfg, {"trainer": lowered}), [f"{note}{' and '.join(changes)}."]
 
 
+def cores() -> int:
+    """How many cores this process may use; macOS and Windows only tell how many there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def spare_cores() -> int:
     """How many processes may load images for this one: its share of the cores, at most eight."""
-    return min(8, max(1, len(os.sched_getaffinity(0)) // local_world_size()))
+    return min(8, max(1, cores() // local_world_size()))
 
 
 def check_open_files(workers: int) -> int:
@@ -106,6 +115,8 @@ def check_open_files(workers: int) -> int:
     Raises:
         RunError: they may not.
     """
+    if resource is None:
+        return workers
     needed = 40 + 12 * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if workers and soft < needed:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from zoo.recipes import distributed
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense import scenes
@@ -680,7 +681,7 @@ def _checked(check: Callable[[Any], Any], items: Sequence[Any], description: str
         except CorruptFile as error:
             return error
 
-    with ThreadPool(min(8, len(os.sched_getaffinity(0)))) as pool:  # decoding lets other threads run
+    with ThreadPool(min(8, distributed.cores())) as pool:  # decoding lets other threads run
         results = list(scenes.track(pool.imap(tried, items), len(items), description))
     corrupt = [result for result in results if isinstance(result, CorruptFile)]
     text = next((error.path for error in corrupt if is_text(error.path)), None)

@@ -131,6 +131,11 @@ def test_enough_files_are_left_as_they_are(limits):
     assert done == []
 
 
+def test_cores_are_counted_where_the_system_tells_no_share(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert distributed.cores() == os.cpu_count()
+
+
 def _kill_a_worker(process):
     """Kill one of the processes that load images, once there is one."""
     end = time.monotonic() + 120
