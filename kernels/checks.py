@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+
 import torch
-from torch import SymBool, SymInt, Tensor
+from torch import SymBool, SymFloat, SymInt, Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def certain(condition: bool | SymBool) -> bool:
@@ -16,6 +21,14 @@ def certain(condition: bool | SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
+
+
+def sizes(tensor: Tensor) -> tuple[int, ...]:
+    """The sizes of `tensor`; plain numbers in torch.jit.trace too, which else makes tensors of them.
+
+    So what is traced holds for the size of map that it was traced with, as torch says in a warning.
+    """
+    return tuple(map(int, tensor.shape)) if torch.jit.is_tracing() else tuple(tensor.shape)
 
 
 def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
@@ -45,17 +58,52 @@ def flags(value: bool | tuple[bool, bool], name: str) -> tuple[bool, bool]:
     return values
 
 
-def floating(**tensors: Tensor | None) -> None:
-    """Tensors are of one floating-point type, on one device; a `bias_table` may be float32 beside half precision.
+def count(value: int, name: str) -> None:
+    """`value` is a number of things.
 
     Raises:
-        TypeError: an integer tensor, or types that differ.
+        TypeError: it is not an int.
+        ValueError: it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral | SymInt):
+        raise TypeError(f"Got {name}={value!r}; give an int.")
+    if certain(value < 1):
+        raise ValueError(f"Got {name}={value!r}; it has to be 1 or more.")
+
+
+def tensors(needed: dict[str, Tensor], **optional: Tensor | None) -> None:
+    """What is needed and, where it isn't None, what is optional are dense tensors on one device.
+
+    Raises:
+        TypeError: one is none, or not dense.
         ValueError: devices that differ.
+    """
+    given = needed | {name: tensor for name, tensor in optional.items() if tensor is not None}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"Got {name} of type {type(tensor).__name__}; it has to be a torch.Tensor.")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"Got {name} of layout {tensor.layout}; convert it with .to_dense().")
+    first, *others = given
+    for name in others:
+        if given[name].device != given[first].device:
+            raise ValueError(
+                f"Got {name} on {given[name].device} with {first} on {given[first].device}; move one of them."
+            )
+
+
+def floating(**tensors: Tensor | None) -> None:
+    """Tensors are of one floating-point type; a `bias_table` may be float32 beside half precision.
+
+    Raises:
+        TypeError: another type, or types that differ.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in given.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"Got {name} of {tensor.dtype}; it has to be floating point: convert it with .float().")
+        if tensor.dtype not in FLOATING:
+            raise TypeError(
+                f"Got {name} of {tensor.dtype}; it has to be floating point of 16, 32 or 64 bits: convert it."
+            )
     first, *others = given
     for name in others:
         allowed = [given[first].dtype]
@@ -66,10 +114,6 @@ def floating(**tensors: Tensor | None) -> None:
                 f"Got {name} of {given[name].dtype} with {first} of {given[first].dtype}; "
                 "they have to be of the same type: convert one of them."
             )
-        if given[name].device != given[first].device:
-            raise ValueError(
-                f"Got {name} on {given[name].device} with {first} on {given[first].device}; move one of them."
-            )
 
 
 def shape(tensor: Tensor, name: str, expected: tuple[int | None, ...], letters: str) -> None:
@@ -78,22 +122,34 @@ def shape(tensor: Tensor, name: str, expected: tuple[int | None, ...], letters: 
     Raises:
         ValueError: it does not.
     """
-    sizes = tuple(tensor.shape)
-    if len(sizes) != len(expected) or any(
-        want is not None and certain(have != want) for have, want in zip(sizes, expected, strict=True)
+    given = sizes(tensor)
+    if len(given) != len(expected) or any(
+        want is not None and certain(have != want) for have, want in zip(given, expected, strict=True)
     ):
         wanted = ", ".join("any" if size is None else str(size) for size in expected)
-        raise ValueError(f"Got {name} of shape {sizes}; expected {letters} = ({wanted}).")
+        raise ValueError(f"Got {name} of shape {given}; expected {letters} = ({wanted}).")
+
+
+def mask(tensor: Tensor, name: str, expected: tuple[int, ...], letters: str) -> None:
+    """`tensor` is bool and has the `expected` sizes.
+
+    Raises:
+        TypeError: it is not bool.
+        ValueError: it has others.
+    """
+    shape(tensor, name, expected, letters)
+    if tensor.dtype != torch.bool:
+        raise TypeError(f"Got {name} of {tensor.dtype}; it has to be bool, True for tokens that take part.")
 
 
 def split_heads(channels: int, parts: int, num_heads: int, name: str) -> int:
     """The head dimension of a tensor with `parts` times `num_heads` heads in its `channels`.
 
     Raises:
+        TypeError: `num_heads` is not an int.
         ValueError: the channels can't be divided so, or there are no heads.
     """
-    if num_heads < 1:
-        raise ValueError(f"Got {num_heads=}; it has to be 1 or more.")
+    count(num_heads, "num_heads")
     if channels == 0 or channels % (parts * num_heads):
         what = f"{parts} x " if parts > 1 else ""
         raise ValueError(
@@ -104,5 +160,26 @@ def split_heads(channels: int, parts: int, num_heads: int, name: str) -> int:
 
 
 def attention_scale(scale: float | None, head_dim: int) -> float:
-    """`scale`, or the usual head_dim ** -0.5 for None."""
-    return head_dim**-0.5 if scale is None else float(scale)
+    """`scale`, or the usual head_dim ** -0.5 for None.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is NaN or infinite.
+    """
+    if scale is None:
+        return head_dim**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, Real | SymFloat | SymInt):
+        raise TypeError(f"Got {scale=}; give a number, or None for head_dim ** -0.5.")
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"Got {scale=}; it has to be finite.")
+    return float(scale)
+
+
+def map_size(height: int, width: int, name: str) -> None:
+    """A map has tokens.
+
+    Raises:
+        ValueError: it is empty.
+    """
+    if certain(height == 0) or certain(width == 0):
+        raise ValueError(f"Got {name} of {height} x {width} tokens; a map has one or more.")

@@ -29,7 +29,7 @@ def constant(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor
         args: Its arguments.
         like: A tensor on the device that the constant is for.
     """
-    if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter) or _operations_are_watched():
+    if only_traced(like):
         return make(*args, device=like.device)
     key = (make, args, like.device)
     with _lock:
@@ -49,6 +49,11 @@ def constant(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor
     return value
 
 
-def _operations_are_watched() -> bool:
-    """By torch.func, forward-mode differentiation, or a mode such as FakeTensorMode, which may change their results."""
+def only_traced(tensor: Tensor) -> bool:
+    """Whether operations on `tensor` are but traced or watched, so that there are no numbers to keep or to look at.
+
+    By torch.compile, torch.jit.trace, torch.func, forward-mode differentiation, a mode such as FakeTensorMode.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return True
     return dispatch.transformed() or torch._C._len_torch_dispatch_stack() > 0

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels import checks
+
 CHOICES = ("auto", "reference", "torch", "triton")
 
 
@@ -77,12 +79,13 @@ def choose(operator: str, tensor: Tensor, head_dim: int) -> str:
     """
     if _choice in ("reference", "torch"):
         return _choice
+    empty = checks.certain(checks.sizes(tensor)[0] == 0)  # for no images there is nothing to launch
     if _choice == "triton":
         reason = triton_obstacle(tensor) or _head_obstacle(head_dim)
         if reason is not None:
             raise RuntimeError(f"{operator} cannot run in Triton here: {reason}. Choose zoo.kernels.use('auto').")
-        return "triton"
-    if tensor.device.type != "cuda" or not fused_allowed():
+        return "torch" if empty else "triton"
+    if tensor.device.type != "cuda" or not fused_allowed() or empty:
         return "torch"
     reason = triton_obstacle(tensor) or _head_obstacle(head_dim)
     if reason is None:
@@ -183,7 +186,12 @@ def register_autograd(operator: Any, backward: Callable[..., Any], *, setup_cont
 
 
 def again_differentiable(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass over `tensors` has to be differentiable itself (create_graph=True)."""
+    """Whether a backward pass over `tensors` has to be differentiable itself (create_graph=True).
+
+    Not what torch.jit.trace traces: it does so twice, with gradients and without, and compares.
+    """
+    if torch.jit.is_tracing():
+        return False
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 

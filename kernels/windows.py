@@ -12,25 +12,25 @@ from zoo.kernels import checks
 
 def partition(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
     """(B, H, W, C) -> (B, windows, tokens, C)."""
-    (wh, ww), (height, width) = window_size, x.shape[1:3]
+    (wh, ww), (_, height, width, channels) = window_size, checks.sizes(x)
     if layout == "block":
-        x = x.reshape(x.shape[0], height // wh, wh, width // ww, ww, -1).permute(0, 1, 3, 2, 4, 5)
+        x = x.reshape(x.shape[0], height // wh, wh, width // ww, ww, channels).permute(0, 1, 3, 2, 4, 5)
     else:
-        x = x.reshape(x.shape[0], wh, height // wh, ww, width // ww, -1).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(x.shape[0], wh, height // wh, ww, width // ww, channels).permute(0, 2, 4, 1, 3, 5)
     return x.flatten(3, 4).flatten(1, 2)
 
 
 def unpartition(x: Tensor, window_size: tuple[int, int], size: tuple[int, int], layout: str) -> Tensor:
     """(B, windows, tokens, C) -> (B, H, W, C)."""
-    (wh, ww), (height, width) = window_size, size
-    x = x.reshape(x.shape[0], height // wh, width // ww, wh, ww, -1)
+    (wh, ww), (height, width), channels = window_size, size, checks.sizes(x)[-1]
+    x = x.reshape(x.shape[0], height // wh, width // ww, wh, ww, channels)
     x = x.permute(0, 1, 3, 2, 4, 5) if layout == "block" else x.permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(x.shape[0], height, width, -1)
+    return x.reshape(x.shape[0], height, width, channels)
 
 
 def cut(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
     """(B, H, W, C) -> (B * windows, tokens, C), also of sizes that torch.export leaves open."""
-    if not _open(*x.shape):
+    if not _open(*checks.sizes(x)):
         return partition(x, window_size, layout).flatten(0, 1)
     (wh, ww), (batch, height, width, channels) = window_size, x.shape
     rows, columns = height // wh, width // ww
@@ -49,9 +49,9 @@ def cut(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
 def join(x: Tensor, window_size: tuple[int, int], size: tuple[int, int, int], layout: str) -> Tensor:
     """The reverse of `cut`: (B * windows, tokens, C) -> (B, H, W, C) of `size` B, H, W."""
     (wh, ww), (batch, height, width) = window_size, size
-    if not _open(*x.shape, *size):
-        return unpartition(x.unflatten(0, (batch, -1)), window_size, (height, width), layout)
     rows, columns = height // wh, width // ww
+    if not _open(*checks.sizes(x), height, width):
+        return unpartition(x.unflatten(0, (batch, rows * columns)), window_size, (height, width), layout)
     image, y, column = (torch.arange(n, device=x.device) for n in size)
     image, y = image[:, None, None], y[:, None]
     if layout == "block":

@@ -144,6 +144,7 @@ def _bias_fixed(name: str, value: Any) -> Any:
 
 
 def _neighborhoods(attend: Callable[..., Tensor], **given: Any) -> Tensor:
+    _takes_no_key_mask(given)
     qkv, heads = given["qkv"], given["num_heads"]
     height, width = qkv.shape[1:3]
     query, key, value = qkv.unflatten(-1, (3, heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)  # B N HW D
@@ -158,6 +159,11 @@ def _neighborhoods(attend: Callable[..., Tensor], **given: Any) -> Tensor:
     scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
     out = attend(query, key, value, given["bias_table"], scale, axes)
     return out.transpose(1, 2).flatten(-2).unflatten(1, (height, width))
+
+
+def _takes_no_key_mask(given: dict[str, Any]) -> None:
+    if given["key_mask"] is not None:
+        raise CannotRunError("not written for key_mask")
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
@@ -227,6 +233,7 @@ def _natten(**given: Any) -> Tensor:
         from natten import na2d
     except ImportError:
         raise CannotRunError("the package natten is not installed") from None
+    _takes_no_key_mask(given)
     query, key, value = given["qkv"].unflatten(-1, (3, given["num_heads"], -1)).unbind(3)
     names = ("kernel_size", "dilation", "stride", "is_causal", "scale")
     return na2d(query, key, value, **{name: given[name] for name in names}).flatten(-2)

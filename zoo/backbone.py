@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
 from zoo.kernels import depthwise_conv2d_nhwc
+from zoo.kernels.checks import sizes
 
 __all__ = [
     "Backbone",
@@ -81,7 +82,7 @@ class PatchStem(nn.Module):
         """(B, in_chans, H, W) -> (B, dim, ceil(H / size), ceil(W / size))."""
         check_images(x, self.proj)
         # In a form of which torch.export can tell the range.
-        bottom, right = ((side + self.size - 1) // self.size * self.size - side for side in x.shape[2:])
+        bottom, right = ((side + self.size - 1) // self.size * self.size - side for side in sizes(x)[2:])
         return self.norm(self.proj(F.pad(x, (0, right, 0, bottom))))
 
 
@@ -428,7 +429,8 @@ def init_transformer(module: nn.Module) -> None:
 
 def pad_tokens(x: Tensor, height: int, width: int) -> Tensor:
     """Tokens (B, H, W, C) with zeros at the bottom and the right, to (B, height, width, C)."""
-    bottom, right = height - x.shape[1], width - x.shape[2]
+    _, given_height, given_width, _ = sizes(x)
+    bottom, right = height - given_height, width - given_width
     # Sizes that are still open in torch.export are padded by what they turn out to need, be it nothing.
     if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
         return x
@@ -460,4 +462,4 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
 def attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
     """Attention of all tokens of a map to all: query, key and value (B, H, W, 3, C) to (B, H, W, C)."""
     heads = qkv.unflatten(-1, (num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
-    return attend(*heads).unflatten(1, qkv.shape[1:3])
+    return attend(*heads).unflatten(1, sizes(qkv)[1:3])

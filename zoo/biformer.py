@@ -36,6 +36,7 @@ from zoo.backbone import (
     pad_tokens,
 )
 from zoo.kernels import routed_attention
+from zoo.kernels.checks import sizes
 from zoo.layers import Mlp, linear
 
 __all__ = ["BiFormer"]
@@ -100,7 +101,7 @@ class RoutedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        height, width, regions = *x.shape[1:3], self.num_regions
+        height, width, regions = *sizes(x)[1:3], self.num_regions
         rows, columns = ((side + regions - 1) // regions for side in (height, width))  # of a region
         x = pad_tokens(x, regions * rows, regions * columns)
         query, key, value = linear(self.qkv, x).chunk(3, dim=-1)
@@ -119,7 +120,7 @@ class RoutedAttention(nn.Module):
     def route(self, query: Tensor, key: Tensor) -> Tensor:
         """The regions that each region attends to: means (B, regions, dim) twice -> (B, regions, topk)."""
         logits = self.scale * query @ key.transpose(1, 2)
-        return logits.topk(min(self.topk, logits.shape[2]), dim=2).indices
+        return logits.topk(min(self.topk, sizes(logits)[2]), dim=2).indices
 
     def attend_by_index(self, query: Tensor, key: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
         """Routing and attention for sizes that are open, as in torch.export, which cannot prove that regions divide.
@@ -157,7 +158,7 @@ class GrowingRoutedAttention(RoutedAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        height, width = x.shape[1:3]
+        height, width = sizes(x)[1:3]
         region = tuple(max(side // self.num_regions, 1) for side in (height, width))
         grid = tuple(-(-side // extent) for side, extent in zip((height, width), region, strict=True))
         query, key, value = linear(self.qkv, x).chunk(3, dim=-1)

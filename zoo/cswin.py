@@ -32,7 +32,7 @@ from zoo.backbone import (
     larger,
 )
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
-from zoo.kernels.checks import certain
+from zoo.kernels.checks import certain, sizes
 from zoo.layers import Mlp, is_plain, linear
 
 __all__ = ["CSWin"]
@@ -60,15 +60,15 @@ VARIANTS = {
 }
 
 
-def to_stripes(x: Tensor, split_size: int) -> tuple[Tensor, int]:
+def to_stripes(x: Tensor, split_size: int) -> tuple[Tensor, int, int]:
     """Cut tokens (B, H, W, ...) into vertical stripes (stripes * B, H, split_size, ...), small maps of their own.
 
     Columns of zeros on both sides, an odd one on the right, make the width a multiple of `split_size`.
 
     Returns:
-        The stripes, and how many columns of zeros are on the left.
+        The stripes, how many an image has, and how many columns of zeros are on the left.
     """
-    height, width = x.shape[1:3]
+    height, width = sizes(x)[1:3]
     stripes = (width + split_size - 1) // split_size
     left, bottom = (stripes * split_size - width) // 2, 0
     if not (isinstance(height, int) and isinstance(width, int)):
@@ -78,12 +78,12 @@ def to_stripes(x: Tensor, split_size: int) -> tuple[Tensor, int]:
     right = stripes * split_size - width - left
     if not certain(left + right + bottom == 0):
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (left, right, 0, bottom))
-    return x.unflatten(2, (-1, split_size)).movedim(2, 0).flatten(0, 1), left
+    return x.unflatten(2, (-1, split_size)).movedim(2, 0).flatten(0, 1), stripes, left
 
 
-def from_stripes(x: Tensor, batch: int, left: int, width: int) -> Tensor:
+def from_stripes(x: Tensor, stripes: int, left: int, width: int) -> Tensor:
     """(stripes * B, H, split_size, C) -> (B, H, width, C), the inverse of `to_stripes`."""
-    x = x.unflatten(0, (-1, batch)).movedim(0, 2).flatten(2, 3)
+    x = x.unflatten(0, (stripes, -1)).movedim(0, 2).flatten(2, 3)
     if isinstance(left, int) and isinstance(width, int):
         return x[:, :, left : left + width]
     # A slice would have torch.export prove that it is within the map; an index need not be proved.
@@ -136,12 +136,12 @@ class CrossShapedAttention(nn.Module):
 
     def attend_in_stripes(self, qkv: Tensor, branch: int) -> Tensor:
         """(B, H, W, 3, C) -> (B, H, W, C), in vertical stripes."""
-        batch, width = qkv.shape[0], qkv.shape[2]
-        qkv, left = to_stripes(qkv, self.split_size)
+        width = sizes(qkv)[2]
+        qkv, stripes, left = to_stripes(qkv, self.split_size)
         if torch.compiler.is_exporting():
             x = attend_to_all(qkv, self.num_heads)  # the same; the operator's reshapes cannot be proved for open sizes
         else:
-            x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=tuple(qkv.shape[1:3]))
+            x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=sizes(qkv)[1:3])
         lepe, value = self.lepe[branch], qkv[..., 2, :]
         if branch == 0:
             lepe = lepe(value)
@@ -150,7 +150,7 @@ class CrossShapedAttention(nn.Module):
         else:
             lepe = lepe(value.transpose(1, 2)).transpose(1, 2)
         x = x + lepe
-        return from_stripes(x, batch, left, width)
+        return from_stripes(x, stripes, left, width)
 
 
 class Stem(nn.Module):

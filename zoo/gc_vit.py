@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
+from zoo.kernels.checks import sizes
 from zoo.layers import Mlp, linear
 
 __all__ = ["GCViT"]
@@ -146,7 +147,7 @@ class GlobalQuery(nn.Module):
             x = mbconv(x)
             if self.pool:
                 x = F.max_pool2d(x, 3, 2, 1)
-        height, width = x.shape[2:]
+        height, width = sizes(x)[2:]
         # Sizes that are still open in torch.export are resized in any case; from w x w that changes nothing.
         if not (isinstance(height, int) and isinstance(width, int) and height == width == self.window_size):
             x = F.interpolate(x, size=(self.window_size,) * 2, mode="bicubic", align_corners=False)
@@ -177,7 +178,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
         """(B, H, W, dim), and the queries (B, w * w, dim) that only global attention reads, to (B, H, W, dim)."""
-        _, height, width, _ = x.shape
+        _, height, width, _ = sizes(x)
         w = self.window_size
         x = pad_tokens(x, (height + w - 1) // w * w, (width + w - 1) // w * w)
         x = window_attention(

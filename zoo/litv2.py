@@ -35,6 +35,7 @@ from zoo.backbone import (
     pad_tokens,
 )
 from zoo.kernels import window_attention
+from zoo.kernels.checks import sizes
 from zoo.kernels.dispatch import as_given
 from zoo.layers import by_image, linear
 
@@ -107,7 +108,7 @@ class LoFiAttention(nn.Module):
             linear(self.kv, windows).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )
         out = attend(query, key, value)  # (B, T, N D)
-        return linear(self.proj, out.unflatten(1, x.shape[1:3]))
+        return linear(self.proj, out.unflatten(1, sizes(x)[1:3]))
 
 
 @register_notrace_module
@@ -136,7 +137,7 @@ class HiLoAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        _, height, width, _ = x.shape
+        _, height, width, _ = sizes(x)
         s = self.window_size
         windows = pad_tokens(x, (height + s - 1) // s * s, (width + s - 1) // s * s)
         outputs = []
@@ -198,8 +199,8 @@ def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
             j) for the rows and 2 (2 i + j) + 1 for the columns of the tap in row i and column j.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    height, width = x.shape[2:]
-    batch, _, down, across = offset.shape
+    height, width = sizes(x)[2:]
+    batch, (_, _, down, across) = offset.shape[0], sizes(offset)
     offset = offset.to(dtype).unflatten(1, (2, 2, 2)).permute(0, 4, 1, 5, 2, 3)  # (B, h, i, w, j, 2)
     # From one dimension, as torch.export cannot prove of sizes that are still open that h and 2 make 2 h.
     offset = offset.flatten().view(batch, 2 * down, 2 * across, 2)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens
 from zoo.kernels import window_attention
-from zoo.kernels.checks import certain
+from zoo.kernels.checks import certain, sizes
 from zoo.layers import Mlp, by_image, linear
 
 __all__ = ["MaxViT"]
@@ -84,7 +84,7 @@ class StridedConv2d(nn.Conv2d):
         super().__init__(in_dim, dim, 3, 2, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
+        height, width = sizes(x)[2:]
         return super().forward(F.pad(x, (*same_padding(width), *same_padding(height))))
 
 
@@ -101,7 +101,7 @@ class TurnedConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         weight, padding = self.weight.flip(2, 3), 1
         if torch.compiler.is_exporting():  # it cannot prove that the size is the same
-            height, width = x.shape[2:]
+            height, width = sizes(x)[2:]
             x, padding = F.pad(x, (*same_padding(width)[::-1], *same_padding(height)[::-1])), 0
         return F.conv2d(x, weight, None, 2, padding, 1, self.groups)
 
@@ -111,7 +111,7 @@ class HalfPool2d(nn.Module):
     """Mean of 2 x 2 pixels, or of what there is at the end of an odd side: (B, C, H, W) to half, rounded up."""
 
     def forward(self, x: Tensor) -> Tensor:
-        right, bottom = (2 * ((n + 1) // 2) - n for n in (x.shape[3], x.shape[2]))
+        right, bottom = (2 * ((n + 1) // 2) - n for n in sizes(x)[:1:-1])
         if not (certain(right == 0) and certain(bottom == 0)):
             x = F.pad(x, (0, right, 0, bottom), mode="replicate")  # a pixel and its copy have the pixel as mean
         return F.avg_pool2d(x, 2)
@@ -204,7 +204,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        size = x.shape[1:3]
+        size = sizes(x)[1:3]
         padded = [(n + side - 1) // side * side for n, side in zip(size, self.window_size, strict=True)]
         divides = certain(padded[0] == size[0]) and certain(padded[1] == size[1])
         x = window_attention(
@@ -221,8 +221,9 @@ class WindowAttention(nn.Module):
 
 def mask_padding(x: Tensor, height: int, width: int) -> Tensor:
     """(B, height, width), True for what is a token of `x` (B, H, W, C) when it is padded to that size."""
-    rows = torch.arange(height, device=x.device) < x.shape[1]
-    columns = torch.arange(width, device=x.device) < x.shape[2]
+    _, given_height, given_width, _ = sizes(x)
+    rows = torch.arange(height, device=x.device) < given_height
+    columns = torch.arange(width, device=x.device) < given_width
     return (rows[:, None] & columns).expand(x.shape[0], -1, -1)
 
 

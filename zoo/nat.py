@@ -31,6 +31,7 @@ from zoo.backbone import (
     pad_tokens,
 )
 from zoo.kernels import neighborhood_attention, window_attention
+from zoo.kernels.checks import sizes
 from zoo.layers import Mlp, linear
 
 __all__ = ["NAT"]
@@ -114,7 +115,7 @@ class NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        _, height, width, _ = x.shape
+        _, height, width, _ = sizes(x)
         span = self.kernel_size * self.dilation
         x = pad_tokens(x, larger(height, span), larger(width, span))
         x = neighborhood_attention(
@@ -145,7 +146,7 @@ class GlobalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        size = tuple(x.shape[1:3])
+        size = sizes(x)[1:3]
         x = window_attention(
             linear(self.qkv, x),
             num_heads=self.num_heads,
@@ -196,7 +197,8 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
-        x = pad_tokens(x, x.shape[1] + x.shape[1] % 2, x.shape[2] + x.shape[2] % 2)
+        _, height, width, _ = sizes(x)
+        x = pad_tokens(x, height + height % 2, width + width % 2)
         patches = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
         return linear(self.reduction, self.norm(torch.cat(patches, dim=-1))).permute(0, 3, 1, 2)
 

@@ -31,16 +31,20 @@ def depthwise_conv2d_nhwc(
         ValueError: a shape or an option is not as above.
     """
     dilations = checks.pair(dilation, "dilation")
+    checks.tensors({"x": x, "weight": weight}, bias=bias)
     x, weight, bias = dispatch.autocast(x, weight, bias)
     checks.floating(x=x, weight=weight, bias=bias)
     checks.shape(x, "x", (None,) * 4, "(B, H, W, C)")
-    channels = x.shape[-1]
+    _, height, width, channels = checks.sizes(x)
+    checks.count(channels, "channels")
+    checks.map_size(height, width, "x")
     checks.shape(weight, "weight", (channels, 1, None, None), "(C, 1, kh, kw)")
     if bias is not None:
         checks.shape(bias, "bias", (channels,), "(C,)")
-    if not weight.shape[2] % 2 or not weight.shape[3] % 2:
+    kernel_height, kernel_width = checks.sizes(weight)[2:]
+    if not kernel_height % 2 or not kernel_width % 2:
         raise ValueError(
-            f"Got a kernel of {weight.shape[2]} x {weight.shape[3]}; both sides have to be odd, so that it has a "
+            f"Got a kernel of {kernel_height} x {kernel_width}; both sides have to be odd, so that it has a "
             "middle: pad it with zeros on one side."
         )
     with dispatch.as_given(x):
@@ -81,6 +85,13 @@ def large_kernel_attention(
 
     Source: VAN, arXiv 2202.09741, section 3.2.
     """
+    weights = {
+        "depthwise_weight": depthwise_weight,
+        "dilated_weight": dilated_weight,
+        "pointwise_weight": pointwise_weight,
+    }
+    biases = {"depthwise_bias": depthwise_bias, "dilated_bias": dilated_bias, "pointwise_bias": pointwise_bias}
+    checks.tensors({"x": x} | weights, **biases)
     x, depthwise_weight, depthwise_bias, dilated_weight, dilated_bias, pointwise_weight, pointwise_bias = (
         dispatch.autocast(
             x, depthwise_weight, depthwise_bias, dilated_weight, dilated_bias, pointwise_weight, pointwise_bias
@@ -88,7 +99,8 @@ def large_kernel_attention(
     )
     checks.floating(x=x, pointwise_weight=pointwise_weight, pointwise_bias=pointwise_bias)
     checks.shape(x, "x", (None,) * 4, "(B, H, W, C)")
-    channels = x.shape[-1]
+    channels = checks.sizes(x)[-1]
+    checks.count(channels, "channels")
     checks.shape(pointwise_weight, "pointwise_weight", (channels, channels), "(C, C)")
     if pointwise_bias is not None:
         checks.shape(pointwise_bias, "pointwise_bias", (channels,), "(C,)")

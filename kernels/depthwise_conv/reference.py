@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.kernels import checks
+
 
 def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
     """See `op.depthwise_conv2d_nhwc`, which has checked everything."""
-    padding = tuple(d * (k // 2) for d, k in zip(dilation, weight.shape[2:], strict=True))
-    out = F.conv2d(x.movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=x.shape[-1])
+    padding = tuple(d * (k // 2) for d, k in zip(dilation, checks.sizes(weight)[2:], strict=True))
+    out = F.conv2d(x.movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=checks.sizes(x)[-1])
     return out.movedim(1, -1)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from zoo.kernels import dispatch
+from zoo.kernels import checks, dispatch
 from zoo.kernels.depthwise_conv import reference
 from zoo.kernels.depthwise_conv.reference import gate
 
@@ -28,15 +28,15 @@ def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dil
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     inputs = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     # Any dilation makes the gradients slow. Phases of open sizes would tie an exported program to multiples of them.
-    slow = dilation[1] * (weight.shape[3] // 2) > FAST_REACH or dispatch.again_differentiable(x, weight, bias)
-    closed = has_static_value(x.shape[1]) and has_static_value(x.shape[2])
+    slow = dilation[1] * (checks.sizes(weight)[3] // 2) > FAST_REACH or dispatch.again_differentiable(x, weight, bias)
+    closed = all(has_static_value(side) for side in checks.sizes(x)[1:3])
     convolve = _by_phases if dilation != (1, 1) and slow and closed else reference.depthwise_conv2d_nhwc
     return convolve(*inputs, dilation=dilation).to(x.dtype)
 
 
 def _by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
     """Pixels of the same remainder see only one another: each such phase is a small map, with zeros around it."""
-    batch, height, width, channels = x.shape
+    batch, (_, height, width, channels) = x.shape[0], checks.sizes(x)
     dy, dx = dilation
     rows, columns = (height + dy - 1) // dy, (width + dx - 1) // dx
     x = F.pad(x, (0, 0, 0, columns * dx - width, 0, rows * dy - height))

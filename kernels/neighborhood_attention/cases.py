@@ -21,6 +21,7 @@ class Case:
     is_causal: tuple[bool, bool] = (False, False)
     head_dim: int = 32
     bias: bool = True
+    key_mask: bool = False
 
 
 def _square(side: int, num_heads: int, kernel: int = 7, dilation: int = 1) -> Case:
@@ -53,6 +54,8 @@ CASES: dict[str, Case] = {
     # Segmentation of 512 x 512 pixels.
     "dinat_tiny_ade20k-stage1-dilated": _square(128, 2, dilation=16),
     "dinat_tiny_ade20k-stage3-dilated": _square(32, 8, dilation=4),
+    # A map that is padded below and on the right, the padding seen by none.
+    "dinat_tiny-stage1-dense-padded": Case((56, 56), 2, key_mask=True),
     # Generalized NA: with the stride, queries share windows; no family has it yet.
     "gna-56-kernel7-stride2": Case((56, 56), 2, stride=(2, 2)),
     "gna-64-kernel16-stride8": Case((64, 64), 4, (16, 16), stride=(8, 8), head_dim=64, bias=False),
@@ -75,6 +78,11 @@ def inputs(
 
     qkv = normal(batch, *case.size, 3 * case.num_heads * case.head_dim)
     kh, kw = case.kernel_size
+    key_mask = None
+    if case.key_mask:  # the last rows and columns are padding
+        height, width = case.size
+        key_mask = torch.zeros(batch, height, width, dtype=torch.bool, device=device)
+        key_mask[:, : height - height // 8, : width - width // 8] = True
     return (qkv,), {
         "num_heads": case.num_heads,
         "kernel_size": case.kernel_size,
@@ -82,4 +90,5 @@ def inputs(
         "stride": case.stride,
         "is_causal": case.is_causal,
         "bias_table": normal(case.num_heads, 2 * kh - 1, 2 * kw - 1) if case.bias else None,
+        "key_mask": key_mask,
     }

@@ -23,6 +23,7 @@ def neighborhood_attention(
     is_causal: bool | tuple[bool, bool] = False,
     bias_table: Tensor | None = None,
     scale: float | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention of each token to the kh x kw tokens around it.
 
@@ -51,14 +52,16 @@ def neighborhood_attention(
             rows and c columns of places after the query: key minus query. Of the type of `qkv`; float32 beside half
             precision.
         scale: Of the logits; D ** -0.5 if None.
+        key_mask: (B, H, W) bool, True for tokens that may be attended to. The neighbours are the same with it, without
+            those that it hides. A query with no such token among its neighbours gives zeros.
 
     Returns:
         (B, H, W, N * D), in the type of `qkv`. Logits and softmax of half precision are float32. Under autocast, `qkv`
         is taken in its type.
 
     Raises:
-        TypeError: an integer tensor, or types that differ.
-        ValueError: a shape or an option is not as above.
+        TypeError: an integer tensor, or types that differ; an option of another type.
+        ValueError: a shape or an option is not as above, or devices differ.
 
     Source: NAT, arXiv 2204.07143, section 3.1; DiNAT, arXiv 2209.15001, section 3; Generalized NA, arXiv 2504.16922,
     section 3.
@@ -66,11 +69,14 @@ def neighborhood_attention(
     kernel, dilations = checks.pair(kernel_size, "kernel_size"), checks.pair(dilation, "dilation")
     strides = checks.pair(stride, "stride")
     causal = checks.flags(is_causal, "is_causal")
+    checks.tensors({"qkv": qkv}, bias_table=bias_table, key_mask=key_mask)
     (qkv,) = dispatch.autocast(qkv)
     checks.floating(qkv=qkv, bias_table=bias_table)
     checks.shape(qkv, "qkv", (None,) * 4, "(B, H, W, channels)")
-    head_dim = checks.split_heads(qkv.shape[-1], 3, num_heads, "qkv")
-    for name, length, k, d, s in zip(("rows", "columns"), qkv.shape[1:3], kernel, dilations, strides, strict=True):
+    batch, *size, channels = checks.sizes(qkv)
+    head_dim = checks.split_heads(channels, 3, num_heads, "qkv")
+    checks.map_size(*size, "qkv")
+    for name, length, k, d, s in zip(("rows", "columns"), size, kernel, dilations, strides, strict=True):
         if checks.certain(k * d > length):
             raise ValueError(
                 f"Got kernel_size {k} with dilation {d} for a map of {length} {name}; their product {k * d} may not "
@@ -83,15 +89,17 @@ def neighborhood_attention(
     if bias_table is not None:
         sizes = (num_heads, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
         checks.shape(bias_table, "bias_table", sizes, "(N, 2 kh - 1, 2 kw - 1)")
+    if key_mask is not None:
+        checks.mask(key_mask, "key_mask", (batch, *size), "(B, H, W)")
     scale = checks.attention_scale(scale, head_dim)
     implementation = dispatch.choose("neighborhood_attention", qkv, head_dim)
     with dispatch.as_given(qkv):
         if implementation == "triton":
-            layout = neighborhood_layout(qkv.shape[1:3], kernel, dilations, strides, causal)
+            layout = neighborhood_layout(size, kernel, dilations, strides, causal)
             if layout is not None:
                 grid = layout == "grid"
-                return window_op.forward(qkv, None, bias_table, None, num_heads, *kernel, grid, True, scale)[0]
-            return forward(qkv, bias_table, num_heads, kernel, dilations, strides, causal, scale)[0]
+                return window_op.forward(qkv, None, bias_table, key_mask, num_heads, *kernel, grid, True, scale)[0]
+            return forward(qkv, bias_table, key_mask, num_heads, kernel, dilations, strides, causal, scale)[0]
         compute = reference if implementation == "reference" else torch_impl
         return compute.neighborhood_attention(
             qkv,
@@ -102,6 +110,7 @@ def neighborhood_attention(
             is_causal=causal,
             bias_table=bias_table,
             scale=scale,
+            key_mask=key_mask,
         )
 
 
@@ -110,6 +119,7 @@ def neighborhood_attention(
 def forward(
     qkv: Tensor,
     bias_table: Tensor | None,
+    key_mask: Tensor | None,
     num_heads: int,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
@@ -120,7 +130,7 @@ def forward(
     """The output (B, H, W, N D), and each query's log2 of its sum of exponentials, (B, N, H, W) float32."""
     from zoo.kernels.neighborhood_attention import triton_impl
 
-    return triton_impl.forward(qkv, bias_table, num_heads, kernel_size, dilation, stride, is_causal, scale)
+    return triton_impl.forward(qkv, bias_table, key_mask, num_heads, kernel_size, dilation, stride, is_causal, scale)
 
 
 @dispatch.triton_op("zoo::na2d_bwd")
@@ -128,6 +138,7 @@ def backward(
     grad: Tensor,
     qkv: Tensor,
     bias_table: Tensor | None,
+    key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     num_heads: int,
@@ -142,17 +153,17 @@ def backward(
     from zoo.kernels.neighborhood_attention import triton_impl
 
     return triton_impl.backward(
-        grad, qkv, bias_table, out, lse, num_heads, kernel_size, dilation, stride, is_causal, scale, bias_grad
+        grad, qkv, bias_table, key_mask, out, lse, num_heads, kernel_size, dilation, stride, is_causal, scale, bias_grad
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], *output)
-    ctx.options = inputs[2:]
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.options = inputs[3:]
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, bias_table, out, lse = ctx.saved_tensors
+    qkv, bias_table, key_mask, out, lse = ctx.saved_tensors
     if dispatch.again_differentiable(qkv, bias_table, grad):
         num_heads, kernel_size, dilation, stride, is_causal, scale = ctx.options
 
@@ -166,14 +177,15 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
                 is_causal=tuple(is_causal),
                 bias_table=bias_table,
                 scale=scale,
+                key_mask=key_mask,
             )
 
         grads = dispatch.composite_gradients(composite, (qkv, bias_table), grad)
     else:
         wants_bias = bias_table is not None and ctx.needs_input_grad[1]
-        qkv_grad, bias_grad = backward(grad, qkv, bias_table, out, lse, *ctx.options, wants_bias)
+        qkv_grad, bias_grad = backward(grad, qkv, bias_table, key_mask, out, lse, *ctx.options, wants_bias)
         grads = qkv_grad, bias_grad if wants_bias else None
-    return *grads, *(None,) * 6
+    return *grads, *(None,) * 7
 
 
 dispatch.register_autograd(forward, _differentiate, setup_context=_save)

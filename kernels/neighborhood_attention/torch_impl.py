@@ -39,9 +39,10 @@ def neighborhood_attention(
     is_causal: tuple[bool, bool],
     bias_table: Tensor | None,
     scale: float,
+    key_mask: Tensor | None,
 ) -> Tensor:
     """See `op.neighborhood_attention`, which has checked everything."""
-    batch, height, width, channels = qkv.shape
+    batch, (images, height, width, channels) = qkv.shape[0], checks.sizes(qkv)
     layout = neighborhood_layout((height, width), kernel_size, dilation, stride, is_causal)
     if layout is not None:
         return window_attention(
@@ -52,7 +53,7 @@ def neighborhood_attention(
             bias_table=bias_table,
             bias_sign="key_minus_query",
             scale=scale,
-            key_mask=None,
+            key_mask=key_mask,
             q=None,
         )
     closed = has_static_value(height) and has_static_value(width)
@@ -67,6 +68,7 @@ def neighborhood_attention(
             is_causal=is_causal,
             bias_table=bias_table,
             scale=scale,
+            key_mask=key_mask,
         )
     rows, columns = (
         _axis(*options, closed=closed)
@@ -78,11 +80,14 @@ def neighborhood_attention(
     bias = _bias(bias_table, rows, columns, source)  # (P, N, T, K)
 
     if closed and rows.tiles == columns.tiles == 1:
-        query, key, value = source.reshape(batch, -1, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        out = attend(query, key, value, bias, scale, fuse=fuse)
-        return out.reshape(batch, height, width, -1).to(qkv.dtype)
+        parts = source.reshape(batch, height * width, 3, num_heads, head_dim)
+        query, key, value = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        taken = None if key_mask is None else key_mask.flatten(1)
+        out = _attend(query, key, value, bias, taken, scale, fuse=fuse)
+        return out.reshape(batch, height, width, num_heads * head_dim).to(qkv.dtype)
 
     queries, keys = rows.tile * columns.tile, rows.keys * columns.keys
+    counts = queries, keys, keys
     entries = source.reshape(-1, head_dim)
     index = constant(_gathered, rows, columns, num_heads, like=qkv)  # (U, T + 2 K)
     image, head = (torch.arange(count, device=qkv.device) for count in (batch, num_heads))
@@ -91,20 +96,25 @@ def neighborhood_attention(
     def compute(index: Tensor, bias: Tensor) -> Tensor:
         query, key, value = (
             entries.index_select(0, (part[:, None, None] + parts).flatten()).reshape(
-                -1, batch, num_heads, part.shape[1], head_dim
+                checks.sizes(part)[0], batch, num_heads, count, head_dim
             )
-            for part in index.split((queries, keys, keys), 1)
+            for part, count in zip(index.split(counts, 1), counts, strict=True)
         )
+        taken = None
+        if key_mask is not None:
+            token = index[:, queries : queries + keys] // (3 * num_heads)  # (U, K)
+            taken = key_mask.flatten(1).index_select(1, token.flatten()).unflatten(1, token.shape).transpose(0, 1)
         if bias.ndim == 4:
             query, key, value = (x.flatten(0, 1) for x in (query, key, value))
-        return attend(query, key, value, bias, scale, fuse=fuse).reshape(-1, num_heads * head_dim)
+            taken = None if taken is None else taken.flatten(0, 1)
+        return _attend(query, key, value, bias, taken, scale, fuse=fuse).reshape(-1, num_heads * head_dim)
 
     if closed and (fuse or not dispatch.again_differentiable(qkv, bias_table)):
         chunks = []
         for kind, like in enumerate(index.split([u * v for u in rows.kinds for v in columns.kinds])):
-            size = len(like)
+            size = checks.sizes(like)[0]
             if not torch.compiler.is_compiling():
-                size = max(1, CHUNK // (batch * num_heads * (queries + 2 * keys) * head_dim))
+                size = max(1, CHUNK // max(1, images * num_heads * sum(counts) * head_dim))
             chunks += [compute(part, bias[kind : kind + 1]) for part in like.split(size)]
         out = torch.cat(chunks)
     else:
@@ -113,7 +123,21 @@ def neighborhood_attention(
         out = compute(index, bias[:, None])  # (U B T, N D)
     tile, slot = constant(_places, rows, columns, like=qkv)
     place = (tile * batch + image[:, None, None]) * queries + slot  # (B, H, W)
-    return out.index_select(0, place.flatten()).reshape(batch, height, width, -1).to(qkv.dtype)
+    out = out.index_select(0, place.flatten()).reshape(batch, height, width, num_heads * head_dim)
+    return out.to(qkv.dtype)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, taken: Tensor | None, scale: float, *, fuse: bool
+) -> Tensor:
+    """`attend` to the keys that are `taken`, (..., K) bool or None for all; zeros where no key is."""
+    if taken is None:
+        return attend(query, key, value, bias, scale, fuse=fuse)
+    bias = torch.where(taken[..., None, None, :], bias, -torch.inf)
+    any_key = (bias != -torch.inf).any(-1, keepdim=True)  # (..., N, T, 1)
+    # Queries without a key are let see all until the end: all their logits at -inf would give NaN.
+    out = attend(query, key, value, torch.where(any_key, bias, 0), scale, fuse=fuse)
+    return torch.where(any_key.transpose(-3, -2), out, 0)
 
 
 class _Axis(NamedTuple):

@@ -145,9 +145,18 @@ def _logits(
         return products * scale + tl.load(table_ptr + entry, mask=inside, other=float("-inf")).to(tl.float32)
 
 
+@triton.jit
+def _hide(logits, mask_ptr, key_token, key_valid):
+    """Logits (queries, keys), -inf for keys that the mask, if there is one, takes away."""
+    if mask_ptr is not None:
+        taken = tl.load(mask_ptr + key_token, mask=key_valid, other=False)
+        logits = tl.where(taken[None, :], logits, float("-inf"))
+    return logits
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _fwd_kernel(
-    qkv_ptr, table_ptr, out_ptr, lse_ptr, height, width, num_heads, dilation_h, dilation_w, scale,
+    qkv_ptr, table_ptr, mask_ptr, out_ptr, lse_ptr, height, width, num_heads, dilation_h, dilation_w, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     CAUSAL_H: tl.constexpr, CAUSAL_W: tl.constexpr,
@@ -180,6 +189,7 @@ def _fwd_kernel(
             query_row[:, None], query_column[:, None], key_row[None, :], key_column[None, :], query_valid[:, None],
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
+        logits = _hide(logits, mask_ptr, key_token, key_valid)
         new = tl.maximum(highest, tl.max(logits, 1) * LOG2E)
         # A query may have no neighbour in the steps so far.
         finite = tl.where(new == float("-inf"), 0.0, new)
@@ -193,13 +203,17 @@ def _fwd_kernel(
         column = tl.where(column < right, column, left)
 
     total = tl.where(query_valid, total, 1.0)
+    if mask_ptr is not None:
+        # A query without keys gets inf, so that its weights are 0 in the backward pass too.
+        highest = tl.where(total == 0.0, float("inf"), highest)
+        total = tl.where(total == 0.0, 1.0, total)
     _store(out_ptr, acc / total[:, None], query_token, query_valid, num_heads, head, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + sums + query_token, highest + tl.log2(total), mask=query_valid)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _bwd_query_kernel(
-    qkv_ptr, table_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
+    qkv_ptr, table_ptr, mask_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
     height, width, num_heads, dilation_h, dilation_w, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -236,6 +250,7 @@ def _bwd_query_kernel(
             query_row[:, None], query_column[:, None], key_row[None, :], key_column[None, :], query_valid[:, None],
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
+        logits = _hide(logits, mask_ptr, key_token, key_valid)
         weights = tl.exp2(logits * LOG2E - lse[:, None])
         logits_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
         acc += dot(logits_grad.to(k.dtype), k, PRECISION)
@@ -248,7 +263,7 @@ def _bwd_query_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _bwd_key_value_kernel(
-    qkv_ptr, table_ptr, grad_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
+    qkv_ptr, table_ptr, mask_ptr, grad_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
     height, width, num_heads, dilation_h, dilation_w, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -296,6 +311,10 @@ def _bwd_key_value_kernel(
         row += tl.where(column < right, 0, STEP_H)
         column = tl.where(column < right, column, left)
 
+    if mask_ptr is not None:
+        taken = tl.load(mask_ptr + key_token, mask=key_valid, other=False)
+        key_grad = tl.where(taken[:, None], key_grad, 0.0)
+        value_grad = tl.where(taken[:, None], value_grad, 0.0)
     slots = 3 * num_heads
     _store(qkv_grad_ptr, key_grad * scale, key_token, key_valid, slots, num_heads + head, HEAD_DIM, BLOCK_D)
     _store(qkv_grad_ptr, value_grad, key_token, key_valid, slots, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
@@ -303,7 +322,7 @@ def _bwd_key_value_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _bwd_bias_kernel(
-    qkv_ptr, table_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr,
+    qkv_ptr, table_ptr, mask_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr,
     batch, height, width, num_heads, dilation_h, dilation_w, scale, origin_h, origin_w, steps_h, steps_w, per_program,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
@@ -359,6 +378,7 @@ def _bwd_bias_kernel(
                 query_row[:, None], query_column[:, None], key_row[None, :], key_column[None, :], query_valid[:, None],
                 rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
             )  # fmt: skip
+            logits = _hide(logits, mask_ptr, key_token, key_valid)
             acc += tl.exp2(logits * LOG2E - lse[:, None]) * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
 
     part = ((chunk.to(tl.int64) * num_heads + head) * steps_h + step_row) * steps_w + step_column
@@ -394,6 +414,7 @@ def _bwd_bias_sum_kernel(
 def forward(
     qkv: Tensor,
     bias_table: Tensor | None,
+    key_mask: Tensor | None,
     num_heads: int,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
@@ -407,7 +428,7 @@ def forward(
     batch, height, width, channels = qkv.shape
     out = qkv.new_empty(batch, height, width, channels // 3)
     lse = qkv.new_empty(batch, num_heads, height, width, dtype=torch.float32)
-    common = _arguments(qkv, bias_table, num_heads, kernel_size, dilation, stride, is_causal, scale)
+    common = _arguments(qkv, bias_table, key_mask, num_heads, kernel_size, dilation, stride, is_causal, scale)
     triton_common.launch(_fwd_kernel, _grid(batch, common), out_ptr=out, lse_ptr=lse, **common)
     return out, lse
 
@@ -416,6 +437,7 @@ def backward(
     grad: Tensor,
     qkv: Tensor,
     bias_table: Tensor | None,
+    key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     num_heads: int,
@@ -431,7 +453,7 @@ def backward(
     bias_table = None if bias_table is None else bias_table.contiguous()
     batch = qkv.shape[0]
     qkv_grad, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    common = _arguments(qkv, bias_table, num_heads, kernel_size, dilation, stride, is_causal, scale)
+    common = _arguments(qkv, bias_table, key_mask, num_heads, kernel_size, dilation, stride, is_causal, scale)
     common |= {"grad_ptr": grad, "lse_ptr": lse, "delta_ptr": delta}
     grid = _grid(batch, common)
     triton_common.launch(_bwd_query_kernel, grid, out_ptr=out, qkv_grad_ptr=qkv_grad, **common)
@@ -492,6 +514,7 @@ def _bias_gradient(batch: int, bias_table: Tensor, common: dict[str, Any]) -> Te
 def _arguments(
     qkv: Tensor,
     bias_table: Tensor | None,
+    key_mask: Tensor | None,
     num_heads: int,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
@@ -514,6 +537,7 @@ def _arguments(
     return {
         "qkv_ptr": qkv,
         "table_ptr": bias_table,
+        "mask_ptr": None if key_mask is None else key_mask.contiguous(),
         "height": height,
         "width": width,
         "num_heads": num_heads,

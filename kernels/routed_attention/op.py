@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.kernels import checks, dispatch
+from zoo.kernels import checks, constants, dispatch
 from zoo.kernels.routed_attention import reference, torch_impl
 
 
@@ -43,22 +43,24 @@ def routed_attention(
 
     Raises:
         TypeError: an integer tensor where floats belong, types that differ, or routes that are not int64.
-        ValueError: a shape or an option is not as above. The numbers in `routes` are not looked at.
+        ValueError: a shape or an option is not as above, or devices differ. The numbers in `routes` are looked at on
+            CPUs, outside of what is compiled, exported or transformed: a GPU would have to be waited for. There, a
+            number out of range is undefined behaviour.
 
     Source: BiFormer, arXiv 2303.08810, section 3.2.
     """
+    checks.tensors({"q": q, "k": k, "v": v, "routes": routes})
     q, k, v = dispatch.autocast(q, k, v)
     checks.floating(q=q, k=k, v=v)
     checks.shape(q, "q", (None,) * 4, "(B, H, W, channels)")
-    batch, height, width, channels = q.shape
+    batch, height, width, channels = checks.sizes(q)
     head_dim = checks.split_heads(channels, 1, num_heads, "q")
     checks.shape(k, "k", (batch, None, None, channels), "(B, H', W', channels of q)")
-    checks.shape(v, "v", tuple(k.shape), "the shape of k")
-    if regions < 1:
-        raise ValueError(f"Got {regions=}; it has to be 1 or more.")
-    for name, (rows, columns) in (("q", (height, width)), ("k and v", tuple(k.shape[1:3]))):
-        wrong = (rows % regions != 0, columns % regions != 0, rows == 0, columns == 0)
-        if any(checks.certain(condition) for condition in wrong):
+    checks.shape(v, "v", checks.sizes(k), "the shape of k")
+    checks.count(regions, "regions")
+    for name, (rows, columns) in (("q", (height, width)), ("k and v", checks.sizes(k)[1:3])):
+        checks.map_size(rows, columns, name)
+        if checks.certain(rows % regions != 0) or checks.certain(columns % regions != 0):
             raise ValueError(
                 f"Got {name} of {rows} x {columns} tokens for {regions} x {regions} regions; "
                 f"both sides have to be multiples of {regions}: pad the map."
@@ -66,8 +68,9 @@ def routed_attention(
     checks.shape(routes, "routes", (batch, regions**2, None), "(B, S * S, topk)")
     if routes.dtype != torch.int64:
         raise TypeError(f"Got routes of {routes.dtype}; they have to be int64, as torch.topk gives them.")
-    if checks.certain(routes.shape[2] == 0):
+    if checks.certain(checks.sizes(routes)[2] == 0):
         raise ValueError("Got routes to no region; each region needs one or more.")
+    _check_routes(routes, regions)
     scale = checks.attention_scale(scale, head_dim)
     implementation = dispatch.choose("routed_attention", q, head_dim)
     with dispatch.as_given(q):
@@ -75,6 +78,17 @@ def routed_attention(
             return forward(q, k, v, routes, num_heads, regions, scale)[0]
         compute = reference if implementation == "reference" else torch_impl
         return compute.routed_attention(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
+
+
+def _check_routes(routes: Tensor, regions: int) -> None:
+    if routes.device.type != "cpu" or constants.only_traced(routes) or routes.numel() == 0:
+        return
+    least, most = (number.item() for number in routes.aminmax())
+    if least < 0 or most >= regions**2:
+        raise ValueError(
+            f"Got routes from {least} to {most} for {regions} x {regions} regions; they have to be from 0 to "
+            f"{regions**2 - 1}."
+        )
 
 
 # The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels import checks
 from zoo.kernels.windows import partition, unpartition
 
 
@@ -23,9 +24,10 @@ def routed_attention(
     key, value = (x[image, routes].flatten(2, 3) for x in (key, value))  # (B, R, K T, N, D)
     weights = (scale * torch.einsum("brind,brjnd->brnij", query, key)).softmax(-1)
     out = torch.einsum("brnij,brjnd->brind", weights, value).flatten(-2)
-    return unpartition(out, region_size(q, regions), tuple(q.shape[1:3]), "block").to(q.dtype)
+    return unpartition(out, region_size(q, regions), checks.sizes(q)[1:3], "block").to(q.dtype)
 
 
 def region_size(x: Tensor, regions: int) -> tuple[int, int]:
     """Rows and columns of each of regions x regions regions of a map (B, H, W, C)."""
-    return x.shape[1] // regions, x.shape[2] // regions
+    _, height, width, _ = checks.sizes(x)
+    return height // regions, width // regions

@@ -19,23 +19,23 @@ def routed_attention(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, num_heads: int, regions: int, scale: float
 ) -> Tensor:
     """See `op.routed_attention`, which has checked everything."""
-    batch, height, width, channels = q.shape
+    batch, (_, height, width, channels) = q.shape[0], checks.sizes(q)
     head_dim, count = channels // num_heads, regions * regions
     fuse = fused(q, k, v)
     query, key, value = (_cut(x, regions, num_heads, fuse) for x in (q, k, v))  # (B, R, N, T, D)
-    topk, tokens = routes.shape[2], query.shape[3]
+    topk, tokens, keys = checks.sizes(routes)[2], checks.sizes(query)[3], checks.sizes(key)[3]
     # The bias of a large map with few channels would be larger than what is gathered.
     if checks.certain(count <= GATHERING * topk) and checks.certain(count * tokens <= 2 * topk * channels):
-        bias = _bias_of_routes(routes, tokens, key.shape[3], query.dtype)
+        bias = _bias_of_routes(routes, tokens, keys, query.dtype)
         query, key, value = (x.transpose(1, 2).flatten(2, 3) for x in (query, key, value))  # (B, N, R T, D)
     else:
         bias = None
         image, head = (torch.arange(n, device=q.device) for n in (batch, num_heads))
         rows = (image[:, None, None] * count + routes)[:, :, None] * num_heads + head[:, None]  # (B, R, N, K)
         key, value = (
-            x.reshape(batch * count * num_heads, -1)
+            x.reshape(batch * count * num_heads, keys * head_dim)
             .index_select(0, rows.flatten())
-            .reshape(batch * count, num_heads, -1, head_dim)
+            .reshape(batch * count, num_heads, topk * keys, head_dim)
             for x in (key, value)
         )  # (B R, N, K T, D)
         query = query.flatten(0, 1)
@@ -49,7 +49,7 @@ def _bias_of_routes(routes: Tensor, queries: int, keys: int, dtype: torch.dtype)
 
     It is the logarithm of how often a region is named.
     """
-    batch, count, _ = routes.shape
+    batch, count = routes.shape[0], checks.sizes(routes)[1]
     named = torch.zeros(batch, count, count, dtype=torch.promote_types(dtype, torch.float32), device=routes.device)
     named = named.scatter_add(2, routes, torch.ones_like(routes, dtype=named.dtype))
     bias = named.log()[:, None, :, None, :, None].expand(-1, 1, -1, queries, -1, keys)
@@ -63,4 +63,4 @@ def _cut(x: Tensor, regions: int, num_heads: int, fuse: bool) -> Tensor:
     # A reshape of the whole would tie an exported program to the sizes that it was traced with.
     x = x.unflatten(3, (num_heads, -1)).unflatten(2, (regions, -1)).unflatten(1, (regions, -1))
     x = x.permute(0, 1, 3, 5, 2, 4, 6)  # (B, S, S, N, rows, columns, D)
-    return x.reshape(x.shape[0], regions * regions, num_heads, -1, x.shape[-1])
+    return x.flatten(4, 5).flatten(1, 2)

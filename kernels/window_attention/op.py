@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from zoo.kernels import checks, dispatch
@@ -52,19 +51,21 @@ def window_attention(
         and `q` are taken in its type.
 
     Raises:
-        TypeError: an integer tensor, or types that differ.
-        ValueError: a shape or an option is not as above.
+        TypeError: an integer tensor, or types that differ; an option of another type.
+        ValueError: a shape or an option is not as above, or devices differ.
 
     Source: Swin, arXiv 2103.14030, section 3.2; MaxViT, arXiv 2204.01697, section 3.2; GC ViT, arXiv 2206.09959,
     section 3.2.
     """
     wh, ww = checks.pair(window_size, "window_size")
+    checks.tensors({"qkv": qkv}, bias_table=bias_table, key_mask=key_mask, q=q)
     qkv, q = dispatch.autocast(qkv, q)
     checks.floating(qkv=qkv, bias_table=bias_table, q=q)
     checks.shape(qkv, "qkv", (None,) * 4, "(B, H, W, channels)")
-    batch, height, width, channels = qkv.shape
+    batch, height, width, channels = checks.sizes(qkv)
     head_dim = checks.split_heads(channels, 3 if q is None else 2, num_heads, "qkv")
-    if any(checks.certain(wrong) for wrong in (height % wh != 0, width % ww != 0, height == 0, width == 0)):
+    checks.map_size(height, width, "qkv")
+    if checks.certain(height % wh != 0) or checks.certain(width % ww != 0):
         raise ValueError(
             f"Got a map of {height} x {width} for windows of {wh} x {ww}; its sides have to be multiples of the "
             "window's: pad the map, and mask the padding with key_mask."
@@ -76,9 +77,7 @@ def window_attention(
     if bias_table is not None:
         checks.shape(bias_table, "bias_table", (num_heads, 2 * wh - 1, 2 * ww - 1), "(N, 2 wh - 1, 2 ww - 1)")
     if key_mask is not None:
-        checks.shape(key_mask, "key_mask", (batch, height, width), "(B, H, W)")
-        if key_mask.dtype != torch.bool:
-            raise TypeError(f"Got key_mask of {key_mask.dtype}; it has to be bool, True for tokens that take part.")
+        checks.mask(key_mask, "key_mask", (batch, height, width), "(B, H, W)")
     if q is not None:
         checks.shape(q, "q", (batch, wh * ww, num_heads * head_dim), "(B, wh ww, N D)")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels import checks
 from zoo.kernels.windows import partition, unpartition
 
 
@@ -24,10 +25,11 @@ def window_attention(
     q: Tensor | None,
 ) -> Tensor:
     """See `op.window_attention`, which has checked everything."""
-    height, width = qkv.shape[1:3]
+    _, height, width, channels = checks.sizes(qkv)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     windows = partition(qkv.to(dtype), window_size, layout)  # (B, G, T, C)
-    parts = windows.unflatten(-1, (-1, num_heads, windows.shape[-1] // num_heads // (3 if q is None else 2)))
+    parts = 3 if q is None else 2
+    parts = windows.unflatten(-1, (parts, num_heads, channels // (parts * num_heads)))
     *queries, key, value = parts.movedim((3, 4), (0, 3)).unbind(0)  # (B, G, N, T, D)
     if q is None:
         (query,) = queries

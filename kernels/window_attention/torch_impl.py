@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zoo.kernels import checks
 from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
 from zoo.kernels.window_attention import reference
@@ -27,10 +28,9 @@ def window_attention(
     q: Tensor | None,
 ) -> Tensor:
     """See `op.window_attention`, which has checked everything."""
-    batch, height, width, channels = qkv.shape
+    batch, (_, height, width, channels) = qkv.shape[0], checks.sizes(qkv)
     fuse = fused(qkv, bias_table, q)
     windows = cut(qkv, window_size, layout)  # (B G, T, C)
-    count = windows.shape[0]
     if not fuse:
         # Once here instead of three times at the products.
         windows = windows.to(torch.promote_types(qkv.dtype, torch.float32))
@@ -41,7 +41,8 @@ def window_attention(
     if q is None:
         (query,) = queries
     else:
-        image = torch.arange(count, device=qkv.device) // (count // batch)
+        (wh, ww), count = window_size, windows.shape[0]
+        image = torch.arange(count, device=qkv.device) // ((height // wh) * (width // ww))
         query = q.to(windows.dtype).unflatten(-1, (num_heads, head_dim)).transpose(1, 2).index_select(0, image)
 
     bias = None if bias_table is None else expand_bias(bias_table, window_size, bias_sign)[None]

@@ -68,7 +68,7 @@ def axis_neighbors(i, length, k, d, s, causal):
     return [(group[q], q - p) for q in range(best, best + k)]
 
 
-def neighborhood_attention(qkv, num_heads, kernel, dilation, stride, causal, table, scale):
+def neighborhood_attention(qkv, num_heads, kernel, dilation, stride, causal, table, scale, mask=None):
     batch, height, width, _ = qkv.shape
     query, key, value = heads(qkv, num_heads, 3)
     out = torch.zeros_like(value)
@@ -76,8 +76,11 @@ def neighborhood_attention(qkv, num_heads, kernel, dilation, stride, causal, tab
         rows = axis_neighbors(y, height, kernel[0], dilation[0], stride[0], causal[0])
         for x in range(width):
             columns = axis_neighbors(x, width, kernel[1], dilation[1], stride[1], causal[1])
-            chosen = [(j, down, i, right) for j, down in rows for i, right in columns]
+            neighbors = [(j, down, i, right) for j, down in rows for i, right in columns]
             for b in range(batch):
+                chosen = [each for each in neighbors if mask is None or mask[b, each[0], each[2]]]
+                if not chosen:
+                    continue
                 for n in range(num_heads):
                     added = [
                         0.0 if table is None else float(table[n, down + kernel[0] - 1, right + kernel[1] - 1])

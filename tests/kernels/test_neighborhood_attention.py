@@ -35,6 +35,14 @@ def make(case, batch=2, num_heads=2, head_dim=3):
     return qkv, table, options | {"is_causal": causal}
 
 
+def hide(qkv):
+    """A mask that differs by image and leaves the first queries nothing."""
+    batch, height, width, _ = qkv.shape
+    mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[:, : height // 2 + 1, : width // 2 + 1] = False
+    return mask
+
+
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_loops(case, biased):
@@ -42,6 +50,25 @@ def test_agrees_with_loops(case, biased):
     table = table if biased else None
     want = oracle.neighborhood_attention(qkv, *options.values(), table, 0.7)
     torch.testing.assert_close(neighborhood_attention(qkv, bias_table=table, scale=0.7, **options), want)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mask_agrees_with_loops(case):
+    qkv, table, options = make(case)
+    mask = hide(qkv)
+    want = oracle.neighborhood_attention(qkv, *options.values(), table, 0.7, mask)
+    got = neighborhood_attention(qkv, bias_table=table, scale=0.7, key_mask=mask, **options)
+    torch.testing.assert_close(got, want)
+
+
+def test_query_without_a_key_gives_zeros():
+    qkv, _, options = make("plain")
+    mask = torch.ones(2, 7, 6, dtype=torch.bool)
+    mask[:, :3, :3] = False  # the neighbours of the first two rows' first two tokens
+    out = neighborhood_attention(qkv, key_mask=mask, **options)
+    zeros = (out == 0).all(-1)
+    assert zeros[:, :2, :2].all()
+    assert zeros.sum() == 2 * 4
 
 
 def test_numbers_stand_for_both_axes():
@@ -64,10 +91,12 @@ def test_dilation_that_fills_the_map_is_grid_attention():
     torch.testing.assert_close(got, window_attention(qkv, num_heads=2, bias_table=table, **grid))
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("case", ["plain", "strided-dilated", "causal-strided-dilated"])
-def test_gradients(case):
+def test_gradients(case, masked):
     qkv, table, options = make(case, batch=1, num_heads=1, head_dim=2)
     inputs = (qkv.requires_grad_(), table.requires_grad_())
+    options["key_mask"] = hide(qkv) if masked else None
     assert torch.autograd.gradcheck(lambda x, t: neighborhood_attention(x, bias_table=t, **options), inputs)
 
 
@@ -110,6 +139,8 @@ BAD = [
     ({"num_heads": 5}, ValueError, "12 channels in qkv for num_heads=5"),
     ({"bias_table": torch.zeros(2, 5, 3)}, ValueError, r"bias_table of shape \(2, 5, 3\).*\(2, 5, 5\)"),
     ({"bias_table": torch.zeros(2, 5, 5, dtype=torch.int64)}, TypeError, "bias_table of torch.int64"),
+    ({"key_mask": torch.ones(1, 5, 6, dtype=torch.bool)}, ValueError, r"key_mask of shape .*\(1, 6, 5\)"),
+    ({"key_mask": torch.ones(1, 6, 5)}, TypeError, "key_mask of torch.float32; it has to be bool"),
 ]
 
 

@@ -8,6 +8,7 @@ from zoo.kernels.neighborhood_attention import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_neighborhood_attention import CASES as SMALL
+from .test_neighborhood_attention import hide
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ CASES = {
 }
 
 
-def call(case, biased=True):
+def call(case, biased=True, masked=False):
     """The tensors that may be differentiated, and a function of them."""
     size, kernel, dilation, stride, causal = CASES[case]
     g = torch.Generator().manual_seed(0)
@@ -39,21 +40,24 @@ def call(case, biased=True):
         sizes = (2, 2 * kernel[0] - 1, 2 * kernel[1] - 1)
         given["bias_table"] = torch.randn(sizes, generator=g, dtype=torch.float64)
     options = {"num_heads": 2, "kernel_size": kernel, "dilation": dilation, "stride": stride, "is_causal": causal}
+    options["key_mask"] = hide(given["qkv"]) if masked else None
     return given, lambda **tensors: neighborhood_attention(**tensors, **options)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("case", CASES)
-def test_forward(case, biased, fused, monkeypatch):
+def test_forward(case, biased, masked, fused, monkeypatch):
     monkeypatch.setattr(dispatch, "fused_allowed", lambda: fused)
-    given, function = call(case, biased)
+    given, function = call(case, biased, masked)
     assert_agree(function, given)
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("case", CASES)
-def test_gradients(case):
-    given, function = call(case)
+def test_gradients(case, masked):
+    given, function = call(case, masked=masked)
     assert_agree(function, {name: x.requires_grad_() for name, x in given.items()})
 
 
@@ -63,11 +67,18 @@ def test_gradients_of_one_input(frozen):
     assert_agree(function, {name: x.requires_grad_(name != frozen) for name, x in given.items()})
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("case", ["tile-and-one", "dilated", "strided"])
-def test_small_chunks(case, monkeypatch):
+def test_small_chunks(case, masked, monkeypatch):
     monkeypatch.setattr(torch_impl, "CHUNK", 1)
-    given, function = call(case)
+    given, function = call(case, masked=masked)
     assert_agree(function, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masked_half_precision(dtype):
+    given, function = call("tile-and-one", masked=True)
+    assert_precise(function, given, dtype, differentiated=False)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
@@ -130,9 +141,10 @@ def test_functional_transforms():
     torch.testing.assert_close(slope, (want * direction).sum())
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
-def test_compiles_as_one_graph(differentiated):
-    given, function = call("tile-and-one")
+def test_compiles_as_one_graph(differentiated, masked):
+    given, function = call("tile-and-one", masked=masked)
     given = {name: x.requires_grad_(differentiated) for name, x in given.items()}
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run("torch", compiled, given), run("torch", function, given))
@@ -155,6 +167,19 @@ def test_exports_with_open_sizes(options):
     program = torch.export.export(module, (torch.randn(11, 20, 12, 12),), dynamic_shapes=(dims,))
     again = torch.randn(10, 33, 17, 12)
     torch.testing.assert_close(program.module()(again), module(again))
+
+
+class Masked(Module):
+    def forward(self, qkv, key_mask):
+        return neighborhood_attention(qkv, num_heads=2, bias_table=self.table, key_mask=key_mask, **self.options)
+
+
+def test_exports_with_a_mask_and_open_sizes():
+    module = Masked(1, 1, False)
+    dims = {axis: torch.export.Dim(name, min=10, max=99) for axis, name in enumerate(("batch", "rows", "columns"))}
+    first, again = torch.randn(11, 20, 12, 12), torch.randn(10, 33, 17, 12)
+    program = torch.export.export(module, (first, hide(first)), dynamic_shapes=(dims, dims))
+    torch.testing.assert_close(program.module()(again, hide(again)), module(again, hide(again)))
 
 
 def test_exports_with_open_columns():

@@ -271,3 +271,34 @@ def test_exported_program_takes_any_batch_and_size(name):
     program = torch.export.export(model, (images(2, 64, 96),), dynamic_shapes=(shapes,)).module()
     for x in (images(1, max(48, least), least), images(3, 65, 130)):
         torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace. is deprecated")
+@pytest.mark.parametrize("features_only", [False, True], ids=["logits", "features"])
+def test_traced_model_agrees_on_any_batch_of_its_size(name, features_only):
+    model = build(name, features_only=features_only)
+    traced = torch.jit.trace(model, images(2, 64, 97))
+    for x in (images(2, 64, 97).flip(0), images(3, 64, 97)):
+        torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace. is deprecated")
+def test_traced_model_refuses_another_size(name):
+    traced = torch.jit.trace(build(name), images(2, 64, 97), check_trace=False)
+    with pytest.raises(RuntimeError):
+        traced(images(2, 128, 97))
+
+
+def test_batch_of_no_images(name):
+    model = build(name, num_classes=5)
+    logits = model(images(0))
+    assert logits.shape == (0, 5)
+    logits.sum().backward()
+    assert all((parameter.grad == 0).all() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_batch_of_no_images_in_inference(name):
+    assert build(name, num_classes=5)(images(0)).shape == (0, 5)
