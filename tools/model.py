@@ -79,7 +79,7 @@ def load(
                 raise ToolError(f"{name} has no best.safetensors: its last weights are its only ones.")
             weights = "its best weights"
             kwargs["pretrained_cfg_overlay"] = {"source": "", "file": str(best), "custom_load": False}
-        fixed = json.loads((folder / "config.json").read_text())["pretrained_cfg"].get("fixed_input_size", False)
+        fixed = _described(folder / "config.json").get("fixed_input_size", False)
     elif checkpoint != "last":
         raise OptionError(f"got --checkpoint {checkpoint} with {name}, which is no run folder: leave it out.")
     elif ":" not in name:  # else of the Hugging Face hub
@@ -104,6 +104,18 @@ def load(
         using = f" with {pretrained if isinstance(pretrained, str) else 'the published weights'}" if pretrained else ""
         raise ToolError(f"{name} can't be made{using}: {reason(error)}.") from error
     return Loaded(model, label, weights, resolve_model_data_config(model), fixed)
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What a run's config.json says of its model's input."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ToolError(f"{path} can't be read ({reason(error)}): train the model again, or write it anew.") from error
+    found = content.get("pretrained_cfg") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not isinstance(content.get("architecture"), str):
+        raise ToolError(f"{path} is not the description of a model: it names no architecture and pretrained_cfg.")
+    return found
 
 
 def _check_name(name: str) -> None:

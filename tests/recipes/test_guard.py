@@ -119,6 +119,18 @@ def test_commands_that_build_nothing_of_mm(command, foreign, canary, command_nam
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"architecture": 3}', '{"architecture": "os.system", "pretrained_cfg": {}}'], ids=str
+)
+def test_strange_description_of_a_classifier(command, finished, tmp_path, content):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(content)
+    code, output = command("export", tmp_path / "run", "--out", tmp_path / "model.pt2")
+    assert code == 1, output
+    assert re.search(r"^zoo-export: error: [^\n]*\n\Z", output, re.M)
+    assert "Traceback" not in output
+
+
 # Where MMEngine resolves names, and what it would run besides.
 
 
