@@ -115,7 +115,8 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
     """timm's data configuration of `model` (input_size, mean, std, ...), with what the data section `cfg` overrides.
 
     Raises:
-        RunError: the mean or standard deviation is of another number of channels.
+        RunError: the mean or standard deviation is of another number of channels, or the model takes no images of
+            `cfg.img_size`.
     """
     names = ("img_size", "mean", "std", "interpolation", "crop_pct")
     overrides = {name: cfg[name] for name in names if cfg[name] is not None}
@@ -133,7 +134,22 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
     for name in ("mean", "std"):
         if len(config[name]) != channels:
             config[name] = (sum(config[name]) / len(config[name]),) * channels
+    if cfg.img_size is not None:
+        _check_size(model, config["input_size"])
     return config
+
+
+def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Try the model on an image: some have a smallest size, some a fixed one, and only a forward pass tells."""
+    training, weight = model.training, next(model.parameters())
+    try:
+        with torch.no_grad():
+            model.eval()(weight.new_zeros(1, *input_size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RunError(f"data.img_size={input_size[1]} can't be used with this model: {why}.") from error
+    finally:
+        model.train(training)
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], model: str, classes: Sequence[str]) -> None:

@@ -179,3 +179,13 @@ def test_remaining_time_is_that_of_the_whole_run(monkeypatch, capsys):
     assert "update 3/10:   1:22:50 left" in capsys.readouterr().out
     for handler in log.handlers[:]:
         log.removeHandler(handler)
+
+
+# Images smaller than the model takes.
+
+
+def test_images_smaller_than_the_model_takes(fit, images, tmp_path):
+    message = r"data.img_size=16 can't be used with this model: Got images of 16 x 16 pixels; enlarge or pad them"
+    with pytest.raises(RunError, match=message):
+        fit(tmp_path / "run", images, "model=test_van", "data.img_size=16")
+    assert not (tmp_path / "run").exists()
