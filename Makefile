@@ -5,16 +5,19 @@ BIN := $(VENV)/bin
 # Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
 
-.PHONY: demo test check browser bench gpu docs lint clean
+.PHONY: demo test test-all check browser bench gpu docs lint clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
 
-test: $(VENV)/dev.stamp  ## all tests
+test: $(VENV)/dev.stamp  ## the tests, but for those that take longest
+	$(TEST) -m "not long and not gpu and not browser"
+
+test-all: $(VENV)/dev.stamp  ## all of them
 	$(TEST)
 
 check: lint  ## lint and the quick tests
-	$(TEST) -m "not slow and not gpu and not browser"
+	$(TEST) -m "not slow and not long and not gpu and not browser"
 
 browser: $(VENV)/dev.stamp  ## the reports in a real browser, on a phone's and a desktop's width
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \

@@ -480,6 +480,7 @@ def runner_config(
     result = MMConfig(
         dict(
             work_dir=str(work_dir),
+            experiment_name=str(work_dir),  # else two runners of one second share a visualizer, and its folder
             default_scope=_SCOPES[cfg.task],
             val_dataloader=evaluated,
             val_cfg=dict(type="ValLoop"),

@@ -360,7 +360,7 @@ def test_scattered_bad_updates_do_not_stop_the_run(fit, images, tmp_path, spoil)
 
 
 def test_absurd_learning_rate_stops(fit, images, tmp_path):
-    absurd = ("optim=sgd", "optim.lr=1e30", "trainer.epochs=9", "trainer.max_nonfinite=3", "model=test_convnext")
+    absurd = ("optim=sgd", "optim.lr=1e4", "trainer.epochs=9", "trainer.max_nonfinite=3", "model=test_convnext")
     with pytest.raises(RunError, match=r"lower optim\.lr"):
         fit(tmp_path / "run", images, *absurd)
 

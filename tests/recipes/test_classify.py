@@ -159,7 +159,8 @@ def test_digits_splits_share_no_image():
 def test_digits_in_a_few_updates(fit, tmp_path):
     result = fit(tmp_path / "run", None, "data=digits", "trainer.max_updates=2", pictures=True)
     assert (result["train_images"], result["val_images"], result["classes"]) == (1437, 360, 10)
-    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
+    # There is one checkpoint, that of the cut.
+    assert {path.name for path in (tmp_path / "run").iterdir()} == FILES - {"previous.pt"}
 
 
 @pytest.mark.slow
@@ -428,6 +429,7 @@ def test_option_trains(fit, images, tmp_path, overrides):
     assert result["skipped_updates"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_model_trains_and_exports_plain_names(fit, images, tmp_path, weights):
     fit(tmp_path / "run", images, "model=test_convnext", "trainer.compile=true", "trainer.max_updates=2")

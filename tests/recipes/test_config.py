@@ -420,7 +420,8 @@ def test_help_has_the_defaults(printed):
     assert "  data.root=null " in output
 
 
-def test_help_has_few_recipes(printed):
+def test_help_has_few_recipes(printed, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     _, (output, _) = printed("train", "--help")
     assert len(output.splitlines()) < 180
     assert "imagenet/van_b0" not in output.partition("Groups")[2]

@@ -289,7 +289,7 @@ def test_command(run_cli, run, tmp_path, summary, words):
 def test_command_with_a_wrong_folder(run_cli, tmp_path, word):
     code, output = run_cli(word, cwd=tmp_path, module="eval")
     assert code == 1
-    assert "zoo-eval: error: none is not the folder of a run" in output
+    assert "zoo-eval: error: there is no run folder none: " in output
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []
 

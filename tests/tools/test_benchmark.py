@@ -105,6 +105,7 @@ def test_all_cases():
     assert len(benchmark._chosen_cases(options, known)) == sum(map(len, known.values()))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.slow
 def test_table_json_and_picture(capsys, tmp_path):
@@ -236,6 +237,7 @@ def test_peak_memory_counts_what_is_held_at_once():
     assert benchmark_timing.peak_bytes(allocates, "cpu") == pytest.approx(2 * 4 << 20, rel=0.01)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_neighborhoods_take_a_fifth_of_unfolds_memory():
     options = {"batch": 1, "dtype": "fp32", "device": "cpu", "backward": False, "seconds": 0.01}

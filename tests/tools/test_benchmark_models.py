@@ -311,6 +311,7 @@ def test_compiler_is_fresh_for_a_while(monkeypatch):
     assert not os.path.exists(folder)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_compiled_in_earnest(tmp_path):
     file = tmp_path / "out.json"

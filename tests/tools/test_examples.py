@@ -130,6 +130,7 @@ def server(run, tmp_path):
         server.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_inference_server_answers(server):
     address, done = server

@@ -53,6 +53,7 @@ def load(path):
     return lambda x: [torch.from_numpy(output) for output in session.run(None, {"images": x.numpy()})]
 
 
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "form"),

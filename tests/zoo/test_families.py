@@ -244,6 +244,7 @@ def test_fsdp_weights_are_those_of_one_process(name, parallel):
     assert parallel[name]["moved"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_compiled_model_agrees(name, training):
