@@ -110,6 +110,7 @@ def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str
 
     checkpoint = checkpoints.read(file)
     state_dict = checkpoints.unwrap(checkpoint)
+    checkpoints.check_values(state_dict)
     say("checking its hash")
     with open(file, "rb") as content:
         sha256 = hashlib.file_digest(content, "sha256").hexdigest()

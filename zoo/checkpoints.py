@@ -33,6 +33,7 @@ from zoo.manifest import manifest
 
 __all__ = [
     "check_network",
+    "check_values",
     "closest",
     "convert",
     "default_cfgs",
@@ -316,7 +317,7 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
         OSError: it can't be opened.
     """
     state_dict = unwrap(read(file))
-    _check_values(state_dict)
+    check_values(state_dict)
     overlay: dict[str, Any] = {"file": os.fspath(file), "custom_load": False}
     classifier = cfg.classifier if cfg else None
     weight = state_dict.get(f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight")
@@ -399,7 +400,7 @@ def _unusual(value: Tensor) -> str | None:
     return None
 
 
-def _check_values(state_dict: Mapping[str, Tensor]) -> None:
+def check_values(state_dict: Mapping[str, Tensor]) -> None:
     """Raise ValueError if a tensor has no values, or some that are no finite numbers."""
     if missing := [key for key, value in state_dict.items() if value.is_meta]:
         raise ValueError(
@@ -489,7 +490,8 @@ def convert(
     for key, value in given.items():
         if key in want and want[key].is_floating_point() and value.dtype not in FLOATS:
             raise ValueError(f"The checkpoint's {key} is of {value.dtype}: save the weights as float32.")
-    _check_values(given)
+    if not all(value.is_meta for value in want.values()):  # names and shapes are all that a model without values asks
+        check_values(given)
     return state_dict
 
 
