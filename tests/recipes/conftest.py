@@ -122,6 +122,23 @@ def command(monkeypatch, capfd, tmp_path):
     return call
 
 
+@pytest.fixture
+def call_predict(monkeypatch, capsys):
+    """Run zoo-predict in this process, where it is: its exit code and what it printed."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["zoo-predict", *map(str, words)])
+        code = 0
+        try:
+            importlib.import_module("zoo.recipes.predict").main()
+        except SystemExit as error:
+            code = error.code
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder with train/ (24 images) and val/ (15) of three classes; read only."""

@@ -1,7 +1,6 @@
 """zoo-eval and zoo-predict for detectors and segmentors. All slow, 1 min."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -363,41 +362,26 @@ def test_output_folder_that_can_not_be_made(run_predict, photos, tmp_path):
 # The command line.
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: its exit code and what it printed."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["zoo-predict", *map(str, words)])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as error:
-            code = error.code
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
-
-
-def test_command_writes(call, finished_dense, photos, tmp_path):
+def test_command_writes(call_predict, finished_dense, photos, tmp_path):
     run = finished_dense["segment"]
-    code, output = call(f"run={run}", "device=cpu", photos / "a.png", photos / "b.png", tmp_path / "out")
+    code, output = call_predict(f"run={run}", "device=cpu", photos / "a.png", photos / "b.png", tmp_path / "out")
     assert code == 0, output
     assert "2 images: labels of all pixels. Written to" in output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.png", "b.png", "labels", "classes.txt"}
 
 
-def test_command_reads_the_best_weights(call, finished_dense, photos, tmp_path):
+def test_command_reads_the_best_weights(call_predict, finished_dense, photos, tmp_path):
     run = finished_dense["detect"]
-    code, output = call(f"run={run}", "checkpoint=best", "device=cpu", "score=0", photos / "a.png", tmp_path / "out")
+    code, output = call_predict(
+        f"run={run}", "checkpoint=best", "device=cpu", "score=0", photos / "a.png", tmp_path / "out"
+    )
     assert code == 0, output
     assert "1 images: " in output
 
 
-def test_command_fails_with_a_corrupt_image(call, finished_dense, tmp_path):
+def test_command_fails_with_a_corrupt_image(call_predict, finished_dense, tmp_path):
     (tmp_path / "a.png").write_text("")
-    code, output = call(f"run={finished_dense['detect']}", "device=cpu", tmp_path / "a.png", tmp_path / "out")
+    code, output = call_predict(f"run={finished_dense['detect']}", "device=cpu", tmp_path / "a.png", tmp_path / "out")
     assert code == 1
     assert "a.png can't be read as an image" in output
     assert "zoo-predict: error: 1 of 1 files can't be read" in output
@@ -426,29 +410,29 @@ def test_file_with_an_equals_sign_is_a_file(tmp_path, monkeypatch):
     ],
     ids=range(10),
 )
-def test_command_refuses(call, words, message):
-    code, output = call(*words)
+def test_command_refuses(call_predict, words, message):
+    code, output = call_predict(*words)
     assert code == 1
     assert message in " ".join(output.split())
     assert "Traceback" not in output
 
 
-def test_command_refuses_another_checkpoint(call, finished_dense, photos, tmp_path):
-    code, output = call(f"run={finished_dense['detect']}", "checkpoint=x", photos / "a.png", tmp_path / "out")
+def test_command_refuses_another_checkpoint(call_predict, finished_dense, photos, tmp_path):
+    code, output = call_predict(f"run={finished_dense['detect']}", "checkpoint=x", photos / "a.png", tmp_path / "out")
     assert code == 1
     assert "checkpoint=x is not allowed: it has to be last or best" in output
 
 
-def test_command_refuses_a_device_that_is_not_there(call, finished_dense, photos, tmp_path):
+def test_command_refuses_a_device_that_is_not_there(call_predict, finished_dense, photos, tmp_path):
     run = finished_dense["detect"]
-    code, output = call(f"run={run}", "device=mps", photos / "a.png", tmp_path / "out")
+    code, output = call_predict(f"run={run}", "device=mps", photos / "a.png", tmp_path / "out")
     assert code == 1
     assert "device=mps: torch" in output
 
 
 @pytest.mark.parametrize(("words", "expected"), [((), 2), (("--help",), 0), (("-h",), 0)])
-def test_command_explains_itself(call, words, expected):
-    code, output = call(*words)
+def test_command_explains_itself(call_predict, words, expected):
+    code, output = call_predict(*words)
     assert code == expected
     assert "zoo-predict run=runs/<folder> photos/ out/" in output
     assert "score=" in output

@@ -19,23 +19,6 @@ from zoo.recipes.inputs import Inputs
 CLASSES = ["apple", "banana", "cherry"]
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: its exit code and what it printed."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["zoo-predict", *map(str, words)])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as error:
-            code = error.code
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def predicted(finished, images, tmp_path_factory):
     """The output folder for the validation images."""
@@ -98,28 +81,28 @@ def test_sheet_is_a_picture(predicted):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-def test_command_prints_a_table(call, finished, images, tmp_path):
-    code, output = call(f"run={finished}", "device=cpu", images / "val" / "apple", tmp_path / "out")
+def test_command_prints_a_table(call_predict, finished, images, tmp_path):
+    code, output = call_predict(f"run={finished}", "device=cpu", images / "val" / "apple", tmp_path / "out")
     assert code == 0, output
     assert "0_00.jpg" in output
     assert "5 images: " in output
 
 
-def test_command_abridges_a_long_table(call, finished, images, tmp_path):
-    code, output = call(f"run={finished}", "device=cpu", images / "train", tmp_path / "out")
+def test_command_abridges_a_long_table(call_predict, finished, images, tmp_path):
+    code, output = call_predict(f"run={finished}", "device=cpu", images / "train", tmp_path / "out")
     assert code == 0, output
     assert output.count(".jpg") == 20
     assert "and 4 more, all in predictions.csv" in output
     assert len(rows(tmp_path / "out")) == 24
 
 
-def test_best_weights(call, finished, images, tmp_path):
-    call(f"run={finished}", "device=cpu", "checkpoint=best", images / "val", tmp_path / "out")
+def test_best_weights(call_predict, finished, images, tmp_path):
+    call_predict(f"run={finished}", "device=cpu", "checkpoint=best", images / "val", tmp_path / "out")
     assert content(tmp_path / "out")["weights"].endswith("best.safetensors")
 
 
-def test_score_is_for_detectors(call, finished, images, tmp_path):
-    code, output = call(f"run={finished}", "score=0.3", images / "val", tmp_path / "out")
+def test_score_is_for_detectors(call_predict, finished, images, tmp_path):
+    code, output = call_predict(f"run={finished}", "score=0.3", images / "val", tmp_path / "out")
     assert code == 1
     assert "score=0.3 is for detectors" in output
     assert not (tmp_path / "out").exists()
@@ -137,23 +120,23 @@ def test_names_of_all_kinds(finished, images, tmp_path, capsys):
     assert r"a\nb.jpg" in capsys.readouterr().out
 
 
-def test_name_that_is_no_unicode(finished, images, tmp_path, call):
+def test_name_that_is_no_unicode(finished, images, tmp_path, call_predict):
     (tmp_path / "in").mkdir()
     source = (images / "val" / "apple" / "0_00.jpg").read_bytes()
     with open(bytes(tmp_path / "in") + b"/\xff.jpg", "wb") as file:
         file.write(source)
-    code, output = call(f"run={finished}", "device=cpu", tmp_path / "in", tmp_path / "out")
+    code, output = call_predict(f"run={finished}", "device=cpu", tmp_path / "in", tmp_path / "out")
     assert code == 0, output
     assert rows(tmp_path / "out")[0]["image"].endswith(r"/\udcff.jpg")
 
 
-def test_odd_images_do_not_end_a_folder(finished, images, tmp_path, call):
+def test_odd_images_do_not_end_a_folder(finished, images, tmp_path, call_predict):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "loop.jpg").symlink_to("loop.jpg")
     (tmp_path / "in" / "text.jpg").write_text("no image")
     Image.new("L", (60000, 1)).save(tmp_path / "in" / "wide.png")
     Image.new("CMYK", (30, 40)).save(tmp_path / "in" / "z.jpg")
-    code, output = call(f"run={finished}", "device=cpu", tmp_path / "in", tmp_path / "out")
+    code, output = call_predict(f"run={finished}", "device=cpu", tmp_path / "in", tmp_path / "out")
     assert code == 1
     assert "zoo-predict: error: 3 of 4 files can't be read as images, beginning with" in output
     assert [row["image"] for row in rows(tmp_path / "out")] == [str(tmp_path / "in" / "z.jpg")]
@@ -201,9 +184,9 @@ def test_image_is_not_written_over(finished, images, tmp_path, name):
         predict.predict(settings(finished), Inputs([tmp_path], tmp_path), tmp_path)
 
 
-def test_output_folder_that_is_a_file(call, finished, images, tmp_path):
+def test_output_folder_that_is_a_file(call_predict, finished, images, tmp_path):
     (tmp_path / "out").write_text("mine")
-    code, output = call(f"run={finished}", images / "val", tmp_path / "out")
+    code, output = call_predict(f"run={finished}", images / "val", tmp_path / "out")
     assert code == 1
     assert "out is a file, and can't be the output folder" in output
     assert (tmp_path / "out").read_text() == "mine"
@@ -222,8 +205,8 @@ def test_output_folder_with_an_equals_sign(name):
     assert str(out) == name.removeprefix("./")
 
 
-def test_dashes_are_refused(call):
-    code, output = call("run=x", "--score", "0.3", "a.png", "out")
+def test_dashes_are_refused(call_predict):
+    code, output = call_predict("run=x", "--score", "0.3", "a.png", "out")
     assert code == 1
     assert "write score=0.3 for --score" in output
 
