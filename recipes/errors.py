@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+from zoo.messages import UserError
 
-class RunError(Exception):
-    """What the user has to know and can mend, in one sentence: it is printed without a traceback."""
+
+class RunError(UserError):
+    """A mistake that the user of a recipe can correct, described in one sentence."""
 
 
 class Stopped(Exception):

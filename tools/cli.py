@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from zoo.messages import UserError
 from zoo.versions import versions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-class ToolError(Exception):
-    """What the user has to know and can mend, in one sentence: it is printed without a traceback."""
+class ToolError(UserError):
+    """A mistake that the user of a tool can correct, described in one sentence."""
 
 
 class Parser(argparse.ArgumentParser):

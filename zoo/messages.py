@@ -1,0 +1,64 @@
+"""The wording that messages share, and the error that commands print. Only the standard library is imported."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UserError", "did_you_mean", "first_few", "nearest", "one_line", "size_text"]
+
+
+class UserError(Exception):
+    """A mistake that the user can correct, described in one sentence. Commands print it without a traceback."""
+
+
+def one_line(message: object, limit: int | None = None) -> str:
+    """`message` on one line and without its final period, so that it can be part of a sentence.
+
+    Args:
+        message: Usually an error. One that says nothing is represented by the name of its class.
+        limit: The longest message that is not cut, in characters.
+    """
+    text = " ".join(str(message).split()).removesuffix(".") or type(message).__name__
+    return text if limit is None or len(text) <= limit else f"{text[:limit].rstrip()} ..."
+
+
+def nearest(word: str, words: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """At most `count` of `words` that resemble `word`, the most similar first. Case is ignored.
+
+    Args:
+        word: What the user wrote.
+        words: What is allowed.
+        count: The largest number of suggestions.
+        cutoff: The least similarity, from 0 to 1, as `difflib.get_close_matches` measures it.
+    """
+    originals: dict[str, str] = {}
+    for known in words:
+        originals.setdefault(known.casefold(), known)
+    return [originals[near] for near in difflib.get_close_matches(word.casefold(), originals, count, cutoff)]
+
+
+def did_you_mean(word: str, words: Iterable[str], count: int = 1, cutoff: float = 0.6, prefix: str = "") -> str:
+    """A question such as "did you mean lr?", or "" if none of `words` resembles `word`. See `nearest`.
+
+    Args:
+        word: What the user wrote.
+        words: What is allowed.
+        count: The largest number of suggestions.
+        cutoff: The least similarity.
+        prefix: Text in front of each suggestion, such as a folder or `data=`.
+    """
+    suggestions = [f"{prefix}{near}" for near in nearest(word, words, count, cutoff)]
+    if not suggestions:
+        return ""
+    *others, last = suggestions
+    return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"
+
+
+def first_few(items: Iterable[object], limit: int = 5) -> str:
+    """The first `limit` of `items`, separated by commas, with "..." if there are more."""
+    items = list(items)
+    return ", ".join(map(str, items[:limit])) + (", ..." if len(items) > limit else "")
+
+
+def size_text(sides: Iterable[int]) -> str:
+    """The sides of an image or a window, such as "224x224"."""
+    return "x".join(map(str, sides))
