@@ -2,20 +2,23 @@
 
 Each function's docstring is its specification, and its `reference.py` the plain implementation that defines what is
 right. Behind the same functions are `torch_impl.py`, fast on CPUs and running anywhere, and `triton_impl.py` for GPUs;
-each call takes what suits its tensors, or what `use` and the environment variable ZOO_KERNELS say.
+each call runs what suits its tensors, or what `set_implementation`, `implementation` or the environment variable
+ZOO_KERNELS choose.
 """
 
 from zoo.kernels.depthwise_conv import depthwise_conv2d_nhwc, large_kernel_attention
-from zoo.kernels.dispatch import use
+from zoo.kernels.dispatch import implementation, set_implementation, use
 from zoo.kernels.neighborhood_attention import neighborhood_attention
 from zoo.kernels.routed_attention import routed_attention
 from zoo.kernels.window_attention import window_attention
 
 __all__ = [
     "depthwise_conv2d_nhwc",
+    "implementation",
     "large_kernel_attention",
     "neighborhood_attention",
     "routed_attention",
+    "set_implementation",
     "use",
     "window_attention",
 ]

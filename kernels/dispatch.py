@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,39 +26,71 @@ def _checked(choice: str, where: str) -> str:
 
 _choice = _checked(os.environ.get("ZOO_KERNELS", "auto"), "ZOO_KERNELS")
 _warned: set[str] = set()
+_fused_allowed: Callable[[], bool] = lambda: True
+
+
+def follow(allowed: Callable[[], bool]) -> None:
+    """Let `allowed` decide from now on whether fused attention may be used; `import zoo` passes timm's function."""
+    global _fused_allowed
+    _fused_allowed = allowed
 
 
 def fused_allowed() -> bool:
-    """Whether fused attention may be used; `import zoo` replaces this by timm.layers.use_fused_attn."""
-    return True
+    """Whether fused attention may be used: always, unless `follow` was given a function that says otherwise."""
+    return _fused_allowed()
 
 
-class use:
-    """Choose the implementation of all operators, from now on or for a `with` block.
+def set_implementation(choice: str) -> None:
+    """Choose the implementation of all operators, until the next call.
 
-    `use("torch")` holds until the next call; `with use("torch"):` until the end of the block. The environment variable
-    ZOO_KERNELS sets what holds at the start.
+    The environment variable ZOO_KERNELS sets the choice at the start. It holds for the whole process, all threads
+    included.
 
     Args:
-        choice: "reference", the plain formula that defines what is right; "torch", fast PyTorch for CPUs, which runs
-            anywhere; "triton", for GPUs; or "auto", Triton where it can run and else PyTorch. Depth-wise convolutions
-            have no Triton form: "triton" is PyTorch for them.
+        choice: "reference", the plain formula that defines the correct result; "torch", PyTorch that is fast on CPUs
+            and runs anywhere; "triton", for GPUs; or "auto", Triton where it can run and PyTorch elsewhere. An operator
+            without a Triton form runs PyTorch under "triton" too.
 
     Raises:
         ValueError: another choice.
     """
+    global _choice
+    _choice = _checked(choice, "choice")
+
+
+@contextmanager
+def implementation(choice: str) -> Iterator[None]:
+    """Choose the implementation of all operators for a `with` block; the previous choice returns at its end.
+
+    Args:
+        choice: As for `set_implementation`.
+
+    Raises:
+        ValueError: another choice, when the block is entered.
+    """
+    before = _choice
+    set_implementation(choice)
+    try:
+        yield
+    finally:
+        set_implementation(before)
+
+
+class use:
+    """The former name of `set_implementation` and `implementation`, to be removed in version 0.2.
+
+    `use("torch")` holds until the next call, `with use("torch"):` until the end of the block.
+    """
 
     def __init__(self, choice: str) -> None:
-        global _choice
         self.before = _choice
-        _choice = _checked(choice, "choice")
+        set_implementation(choice)
 
     def __enter__(self) -> use:
         return self
 
     def __exit__(self, *_: object) -> None:
-        global _choice
-        _choice = self.before
+        set_implementation(self.before)
 
 
 def current() -> str:
@@ -83,7 +115,9 @@ def choose(operator: str, tensor: Tensor, head_dim: int) -> str:
     if _choice == "triton":
         reason = triton_obstacle(tensor) or _head_obstacle(head_dim)
         if reason is not None:
-            raise RuntimeError(f"{operator} cannot run in Triton here: {reason}. Choose zoo.kernels.use('auto').")
+            raise RuntimeError(
+                f"{operator} cannot run in Triton here: {reason}. Choose zoo.kernels.set_implementation('auto')."
+            )
         return "torch" if empty else "triton"
     if tensor.device.type != "cuda" or not fused_allowed() or empty:
         return "torch"

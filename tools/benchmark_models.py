@@ -65,7 +65,7 @@ Results = dict[str, dict[str, Row]]  # by pass and by the contender's label
 
 @dataclass
 class Contender:
-    """A model and how it runs. `choice` is what zoo.kernels.use takes, None to leave it; `peer` the label of timm's."""
+    """A model and how it runs. `choice` is an implementation of zoo.kernels, None to leave it; `peer` the label of timm's."""
 
     name: str
     model: nn.Module
@@ -227,7 +227,7 @@ class _Pass:
 
     def _forward_and_backward(self) -> Tensor:
         choice = self.contender.choice
-        with kernels.use(choice) if choice else nullcontext(), torch.set_grad_enabled(self.training):
+        with kernels.implementation(choice) if choice else nullcontext(), torch.set_grad_enabled(self.training):
             with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 out = self.contender.call(self.images)
                 if self.training:

@@ -69,7 +69,7 @@ def call_ours(function: Callable[..., Tensor], choice: str, **arguments: Any) ->
         first = next(value for value in arguments.values() if isinstance(value, Tensor))
         if (obstacle := dispatch.triton_obstacle(first)) is not None:
             raise CannotRunError(obstacle)
-    with kernels.use(choice):
+    with kernels.implementation(choice):
         return function(**arguments)
 
 

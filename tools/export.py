@@ -271,13 +271,13 @@ def _attempt(
     """
     import torch
 
-    from zoo.kernels import use
+    from zoo.kernels import implementation
 
     _, channels, *size = shapes[0]
     example = _images(2 if dims else 1, channels, size)  # of one image alone the exporter would fix the batch
     auto = dict.fromkeys(dims, torch.export.Dim.AUTO)
     label = {3: "batch, height and width open", 1: "batch open", 0: "nothing open"}[len(dims)]
-    with _progress(f"exporting at {_by(size)}, {label}"), _silence(), torch.no_grad(), use("torch"):
+    with _progress(f"exporting at {_by(size)}, {label}"), _silence(), torch.no_grad(), implementation("torch"):
         program = torch.export.export(model, (example,), dynamic_shapes=(auto,))
     least = _least(program, dims, shapes) if dims else (size[0], size[1])
     with _progress(f"writing {form}"), _silence(), torch.no_grad():

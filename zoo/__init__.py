@@ -23,7 +23,7 @@ def _register(_: ModuleType) -> None:
     if not all(hasattr(sys.modules[name], "__all__") for name in _SHARED if name in sys.modules):
         return
     # The operators obey timm.layers.set_fused_attn and set_exportable; they know nothing of timm themselves.
-    import_module("zoo.kernels.dispatch").fused_allowed = import_module("timm.layers").use_fused_attn
+    import_module("zoo.kernels.dispatch").follow(import_module("timm.layers").use_fused_attn)
     for family in FAMILIES:
         import_module(f"zoo.{family}")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from zoo import kernels
-from zoo.kernels import neighborhood_attention, routed_attention, use, window_attention
+from zoo.kernels import implementation, neighborhood_attention, routed_attention, window_attention
 from zoo.kernels.neighborhood_attention import cases as neighborhood_cases
 from zoo.kernels.routed_attention import cases as routed_cases
 from zoo.kernels.window_attention import cases as window_cases
@@ -78,7 +78,7 @@ def make(name, case, dtype, batch=BATCH):
 
 def run(function, arguments, wanted, choice="triton"):
     """Output and gradients, with the same gradient of the output each time."""
-    with use(choice):
+    with implementation(choice):
         out = function(**arguments)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     return out.detach(), *torch.autograd.grad(out, [arguments[key] for key in wanted], grad)
@@ -94,7 +94,7 @@ def exact(function, arguments, wanted):
     }
     # In the type of the arguments, so that the gradient of the output is rounded alike.
     dtype = arguments[wanted[0]].dtype
-    with use("reference"):
+    with implementation("reference"):
         out = function(**double)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(out)
     return out.detach(), *torch.autograd.grad(out, [double[key] for key in wanted], grad)
@@ -144,7 +144,7 @@ def test_cuda_graph(name, case):
     if DEVICE == "cpu":
         pytest.skip("graphs are captured on GPUs")
     function, arguments, wanted = make(name, case, torch.float16)
-    with torch.no_grad(), use("triton"):
+    with torch.no_grad(), implementation("triton"):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles what is to be captured
@@ -166,12 +166,12 @@ def test_autocast(name, case, dtype):
     if DEVICE == "cpu" and dtype == torch.float16:
         pytest.skip("autocast of CPUs is tried with bfloat16")
     function, arguments, wanted = make(name, case, torch.float32)
-    with torch.autocast(DEVICE, dtype), use("triton"):
+    with torch.autocast(DEVICE, dtype), implementation("triton"):
         out = function(**arguments)
     assert out.dtype == dtype
     grads = torch.autograd.grad(out.float().square().sum(), [arguments[key] for key in wanted])
     assert all(grad.dtype == torch.float32 and torch.isfinite(grad).all() for grad in grads)
-    with use("reference"):
+    with implementation("reference"):
         want = function(**{key: x.detach().double() if key in wanted else x for key, x in arguments.items()})
     assert_right((out.detach(),), (want,), ("out",), dtype)
 
@@ -182,9 +182,9 @@ def test_auto_chooses_triton(name, case):
     if DEVICE == "cpu":
         pytest.skip("on a CPU 'auto' is PyTorch")
     with torch.no_grad():
-        with use("auto"):
+        with implementation("auto"):
             got = function(**arguments)
-        with use("triton"):
+        with implementation("triton"):
             want = function(**arguments)
     assert torch.equal(got, want)
 
@@ -207,7 +207,7 @@ def test_large_offsets(name):
         key: x.detach().expand(copies, *x.shape[1:]).contiguous() if key in images else x
         for key, x in arguments.items()
     }
-    with torch.no_grad(), use("triton"):
+    with torch.no_grad(), implementation("triton"):
         out = function(**many)
         want = function(**arguments)
     assert torch.equal(out[-1:], want)

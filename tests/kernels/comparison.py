@@ -2,7 +2,7 @@
 
 import torch
 
-from zoo.kernels import use
+from zoo.kernels import implementation
 
 # relative root mean square against float64: rounding; bfloat16 rounds P and dS in the Triton kernels
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -10,7 +10,7 @@ BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.
 
 def run(choice, function, given):
     """The output of `function(**given)` and the gradients of all that requires them."""
-    with use(choice):
+    with implementation(choice):
         out = function(**given)
     inputs = [x for x in given.values() if x.requires_grad]
     if not inputs:

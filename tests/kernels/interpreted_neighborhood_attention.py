@@ -129,7 +129,7 @@ def test_double_backward():
     found = second(qkv, table, op.forward(qkv, table, mask, *options)[0])
     exact = [x.detach().double().requires_grad_() for x in (qkv, table)]
     heads, kernel, dilation, stride, *_ = options
-    with dispatch.use("reference"):
+    with dispatch.implementation("reference"):
         out = neighborhood_attention(
             exact[0], num_heads=heads, kernel_size=kernel, dilation=dilation, stride=stride, bias_table=exact[1]
         )
@@ -141,7 +141,7 @@ def test_the_public_function_launches_it(monkeypatch):
     names = []
     monkeypatch.setattr(triton_common, "launch", lambda kernel, grid, **_: names.append(kernel.fn.__name__))
     qkv, table, _, _, (heads, kernel, *_) = make("7x7-kernel3", torch.float32)
-    with dispatch.use("triton"):
+    with dispatch.implementation("triton"):
         neighborhood_attention(qkv, num_heads=heads, kernel_size=kernel, bias_table=table)
     assert names == ["_fwd_kernel"]
 
@@ -166,7 +166,7 @@ def test_windows_are_left_to_window_attention(case, masked):
     grad, options = torch.randn(1, *size, 16, generator=g), (1, kernel, dilation, stride, NO, 0.25)
     mask = torch.rand(1, *size, generator=g) < 0.6 if masked else None
     given = {"num_heads": 1, "kernel_size": kernel, "dilation": dilation, "stride": stride}
-    with dispatch.use("triton"):
+    with dispatch.implementation("triton"):
         out = neighborhood_attention(qkv, bias_table=table, key_mask=mask, **given)
     found = out, *gradients(out, qkv, table, grad)
     for got, want in zip(found, wanted(qkv, table, mask, grad, options), strict=True):
@@ -205,7 +205,7 @@ def test_masked_map_is_zero():
 
 def test_batch_of_no_images():
     qkv, table, _, _, (heads, kernel, *_) = make("7x7-kernel3", torch.float32)
-    with dispatch.use("triton"):
+    with dispatch.implementation("triton"):
         out = neighborhood_attention(qkv[:0], num_heads=heads, kernel_size=kernel, bias_table=table)
     assert out.shape == (0, 7, 7, 32)
     assert (torch.autograd.grad(out.sum(), table)[0] == 0).all()

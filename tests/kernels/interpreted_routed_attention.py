@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import routed_attention, use
+from zoo.kernels import implementation, routed_attention
 from zoo.kernels.routed_attention import op, reference
 
 from .comparison import assert_within_budget
@@ -48,7 +48,7 @@ def gradients(function, tensors, grad):
 
 def check(tensors, routes, grad, options):
     dtype = tensors[0].dtype
-    with use("triton"):
+    with implementation("triton"):
         found = gradients(lambda *x: routed_attention(*x, routes, **options), tensors, grad)
     exact = [x.double() for x in tensors]
     wanted = gradients(lambda *x: reference.routed_attention(*x, routes, **options), exact, grad.double())
@@ -87,7 +87,7 @@ def test_sums_of_exponentials_that_underflow():
     """They are under 2^-128: keys past the end of a list, whose logits are 0, must not come near them."""
     (q, k, v), routes, grad, options = make("plain", torch.float32)
     tensors = q * 0.1 + 1, k * 0.1 - 20, v
-    with use("triton"):
+    with implementation("triton"):
         found = gradients(lambda *x: routed_attention(*x, routes, **options), tensors, grad)
     wanted = gradients(lambda *x: reference.routed_attention(*x, routes, **options), tensors, grad)
     for got, want in zip(found, wanted, strict=True):
@@ -119,7 +119,7 @@ def test_double_backward():
         firsts = torch.autograd.grad(function(*leaves), leaves, grad.to(dtype), create_graph=True)
         return torch.autograd.grad(sum(x.square().sum() for x in firsts), leaves)
 
-    with use("triton"):
+    with implementation("triton"):
         found = second(lambda *x: routed_attention(*x, routes, **options), torch.float32)
     wanted = second(lambda *x: reference.routed_attention(*x, routes, **options), torch.float64)
     for got, want in zip(found, wanted, strict=True):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from zoo.kernels import triton_common, use, window_attention
+from zoo.kernels import implementation, triton_common, window_attention
 from zoo.kernels.window_attention import op, triton_impl
 from zoo.kernels.window_attention.cases import Case, inputs
 
@@ -49,9 +49,9 @@ def make(case, batch, dtype):
     return {"qkv": qkv, **options}, grad.to(dtype)
 
 
-def differentiate(arguments, grad, implementation="triton"):
+def differentiate(arguments, grad, choice="triton"):
     """The output and the gradients of all inputs that want one."""
-    with use(implementation):
+    with implementation(choice):
         out = window_attention(**arguments)
     wanted = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
     return out, *torch.autograd.grad(out, wanted, grad)
@@ -176,8 +176,8 @@ def test_empty_batch():
 def test_double_backward():
     arguments, grad = make(CASES["3x3-shared"][1], 1, torch.float32)
     found = []
-    for implementation, inputs_ in (("triton", arguments), ("reference", in_float64(arguments))):
-        with use(implementation):
+    for choice, inputs_ in (("triton", arguments), ("reference", in_float64(arguments))):
+        with implementation(choice):
             out = window_attention(**inputs_)
         wanted = [x for x in inputs_.values() if isinstance(x, torch.Tensor)]
         first = torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True)

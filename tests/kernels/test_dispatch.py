@@ -12,7 +12,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo  # noqa: F401
-from zoo.kernels import depthwise_conv2d_nhwc, dispatch, neighborhood_attention, routed_attention, use, window_attention
+from zoo.kernels import (
+    depthwise_conv2d_nhwc,
+    dispatch,
+    implementation,
+    neighborhood_attention,
+    routed_attention,
+    set_implementation,
+    use,
+    window_attention,
+)
 
 from .calls import ATTENTION, CALLS, make
 from .test_depthwise_conv import BAD as BAD_DEPTHWISE
@@ -49,34 +58,58 @@ def chosen(tensor, head_dim=32):
 CPU = torch.zeros(1)
 
 
-def test_holds_until_the_next_call():
-    use("reference")
+def test_set_implementation_holds_until_the_next_call():
+    set_implementation("reference")
     assert chosen(CPU) == "reference"
-    use("torch")
+    set_implementation("torch")
     assert chosen(CPU) == "torch"
 
 
-def test_holds_until_the_end_of_the_block():
-    use("torch")
-    with use("reference"):
-        with use("torch"):
+def test_implementation_holds_until_the_end_of_the_block():
+    set_implementation("torch")
+    with implementation("reference"):
+        with implementation("torch"):
             assert chosen(CPU) == "torch"
         assert chosen(CPU) == "reference"
-        use("torch")
-    assert dispatch._choice == "torch"
+        set_implementation("torch")
+    assert dispatch.current() == "torch"
+    with implementation("reference"):
+        set_implementation("auto")
+    assert dispatch.current() == "torch"
 
 
-def test_is_restored_after_an_exception():
-    with pytest.raises(KeyError), use("reference"):
+def test_implementation_changes_nothing_before_the_block():
+    block = implementation("reference")
+    assert dispatch.current() == "auto"
+    with block:
+        assert dispatch.current() == "reference"
+
+
+def test_choice_is_restored_after_an_exception():
+    with pytest.raises(KeyError), implementation("reference"):
         raise KeyError
-    assert dispatch._choice == "auto"
+    assert dispatch.current() == "auto"
 
 
+def test_use_is_the_former_name_of_both():
+    use("reference")
+    assert dispatch.current() == "reference"
+    with use("torch"):
+        assert dispatch.current() == "torch"
+    assert dispatch.current() == "reference"
+
+
+def enter(choice):
+    with implementation(choice):
+        pass
+
+
+@pytest.mark.parametrize("choose", [set_implementation, enter, use], ids=lambda function: function.__name__)
 @pytest.mark.parametrize("choice", ["cuda", "", None, True])
-def test_unknown_choice(choice):
+def test_unknown_choice(choice, choose):
     with pytest.raises(ValueError, match=rf"choice={choice!r}; it has to be one of auto, reference, torch, triton"):
-        use(choice)
-    assert dispatch._choice == "auto"
+        choose(choice)
+    assert dispatch.current() == "auto"
 
 
 def fresh_process(code, **variables):
@@ -109,7 +142,7 @@ def test_auto_on_a_gpu_is_triton(gpu):
 @pytest.mark.parametrize("choice", ["auto", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_types_for_triton(gpu, choice, dtype):
-    with use(choice):
+    with implementation(choice):
         assert chosen(torch.empty(1, device=gpu, dtype=dtype)) == "triton"
 
 
@@ -119,14 +152,19 @@ def call(name, **options):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_triton_by_name_needs_a_gpu(name):
-    message = f"{name} cannot run in Triton here: the tensors are on cpu, and Triton needs a GPU .*use.'auto'"
-    with use("triton"), pytest.raises(RuntimeError, match=message):
+    message = (
+        f"{name} cannot run in Triton here: the tensors are on cpu, and Triton needs a GPU .*implementation.'auto'"
+    )
+    with implementation("triton"), pytest.raises(RuntimeError, match=message):
         call(name)
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_triton_by_name_needs_one_of_its_types(name):
-    with use("triton"), pytest.raises(RuntimeError, match=r"float16, bfloat16 and float32, not in torch.float64"):
+    with (
+        implementation("triton"),
+        pytest.raises(RuntimeError, match=r"float16, bfloat16 and float32, not in torch.float64"),
+    ):
         call(name, dtype=torch.float64)
 
 
@@ -139,7 +177,10 @@ def test_triton_by_name_cannot_be_transformed(name, transform):
         "vmap": lambda f: torch.vmap(f)(*(t[None] for t in tensors)),
         "jvp": lambda f: torch.func.jvp(f, tensors, tensors),
     }
-    with use("triton"), pytest.raises(RuntimeError, match=r"torch.func and forward-mode differentiation need"):
+    with (
+        implementation("triton"),
+        pytest.raises(RuntimeError, match=r"torch.func and forward-mode differentiation need"),
+    ):
         transforms[transform](CALLS[name].function)
 
 
@@ -156,7 +197,7 @@ def wide(name, device):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_triton_by_name_has_a_largest_head(gpu, name):
-    with use("triton"), pytest.raises(RuntimeError, match=f"{name} .* heads of up to 128 channels, not 129"):
+    with implementation("triton"), pytest.raises(RuntimeError, match=f"{name} .* heads of up to 128 channels, not 129"):
         wide(name, gpu)
 
 
@@ -183,8 +224,15 @@ def test_auto_on_a_cpu_says_nothing():
         assert chosen(CPU.double(), head_dim=129) == "torch"
 
 
-def test_the_answer_is_that_of_timm():
-    assert dispatch.fused_allowed is timm.layers.use_fused_attn
+def test_timm_decides_about_fused_attention():
+    assert dispatch._fused_allowed is timm.layers.use_fused_attn
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_follow(allowed, monkeypatch):
+    monkeypatch.setattr(dispatch, "_fused_allowed", None)
+    dispatch.follow(lambda: allowed)
+    assert dispatch.fused_allowed() is allowed
 
 
 def test_set_fused_attn_is_respected(gpu):
@@ -192,7 +240,7 @@ def test_set_fused_attn_is_respected(gpu):
     try:
         timm.layers.set_fused_attn(False)
         assert chosen(tensor) == "torch"
-        with use("triton"):
+        with implementation("triton"):
             assert chosen(tensor) == "triton"
     finally:
         timm.layers.set_fused_attn(True)
@@ -213,7 +261,7 @@ def test_choice_is_traced_and_traced_again(name):
     tensors = make(name)
     want = CALLS[name].function(*tensors)
     for choice, graphs in (("reference", 1), ("torch", 2), ("reference", 2), ("torch", 2)):
-        with use(choice):
+        with implementation(choice):
             torch.testing.assert_close(compiled(*tensors), want)
         assert counter.frame_count == graphs
     timm.layers.set_fused_attn(False)
@@ -227,7 +275,7 @@ def test_choice_is_traced_and_traced_again(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_is_a_cast_by_hand(name, choice):
     tensors = make(name, requires_grad=True)
-    with use(choice), torch.autocast("cpu", torch.bfloat16):
+    with implementation(choice), torch.autocast("cpu", torch.bfloat16):
         out = CALLS[name].function(*tensors)
     grads = torch.autograd.grad(out.sum(), tensors)
     assert out.dtype == torch.bfloat16
@@ -236,7 +284,7 @@ def test_autocast_is_a_cast_by_hand(name, choice):
     # The table of biases stays as it is.
     tables = "bias_table" in CALLS[name].function.__code__.co_varnames
     by_hand = [x if tables and i else x.bfloat16() for i, x in enumerate(tensors)]
-    with use(choice):
+    with implementation(choice):
         want = CALLS[name].function(*by_hand)
         assert torch.equal(out, want)
         for got, grad in zip(grads, torch.autograd.grad(want.sum(), tensors), strict=True):
@@ -261,7 +309,7 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from zoo.kernels import use, window_attention, routed_attention, neighborhood_attention, depthwise_conv2d_nhwc
+from zoo.kernels import depthwise_conv2d_nhwc, implementation, neighborhood_attention, routed_attention, window_attention
 x = torch.randn(1, 4, 4, 12, requires_grad=True)
 window_attention(x, num_heads=2, window_size=2).sum().backward()
 neighborhood_attention(x, num_heads=2, kernel_size=3).sum().backward()
@@ -269,7 +317,7 @@ routed_attention(x, x, x, torch.zeros(1, 4, 1, dtype=torch.int64), num_heads=2, 
 depthwise_conv2d_nhwc(x, torch.ones(12, 1, 3, 3), None).sum().backward()
 assert x.grad.isfinite().all()
 try:
-    with use("triton"):
+    with implementation("triton"):
         window_attention(x.detach(), num_heads=2, window_size=2)
 except RuntimeError as error:
     print(error)
@@ -367,5 +415,5 @@ BAD = [
     ("function", "change", "error", "message"), BAD, ids=[f"{row[0].__name__}-{row[3][:30]}" for row in BAD]
 )
 def test_bad_input_is_refused_alike(choice, function, change, error, message):
-    with use(choice), pytest.raises(error, match=message):
+    with implementation(choice), pytest.raises(error, match=message):
         function(**change)

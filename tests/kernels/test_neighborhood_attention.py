@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import neighborhood_attention, use, window_attention
+from zoo.kernels import implementation, neighborhood_attention, window_attention
 
 from . import oracle
 
@@ -104,7 +104,7 @@ def test_gradients(case, masked):
 def test_low_precision_is_computed_in_float32(dtype):
     qkv, table, options = make("dilated")
     qkv, table = qkv.to(dtype), table.to(dtype)
-    with use("reference"):
+    with implementation("reference"):
         out = neighborhood_attention(qkv, bias_table=table, **options)
     want = neighborhood_attention(qkv.double(), bias_table=table.double(), **options)
     assert out.dtype == dtype

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import routed_attention, use
+from zoo.kernels import implementation, routed_attention
 
 from . import oracle
 
@@ -54,7 +54,7 @@ def test_gradients(case):
 def test_low_precision_is_computed_in_float32(dtype):
     q, k, v, routes, options = make("plain")
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    with use("reference"):
+    with implementation("reference"):
         out = routed_attention(q, k, v, routes, **options)
     want = routed_attention(q.double(), k.double(), v.double(), routes, **options)
     assert out.dtype == dtype

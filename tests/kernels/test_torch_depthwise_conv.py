@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import depthwise_conv2d_nhwc, large_kernel_attention, use
+from zoo.kernels import depthwise_conv2d_nhwc, implementation, large_kernel_attention
 from zoo.kernels.depthwise_conv import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, run
@@ -103,7 +103,7 @@ def test_choice(choice, calls, monkeypatch):
 def test_double_backward():
     given, function = call("dilated-a-little", channels=2)
     inputs = tuple(x.requires_grad_() for x in given.values())
-    with use("torch"):
+    with implementation("torch"):
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
@@ -114,9 +114,9 @@ def test_functional_transforms():
         return function(**given | {"x": x}).square().sum()
 
     direction = torch.ones_like(given["x"])
-    with use("reference"):
+    with implementation("reference"):
         want = torch.func.grad(loss)(given["x"])
-    with use("torch"):
+    with implementation("torch"):
         torch.testing.assert_close(torch.func.grad(loss)(given["x"]), want)
         slope = torch.func.jvp(loss, (given["x"],), (direction,))[1]
     torch.testing.assert_close(slope, (want * direction).sum())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import dispatch, neighborhood_attention, use
+from zoo.kernels import dispatch, implementation, neighborhood_attention
 from zoo.kernels.neighborhood_attention import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, run
@@ -118,7 +118,7 @@ def test_double_backward():
         given[name] = torch.randn(sizes, generator=g, dtype=torch.float64, requires_grad=True)
 
     def second(choice):
-        with use(choice):
+        with implementation(choice):
             out = neighborhood_attention(**given, num_heads=1, kernel_size=3)
         first = torch.autograd.grad(out.square().sum(), given.values(), create_graph=True)
         return torch.autograd.grad(sum(x.square().sum() for x in first), given.values())
@@ -133,9 +133,9 @@ def test_functional_transforms():
         return function(qkv=qkv, bias_table=given["bias_table"]).square().sum()
 
     direction = torch.ones_like(given["qkv"])
-    with use("reference"):
+    with implementation("reference"):
         want = torch.func.grad(loss)(given["qkv"])
-    with use("torch"):
+    with implementation("torch"):
         torch.testing.assert_close(torch.func.grad(loss)(given["qkv"]), want)
         slope = torch.func.jvp(loss, (given["qkv"],), (direction,))[1]
     torch.testing.assert_close(slope, (want * direction).sum())

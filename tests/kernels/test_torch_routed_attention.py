@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import dispatch, routed_attention, use
+from zoo.kernels import dispatch, implementation, routed_attention
 
 from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_routed_attention import CASES, make
@@ -51,7 +51,7 @@ def test_strided_input():
 def test_double_backward():
     given, function = call("pooled-keys", batch=1, num_heads=1, head_dim=2)
     inputs = tuple(x.requires_grad_() for x in given.values())
-    with use("torch"):
+    with implementation("torch"):
         assert torch.autograd.gradgradcheck(lambda q, k, v: function(q=q, k=k, v=v), inputs)
 
 
@@ -62,9 +62,9 @@ def test_functional_transforms():
         return function(**given | {"k": k}).square().sum()
 
     direction = torch.ones_like(given["k"])
-    with use("reference"):
+    with implementation("reference"):
         want = torch.func.grad(loss)(given["k"])
-    with use("torch"):
+    with implementation("torch"):
         torch.testing.assert_close(torch.func.grad(loss)(given["k"]), want)
         slope = torch.func.jvp(loss, (given["k"],), (direction,))[1]
     torch.testing.assert_close(slope, (want * direction).sum())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import dispatch, use, window_attention
+from zoo.kernels import dispatch, implementation, window_attention
 
 from .comparison import BUDGET, assert_agree, assert_precise, assert_within_budget, run
 from .test_window_attention import CASES, make
@@ -79,7 +79,7 @@ def test_table_of_float32_beside_half_precision():
 def test_query_without_keys_gives_zeros_and_finite_gradients():
     qkv, table, mask, _, options = make("square")
     qkv.requires_grad_(), table.requires_grad_()
-    with use("torch"):
+    with implementation("torch"):
         out = window_attention(qkv, bias_table=table, key_mask=torch.zeros_like(mask), **options)
     assert not out.any()
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (qkv, table)))
@@ -101,7 +101,7 @@ def test_strided_input():
 def test_double_backward():
     given, function = call("columns", "mask")
     inputs = tuple(x.requires_grad_() for x in given.values())
-    with use("torch"):
+    with implementation("torch"):
         assert torch.autograd.gradgradcheck(lambda x, t: function(qkv=x, bias_table=t), inputs)
 
 
@@ -112,9 +112,9 @@ def test_functional_transforms():
         return function(qkv=qkv, bias_table=given["bias_table"]).square().sum()
 
     direction = torch.ones_like(given["qkv"])
-    with use("reference"):
+    with implementation("reference"):
         want = torch.func.grad(loss)(given["qkv"])
-    with use("torch"):
+    with implementation("torch"):
         torch.testing.assert_close(torch.func.grad(loss)(given["qkv"]), want)
         slope = torch.func.jvp(loss, (given["qkv"],), (direction,))[1]
     torch.testing.assert_close(slope, (want * direction).sum())

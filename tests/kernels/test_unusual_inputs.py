@@ -10,10 +10,10 @@ import torch
 
 from zoo.kernels import (
     depthwise_conv2d_nhwc,
+    implementation,
     large_kernel_attention,
     neighborhood_attention,
     routed_attention,
-    use,
     window_attention,
 )
 
@@ -28,7 +28,7 @@ def test_batch_of_no_images(name, choice):
     first, *others = make(name, requires_grad=True)
     if name == "routed_attention":
         others = [x[:0] for x in others]
-    with use(choice):
+    with implementation(choice):
         out = CALLS[name].function(first[:0], *others)
     assert out.shape == (0, *first.shape[1:3], 8)
     for grad in torch.autograd.grad(out.sum(), (first, *others), allow_unused=True, materialize_grads=True):
@@ -38,7 +38,7 @@ def test_batch_of_no_images(name, choice):
 @pytest.mark.parametrize("choice", IMPLEMENTATIONS)
 def test_batch_of_no_images_with_mask_and_shared_query(choice):
     mask, q = torch.ones(0, 4, 6, dtype=torch.bool), torch.zeros(0, 6, 8)
-    with use(choice):
+    with implementation(choice):
         out = window_attention(torch.zeros(0, 4, 6, 16), num_heads=2, window_size=(2, 3), key_mask=mask, q=q)
     assert out.shape == (0, 4, 6, 8)
 
@@ -47,7 +47,7 @@ def test_batch_of_no_images_with_mask_and_shared_query(choice):
 @pytest.mark.parametrize("size", [(4, 6), (24, 20)], ids=["one tile", "many tiles"])
 def test_batch_of_no_images_with_masked_neighborhoods(choice, size):
     mask = torch.ones(0, *size, dtype=torch.bool)
-    with use(choice):
+    with implementation(choice):
         out = neighborhood_attention(torch.zeros(0, *size, 24), num_heads=2, kernel_size=3, key_mask=mask)
     assert out.shape == (0, *size, 8)
 
@@ -57,7 +57,10 @@ def test_batch_of_no_images_with_masked_neighborhoods(choice, size):
 def test_route_out_of_range(choice, route):
     x = torch.zeros(1, 4, 4, 8)
     routes = torch.tensor([[[0], [1], [route], [2]]])
-    with use(choice), pytest.raises(ValueError, match=f"routes from .*{route}.* for 2 x 2 regions.*from 0 to 3"):
+    with (
+        implementation(choice),
+        pytest.raises(ValueError, match=f"routes from .*{route}.* for 2 x 2 regions.*from 0 to 3"),
+    ):
         routed_attention(x, x, x, routes, num_heads=2, regions=2)
 
 
@@ -139,7 +142,7 @@ REFUSED = [
     ("function", "change", "error", "message"), REFUSED, ids=[f"{row[0].__name__}-{row[3][:30]}" for row in REFUSED]
 )
 def test_refused(choice, function, change, error, message):
-    with use(choice), pytest.raises(error, match=message):
+    with implementation(choice), pytest.raises(error, match=message):
         function(**change)
 
 
@@ -204,7 +207,7 @@ def outcome(choice, function, options):
         for name, x in options.items()
     }
     try:
-        with use(choice):
+        with implementation(choice):
             out = function(**given)
     except (TypeError, ValueError) as error:
         return str(error)

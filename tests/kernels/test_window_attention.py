@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zoo.kernels import use, window_attention
+from zoo.kernels import implementation, window_attention
 
 from . import oracle
 
@@ -92,7 +92,7 @@ def test_gradients_of_a_shared_query():
 def test_low_precision_is_computed_in_float32(dtype):
     qkv, table, _, _, options = make("square")
     qkv, table = qkv.to(dtype), table.to(dtype)
-    with use("reference"):
+    with implementation("reference"):
         out = window_attention(qkv, bias_table=table, **options)
     want = window_attention(qkv.double(), bias_table=table.double(), **options)
     assert out.dtype == dtype

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo import manifest
-from zoo.kernels import use
+from zoo.kernels import implementation
 from zoo.tools import models as tool
 
 
@@ -44,7 +44,7 @@ def names(capsys, *arguments):
 def count(name):
     model = timm.create_model(name, device="meta").eval()
     size = model.pretrained_cfg["input_size"]
-    with torch.no_grad(), use("reference"), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), implementation("reference"), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, *size, device="meta"))
     return counter.get_total_flops() // 2
 
@@ -81,7 +81,7 @@ def multiply_adds(model: torch.nn.Module, input_size: tuple[int, int, int]) -> i
     for block in blocks:
         once(block)
     try:
-        with torch.no_grad(), use("reference"), counter:
+        with torch.no_grad(), implementation("reference"), counter:
             model(torch.empty(1, *input_size, device="meta"))
     finally:
         for block in blocks:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.checkpoints import remap
-from zoo.kernels import use
+from zoo.kernels import implementation
 
 from . import golden
 
@@ -107,7 +107,7 @@ def test_parameter_count_is_official(name):
 @pytest.mark.parametrize("name", PAPERS_MULTIPLY_ADDS)
 def test_multiply_adds_are_the_papers(name):
     model = timm.create_model(name, device="meta").eval()
-    with use("reference"), FlopCounterMode(display=False) as counter:
+    with implementation("reference"), FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 224, 224, device="meta"))
     assert counter.get_total_flops() / 2e9 == pytest.approx(PAPERS_MULTIPLY_ADDS[name], rel=0.02)
 
