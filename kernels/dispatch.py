@@ -26,7 +26,7 @@ def _checked(choice: str, where: str) -> str:
 
 _choice = _checked(os.environ.get("ZOO_KERNELS", "auto"), "ZOO_KERNELS")
 _warned: set[str] = set()
-_fused_allowed: Callable[[], bool] = lambda: True
+_fused_allowed: Callable[[], bool] | None = None
 
 
 def follow(allowed: Callable[[], bool]) -> None:
@@ -37,7 +37,7 @@ def follow(allowed: Callable[[], bool]) -> None:
 
 def fused_allowed() -> bool:
     """Whether fused attention may be used: always, unless `follow` was given a function that says otherwise."""
-    return _fused_allowed()
+    return _fused_allowed is None or _fused_allowed()
 
 
 def set_implementation(choice: str) -> None:

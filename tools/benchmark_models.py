@@ -65,7 +65,7 @@ Results = dict[str, dict[str, Row]]  # by pass and by the contender's label
 
 @dataclass
 class Contender:
-    """A model and how it runs. `choice` is an implementation of zoo.kernels, None to leave it; `peer` the label of timm's."""
+    """A model and how it runs; `choice` is an implementation of zoo.kernels or None, `peer` the label of a model."""
 
     name: str
     model: nn.Module

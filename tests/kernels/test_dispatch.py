@@ -309,7 +309,8 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from zoo.kernels import depthwise_conv2d_nhwc, implementation, neighborhood_attention, routed_attention, window_attention
+from zoo.kernels import depthwise_conv2d_nhwc, implementation
+from zoo.kernels import neighborhood_attention, routed_attention, window_attention
 x = torch.randn(1, 4, 4, 12, requires_grad=True)
 window_attention(x, num_heads=2, window_size=2).sum().backward()
 neighborhood_attention(x, num_heads=2, kernel_size=3).sum().backward()
