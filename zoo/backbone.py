@@ -42,6 +42,7 @@ __all__ = [
     "init_transformer",
     "larger",
     "pad_tokens",
+    "stage_rates",
 ]
 
 
@@ -181,45 +182,52 @@ class Stage(nn.Module):
 class Backbone(nn.Module):
     """Images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes): stem, stages, norm, head.
 
-    A family sets `stem` and calls `finish` with its stages and what it has behind them. Features are the stages'
-    outputs, NCHW, before `norm`.
+    Features are the outputs of the stages, NCHW, before `norm`. A family builds the stem and the stages, and calls this
+    constructor last: it initialises all parameters.
+
+    Args:
+        stem: from images to the input of the first stage, NCHW. It checks the images.
+        stages: from the features of the stage before to their own.
+        dims: channels of each stage's output.
+        in_chans: channels of the images.
+        num_classes: classes of the linear classifier; 0 for none.
+        global_pool: "avg", or "" for none.
+        drop_rate: dropout before the classifier.
+        strides: pixels per feature, for each stage; 4, 8, 16, ... if None.
+        norm: applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
+        pre_logits: between pooling and classifier.
+        output_norm: a LayerNorm on each output in `forward_intermediates`, or on those of the stages listed.
+        output_norm_eps: epsilon of these norms.
+
+    Raises:
+        ValueError: an argument is out of range, or there is an `output_norm` together with a classifier.
     """
 
-    def __init__(self, in_chans: int):
-        super().__init__()
-        self.in_chans = in_chans
-        self.grad_checkpointing = False
-
-    def finish(
+    def __init__(
         self,
+        stem: nn.Module,
         stages: Sequence[Stage],
         dims: Sequence[int],
+        *,
+        in_chans: int,
         num_classes: int,
         global_pool: str,
         drop_rate: float,
-        *,
         strides: Sequence[int] | None = None,
         norm: nn.Module | None = None,
         pre_logits: nn.Module | None = None,
         output_norm: bool | Sequence[int] = False,
         output_norm_eps: float = 1e-5,
-    ) -> None:
-        """The stages and what follows them; then initialise everything.
-
-        Args:
-            stages, dims: the stages and their channels.
-            num_classes, global_pool, drop_rate: of the head.
-            strides: of the stages' outputs, in pixels; 4, 8, 16, ... if None.
-            norm: of the last stage's output, NCHW; not where there are norms of each output.
-            pre_logits: between pooling and classifier.
-            output_norm: a LayerNorm on each output in `forward_intermediates`, or on those of the stages listed.
-            output_norm_eps: of those.
-        """
+    ):
         if output_norm and num_classes > 0:
             raise ValueError(
                 f"Got output_norm=True with {num_classes} classes; norms of each output are for features_only=True or "
                 "num_classes=0."
             )
+        super().__init__()
+        self.in_chans = in_chans
+        self.grad_checkpointing = False
+        self.stem = stem
         self.stages = nn.Sequential(*stages)
         strides = [4 * 2**i for i in range(len(dims))] if strides is None else strides
         self.feature_info = [
@@ -238,7 +246,7 @@ class Backbone(nn.Module):
         self.pre_logits = nn.Identity() if pre_logits is None else pre_logits
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
-        # Without memory there is nothing to initialise, and to find that out takes most of the time.
+        # A model on the meta device has no values to initialise, and visiting its modules takes most of the time.
         if get_device_dtype(self)["device"].type != "meta":
             self.init_weights()
 
@@ -425,6 +433,12 @@ def init_transformer(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif hasattr(module, "reset_parameters"):
         module.reset_parameters()
+
+
+def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """The stochastic-depth rate of each block, by stage: they grow linearly from 0 at the first block to `rate`."""
+    rates = torch.linspace(0, rate, sum(depths), device="cpu")
+    return [part.tolist() for part in rates.split(tuple(depths))]
 
 
 def pad_tokens(x: Tensor, height: int, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.layers import calculate_drop_path_rates, register_notrace_module
+from timm.layers import register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +34,7 @@ from zoo.backbone import (
     crop_tokens,
     larger,
     pad_tokens,
+    stage_rates,
 )
 from zoo.kernels import routed_attention
 from zoo.kernels.checks import sizes
@@ -299,7 +300,6 @@ class BiFormer(Backbone):
         device=None,
         dtype=None,
     ):
-        super().__init__(in_chans)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -323,36 +323,38 @@ class BiFormer(Backbone):
                 f"give numbers from 1 to {num_regions**2}, the regions of a map with {num_regions=}, or "
                 f"{FULL} for attention to the whole map."
             )
-        self.layout = layout
         dd = {"device": device, "dtype": dtype}
         stem_cls, downsample = (ConvStem, conv_downsample) if layout == "biformer" else (PatchStem, patch_downsample)
         routed_cls, lepe_of = (GrowingRoutedAttention, "value") if layout == "stl_nchw" else (RoutedAttention, "input")
-        self.stem = stem_cls(in_chans, embed_dims[0], **dd)
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stem = stem_cls(in_chans, embed_dims[0], **dd)
+        drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
-        for i, (dim, depth, heads, topk) in enumerate(zip(embed_dims, depths, num_heads, topks, strict=True)):
+        for i, (dim, heads, topk) in enumerate(zip(embed_dims, num_heads, topks, strict=True)):
             blocks = []
-            for _ in range(depth):
+            for drop_path in drop_path_rates[i]:
                 if topk == FULL:
                     attn = FullAttention(dim, heads, lepe_of, **dd)
                 else:
                     attn = routed_cls(dim, heads, num_regions, topk, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
                 if layout == "biformer":
-                    blocks.append(Block(dim, attn, mlp, next(drop_path_rates), **dd))
+                    blocks.append(Block(dim, attn, mlp, drop_path, **dd))
                 else:
-                    blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), norm_eps=1e-6, **dd))
+                    blocks.append(TransformerBlock(dim, attn, mlp, drop_path, norm_eps=1e-6, **dd))
             stages.append(Stage(blocks, downsample(embed_dims[i - 1], dim, **dd) if i else None))
-        self.finish(
+        super().__init__(
+            stem,
             stages,
             embed_dims,
-            num_classes,
-            global_pool,
-            drop_rate,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
             norm=nn.BatchNorm2d(embed_dims[-1], **dd),
             output_norm=output_norm,
             output_norm_eps=1e-6,
         )
+        self.layout = layout
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.

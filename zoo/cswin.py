@@ -15,7 +15,7 @@ the tests compare outputs of cswin_tiny. What differs:
 from collections.abc import Sequence
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace_module
+from timm.layers import LayerNorm2d, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,6 +30,7 @@ from zoo.backbone import (
     check_images,
     create,
     larger,
+    stage_rates,
 )
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
 from zoo.kernels.checks import certain, sizes
@@ -220,7 +221,6 @@ class CSWin(Backbone):
         device=None,
         dtype=None,
     ):
-        super().__init__(in_chans)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -239,21 +239,30 @@ class CSWin(Backbone):
                 "vertical stripes, half horizontal ones."
             )
         dd = {"device": device, "dtype": dtype}
-        self.stem = Stem(in_chans, embed_dims[0], **dd)
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
-        for i, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
+        for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):
             blocks = []
-            for _ in range(depth):
+            for drop_path in drop_path_rates[i]:
                 if i < len(depths) - 1:
                     attn = CrossShapedAttention(dim, heads, split_sizes[i], **dd)
                 else:
                     attn = FullAttention(dim, heads, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
-                blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), **dd))
+                blocks.append(TransformerBlock(dim, attn, mlp, drop_path, **dd))
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
-        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, norm=norm, output_norm=output_norm)
+        super().__init__(
+            stem,
+            stages,
+            embed_dims,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm=LayerNorm2d(embed_dims[-1], eps=1e-5, **dd),
+            output_norm=output_norm,
+        )
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.

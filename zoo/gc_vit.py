@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import LayerNorm2d, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
-from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens
+from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens, stage_rates
 from zoo.kernels import window_attention
 from zoo.kernels.checks import sizes
 from zoo.layers import Mlp, linear
@@ -260,7 +260,6 @@ class GCViT(Backbone):
         device=None,
         dtype=None,
     ):
-        super().__init__(in_chans)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -276,21 +275,30 @@ class GCViT(Backbone):
         )
         windows = tuple(window_size) if arguments.is_list(window_size) else (window_size,) * len(depths)
         dd = {"device": device, "dtype": dtype}
-        self.stem = Stem(in_chans, embed_dims[0], **dd)
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_path_rates = stage_rates(drop_path_rate, depths)
         pooled = pooled_stages(windows)
         stages = []
         for i, (dim, depth, heads, window) in enumerate(zip(embed_dims, depths, num_heads, windows, strict=True)):
             blocks = []
-            for j in range(depth):
+            for j, drop_path in enumerate(drop_path_rates[i]):
                 attn = WindowAttention(dim, heads, window, use_global_query=j % 2 == 1, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
-                blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), layer_scale, **dd))
+                blocks.append(TransformerBlock(dim, attn, mlp, drop_path, layer_scale, **dd))
             # A stage of a single block, a local one, has no use for a query.
             query = GlobalQuery(dim, window, max(len(depths) - 1 - i, 1), pooled[i], **dd) if depth > 1 else None
             stages.append(GlobalContextStage(query, blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
-        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, norm=norm, output_norm=output_norm)
+        super().__init__(
+            stem,
+            stages,
+            embed_dims,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm=LayerNorm2d(embed_dims[-1], eps=1e-5, **dd),
+            output_norm=output_norm,
+        )
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.

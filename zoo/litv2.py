@@ -17,7 +17,7 @@ compare outputs of litv2_small. What differs:
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module
+from timm.layers import DropPath, LayerNorm2d, register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +33,7 @@ from zoo.backbone import (
     create,
     crop_tokens,
     pad_tokens,
+    stage_rates,
 )
 from zoo.kernels import window_attention
 from zoo.kernels.checks import sizes
@@ -285,7 +286,6 @@ class LITv2(Backbone):
         device=None,
         dtype=None,
     ):
-        super().__init__(in_chans)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -308,21 +308,30 @@ class LITv2(Backbone):
             given = arguments.shown(output_norm)
             raise ValueError(f"Got output_norm={given}; it has to be True, False or a list of stages from 0 to {last}.")
         dd = {"device": device, "dtype": dtype}
-        self.stem = PatchStem(in_chans, embed_dims[0], 4, **dd)
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stem = PatchStem(in_chans, embed_dims[0], 4, **dd)
+        drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
-        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
+        for i, dim in enumerate(embed_dims):
             blocks = []
-            for _ in range(depth):
+            for drop_path in drop_path_rates[i]:
                 mlp = ConvMlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
                 if i < 2:
-                    blocks.append(MlpBlock(dim, mlp, next(drop_path_rates), **dd))
+                    blocks.append(MlpBlock(dim, mlp, drop_path, **dd))
                 else:
                     attn = HiLoAttention(dim, head_dim, 1 if i == last else window_size, alpha, **dd)
-                    blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), **dd))
+                    blocks.append(TransformerBlock(dim, attn, mlp, drop_path, **dd))
             stages.append(Stage(blocks, DeformableMerging(embed_dims[i - 1], dim, **dd) if i else None))
-        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, norm=norm, output_norm=output_norm)
+        super().__init__(
+            stem,
+            stages,
+            embed_dims,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm=LayerNorm2d(embed_dims[-1], eps=1e-5, **dd),
+            output_norm=output_norm,
+        )
 
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.

@@ -13,7 +13,7 @@ of that code; the tests compare outputs. What differs:
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -63,7 +63,6 @@ VARIANTS = {
     },
 }
 
-BatchNorm = partial(nn.BatchNorm2d, eps=1e-3)
 Gelu = partial(nn.GELU, approximate="tanh")
 
 
@@ -120,11 +119,13 @@ class HalfPool2d(nn.Module):
 class Stem(nn.Module):
     """3 x 3 convolution with stride 2, batch norm, GELU, 3 x 3 convolution."""
 
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+    def __init__(
+        self, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d, device=None, dtype=None
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv1 = StridedConv2d(in_chans, dim, **dd)
-        self.norm = BatchNorm(dim, **dd)
+        self.norm = norm_layer(dim, **dd)
         self.act = Gelu()
         self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, **dd)
 
@@ -140,14 +141,23 @@ class MBConv(nn.Module):
     Batch norm comes first, without activation; the shortcut goes around it. `dim`, not C, sets the hidden width.
     """
 
-    def __init__(self, in_dim: int, dim: int, stride: int, drop_path: float = 0.0, device=None, dtype=None):
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        stride: int,
+        drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden_dim = 4 * dim
-        self.norm = BatchNorm(in_dim, **dd)
+        self.norm = norm_layer(in_dim, **dd)
         self.widening = hidden_dim / in_dim
         self.expand = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
-        self.norm1 = BatchNorm(hidden_dim, **dd)
+        self.norm1 = norm_layer(hidden_dim, **dd)
         self.act = Gelu()
         self.turned = stride == 2
         self.dw_conv = (
@@ -155,7 +165,7 @@ class MBConv(nn.Module):
             if self.turned
             else nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False, **dd)
         )
-        self.norm2 = BatchNorm(hidden_dim, **dd)
+        self.norm2 = norm_layer(hidden_dim, **dd)
         self.se = SqueezeExcite(hidden_dim, rd_channels=max(1, dim // 4), act_layer=nn.SiLU, **dd)
         self.reduce = nn.Conv2d(hidden_dim, dim, 1, **dd)
         self.pool = HalfPool2d() if stride == 2 else nn.Identity()
@@ -239,12 +249,13 @@ class Block(nn.Module):
         window_size: tuple[int, int],
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = MBConv(in_dim, dim, stride, drop_path, **dd)
+        self.conv = MBConv(in_dim, dim, stride, drop_path, norm_layer, **dd)
         self.block_attn, self.grid_attn = (
             TransformerBlock(
                 dim,
@@ -318,7 +329,6 @@ class MaxViT(Backbone):
         device=None,
         dtype=None,
     ):
-        super().__init__(in_chans)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -339,24 +349,29 @@ class MaxViT(Backbone):
         for side in sides:
             arguments.check(window_size=side)
         dd = {"device": device, "dtype": dtype}
-        self.stem = Stem(in_chans, stem_dim, **dd)
-        count = sum(depths)
-        drop_path_rates = iter([drop_path_rate * i / count for i in range(count)])
+        norm_layer = partial(nn.BatchNorm2d, eps=1e-3, momentum=norm_momentum)
+        stem = Stem(in_chans, stem_dim, norm_layer, **dd)
+        dims, total_depth = (stem_dim, *embed_dims), sum(depths)
         stages = []
-        dim_before = stem_dim
-        for dim, depth in zip(embed_dims, depths, strict=True):
+        for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
             blocks = []
             for j in range(depth):
-                in_dim, stride = (dim, 1) if j else (dim_before, 2)
-                drop_path = next(drop_path_rates)
-                blocks.append(Block(in_dim, dim, stride, dim // head_dim, sides, proj_drop_rate, drop_path, **dd))
+                in_dim, stride = (dim, 1) if j else (dims[i], 2)
+                drop_path = drop_path_rate * (sum(depths[:i]) + j) / total_depth
+                blocks.append(
+                    Block(in_dim, dim, stride, dim // head_dim, sides, proj_drop_rate, drop_path, norm_layer, **dd)
+                )
             stages.append(Stage(blocks))
-            dim_before = dim
-        pre_logits = PreLogits(dim_before, **dd)
-        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate, pre_logits=pre_logits)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = norm_momentum
+        super().__init__(
+            stem,
+            stages,
+            embed_dims,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            pre_logits=PreLogits(embed_dims[-1], **dd),
+        )
 
     def init_module(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself has."""

@@ -14,7 +14,7 @@ facts of that code; the tests compare outputs. What differs:
 from collections.abc import Sequence
 
 import torch
-from timm.layers import LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import LayerNorm2d, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from zoo.backbone import (
     crop_tokens,
     larger,
     pad_tokens,
+    stage_rates,
 )
 from zoo.kernels import neighborhood_attention, window_attention
 from zoo.kernels.checks import sizes
@@ -262,7 +263,6 @@ class NAT(Backbone):
         device=None,
         dtype=None,
     ):
-        super().__init__(in_chans)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -285,34 +285,34 @@ class NAT(Backbone):
         dd = {"device": device, "dtype": dtype}
         stride = 16 if layout == "isotropic" else 4
         downsample_cls = {"nat": ConvDownsample, "swin": PatchMerging}.get(layout)
-        self.stem = (
+        stem = (
             ConvStem(in_chans, embed_dims[0], **dd)
             if layout == "nat"
             else PatchStem(in_chans, embed_dims[0], stride, **dd)
         )
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
             blocks = []
-            for dilation in block_dilations(dilations[i], depth):
+            for drop_path, dilation in zip(drop_path_rates[i], block_dilations(dilations[i], depth), strict=True):
                 if kernel_size is None:
                     attn = GlobalAttention(dim, heads, **dd)
                 else:
                     attn = NeighborhoodAttention(dim, heads, kernel_size, dilation, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
-                blocks.append(TransformerBlock(dim, attn, mlp, next(drop_path_rates), layer_scale, **dd))
+                blocks.append(TransformerBlock(dim, attn, mlp, drop_path, layer_scale, **dd))
             downsample = downsample_cls(embed_dims[i - 1], dim, **dd) if downsample_cls and i else None
             stages.append(Stage(blocks, downsample))
-        norm = LayerNorm2d(embed_dims[-1], eps=1e-5, **dd)
-        strides = [stride] * len(depths) if layout == "isotropic" else None
-        self.finish(
+        super().__init__(
+            stem,
             stages,
             embed_dims,
-            num_classes,
-            global_pool,
-            drop_rate,
-            strides=strides,
-            norm=norm,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            strides=[stride] * len(depths) if layout == "isotropic" else None,
+            norm=LayerNorm2d(embed_dims[-1], eps=1e-5, **dd),
             output_norm=output_norm,
         )
 

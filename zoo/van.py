@@ -17,12 +17,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, register_notrace_module, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
 from zoo import arguments, checkpoints
-from zoo.backbone import Backbone, Stage, check_images, create
+from zoo.backbone import Backbone, Stage, check_images, create, stage_rates
 from zoo.kernels import large_kernel_attention
 from zoo.layers import by_image, is_plain
 
@@ -195,7 +195,6 @@ class VAN(Backbone):
         device=None,
         dtype=None,
     ):
-        super().__init__(in_chans)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -208,17 +207,25 @@ class VAN(Backbone):
         )
         arguments.check_stages(embed_dims=embed_dims, depths=depths, mlp_ratios=mlp_ratios)
         dd = {"device": device, "dtype": dtype}
-        drop_path_rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stem = Stem(in_chans, embed_dims[0], **dd)
+        drop_path_rates = stage_rates(drop_path_rate, depths)
+        stem = Stem(in_chans, embed_dims[0], **dd)
         stages = []
-        for i, (dim, depth, mlp_ratio) in enumerate(zip(embed_dims, depths, mlp_ratios, strict=True)):
+        for i, (dim, mlp_ratio) in enumerate(zip(embed_dims, mlp_ratios, strict=True)):
             blocks = [
-                Block(dim, mlp_ratio, proj_drop_rate, next(drop_path_rates), layer_scale_init, **dd)
-                for _ in range(depth)
+                Block(dim, mlp_ratio, proj_drop_rate, drop_path, layer_scale_init, **dd)
+                for drop_path in drop_path_rates[i]
             ]
             downsample = PatchEmbed(embed_dims[i - 1], dim, kernel_size=3, stride=2, **dd) if i else None
             stages.append(Stage(blocks, downsample, LayerNorm2d(dim, eps=norm_eps, **dd), channels_last=False))
-        self.finish(stages, embed_dims, num_classes, global_pool, drop_rate)
+        super().__init__(
+            stem,
+            stages,
+            embed_dims,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+        )
 
     def init_module(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself has."""
