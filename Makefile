@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
 
-.PHONY: demo test test-all check browser bench gpu docs lint clean
+.PHONY: demo test test-all check browser bench gpu docs lint types clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -36,6 +36,12 @@ docs: $(VENV)/dev.stamp  ## the documentation as a site, to build/docs/index.htm
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp  ## mypy on zoo and zoo.kernels
+	rm -rf build/types && mkdir -p build/types/zoo
+	ln -s $(CURDIR)/zoo/* $(CURDIR)/kernels $(CURDIR)/recipes $(CURDIR)/tools build/types/zoo
+	ln -s $(CURDIR)/checkpoints build/types/zoo/manifest
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
