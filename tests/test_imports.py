@@ -46,6 +46,15 @@ def imports(path):
             yield from (f"zoo.{a.name}" for a in node.names) if node.module == "zoo" else (node.module,)
 
 
+def names(path):
+    """All names that a file imports, with the modules that they come from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
 def files(folder):
     return sorted((ROOT / folder).rglob("*.py"))
 
@@ -75,6 +84,13 @@ def test_family_imports_no_other_family():
     for family in zoo.FAMILIES:
         others = {f"zoo.{other}" for other in zoo.FAMILIES if other != family}
         assert not others & set(imports(ROOT / "zoo" / f"{family}.py"))
+
+
+def test_fast_implementations_import_nothing_of_the_reference():
+    """The reference defines what is right, so nothing that is compared with it may share its code."""
+    fast = [path for path in files("kernels") if path.name in ("torch_impl.py", "triton_impl.py")]
+    assert fast
+    assert [path for path in fast if any("reference" in name.split(".") for name in names(path))] == []
 
 
 def run(code):

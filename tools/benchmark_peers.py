@@ -20,7 +20,7 @@ from zoo import kernels
 from zoo.kernels import dispatch
 from zoo.kernels.depthwise_conv import cases as depthwise_cases
 from zoo.kernels.neighborhood_attention import cases as neighborhood_cases
-from zoo.kernels.neighborhood_attention.reference import neighbors
+from zoo.kernels.neighborhood_attention.common import neighbors
 from zoo.kernels.routed_attention import cases as routed_cases
 from zoo.kernels.window_attention import cases as window_cases
 from zoo.kernels.window_attention.reference import expand_bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.kernels import checks, dispatch
@@ -107,7 +108,7 @@ def large_kernel_attention(
     gate = depthwise_conv2d_nhwc(x, depthwise_weight, depthwise_bias)
     gate = depthwise_conv2d_nhwc(gate, dilated_weight, dilated_bias, dilation=dilation)
     with dispatch.as_given(x):
-        return _implementation().gate(x, gate, pointwise_weight, pointwise_bias)
+        return x * F.linear(gate, pointwise_weight, pointwise_bias)
 
 
 def _implementation() -> ModuleType:

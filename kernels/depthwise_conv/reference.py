@@ -13,8 +13,3 @@ def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dil
     padding = tuple(d * (k // 2) for d, k in zip(dilation, checks.sizes(weight)[2:], strict=True))
     out = F.conv2d(x.movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=checks.sizes(x)[-1])
     return out.movedim(1, -1)
-
-
-def gate(x: Tensor, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x * Linear(features), all (B, H, W, C)."""
-    return x * F.linear(features, weight, bias)

@@ -11,10 +11,6 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from zoo.kernels import checks, dispatch
-from zoo.kernels.depthwise_conv import reference
-from zoo.kernels.depthwise_conv.reference import gate
-
-__all__ = ["depthwise_conv2d_nhwc", "gate"]
 
 # oneDNN has no fast convolution whose taps reach further to the side: it becomes 10 to 50 times slower.
 FAST_REACH = 6
@@ -23,15 +19,21 @@ FAST_REACH = 6
 def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
     """See `op.depthwise_conv2d_nhwc`, which has checked everything."""
     if x.device.type != "cpu":
-        return reference.depthwise_conv2d_nhwc(x, weight, bias, dilation=dilation)
+        return _convolve(x, weight, bias, dilation=dilation)
     # Few CPUs convolve float16 themselves; without them it takes a hundred times as long as float32.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     inputs = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     # Any dilation makes the gradients slow. Phases of open sizes would tie an exported program to multiples of them.
     slow = dilation[1] * (checks.sizes(weight)[3] // 2) > FAST_REACH or dispatch.again_differentiable(x, weight, bias)
     closed = all(has_static_value(side) for side in checks.sizes(x)[1:3])
-    convolve = _by_phases if dilation != (1, 1) and slow and closed else reference.depthwise_conv2d_nhwc
+    convolve = _by_phases if dilation != (1, 1) and slow and closed else _convolve
     return convolve(*inputs, dilation=dilation).to(x.dtype)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
+    padding = tuple(d * (k // 2) for d, k in zip(dilation, checks.sizes(weight)[2:], strict=True))
+    out = F.conv2d(x.movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=checks.sizes(x)[-1])
+    return out.movedim(1, -1)
 
 
 def _by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
@@ -42,6 +44,6 @@ def _by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tupl
     x = F.pad(x, (0, 0, 0, columns * dx - width, 0, rows * dy - height))
     phases = x.reshape(batch, rows, dy, columns, dx, channels).permute(2, 4, 0, 1, 3, 5)
     phases = phases.reshape(dy * dx * batch, rows, columns, channels)
-    out = reference.depthwise_conv2d_nhwc(phases, weight, bias, dilation=(1, 1))
+    out = _convolve(phases, weight, bias, dilation=(1, 1))
     out = out.reshape(dy, dx, batch, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
     return out.reshape(batch, rows * dy, columns * dx, channels)[:, :height, :width]

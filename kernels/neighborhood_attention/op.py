@@ -100,7 +100,8 @@ def neighborhood_attention(
                 grid = layout == "grid"
                 return window_op.forward(qkv, None, bias_table, key_mask, num_heads, *kernel, grid, True, scale)[0]
             return forward(qkv, bias_table, key_mask, num_heads, kernel, dilations, strides, causal, scale)[0]
-        compute = reference if implementation == "reference" else torch_impl
+        tiled = implementation == "torch" and torch_impl.can_run(size, kernel, dilations, strides, causal)
+        compute = torch_impl if tiled else reference
         return compute.neighborhood_attention(
             qkv,
             num_heads=num_heads,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import checks
+from zoo.kernels.neighborhood_attention.common import neighbors
 
 
 def neighborhood_attention(
@@ -47,27 +48,3 @@ def neighborhood_attention(
     if key_mask is not None:
         weights = torch.where(valid.any(-1, keepdim=True).any(-2, keepdim=True), weights, 0)
     return torch.einsum("bnhwij,bhiwjnd->bhwnd", weights, value).flatten(-2).to(qkv.dtype)
-
-
-def neighbors(
-    length: int, kernel: int, dilation: int, stride: int, causal: bool, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each position's neighbours along one axis: (length, kernel) positions, their offsets in places, which count.
-
-    Positions and offsets that do not count (causal attention) are in range all the same.
-    """
-    position = torch.arange(length, device=device)
-    group, place = position % dilation, position // dilation
-    places = (length - group + dilation - 1) // dilation
-    steps = torch.arange(kernel, device=device)
-    if causal:
-        leader = torch.minimum(place // stride * stride + stride - 1, places - 1)
-        found = leader[:, None] - kernel + 1 + steps
-        valid = (found >= 0) & (found <= place[:, None])
-        found = torch.where(valid, found, place[:, None])
-    else:
-        leader = torch.minimum(place // stride * stride + stride // 2, places - 1)
-        start = torch.minimum((leader - kernel // 2).clamp(min=0), places - kernel)
-        found = start[:, None] + steps
-        valid = torch.ones_like(found, dtype=torch.bool)
-    return found * dilation + group[:, None], found - place[:, None], valid

@@ -10,6 +10,7 @@ axis, L is the length of the map.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -21,12 +22,27 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from zoo.kernels import checks, dispatch
 from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
-from zoo.kernels.neighborhood_attention import reference
 from zoo.kernels.window_attention.torch_impl import window_attention
 from zoo.kernels.windows import neighborhood_layout
 
 TILE = 4
 CHUNK = 2**21  # numbers to gather at a time where no gradient is wanted
+
+
+def can_run(
+    size: Sequence[int],
+    kernel_size: tuple[int, int],
+    dilation: tuple[int, int],
+    stride: tuple[int, int],
+    is_causal: tuple[bool, bool],
+) -> bool:
+    """Whether `neighborhood_attention` can run on a map of this size.
+
+    torch.export leaves sizes open, and the number of tiles would tie the program to the sizes that it was traced with.
+    """
+    if not torch.compiler.is_exporting() or all(has_static_value(length) for length in size):
+        return True
+    return neighborhood_layout(size, kernel_size, dilation, stride, is_causal) is not None
 
 
 def neighborhood_attention(
@@ -57,19 +73,6 @@ def neighborhood_attention(
             q=None,
         )
     closed = has_static_value(height) and has_static_value(width)
-    if not closed and torch.compiler.is_exporting():
-        # Counts of tiles would tie the program to the sizes that it was traced with.
-        return reference.neighborhood_attention(
-            qkv,
-            num_heads=num_heads,
-            kernel_size=kernel_size,
-            dilation=dilation,
-            stride=stride,
-            is_causal=is_causal,
-            bias_table=bias_table,
-            scale=scale,
-            key_mask=key_mask,
-        )
     rows, columns = (
         _axis(*options, closed=closed)
         for options in zip((height, width), kernel_size, dilation, stride, is_causal, strict=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels import checks
+from zoo.kernels.window_attention.common import entries
 from zoo.kernels.windows import partition, unpartition
 
 
@@ -52,13 +53,3 @@ def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tenso
     """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias of each query (row) and key (column)."""
     rows, columns = entries(*window_size, sign, table.device)
     return table[:, rows, columns]
-
-
-def entries(wh: int, ww: int, sign: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(T, T) rows and (T, T) columns of a table, for each query (row) and key (column)."""
-    y = torch.arange(wh, device=device).repeat_interleave(ww)
-    x = torch.arange(ww, device=device).repeat(wh)
-    down, right = (place[:, None] - place[None, :] for place in (y, x))
-    if sign == "key_minus_query":
-        down, right = -down, -right
-    return down + wh - 1, right + ww - 1

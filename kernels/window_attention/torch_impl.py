@@ -11,7 +11,7 @@ from torch import Tensor
 from zoo.kernels import checks
 from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
-from zoo.kernels.window_attention import reference
+from zoo.kernels.window_attention.common import entries
 from zoo.kernels.windows import cut, join
 
 
@@ -68,5 +68,5 @@ def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tenso
 
 def _entries(wh: int, ww: int, sign: str, device: torch.device) -> Tensor:
     """(T T) entries of a flattened table."""
-    rows, columns = reference.entries(wh, ww, sign, device)
+    rows, columns = entries(wh, ww, sign, device)
     return (rows * (2 * ww - 1) + columns).flatten()

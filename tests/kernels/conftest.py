@@ -4,6 +4,15 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
+from zoo.kernels import implementation
+
+
+@pytest.fixture(params=["reference", "torch"])
+def each_implementation(request):
+    """Runs a test once with each implementation that CPUs have."""
+    with implementation(request.param):
+        yield
+
 
 @pytest.fixture
 def unwritten_outputs_are_nan(monkeypatch):

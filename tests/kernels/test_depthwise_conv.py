@@ -1,4 +1,6 @@
-"""Depth-wise convolution and large-kernel attention against loops, by gradcheck, and their messages. Seconds."""
+"""Depth-wise convolution and large-kernel attention against loops, by gradcheck, and their messages, for each
+implementation. Seconds.
+"""
 
 import pytest
 import timm
@@ -7,6 +9,8 @@ import torch
 from zoo.kernels import depthwise_conv2d_nhwc, large_kernel_attention
 
 from . import oracle
+
+pytestmark = pytest.mark.usefixtures("each_implementation")
 
 # map, kernel, dilation
 CASES = {

@@ -1,4 +1,6 @@
-"""Neighborhood attention against loops over single tokens, by gradcheck, and its messages. Some seconds."""
+"""Neighborhood attention against loops over single tokens, by gradcheck, and its messages, for each
+implementation. Some seconds.
+"""
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch
 from zoo.kernels import implementation, neighborhood_attention, window_attention
 
 from . import oracle
+
+pytestmark = pytest.mark.usefixtures("each_implementation")
 
 # map, kernel, dilation, stride, causal
 CASES = {

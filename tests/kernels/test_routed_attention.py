@@ -1,4 +1,6 @@
-"""Routed attention against loops over single tokens, by gradcheck, and its messages. Some seconds."""
+"""Routed attention against loops over single tokens, by gradcheck, and its messages, for each
+implementation. Some seconds.
+"""
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch
 from zoo.kernels import implementation, routed_attention
 
 from . import oracle
+
+pytestmark = pytest.mark.usefixtures("each_implementation")
 
 # map of q, map of k and v, regions, topk
 CASES = {

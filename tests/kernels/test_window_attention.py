@@ -1,4 +1,6 @@
-"""Window attention against loops over single tokens, by gradcheck, and its messages. Some seconds."""
+"""Window attention against loops over single tokens, by gradcheck, and its messages, for each
+implementation. Some seconds.
+"""
 
 import pytest
 import torch
@@ -6,6 +8,8 @@ import torch
 from zoo.kernels import implementation, window_attention
 
 from . import oracle
+
+pytestmark = pytest.mark.usefixtures("each_implementation")
 
 # batch, map, heads, head dim, window: sizes of 1, odd ones, stripes, the whole map, rectangles
 CASES = {
