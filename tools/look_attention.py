@@ -68,11 +68,11 @@ KINDS: dict[type[nn.Module], Callable[..., tuple[str, ...]]] = {
     nat.NeighborhoodAttention: _neighborhood,
     nat.GlobalAttention: lambda module: ("all tokens",),
     cswin.CrossShapedAttention: lambda module: tuple(f"stripes, {module.split_size} {n}" for n in ("wide", "high")),
-    cswin.FullAttention: lambda module: ("all tokens",),
+    cswin.GlobalAttention: lambda module: ("all tokens",),
     maxvit.WindowAttention: lambda module: ("{} of {} x {}".format(module.layout, *module.window_size),),
     biformer.RoutedAttention: _routed,
     biformer.GrowingRoutedAttention: _routed,
-    biformer.FullAttention: lambda module: ("all tokens",),
+    biformer.GlobalAttention: lambda module: ("all tokens",),
     gc_vit.WindowAttention: lambda module: (
         f"window of {module.window_size} x {module.window_size}" + ", global query" * module.use_global_query,
     ),

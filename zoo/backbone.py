@@ -1,142 +1,25 @@
-"""What the families share: timm's contract around a stem, stages and a classifier, and the usual transformer block.
+"""What all families share: a pyramid of stages between a stem and a classifier, with timm's methods.
 
-Images and features are NCHW, as timm's users expect; between the blocks of a transformer tokens are NHWC, as the
-operators read them. A stage's output is a view of its tokens, so the permutation costs nothing.
+Images and features are NCHW, as timm's users expect. Between the blocks of a transformer, tokens are NHWC, as the
+operators read them. A stage returns a view of its tokens, so the permutation costs nothing.
 """
+
+from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.layers import (
-    DropPath,
-    LayerNorm2d,
-    LayerScale,
-    get_device_dtype,
-    register_notrace_function,
-    register_notrace_module,
-    trunc_normal_,
-    use_fused_attn,
-)
+from timm.layers import LayerNorm2d, get_device_dtype
 from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
-from zoo.kernels import depthwise_conv2d_nhwc
-from zoo.kernels.checks import sizes
+from zoo.layers import init_transformer
 
-__all__ = [
-    "Backbone",
-    "DepthwiseConv",
-    "PatchStem",
-    "Stage",
-    "TransformerBlock",
-    "attend",
-    "attend_to_all",
-    "check_images",
-    "create",
-    "crop_tokens",
-    "init_transformer",
-    "larger",
-    "pad_tokens",
-    "stage_rates",
-]
-
-
-@register_notrace_function
-def check_images(x: Tensor, conv: nn.Module) -> None:
-    """Raise ValueError unless `x` is (B, C, H, W) with the channels of `conv` and at least 32 pixels a side."""
-    # A traced graph shall not fix the sizes, and Dynamo cannot raise; eager code alone reaches the user's mistakes.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return
-    in_chans = getattr(conv, "in_channels", None)  # a module in its place, such as an adapter, need not know them
-    if x.ndim != 4 or in_chans not in (None, x.shape[1]):
-        raise ValueError(
-            f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans or 'channels'}, height, width)."
-        )
-    if min(x.shape[2:]) < 32:
-        raise ValueError(f"Got images of {x.shape[2]} x {x.shape[3]} pixels; enlarge or pad them to 32 x 32 at least.")
-
-
-def larger(size: int, other: int) -> int:
-    """The larger of two sizes, which torch.export may leave open. Dynamo of torch 2.11 traces no sym_max of numbers."""
-    if isinstance(size, int) and isinstance(other, int):
-        return max(size, other)
-    return torch.sym_max(size, other)
-
-
-@register_notrace_module
-class PatchStem(nn.Module):
-    """Patches of `size` x `size` pixels, LayerNorm; the image is padded with zeros at the bottom and the right."""
-
-    def __init__(self, in_chans: int, dim: int, size: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.size = size
-        self.proj = nn.Conv2d(in_chans, dim, size, size, **dd)
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, dim, ceil(H / size), ceil(W / size))."""
-        check_images(x, self.proj)
-        # In a form of which torch.export can tell the range.
-        bottom, right = ((side + self.size - 1) // self.size * self.size - side for side in sizes(x)[2:])
-        return self.norm(self.proj(F.pad(x, (0, right, 0, bottom))))
-
-
-@register_notrace_module
-class DepthwiseConv(nn.Conv2d):
-    """Depth-wise convolution of tokens (B, H, W, dim), with zeros around the map."""
-
-    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        return depthwise_conv2d_nhwc(x, self.weight, self.bias)
-
-
-class TransformerBlock(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), with drop path, and with layer scale where it is given.
-
-    Args:
-        dim: channels of the tokens (B, H, W, dim).
-        attn: a module from tokens, and what else `forward` is given, to tokens.
-        mlp: a module from tokens to tokens.
-        drop_path: probability that a branch is left out of an image in training.
-        layer_scale: initial factor of both branches; none if None.
-        norm_eps: of the LayerNorms.
-        device, dtype: of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp: nn.Module,
-        drop_path: float = 0.0,
-        layer_scale: float | None = None,
-        norm_eps: float = 1e-5,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
-        self.attn = attn
-        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd)
-        self.mlp = mlp
-        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """(B, H, W, dim), and what else the attention takes, to (B, H, W, dim)."""
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *context)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+__all__ = ["Backbone", "Stage", "create"]
 
 
 class Stage(nn.Module):
@@ -423,57 +306,3 @@ def _check_indices(indices: Any, stages: int) -> None:
             f"Got out_indices={arguments.shown(indices)}; it has to be a list of stages from 0 to {stages - 1}, or a "
             f"number of the last ones from 1 to {stages}."
         )
-
-
-def init_transformer(module: nn.Module) -> None:
-    """Linear layers: truncated normal of 0.02 and no bias; everything else as its `reset_parameters` has it."""
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
-
-
-def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """The stochastic-depth rate of each block, by stage: they grow linearly from 0 at the first block to `rate`."""
-    rates = torch.linspace(0, rate, sum(depths), device="cpu")
-    return [part.tolist() for part in rates.split(tuple(depths))]
-
-
-def pad_tokens(x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, H, W, C) with zeros at the bottom and the right, to (B, height, width, C)."""
-    _, given_height, given_width, _ = sizes(x)
-    bottom, right = height - given_height, width - given_width
-    # Sizes that are still open in torch.export are padded by what they turn out to need, be it nothing.
-    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
-        return x
-    return F.pad(x, (0, 0, 0, right, 0, bottom))
-
-
-def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
-    """The first rows and columns of tokens (B, H, W, C): (B, height, width, C)."""
-    if isinstance(height, int) and isinstance(width, int):
-        return x[:, :height, :width]
-    # A slice would have torch.export prove that it is within the map; an index need not be proved.
-    rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
-    return x.index_select(1, rows).index_select(2, columns)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
-    """Attention of all queries (B, N, T, D) to all keys and values (B, N, K, D): (B, T, N D).
-
-    `scale` of the logits is D ** -0.5 if None.
-    """
-    if use_fused_attn():
-        x = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    else:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        x = (scale * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
-    return x.transpose(1, 2).flatten(2)
-
-
-def attend_to_all(qkv: Tensor, num_heads: int) -> Tensor:
-    """Attention of all tokens of a map to all: query, key and value (B, H, W, 3, C) to (B, H, W, C)."""
-    heads = qkv.unflatten(-1, (num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
-    return attend(*heads).unflatten(1, sizes(qkv)[1:3])

@@ -22,23 +22,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
-from zoo.backbone import (
-    Backbone,
-    DepthwiseConv,
-    Stage,
-    TransformerBlock,
-    attend,
-    attend_to_all,
-    check_images,
-    create,
-    crop_tokens,
-    larger,
-    pad_tokens,
-    stage_rates,
-)
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import linear
 from zoo.kernels import routed_attention
 from zoo.kernels.checks import sizes
-from zoo.layers import Mlp, linear
+from zoo.layers import (
+    DepthwiseConv,
+    Mlp,
+    TransformerBlock,
+    check_images,
+    crop_tokens,
+    dot_product_attention,
+    global_attention,
+    pad_tokens,
+    stage_rates,
+    sym_max,
+)
 
 __all__ = ["BiFormer"]
 
@@ -74,7 +73,7 @@ VARIANTS = {
 }
 
 
-def split(number: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def divmod_open(number: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Quotient and remainder by `size`, without the operator % that ONNX lacks for sizes that are open."""
     quotient = number // size
     return quotient, number - quotient * size
@@ -130,22 +129,22 @@ class RoutedAttention(nn.Module):
         1, which torch.export takes for another case: there its tokens come twice, which changes neither mean nor sum.
         """
         side, device = self.num_regions, query.device
-        across = larger(columns, 2)
-        tokens = larger(rows, 2) * across
-        down, right = split(torch.arange(side**2, device=device)[:, None], side)
-        row, column = split(torch.arange(tokens, device=device), across)
+        across = sym_max(columns, 2)
+        tokens = sym_max(rows, 2) * across
+        down, right = divmod_open(torch.arange(side**2, device=device)[:, None], side)
+        row, column = divmod_open(torch.arange(tokens, device=device), across)
         row, column = down * rows + row.clamp(max=rows - 1), right * columns + column.clamp(max=columns - 1)
         query, key, value = (x[:, row, column] for x in (query, key, value))  # (B, regions, tokens, dim)
 
         routes = self.route(query.mean(dim=2), key.mean(dim=2))
         image = torch.arange(query.shape[0], device=device)[:, None, None]
-        choice, token = split(torch.arange(self.topk * tokens, device=device), tokens)
+        choice, token = divmod_open(torch.arange(self.topk * tokens, device=device), tokens)
         key, value = (x[image, routes[:, :, choice], token] for x in (key, value))
         heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for x in (query, key, value))
-        x = attend(*heads, self.scale).unflatten(0, (-1, side**2))  # (B, regions, tokens, dim)
+        x = dot_product_attention(*heads, self.scale).unflatten(0, (-1, side**2))  # (B, regions, tokens, dim)
 
-        down, row = split(torch.arange(side * rows, device=device)[:, None], rows)
-        right, column = split(torch.arange(side * columns, device=device), columns)
+        down, row = divmod_open(torch.arange(side * rows, device=device)[:, None], rows)
+        right, column = divmod_open(torch.arange(side * columns, device=device), columns)
         return x[:, down * side + right, row * across + column]
 
 
@@ -181,7 +180,7 @@ class GrowingRoutedAttention(RoutedAttention):
 
 
 @register_notrace_module
-class FullAttention(nn.Module):
+class GlobalAttention(nn.Module):
     """Attention of all tokens (B, H, W, dim) to all, plus LePE of the input or the values, between linear layers."""
 
     def __init__(self, dim: int, num_heads: int, lepe_of: str = "input", device=None, dtype=None):
@@ -197,7 +196,7 @@ class FullAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         qkv = linear(self.qkv, x).unflatten(-1, (3, -1))
         lepe = self.lepe(qkv[..., 2, :] if self.lepe_of == "value" else x)
-        return linear(self.proj, attend_to_all(qkv, self.num_heads) + lepe)
+        return linear(self.proj, global_attention(qkv, self.num_heads) + lepe)
 
 
 class Block(TransformerBlock):
@@ -229,7 +228,7 @@ class ConvStem(nn.Module):
         return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
 
 
-class PatchStem(nn.Module):
+class FlooringPatchStem(nn.Module):
     """Patches of 4 x 4 pixels, batch norm: (B, C, H, W) -> (B, dim, H // 4, W // 4)."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
@@ -324,7 +323,8 @@ class BiFormer(Backbone):
                 f"{FULL} for attention to the whole map."
             )
         dd = {"device": device, "dtype": dtype}
-        stem_cls, downsample = (ConvStem, conv_downsample) if layout == "biformer" else (PatchStem, patch_downsample)
+        overlapping = layout == "biformer"
+        stem_cls, downsample = (ConvStem, conv_downsample) if overlapping else (FlooringPatchStem, patch_downsample)
         routed_cls, lepe_of = (GrowingRoutedAttention, "value") if layout == "stl_nchw" else (RoutedAttention, "input")
         stem = stem_cls(in_chans, embed_dims[0], **dd)
         drop_path_rates = stage_rates(drop_path_rate, depths)
@@ -333,7 +333,7 @@ class BiFormer(Backbone):
             blocks = []
             for drop_path in drop_path_rates[i]:
                 if topk == FULL:
-                    attn = FullAttention(dim, heads, lepe_of, **dd)
+                    attn = GlobalAttention(dim, heads, lepe_of, **dd)
                 else:
                     attn = routed_cls(dim, heads, num_regions, topk, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), **dd)

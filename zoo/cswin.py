@@ -21,20 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
-from zoo.backbone import (
-    Backbone,
-    DepthwiseConv,
-    Stage,
-    TransformerBlock,
-    attend_to_all,
-    check_images,
-    create,
-    larger,
-    stage_rates,
-)
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import is_plain, linear
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
 from zoo.kernels.checks import certain, sizes
-from zoo.layers import Mlp, is_plain, linear
+from zoo.layers import DepthwiseConv, Mlp, TransformerBlock, check_images, global_attention, stage_rates, sym_max
 
 __all__ = ["CSWin"]
 
@@ -75,7 +66,7 @@ def to_stripes(x: Tensor, split_size: int) -> tuple[Tensor, int, int]:
     if not (isinstance(height, int) and isinstance(width, int)):
         # For sizes that are open, torch.export has to prove that reshapes are possible: it can where a side is a
         # maximum, not a sum that it multiplies out, and never 1. A second stripe, all zeros, is cropped again.
-        stripes, bottom = larger(stripes, 2), larger(height, 1) - height
+        stripes, bottom = sym_max(stripes, 2), sym_max(height, 1) - height
     right = stripes * split_size - width - left
     if not certain(left + right + bottom == 0):
         x = F.pad(x, (0, 0) * (x.ndim - 3) + (left, right, 0, bottom))
@@ -92,7 +83,7 @@ def from_stripes(x: Tensor, stripes: int, left: int, width: int) -> Tensor:
 
 
 @register_notrace_module
-class FullAttention(nn.Module):
+class GlobalAttention(nn.Module):
     """Attention of all tokens (B, H, W, dim) to all, plus LePE, between linear layers."""
 
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
@@ -106,7 +97,7 @@ class FullAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         qkv = linear(self.qkv, x).unflatten(-1, (3, -1))
-        return linear(self.proj, attend_to_all(qkv, self.num_heads) + self.lepe[0](qkv[..., 2, :]))
+        return linear(self.proj, global_attention(qkv, self.num_heads) + self.lepe[0](qkv[..., 2, :]))
 
 
 @register_notrace_module
@@ -140,7 +131,8 @@ class CrossShapedAttention(nn.Module):
         width = sizes(qkv)[2]
         qkv, stripes, left = to_stripes(qkv, self.split_size)
         if torch.compiler.is_exporting():
-            x = attend_to_all(qkv, self.num_heads)  # the same; the operator's reshapes cannot be proved for open sizes
+            # The same attention: torch.export can't prove the operator's reshapes if sizes are symbolic.
+            x = global_attention(qkv, self.num_heads)
         else:
             x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=sizes(qkv)[1:3])
         lepe, value = self.lepe[branch], qkv[..., 2, :]
@@ -248,7 +240,7 @@ class CSWin(Backbone):
                 if i < len(depths) - 1:
                     attn = CrossShapedAttention(dim, heads, split_sizes[i], **dd)
                 else:
-                    attn = FullAttention(dim, heads, **dd)
+                    attn = GlobalAttention(dim, heads, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
                 blocks.append(TransformerBlock(dim, attn, mlp, drop_path, **dd))
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
-from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens, stage_rates
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import linear
 from zoo.kernels import window_attention
 from zoo.kernels.checks import sizes
-from zoo.layers import Mlp, linear
+from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens, stage_rates
 
 __all__ = ["GCViT"]
 

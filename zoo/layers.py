@@ -1,60 +1,96 @@
-"""Layers as CPUs like them: linear layers by oneDNN, and wide maps an image at a time.
+"""Layers that several families share: the checked patch stem, the transformer block and its parts, attention to all.
 
-Both are only ways to compute what the modules say, and give way to whatever else calling a module would do: hooks,
-parametrizations, pruning, another module in its place.
+Images and features are NCHW. Tokens between the blocks of a transformer are NHWC, as the operators read them.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
-from timm.layers import register_notrace_module
+from timm.layers import (
+    DropPath,
+    LayerNorm2d,
+    LayerScale,
+    register_notrace_function,
+    register_notrace_module,
+    trunc_normal_,
+    use_fused_attn,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules import module as torch_module
 
-__all__ = ["Mlp", "by_image", "has_hooks", "is_plain", "linear"]
+from zoo.cpu import linear
+from zoo.kernels import depthwise_conv2d_nhwc
+from zoo.kernels.checks import sizes
 
-WIDE = 16 * 2**20  # bytes
+__all__ = [
+    "DepthwiseConv",
+    "Mlp",
+    "PatchStem",
+    "TransformerBlock",
+    "check_images",
+    "crop_tokens",
+    "dot_product_attention",
+    "global_attention",
+    "init_transformer",
+    "pad_tokens",
+    "stage_rates",
+    "sym_max",
+]
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` runs more than its `forward`, or another one than its class has."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return True
-    return "forward" in own or torch_module._has_any_global_hook()
+@register_notrace_function
+def check_images(x: Tensor, conv: nn.Module) -> None:
+    """Raise ValueError unless `x` is (B, C, H, W) with the channels of `conv` and at least 32 pixels a side."""
+    # A traced graph must not fix the sizes, and Dynamo cannot raise. Eager calls are enough to catch a user's mistake.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    in_chans = getattr(conv, "in_channels", None)  # a module that replaces it, such as an adapter, may not have any
+    if x.ndim != 4 or in_chans not in (None, x.shape[1]):
+        raise ValueError(
+            f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans or 'channels'}, height, width)."
+        )
+    if min(x.shape[2:]) < 32:
+        raise ValueError(f"Got images of {x.shape[2]} x {x.shape[3]} pixels; enlarge or pad them to at least 32 x 32.")
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `module` does what a `kind` does with its weight and bias, and nothing else."""
-    return type(module) is kind and not has_hooks(module)
+def sym_max(size: int, other: int) -> int:
+    """The larger of two sizes, which may be symbolic in torch.export."""
+    if isinstance(size, int) and isinstance(other, int):  # Dynamo of torch 2.11 can't trace torch.sym_max of ints
+        return max(size, other)
+    return torch.sym_max(size, other)
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` of a linear layer: tokens (..., in_features) to (..., out_features).
+@register_notrace_module
+class PatchStem(nn.Module):
+    """Patches of `size` x `size` pixels, LayerNorm. The image is padded with zeros at the bottom and the right."""
 
-    On CPUs, in float32 and outside of torch.compile, oneDNN computes it. There, PyTorch's own calls MKL, which takes
-    twice as long on the AMD CPU of the README's timings. A 1 x 1 convolution is the same product, and PyTorch has
-    oneDNN compute it, forward and backward.
-    """
-    # What is compiled or exported stays a linear layer, for the compiler to choose; autocast's types have oneDNN
-    # anyway; and a weight of a type of its own (quantized, sharded) need not know convolutions.
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or x.device.type != "cpu"
-        or not is_plain(layer, nn.Linear)
-        or not (x.dtype == layer.weight.dtype == torch.float32)
-        or x.numel() == 0
-        or x.shape[-1] != layer.in_features
-        or type(layer.weight) not in (Tensor, nn.Parameter)
-        or torch.is_autocast_enabled("cpu")
-        or not torch.backends.mkldnn.is_available()
-    ):
-        return layer(x)
-    pixels = x.reshape(1, 1, -1, layer.in_features).permute(0, 3, 1, 2)  # (1, in_features, 1, tokens)
-    out = F.conv2d(pixels, layer.weight[:, :, None, None], layer.bias)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], layer.out_features)
+    def __init__(self, in_chans: int, dim: int, size: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.size = size
+        self.proj = nn.Conv2d(in_chans, dim, size, size, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, dim, ceil(H / size), ceil(W / size))."""
+        check_images(x, self.proj)
+        # Written so that torch.export can infer the range.
+        bottom, right = ((side + self.size - 1) // self.size * self.size - side for side in sizes(x)[2:])
+        return self.norm(self.proj(F.pad(x, (0, right, 0, bottom))))
+
+
+@register_notrace_module
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise convolution of tokens (B, H, W, dim), with zeros around the map."""
+
+    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return depthwise_conv2d_nhwc(x, self.weight, self.bias)
 
 
 @register_notrace_module
@@ -85,19 +121,95 @@ class Mlp(nn.Module):
         return self.drop2(linear(self.fc2, self.drop1(self.act(linear(self.fc1, x)))))
 
 
-def by_image(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, widening: float) -> Tensor:
-    """`function(x)`; in inference on CPUs an image at a time, if that needs maps of more than 16 MiB otherwise.
-
-    So much fits no cache, and the C library asks the system for new pages each time.
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), with drop path, and with layer scale if it is given.
 
     Args:
-        module: whose function it is; if it or a part of it has hooks, they see all images at once.
-        function: from maps to maps, each image by itself.
-        x: maps of images, (B, ...).
-        widening: how many times larger than `x` the largest map in between is.
+        dim: channels of the tokens (B, H, W, dim).
+        attn: a module from tokens, and any further arguments of `forward`, to tokens.
+        mlp: a module from tokens to tokens.
+        drop_path: probability that a branch is left out for an image in training.
+        layer_scale: initial factor of both branches; none if None.
+        norm_eps: epsilon of the LayerNorms.
+        device, dtype: of the parameters.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu":
-        return function(x)
-    if len(x) == 1 or widening * x.numel() * x.element_size() <= WIDE or any(map(has_hooks, module.modules())):
-        return function(x)
-    return torch.cat([function(image) for image in x.split(1)])
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-5,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.attn = attn
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.mlp = mlp
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """(B, H, W, dim), and any further arguments of the attention, to (B, H, W, dim)."""
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *context)))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Linear layers get a truncated normal of 0.02 and no bias; all others what their `reset_parameters` gives them."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """The stochastic-depth rate of each block, by stage. Rates grow linearly from 0 at the first block to `rate`."""
+    rates = torch.linspace(0, rate, sum(depths), device="cpu")
+    return [part.tolist() for part in rates.split(tuple(depths))]
+
+
+def pad_tokens(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, H, W, C) padded with zeros at the bottom and the right, to (B, height, width, C)."""
+    _, given_height, given_width, _ = sizes(x)
+    bottom, right = height - given_height, width - given_width
+    # If sizes are symbolic in torch.export, the program always pads, possibly by nothing.
+    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
+        return x
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+
+def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
+    """The first rows and columns of tokens (B, H, W, C): (B, height, width, C)."""
+    if isinstance(height, int) and isinstance(width, int):
+        return x[:, :height, :width]
+    # torch.export has to prove that a slice is within the map; for an index it does not.
+    rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+    return x.index_select(1, rows).index_select(2, columns)
+
+
+def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    """Attention of all queries (B, N, T, D) to all keys and values (B, N, K, D): (B, T, N D).
+
+    `scale` of the logits is D ** -0.5 if None.
+    """
+    if use_fused_attn():
+        x = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    else:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        x = (scale * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+    return x.transpose(1, 2).flatten(2)
+
+
+def global_attention(qkv: Tensor, num_heads: int) -> Tensor:
+    """Attention of all tokens of a map to all: query, key and value (B, H, W, 3, C) to (B, H, W, C)."""
+    heads = qkv.unflatten(-1, (num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
+    return dot_product_attention(*heads).unflatten(1, sizes(qkv)[1:3])

@@ -23,22 +23,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
-from zoo.backbone import (
-    Backbone,
-    DepthwiseConv,
-    PatchStem,
-    Stage,
-    TransformerBlock,
-    attend,
-    create,
-    crop_tokens,
-    pad_tokens,
-    stage_rates,
-)
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import by_image, linear
 from zoo.kernels import window_attention
 from zoo.kernels.checks import sizes
 from zoo.kernels.dispatch import as_given
-from zoo.layers import by_image, linear
+from zoo.layers import (
+    DepthwiseConv,
+    PatchStem,
+    TransformerBlock,
+    crop_tokens,
+    dot_product_attention,
+    pad_tokens,
+    stage_rates,
+)
 
 __all__ = ["LITv2"]
 
@@ -108,7 +106,7 @@ class LoFiAttention(nn.Module):
         key, value = (
             linear(self.kv, windows).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         )
-        out = attend(query, key, value)  # (B, T, N D)
+        out = dot_product_attention(query, key, value)  # (B, T, N D)
         return linear(self.proj, out.unflatten(1, sizes(x)[1:3]))
 
 

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
-from zoo.backbone import Backbone, Stage, TransformerBlock, check_images, create, crop_tokens, pad_tokens
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import by_image, linear
 from zoo.kernels import window_attention
 from zoo.kernels.checks import certain, sizes
-from zoo.layers import Mlp, by_image, linear
+from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens
 
 __all__ = ["MaxViT"]
 

@@ -19,21 +19,11 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zoo import arguments, checkpoints
-from zoo.backbone import (
-    Backbone,
-    PatchStem,
-    Stage,
-    TransformerBlock,
-    check_images,
-    create,
-    crop_tokens,
-    larger,
-    pad_tokens,
-    stage_rates,
-)
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import linear
 from zoo.kernels import neighborhood_attention, window_attention
 from zoo.kernels.checks import sizes
-from zoo.layers import Mlp, linear
+from zoo.layers import Mlp, PatchStem, TransformerBlock, check_images, crop_tokens, pad_tokens, stage_rates, sym_max
 
 __all__ = ["NAT"]
 
@@ -118,7 +108,7 @@ class NeighborhoodAttention(nn.Module):
         """(B, H, W, dim) -> (B, H, W, dim)."""
         _, height, width, _ = sizes(x)
         span = self.kernel_size * self.dilation
-        x = pad_tokens(x, larger(height, span), larger(width, span))
+        x = pad_tokens(x, sym_max(height, span), sym_max(width, span))
         x = neighborhood_attention(
             linear(self.qkv, x),
             num_heads=self.num_heads,

@@ -22,9 +22,10 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zoo import arguments, checkpoints
-from zoo.backbone import Backbone, Stage, check_images, create, stage_rates
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import by_image, is_plain
 from zoo.kernels import large_kernel_attention
-from zoo.layers import by_image, is_plain
+from zoo.layers import check_images, stage_rates
 
 __all__ = ["VAN"]
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo
-from zoo.biformer import FULL, VARIANTS, BiFormer, FullAttention, GrowingRoutedAttention, RoutedAttention
+from zoo.biformer import FULL, VARIANTS, BiFormer, GlobalAttention, GrowingRoutedAttention, RoutedAttention
 
 LAYOUTS = ("biformer", "stl", "stl_nchw")
 SIZES = [(8, 8), (5, 9), (13, 7), (3, 1)]  # of maps for 4 x 4 regions
@@ -139,7 +139,7 @@ def test_images_are_routed_each_by_itself(cls):
 
 def test_routing_to_all_regions_is_full_attention():
     routed, x = attention(RoutedAttention, 16, 2, 4, 16), tokens(2, 8, 12)
-    full = attention(FullAttention, 16, 2, "value")
+    full = attention(GlobalAttention, 16, 2, "value")
     full.load_state_dict(routed.state_dict(), strict=False)
     full.qkv = deepcopy(routed.qkv)
     with torch.no_grad():  # full attention scales by a head's channels
@@ -151,7 +151,7 @@ def test_routing_to_all_regions_is_full_attention():
 @torch.no_grad()
 @pytest.mark.parametrize("lepe_of", ["input", "value"])
 def test_full_attention_is_that_of_the_formula(lepe_of):
-    attn, x = attention(FullAttention, 16, 2, lepe_of), tokens(2, 3, 5)
+    attn, x = attention(GlobalAttention, 16, 2, lepe_of), tokens(2, 3, 5)
     query, key, value = attn.qkv(x).flatten(1, 2).chunk(3, dim=-1)
     heads = []
     for q, k, v in zip(*(part.chunk(2, dim=-1) for part in (query, key, value)), strict=True):

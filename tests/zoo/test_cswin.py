@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from zoo.checkpoints import convert
-from zoo.cswin import KEY_MAP, VARIANTS, CrossShapedAttention, FullAttention
+from zoo.cswin import KEY_MAP, VARIANTS, CrossShapedAttention, GlobalAttention
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_nothing_leaks_into_the_next_stripe():
 @torch.no_grad()
 def test_full_attention_matches_a_plain_formulation(fused_attn):
     torch.manual_seed(0)
-    attn, x = FullAttention(16, 4).double(), tokens(2, 3, 5)
+    attn, x = GlobalAttention(16, 4).double(), tokens(2, 3, 5)
     want = torch.stack([attn.proj(plain_map(*attn.qkv(image).chunk(3, -1), 4, attn.lepe[0])) for image in x])
     for enable in (False, True):
         fused_attn(enable)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from zoo import layers
+from zoo import cpu
 
 MODELS = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
 
@@ -68,7 +68,7 @@ def test_forward_hooks_take_effect(name):
 @every_model
 @torch.no_grad()
 def test_hooks_see_all_images(name, monkeypatch):
-    monkeypatch.setattr(layers, "WIDE", 0)
+    monkeypatch.setattr(cpu, "WIDE", 0)
     model, seen = build(name), set()
     for module in weighted(model).values():
         module.register_forward_hook(lambda module, inputs, output: seen.add(len(output)))
