@@ -28,6 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.messages import UserError
 from zoo.recipes import config, sweep
 from zoo.recipes.errors import RunError, Stopped, of_the_system
 from zoo.versions import versions
@@ -169,7 +170,7 @@ def run(command: str, config_name: str, schema: type, job: Callable[[DictConfig]
             except Stopped:
                 raise
             except Exception as error:
-                explained = error if isinstance(error, RunError) else of_the_system(error)
+                explained = error if isinstance(error, UserError) else of_the_system(error)
                 if explained is None:
                     traceback.print_exc()
                 else:
@@ -390,7 +391,7 @@ def friendly_errors(command: str) -> Iterator[None]:
     """Print what the user can mend in one line, without a traceback, and end the process."""
     try:
         yield
-    except RunError as error:
+    except UserError as error:
         say(f"{command}: error: {error}")
         sys.exit(1)
     except Stopped as error:

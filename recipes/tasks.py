@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import io
 import warnings
 from types import ModuleType
 
+from zoo.extras import require
 from zoo.recipes.errors import RunError
 
 TASKS = {"classify": "classify", "detect": "dense", "segment": "dense"}
-_PACKAGES = ("mmengine", "mmcv", "mmdet", "mmseg")
 
 
 def task(name: str, part: str) -> ModuleType:
     """The module `part` of the task `name`.
 
     Raises:
-        RunError: there is no such task, or its packages are not installed.
+        UserError: there is no such task, or its packages are not installed.
     """
     if name not in TASKS:
         raise RunError(f"task={name} is not allowed: it has to be {', '.join(TASKS)}.")
     if TASKS[name] == "dense":
-        missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
-        if missing:
-            raise RunError(f"task={name} needs {', '.join(missing)}: run pip install 'zoo[dense]'.")
+        require(f"task={name}", "dense")
         from zoo.recipes.dense import mmcv_ops
 
         mmcv_ops.install()  # before anything imports mmcv.ops

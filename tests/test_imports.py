@@ -28,7 +28,7 @@ ALLOWED = {
     "zoo": {
         *("torch", "timm", "huggingface_hub", "safetensors", "wrapt"),
         *("zoo", "zoo.kernels", "zoo.arguments", "zoo.backbone", "zoo.checkpoints", "zoo.downloads"),
-        *("zoo.cpu", "zoo.layers", "zoo.manifest", "zoo.messages"),
+        *("zoo.cpu", "zoo.extras", "zoo.layers", "zoo.manifest", "zoo.messages"),
     },
     "recipes": None,
     "tools": None,

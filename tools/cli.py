@@ -69,7 +69,7 @@ def friendly_errors(command: str) -> Iterator[None]:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except ToolError as error:
+    except UserError as error:
         fail(command, str(error))
     except OSError as error:
         fail(command, f"{error.filename}: {error.strerror}." if error.filename else str(error))

@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import zoo
+from zoo import extras
 from zoo.tools import cli
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ examples:
 
 LIMIT = 1e-4
 AXES = {0: "batch", 2: "height", 3: "width"}
-NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 @dataclass
@@ -218,9 +217,8 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
     if ending and ending != f".{form}":
         wanted = f"--format {form} writes .{form} files" if options.format else "its name has to end in .pt2 or .onnx"
         _fail(f"Got -o {options.out}; {wanted}.", 2)
-    missing = [name for name in NEEDED if find_spec(name) is None] if form == "onnx" else []
-    if missing:
-        _fail(f"--format onnx needs {', '.join(missing)}: run pip install 'zoo[onnx]', or use --format pt2.")
+    if form == "onnx":
+        extras.require("--format onnx", "onnx")
     stem = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
     name = f"{stem}{'_features' if options.features else ''}.{form}"
     if options.out is None:

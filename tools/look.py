@@ -6,11 +6,10 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import FAMILIES
+from zoo import FAMILIES, extras
 from zoo.tools import cli
 from zoo.tools.cli import ToolError
 
@@ -262,8 +261,7 @@ def _rollout(options: argparse.Namespace, out: Path, say: Callable[[str], None])
 
 
 def _cam(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    if find_spec("pytorch_grad_cam") is None:
-        raise ToolError("zoo-look cam needs the package grad-cam: run pip install 'zoo[examples]'.")
+    extras.require("zoo-look cam", "examples", ["pytorch_grad_cam"])
     import torch
 
     from zoo.tools import look_cam, look_draw

@@ -326,9 +326,9 @@ def test_disk_full(capsys, tmp_path, monkeypatch):
 
 
 def test_missing_packages(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert run("test_van", "-o", tmp_path / "model.onnx") == 1
-    assert "--format onnx needs onnxscript: run pip install 'zoo[onnx]'" in capsys.readouterr().err
+    assert "--format onnx needs onnxscript: run pip install 'backbone-zoo[onnx]'." in capsys.readouterr().err
 
 
 def test_interrupt(capsys, tmp_path, monkeypatch):

@@ -566,10 +566,10 @@ def test_bad_options(arguments, message, capsys):
 
 
 def test_cam_needs_a_package(capsys, tmp_path, photo, monkeypatch):
-    monkeypatch.setattr(look, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     code, _, errors = run(capsys, "cam", "test_van", photo, "-o", tmp_path)
     assert code == 1
-    assert "zoo-look cam needs the package grad-cam: run pip install 'zoo[examples]'." in errors
+    assert "zoo-look cam needs pytorch_grad_cam: run pip install 'backbone-zoo[examples]'." in errors
 
 
 def test_other_refusals(photo):
