@@ -5,13 +5,27 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["counts", "manifest"]
+__all__ = ["counts", "examples", "families", "manifest"]
+
+# Fields of a family that say nothing about a checkpoint.
+_OF_THE_FAMILY = ("examples",)
+
+
+@cache
+def families() -> tuple[str, ...]:
+    """The names of the families, sorted; each is that of a module of `zoo`."""
+    return tuple(sorted(_content("manifest.json")))
+
+
+def examples(family: str) -> tuple[str, ...]:
+    """The models that stand for `family` in benchmarks and documents, the usual one first."""
+    return tuple(_content("manifest.json")[family]["examples"])
 
 
 @cache
 def manifest(family: str) -> tuple[dict[str, Any], ...]:
-    """The known checkpoints of `family`, as the manifest has them, each with the facts its family shares."""
-    shared = dict(_content("manifest.json")[family])
+    """The known checkpoints of `family`, as the manifest has them, each with the facts that its family shares."""
+    shared = {key: value for key, value in _content("manifest.json")[family].items() if key not in _OF_THE_FAMILY}
     return tuple({**shared, **entry} for entry in shared.pop("checkpoints"))
 
 
@@ -24,5 +38,6 @@ def counts() -> dict[str, dict[str, Any]]:
     return _content("counts.json")
 
 
+@cache
 def _content(name: str) -> dict[str, Any]:
     return json.loads(resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ ALLOWED = {
     "zoo": {
         *("torch", "timm", "huggingface_hub", "safetensors", "wrapt"),
         *("zoo", "zoo.kernels", "zoo.arguments", "zoo.backbone", "zoo.checkpoints", "zoo.downloads"),
-        *("zoo.cpu", "zoo.extras", "zoo.layers", "zoo.manifest", "zoo.messages"),
+        *("zoo.cpu", "zoo.extras", "zoo.families", "zoo.layers", "zoo.manifest", "zoo.messages"),
     },
     "recipes": None,
     "tools": None,
@@ -108,6 +108,7 @@ ORDERS = {
     "family-first": "import zoo; zoo.van; import timm; print(timm.is_model('van_b0'))",
     "backbone-first": "import zoo.backbone, timm; print(timm.is_model('van_b0'))",
     "checkpoints-first": "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
+    "families-first": "import zoo.families, timm; print(timm.is_model('van_b0'))",
     "layers-first": "import zoo.layers, timm; print(timm.is_model('van_b0'))",
 }
 

@@ -15,6 +15,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from zoo import FAMILIES, manifest
 from zoo.tools import cli
 
 if TYPE_CHECKING:
@@ -26,17 +27,7 @@ if TYPE_CHECKING:
 OPERATORS = ("window", "neighborhood", "routed", "depthwise")
 DTYPES = ("fp32", "bf16", "fp16")
 AUTOCAST = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-# One of each family, GC ViT twice: that of the yardstick's size, and the smallest.
-MODELS = (
-    "maxvit_tiny",
-    "gc_vit_xxtiny",
-    "gc_vit_tiny",
-    "dinat_mini",
-    "cswin_tiny",
-    "biformer_tiny",
-    "litv2_small",
-    "van_b1",
-)
+MODELS = tuple(name for family in FAMILIES for name in manifest.examples(family))
 PATHS = ("reference", "torch", "triton")
 AGAINST = "swin_tiny_patch4_window7_224"
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import zoo
 from zoo import kernels
 from zoo.checkpoints import manifest
+from zoo.families import timm_name
 from zoo.tools import benchmark_timing as timing
 from zoo.tools.benchmark_timing import digits, spread
 
@@ -28,13 +29,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The same architectures in timm. Those of the other families it does not have.
-_MAXVITS = ("tiny", "small", "base", "large", "xlarge")
-IN_TIMM = {
-    **{f"maxvit_{size}": f"maxvit_{size}_tf_224" for size in _MAXVITS},
-    **{f"maxvit_{size}_{side}": f"maxvit_{size}_tf_{side}" for size in _MAXVITS for side in (384, 512)},
-    **{f"gc_vit_{size}": f"gcvit_{size}" for size in ("xxtiny", "xtiny", "tiny", "small", "base")},
-}
 _TOP1 = {"swin_tiny_patch4_window7_224": 81.3}  # arXiv 2103.14030, table 1
 # Where a label can stand: how many points from its place, and which of its sides is there.
 _BESIDE = [
@@ -120,7 +114,7 @@ def contenders(
         choices: paths of our operators, each of them for each of our models; () for what zoo.kernels chooses.
     """
     asked = list(dict.fromkeys([against, *names]))
-    peers = {name: IN_TIMM[name] for name in asked if name in IN_TIMM}
+    peers = {name: other for name in asked if (other := timm_name(name))}
     made = []
     for name in dict.fromkeys(n for asked_name in asked for n in (asked_name, peers.get(asked_name)) if n):
         model = _create(name, size).to(device)
@@ -273,7 +267,7 @@ def as_json(contenders: list[Contender], results: Results, batch: int) -> list[d
             "compiled": contender.compiled,
             "kernels": contender.choice,
             "ours": contender.ours,
-            "timm": IN_TIMM.get(contender.name),
+            "timm": timm_name(contender.name),
             "parameters": contender.parameters,
             "top1": top1(contender.name),
         }

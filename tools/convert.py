@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -227,18 +226,17 @@ def _fit(
     """
     import timm
 
-    from zoo import checkpoints
+    from zoo import checkpoints, families
 
-    family = sys.modules[timm.model_entrypoint(name.partition(".")[0]).__module__]
+    family = families.family_of(name)
     cfg = timm.get_pretrained_cfg(name)
     mapped = checkpoints.remap(checkpoints.unwrap(checkpoint), family.KEY_MAP)
     classifier = mapped.get(f"{cfg.classifier}.weight")
     args: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
     norms = sorted({int(i) for key in mapped for i in re.findall(r"^output_norms\.(\d)\.", key)})
-    if norms:  # a backbone for dense prediction; LITv2's has them on some of the outputs
+    if norms:  # a backbone for dense prediction, some of which have them on a part of the outputs
         args = {"num_classes": 0, "output_norm": True if len(norms) == 4 else norms}
-    if (alpha := getattr(family, "TAG_ALPHAS", {}).get(name.partition(".")[2])) is not None:
-        args["alpha"] = alpha  # LITv2's, which a call with the tag finds by itself, and config.json has to say
+    args |= families.tag_kwargs(name)  # a call with the tag finds them by itself, and config.json has to say them
     first = mapped.get(f"{cfg.first_conv}.weight")
     if first is not None and first.ndim == 4 and first.shape[1] != 3:
         args["in_chans"] = first.shape[1]

@@ -10,9 +10,12 @@ from types import ModuleType
 
 from wrapt import register_post_import_hook
 
+from zoo.manifest import families as _families
+
 __version__ = "0.1.0"
 
-FAMILIES = ("biformer", "cswin", "gc_vit", "litv2", "maxvit", "nat", "van")
+# The modules of models, found by the names in the manifest.
+FAMILIES = _families()
 
 # What the families are made of.
 _SHARED = ("zoo.backbone", "zoo.checkpoints", "zoo.layers")

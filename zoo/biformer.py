@@ -14,6 +14,7 @@ compare outputs of biformer_tiny. What differs:
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_module
@@ -431,3 +432,10 @@ def biformer_stl_nchw(pretrained: bool = False, **kwargs) -> BiFormer:
 def test_biformer(pretrained: bool = False, **kwargs) -> BiFormer:
     """A BiFormer of 0.7 M parameters, for tests and small images."""
     return _create_biformer("test_biformer", pretrained, **kwargs)
+
+
+def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
+    """The regions with which the official code detects or segments; see `zoo.families`."""
+    if VARIANTS[variant].get("layout", "biformer") != "biformer" or variant == "test_biformer":
+        return {}
+    return {"num_regions": 16 if task == "detect" else 8}

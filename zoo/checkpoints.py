@@ -540,7 +540,7 @@ def closest(state_dict: Mapping[str, Tensor]) -> tuple[list[str], float]:
     """The models that share most tensors (name and shape) with an unwrapped state dict, and the share.
 
     The share is that of the larger of the two, classifiers left out. Several models have it where the shapes cannot
-    tell them apart (a NAT and its DiNAT). A model whose tag changes its shapes (LITv2's alpha) is named with the tag.
+    tell them apart (a NAT and its DiNAT). A model whose tag changes its shapes is named with the tag.
     It builds every model, without memory but not without time: for error messages and conversions.
     """
     shares: dict[str, float] = {}

@@ -329,3 +329,8 @@ def cswin_large_384(pretrained: bool = False, **kwargs) -> CSWin:
 def test_cswin(pretrained: bool = False, **kwargs) -> CSWin:
     """A CSWin of 0.8 M parameters, for tests and small images."""
     return _create_cswin("test_cswin", pretrained, **kwargs)
+
+
+def feature_side(side: int, reduction: int) -> int:
+    """The side of a feature map; see `zoo.families`. The stem is a 7 x 7 convolution, stride 4, padded by 2."""
+    return -(-((side + 1) // 4 * 4) // reduction)

@@ -16,6 +16,7 @@ commercial use. What differs:
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, register_notrace_module, trunc_normal_
@@ -407,3 +408,14 @@ def gc_vit_large_512(pretrained: bool = False, **kwargs) -> GCViT:
 def test_gc_vit(pretrained: bool = False, **kwargs) -> GCViT:
     """A GC ViT of 0.4 M parameters, for tests and small images."""
     return _create_gc_vit("test_gc_vit", pretrained, **kwargs)
+
+
+def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
+    """The windows with which the official code detects; see `zoo.families`."""
+    return {"window_size": 24} if task == "detect" and variant != "test_gc_vit" else {}
+
+
+def timm_name(variant: str) -> str | None:
+    """The same architecture in timm; see `zoo.families`."""
+    size = variant.removeprefix("gc_vit_")
+    return f"gcvit_{size}" if size in ("xxtiny", "xtiny", "tiny", "small", "base") else None

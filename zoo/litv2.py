@@ -15,6 +15,7 @@ compare outputs of litv2_small. What differs:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, register_notrace_module
@@ -378,9 +379,7 @@ default_cfgs = checkpoints.default_cfgs("litv2", first_conv="stem.proj")
 
 
 def _create_litv2(variant: str, pretrained: bool, **kwargs) -> LITv2:
-    tag = kwargs.get("pretrained_cfg")
-    if isinstance(tag, str) and tag in TAG_ALPHAS:
-        kwargs = {"alpha": TAG_ALPHAS[tag]} | kwargs
+    kwargs = tag_kwargs(kwargs.get("pretrained_cfg")) | kwargs
     return create(LITv2, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
 
 
@@ -406,3 +405,18 @@ def litv2_base(pretrained: bool = False, **kwargs) -> LITv2:
 def test_litv2(pretrained: bool = False, **kwargs) -> LITv2:
     """A LITv2 of 0.4 M parameters, for tests and small images."""
     return _create_litv2("test_litv2", pretrained, **kwargs)
+
+
+def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
+    """The norms with which the official code detects; see `zoo.families`. Segmentation has one on every output."""
+    return {"output_norm": (1, 2, 3)} if task == "detect" else {}
+
+
+def tag_kwargs(tag: Any) -> dict[str, Any]:
+    """The `alpha` of published weights that have another than the model's; see `zoo.families`."""
+    return {"alpha": TAG_ALPHAS[tag]} if isinstance(tag, str) and tag in TAG_ALPHAS else {}
+
+
+def feature_side(side: int, reduction: int) -> int:
+    """The side of a feature map; see `zoo.families`. The stem pads to whole patches, merging drops an odd row."""
+    return -(-side // 4) * 4 // reduction

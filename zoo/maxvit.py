@@ -516,3 +516,11 @@ def test_maxvit(pretrained: bool = False, **kwargs) -> MaxViT:
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Overwriting test_maxvit in registry")
     register_model(test_maxvit)
+
+
+def timm_name(variant: str) -> str | None:
+    """The same architecture in timm, where it is made for 224 pixels; see `zoo.families`."""
+    if variant == "test_maxvit":
+        return None
+    size, _, side = variant.removeprefix("maxvit_").partition("_")
+    return f"maxvit_{size}_tf_{side or 224}"

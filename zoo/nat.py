@@ -12,6 +12,7 @@ facts of that code; the tests compare outputs. What differs:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, register_notrace_module, trunc_normal_
@@ -486,3 +487,40 @@ def test_nat(pretrained: bool = False, **kwargs) -> NAT:
 def test_dinat(pretrained: bool = False, **kwargs) -> NAT:
     """A DiNAT of 0.3 M parameters, for tests and small images."""
     return _create_nat("test_dinat", pretrained, **kwargs)
+
+
+# Dilations for dense prediction, by layout and task; the weights do not depend on them. A list is that of a stage.
+DENSE_DILATIONS = {
+    ("nat", "detect"): ([1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]),
+    ("nat", "segment"): ([1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]),
+    ("swin", "detect"): ([1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]),
+    ("swin", "segment"): ([1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2]),
+}
+# Those of the large models, which are trained on crops of 640 pixels, for segmentation.
+_STAGE_3_OF_LARGE = [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5]
+DENSE_DILATIONS_OF_LARGE = {
+    "nat": ([1, 20, 1], [1, 5, 1, 10], _STAGE_3_OF_LARGE, [1, 2, 1, 2, 1]),
+    "swin": ([1, 20], [1, 10], _STAGE_3_OF_LARGE, [1, 2]),
+}
+# Those of the model for Mask2Former, whose kernels of 11 x 11 reach as far with less dilation, for both tasks.
+DENSE_DILATIONS_11X11 = (
+    [1, 14, 1],
+    [1, 4, 1, 7],
+    [1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3],
+    [1, 1, 1, 1, 1],
+)
+
+
+def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
+    """The dilations with which the official code detects or segments; see `zoo.families`."""
+    settings = VARIANTS[variant]
+    layout = settings.get("layout", "nat")
+    if variant == "test_dinat" or layout == "isotropic" or "dilations" not in settings:
+        return {}
+    if settings.get("kernel_size") == 11:
+        dilations = DENSE_DILATIONS_11X11
+    elif task == "segment" and "_large" in variant:
+        dilations = DENSE_DILATIONS_OF_LARGE[layout]
+    else:
+        dilations = DENSE_DILATIONS[layout, task]
+    return {"dilations": [list(stage) for stage in dilations]}

@@ -15,6 +15,7 @@ from the paper and the facts of that code; the tests compare outputs of van_b0. 
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, register_notrace_module, trunc_normal_
@@ -330,3 +331,8 @@ def van_b6(pretrained: bool = False, **kwargs) -> VAN:
 def test_van(pretrained: bool = False, **kwargs) -> VAN:
     """A VAN of 0.5 M parameters, for tests and small images."""
     return _create_van("test_van", pretrained, **kwargs)
+
+
+def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
+    """The epsilon of the norms with which the official code segments; see `zoo.families`."""
+    return {"norm_eps": 1e-5} if task == "segment" and variant != "test_van" else {}

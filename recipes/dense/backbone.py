@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from timm.layers import LayerNorm2d
-from timm.models import group_parameters, split_model_name_tag
+from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -23,56 +22,6 @@ from zoo.recipes.errors import RunError
 from zoo.recipes.runs import log
 
 T = TypeVar("T")
-
-# Dilations of DiNAT's blocks for dense prediction; the weights do not depend on them. A list is a stage's, and repeats.
-_DILATIONS = {
-    "dinat detect": ([1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]),
-    "dinat segment": ([1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]),
-    "dinat_s detect": ([1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]),
-    "dinat_s segment": ([1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2]),
-    # trained on crops of 640 pixels
-    "dinat_large segment": (
-        [1, 20, 1],
-        [1, 5, 1, 10],
-        [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5],
-        [1, 2, 1, 2, 1],
-    ),
-    "dinat_s_large segment": (
-        [1, 20],
-        [1, 10],
-        [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5],
-        [1, 2],
-    ),
-    # of Mask2Former, whose kernels of 11 x 11 reach as far with less
-    "dinat_11x11": (
-        [1, 14, 1],
-        [1, 4, 1, 7],
-        [1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3],
-        [1, 1, 1, 1, 1],
-    ),
-}
-
-
-def dense_settings(model: str, task: str) -> dict[str, Any]:
-    """Model keywords with which a family's official code detects ("detect") or segments ("segment").
-
-    Empty where it has none, for other models and for the small test models.
-    """
-    name = "" if ":" in model else split_model_name_tag(model)[0]
-    dinat = re.fullmatch(r"(dinat(?:_s)?)_(mini|tiny|small|base|large)(?:_384)?(_11x11)?", name)
-    if dinat:
-        family, size, large_kernel = dinat.groups()
-        keys = (f"dinat{large_kernel}", f"{family}_{size} {task}", f"{family} {task}")
-        return {"dilations": [list(stage) for stage in next(_DILATIONS[key] for key in keys if key in _DILATIONS)]}
-    if re.fullmatch(r"biformer_(tiny|small|base)", name):
-        return {"num_regions": 16 if task == "detect" else 8}
-    if re.fullmatch(r"(test_)?litv2.*", name) and task == "detect":
-        return {"output_norm": (1, 2, 3)}
-    if name.startswith("gc_vit_") and task == "detect":
-        return {"window_size": 24}
-    if name.startswith("van_") and task == "segment":
-        return {"norm_eps": 1e-5}
-    return {}
 
 
 @MODELS.register_module()

@@ -20,11 +20,12 @@ from mmengine.config import Config as MMConfig
 from mmengine.registry import MODELS, init_default_scope
 from omegaconf import DictConfig, OmegaConf
 
+from zoo import families
 from zoo.recipes import batchnorm, config, distributed
 from zoo.recipes.dense import confusion as _confusion  # noqa: F401  registers the metric
 from zoo.recipes.dense import optim as _optim  # noqa: F401  registers the optimizer wrappers
 from zoo.recipes.dense import transforms as _transforms  # noqa: F401  registers the readers
-from zoo.recipes.dense.backbone import TimmBackbone, dense_settings
+from zoo.recipes.dense.backbone import TimmBackbone
 from zoo.recipes.dense.data import DetectionData, SegmentationData
 from zoo.recipes.errors import RunError
 
@@ -217,7 +218,8 @@ def backbone_arguments(cfg: DictConfig) -> dict[str, Any]:
     dense = cfg.dense
     return dict(
         model=cfg.model,
-        model_kwargs=dense_settings(cfg.model, cfg.task) | OmegaConf.to_container(cfg.model_kwargs, resolve=True),
+        model_kwargs=families.dense_kwargs(cfg.model, cfg.task)
+        | OmegaConf.to_container(cfg.model_kwargs, resolve=True),
         out_indices=_out_indices(cfg),
         output_norm=dense.output_norm,
         frozen_stages=dense.frozen_stages,

@@ -1,5 +1,6 @@
 """Any timm model under MMDetection and MMSegmentation: features, norms, freezing, parameter groups. Two minutes."""
 
+import inspect
 import json
 import lzma
 import sys
@@ -14,9 +15,11 @@ from timm.models import build_model_with_cfg, register_model
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+import zoo
+from zoo import families
 from zoo.recipes.dense import backbone as module
 from zoo.recipes.dense import mmcv_ops
-from zoo.recipes.dense.backbone import TimmBackbone, dense_settings, param_groups
+from zoo.recipes.dense.backbone import TimmBackbone, param_groups
 from zoo.recipes.errors import RunError
 
 sys.path.append(str(Path(__file__).parents[1] / "zoo"))
@@ -24,8 +27,13 @@ import golden
 
 sys.path.pop()
 
-FAMILIES = ("nat", "dinat", "cswin", "maxvit", "biformer", "gc_vit", "litv2", "van")
-STAGES = {f"test_{name}": (4, 8, 16, 32) for name in FAMILIES} | {
+
+def _class(name):
+    return type(timm.create_model(name, device="meta"))
+
+
+OURS = [name for family in zoo.FAMILIES for name in timm.list_models("test_*", module=family)]
+STAGES = dict.fromkeys(OURS, (4, 8, 16, 32)) | {
     "convnext_atto": (4, 8, 16, 32),
     "davit_tiny": (4, 8, 16, 32),
     "resnet10t": (4, 8, 16, 32),
@@ -35,7 +43,7 @@ STAGES = {f"test_{name}": (4, 8, 16, 32) for name in FAMILIES} | {
     "test_vit": (16, 16, 16, 16),
     "pit_ti_224": (8, 16, 32),  # three stages, hooks
 }
-NORMS_IN_MODEL = {"test_nat", "test_dinat", "test_cswin", "test_biformer", "test_gc_vit", "test_litv2"}
+NORMS_IN_MODEL = {name for name in OURS if "output_norm" in inspect.signature(_class(name)).parameters}
 NORMS_OF_ADAPTER = {"convnext_atto", "davit_tiny", "swin_tiny_patch4_window7_224", "test_mambaout", "test_vit"}
 NORMS_OF_ADAPTER |= {"pit_ti_224"}
 
@@ -92,10 +100,12 @@ def test_output_norm_as_asked(name, output_norm):
     assert normed == (output_norm or name == "test_van")
 
 
-def test_output_norm_of_the_call_wins_over_the_model_kwargs():
-    kwargs = {"output_norm": (1, 2, 3)}
-    norms = [TimmBackbone("test_litv2", kwargs, output_norm=x).body.model.output_norms for x in (None, True, False)]
-    assert [type(norm).__name__ for norm in norms[0]] == ["Identity", *["LayerNorm2d"] * 3]
+@pytest.mark.parametrize("name", [name for name in OURS if "output_norm" in families.dense_kwargs(name, "detect")])
+def test_output_norm_of_the_call_wins_over_the_model_kwargs(name):
+    kwargs = families.dense_kwargs(name, "detect")
+    norms = [TimmBackbone(name, kwargs, output_norm=x).body.model.output_norms for x in (None, True, False)]
+    kinds = ["LayerNorm2d" if i in kwargs["output_norm"] else "Identity" for i in range(4)]
+    assert [type(norm).__name__ for norm in norms[0]] == kinds
     assert [type(norm).__name__ for norm in norms[1]] == ["LayerNorm2d"] * 4
     assert norms[2] is None
 
@@ -149,7 +159,7 @@ def official(name, record):
 def test_outputs_match_official(name, model, task, tmp_path):
     record = golden.read(name)
     torch.save(official(model, record), tmp_path / "official.pt")
-    kwargs = dense_settings(model, task) | {"dtype": torch.float64}
+    kwargs = families.dense_kwargs(model, task) | {"dtype": torch.float64}
     net = TimmBackbone(model, kwargs, pretrained=str(tmp_path / "official.pt")).eval()
     for prefix in ("", "second_"):  # the second is 198 x 262
         outputs = net(golden.image(**record[f"{prefix}input"]))
@@ -378,66 +388,21 @@ def test_both_registries_build_it(package):
         assert net.channels == [16, 32, 64, 96]
 
 
-DET = [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]
-SEG = [[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]]
-SEG_640 = [
-    [1, 20, 1],
-    [1, 5, 1, 10],
-    [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5],
-    [1, 2, 1, 2, 1],
-]
-MASK2FORMER = [
-    [1, 14, 1],
-    [1, 4, 1, 7],
-    [1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3],
-    [1, 1, 1, 1, 1],
-]
-
-
-@pytest.mark.parametrize(
-    ("model", "task", "expected"),
-    [
-        ("dinat_mini", "detect", {"dilations": DET}),
-        ("dinat_small.in1k", "detect", {"dilations": DET}),
-        ("dinat_base", "segment", {"dilations": SEG}),
-        ("dinat_large_384", "detect", {"dilations": DET}),
-        ("dinat_large", "segment", {"dilations": SEG_640}),
-        ("dinat_large_384_11x11", "segment", {"dilations": MASK2FORMER}),
-        ("dinat_large_384_11x11", "detect", {"dilations": MASK2FORMER}),
-        ("dinat_s_tiny", "detect", {"dilations": [[1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]]}),
-        ("dinat_s_small", "segment", {"dilations": [[1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2]]}),
-        ("dinat_s_large_384", "segment", {"dilations": [[1, 20], [1, 10], SEG_640[2], [1, 2]]}),
-        ("dinat_isotropic_small", "detect", {}),
-        ("nat_mini", "detect", {}),
-        ("test_dinat", "detect", {}),
-        ("biformer_small", "detect", {"num_regions": 16}),
-        ("biformer_base", "segment", {"num_regions": 8}),
-        ("biformer_stl", "detect", {}),
-        ("litv2_small", "detect", {"output_norm": (1, 2, 3)}),
-        ("test_litv2", "detect", {"output_norm": (1, 2, 3)}),
-        ("litv2_small", "segment", {}),
-        ("gc_vit_tiny", "detect", {"window_size": 24}),
-        ("gc_vit_tiny", "segment", {}),
-        ("van_b0", "segment", {"norm_eps": 1e-5}),
-        ("van_b0", "detect", {}),
-        ("cswin_tiny", "segment", {}),
-        ("resnet50", "detect", {}),
-        ("hf-hub:timm/resnet50.a1_in1k", "detect", {}),
-    ],
-)
-def test_dense_settings(model, task, expected):
-    assert dense_settings(model, task) == expected
-
-
-VARIED = ("dinat_tiny", "dinat_large", "dinat_large_384_11x11", "dinat_s_small", "dinat_s_large")
-VARIED += ("biformer_tiny", "litv2_small", "gc_vit_xxtiny", "van_b0")
+def _varied():
+    """One model of zoo for each different setting of dense prediction, with its task."""
+    found = {}
+    for name in (name for family in zoo.FAMILIES for name in timm.list_models(module=family)):
+        for task in ("detect", "segment"):
+            kwargs = families.dense_kwargs(name, task)
+            if kwargs:
+                found.setdefault((timm.model_entrypoint(name).__module__, repr(kwargs)), (name, task))
+    return list(found.values())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", VARIED)
-@pytest.mark.parametrize("task", ["detect", "segment"])
-def test_dense_settings_suit_the_model(name, task):
-    TimmBackbone(name, dense_settings(name, task) | {"device": "meta"})
+@pytest.mark.parametrize(("name", "task"), _varied())
+def test_dense_kwargs_suit_the_model(name, task):
+    TimmBackbone(name, families.dense_kwargs(name, task) | {"device": "meta"})
 
 
 def test_unknown_model():

@@ -124,7 +124,6 @@ def test_unknown_arguments_have_a_hint(name):
         ("test_gc_vit", {"num_heads": (1, 3, 4, 6)}, r"num_heads=\(1, 3, 4, 6\) for embed_dims=.*divide"),
         ("test_gc_vit", {"window_size": 0}, "window_size=0; it has to be a whole number from 1 to 1,024"),
         ("test_maxvit", {"window_size": (7, 7, 7)}, r"window_size=\(7, 7, 7\); give one number .* or two"),
-        ("test_litv2", {"output_norm": (1, 9)}, r"output_norm=\(1, 9\); it has to be True, False or a list of stages"),
         ("test_van", {"mlp_ratios": (8, 8, 4, 0)}, "mlp_ratios 0 for a stage of 96 channels, which leaves none"),
         ("test_biformer", {"topks": (1, 2, 4, "full")}, "topks="),
     ],

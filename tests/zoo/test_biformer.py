@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo
+from zoo import families
 from zoo.biformer import FULL, VARIANTS, BiFormer, GlobalAttention, GrowingRoutedAttention, RoutedAttention
 
 LAYOUTS = ("biformer", "stl", "stl_nchw")
@@ -307,3 +308,17 @@ def test_exported_stl_layouts_take_any_batch(layout):
     for size in [(64, 97), (130, 65)] if layout == "stl" else [(64, 96)]:
         x = torch.randn(3, 3, *size)
         torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("biformer_small", "detect", {"num_regions": 16}),
+        ("biformer_base", "segment", {"num_regions": 8}),
+        ("biformer_stl", "detect", {}),
+        ("biformer_stl_nchw", "segment", {}),
+        ("test_biformer", "detect", {}),
+    ],
+)
+def test_dense_kwargs_are_the_official_codes(model, task, expected):
+    assert families.dense_kwargs(model, task) == expected

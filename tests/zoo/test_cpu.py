@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo import cpu
+import zoo
+from zoo import cpu, families
 from zoo.cpu import by_image, linear
 from zoo.layers import Mlp
 
@@ -137,7 +138,12 @@ def test_multiply_adds_are_counted():
     assert counter.get_total_flops() == 2 * 5 * 12 * 7
 
 
-WIDE_MODELS = ["test_maxvit", "test_litv2", "test_van"]
+WIDE_MODELS = [
+    name
+    for family in zoo.FAMILIES
+    if hasattr(families.load(family), "by_image")
+    for name in timm.list_models("test_*", module=family)
+]
 
 
 @pytest.mark.parametrize("name", WIDE_MODELS)

@@ -13,23 +13,16 @@ from timm.models import group_parameters
 from torch.nn import functional as F
 
 import zoo
+from zoo.families import feature_side
 
 MODELS = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
 
 pytestmark = pytest.mark.parametrize("name", MODELS)
 
-# The smallest images that torch.export can leave open, where they are not 33 pixels: below, the last map is a single
-# token high or wide, which it treats as another case.
-SMALLEST_OPEN = {"test_cswin": 35, "test_litv2": 61}
 
-
-def feature_side(name, side, reduction):
-    """The side of a feature map of an image's side, as each paper's layers round."""
-    if name == "test_cswin":  # a stem of 7 x 7 with stride 4 and padding 2
-        side = (side + 1) // 4 * 4
-    if name == "test_litv2":  # patches of 4, padded; later merging drops an odd row
-        return -(-side // 4) * 4 // reduction
-    return -(-side // reduction)
+def smallest_open(name):
+    """The smallest side that torch.export can leave open; below it the last map is one token high, another case."""
+    return next(side for side in range(32, 96) if feature_side(name, side, 32) > 1)
 
 
 def build(name, **kwargs):
@@ -267,7 +260,7 @@ def test_compiled_model_agrees(name, training):
 def test_exported_program_takes_any_batch_and_size(name):
     """ONNX files are tested with zoo-export, which writes them."""
     # torch.export treats dimensions of 1 apart, as which 32 pixels would end at stride 32
-    model, dim, least = build(name), torch.export.Dim, SMALLEST_OPEN.get(name, 33)
+    model, dim, least = build(name), torch.export.Dim, smallest_open(name)
     shapes = {0: dim("batch", max=64), 2: dim("height", min=least, max=4096), 3: dim("width", min=least, max=4096)}
     program = torch.export.export(model, (images(2, 64, 96),), dynamic_shapes=(shapes,)).module()
     for x in (images(1, max(48, least), least), images(3, 65, 130)):

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 import zoo
+from zoo import families
 from zoo.gc_vit import VARIANTS, GCViT, GlobalQuery, WindowAttention, pooled_stages
 
 from . import golden
@@ -233,3 +234,15 @@ def test_licence_is_no_matter_of_other_weights(no_weights, kwargs):
 @pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("test_")])
 def test_licence_stands_in_every_configuration(name):
     assert timm.get_pretrained_cfg(name).license == "cc-by-nc-sa-4.0"
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("gc_vit_tiny", "detect", {"window_size": 24}),
+        ("gc_vit_tiny", "segment", {}),
+        ("test_gc_vit", "detect", {}),
+    ],
+)
+def test_dense_kwargs_are_the_official_codes(model, task, expected):
+    assert families.dense_kwargs(model, task) == expected

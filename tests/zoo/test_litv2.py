@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from torchvision.ops import deform_conv2d
 
 import zoo
-from zoo.litv2 import TAG_ALPHAS, VARIANTS, DeformableMerging, HiLoAttention, LITv2, attend, sample_patches
+from zoo import families
+from zoo.litv2 import TAG_ALPHAS, VARIANTS, DeformableMerging, HiLoAttention, LITv2, dot_product_attention, sample_patches
 
 
 def test_every_variant_is_registered():
@@ -102,10 +103,10 @@ def test_single_tokens_as_windows_are_ordinary_attention():
 
 def test_attention_without_the_fused_one_agrees():
     query, key, value = torch.randn(3, 2, 4, 6, 8, dtype=torch.float64).unbind()
-    want = attend(query, key[:, :, :5], value[:, :, :5])
+    want = dot_product_attention(query, key[:, :, :5], value[:, :, :5])
     timm.layers.set_fused_attn(False)
     try:
-        torch.testing.assert_close(attend(query, key[:, :, :5], value[:, :, :5]), want)
+        torch.testing.assert_close(dot_product_attention(query, key[:, :, :5], value[:, :, :5]), want)
     finally:
         timm.layers.set_fused_attn(True)
 
@@ -229,7 +230,10 @@ def test_another_window_takes_the_same_weights():
         ({"head_dim": 0}, r"head_dim=0; it has to be a whole number from 1"),
         ({"alpha": 1.5}, r"alpha=1.5; it has to be a number from 0 to 1"),
         ({"window_size": 0}, r"window_size=0; it has to be a whole number from 1"),
-        ({"output_norm": (1, 4), "num_classes": 0}, r"output_norm=\(1, 4\).*stages from 0 to 3"),
+        (
+            {"output_norm": (1, 4), "num_classes": 0},
+            r"output_norm=\(1, 4\); it has to be True, False or a list of stages from 0 to 3",
+        ),
         ({"output_norm": True}, r"1000 classes.*num_classes=0"),
     ],
     ids=["lengths", "depth", "head_dim", "no_heads", "alpha", "window", "stages", "classes"],
@@ -237,3 +241,15 @@ def test_another_window_takes_the_same_weights():
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("test_litv2", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("litv2_small", "detect", {"output_norm": (1, 2, 3)}),
+        ("test_litv2", "detect", {"output_norm": (1, 2, 3)}),
+        ("litv2_small", "segment", {}),
+    ],
+)
+def test_dense_kwargs_are_the_official_codes(model, task, expected):
+    assert families.dense_kwargs(model, task) == expected

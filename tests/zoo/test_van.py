@@ -5,6 +5,7 @@ import timm
 import torch
 
 import zoo
+from zoo import families
 from zoo.van import VAN, VARIANTS
 
 
@@ -59,3 +60,15 @@ def test_classifier_without_pooling_is_refused():
     model = timm.create_model("test_van", global_pool="").eval()
     with pytest.raises(ValueError, match="num_classes=0"):
         model(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("van_b0", "segment", {"norm_eps": 1e-5}),
+        ("van_b0", "detect", {}),
+        ("test_van", "segment", {}),
+    ],
+)
+def test_dense_kwargs_are_the_official_codes(model, task, expected):
+    assert families.dense_kwargs(model, task) == expected

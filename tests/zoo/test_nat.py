@@ -1,0 +1,42 @@
+"""NAT's and DiNAT's dilations for dense prediction. A second."""
+
+import pytest
+
+from zoo import families
+
+DET = [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]
+SEG = [[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]]
+SEG_640 = [
+    [1, 20, 1],
+    [1, 5, 1, 10],
+    [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5],
+    [1, 2, 1, 2, 1],
+]
+MASK2FORMER = [
+    [1, 14, 1],
+    [1, 4, 1, 7],
+    [1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3],
+    [1, 1, 1, 1, 1],
+]
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "expected"),
+    [
+        ("dinat_mini", "detect", {"dilations": DET}),
+        ("dinat_small.in1k", "detect", {"dilations": DET}),
+        ("dinat_base", "segment", {"dilations": SEG}),
+        ("dinat_large_384", "detect", {"dilations": DET}),
+        ("dinat_large", "segment", {"dilations": SEG_640}),
+        ("dinat_large_384_11x11", "segment", {"dilations": MASK2FORMER}),
+        ("dinat_large_384_11x11", "detect", {"dilations": MASK2FORMER}),
+        ("dinat_s_tiny", "detect", {"dilations": [[1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]]}),
+        ("dinat_s_small", "segment", {"dilations": [[1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2]]}),
+        ("dinat_s_large_384", "segment", {"dilations": [[1, 20], [1, 10], SEG_640[2], [1, 2]]}),
+        ("dinat_isotropic_small", "detect", {}),
+        ("nat_mini", "detect", {}),
+        ("test_dinat", "detect", {}),
+    ],
+)
+def test_dense_kwargs_are_the_official_codes(model, task, expected):
+    assert families.dense_kwargs(model, task) == expected

@@ -1,0 +1,67 @@
+"""What a family's file states about its models besides the models themselves, found by a model's name.
+
+The file of a family, `zoo/<family>.py`, may define:
+
+- `dense_kwargs(variant, task)`: the keywords with which the official code builds a variant for dense prediction;
+- `tag_kwargs(tag)`: the keywords that go with the published weights of a tag;
+- `feature_side(side, reduction)`: how the layers round the side of a feature map;
+- `timm_name(variant)`: the same architecture in timm;
+- `patterns(dim)`: its attention patterns, for `zoo-look patterns` (see `zoo.patterns`).
+
+The functions here call them, and return the usual value where a family does not define one. Timm's own models have no
+family.
+"""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import timm
+from timm.models import split_model_name_tag
+
+__all__ = ["dense_kwargs", "family_of", "feature_side", "load", "tag_kwargs", "timm_name"]
+
+
+def load(family: str) -> ModuleType:
+    """The module of a family, by a name from `zoo.FAMILIES`."""
+    return importlib.import_module(f"zoo.{family}")
+
+
+def family_of(model: str) -> ModuleType | None:
+    """The module of the family that `model` belongs to, a name with or without tag; None if it is not a model of zoo.
+
+    Names with a source, such as "hf-hub:owner/repository", belong to no family.
+    """
+    variant, _ = split_model_name_tag(model)
+    if ":" in model or not timm.is_model(variant):
+        return None
+    module = timm.model_entrypoint(variant).__module__
+    return importlib.import_module(module) if module.startswith("zoo.") else None
+
+
+def dense_kwargs(model: str, task: str) -> dict[str, Any]:
+    """Keywords with which the official code of the model's family detects ("detect") or segments ("segment").
+
+    The dictionary is empty if the code changes nothing, for the small test models of most families, and for other
+    models.
+    """
+    family = family_of(model)
+    return family.dense_kwargs(split_model_name_tag(model)[0], task) if hasattr(family, "dense_kwargs") else {}
+
+
+def tag_kwargs(model: str) -> dict[str, Any]:
+    """Keywords that go with the published weights of `model`, a name with its tag; usually none."""
+    family = family_of(model)
+    return family.tag_kwargs(split_model_name_tag(model)[1]) if hasattr(family, "tag_kwargs") else {}
+
+
+def feature_side(model: str, side: int, reduction: int) -> int:
+    """The side of a feature map of stride `reduction` for images of `side` pixels: rounded up in most families."""
+    family = family_of(model)
+    return family.feature_side(side, reduction) if hasattr(family, "feature_side") else -(-side // reduction)
+
+
+def timm_name(model: str) -> str | None:
+    """The name of the same architecture in timm; None if timm does not have it."""
+    family = family_of(model)
+    return family.timm_name(split_model_name_tag(model)[0]) if hasattr(family, "timm_name") else None
