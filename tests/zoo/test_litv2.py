@@ -9,7 +9,15 @@ from torchvision.ops import deform_conv2d
 
 import zoo
 from zoo import families
-from zoo.litv2 import TAG_ALPHAS, VARIANTS, DeformableMerging, HiLoAttention, LITv2, dot_product_attention, sample_patches
+from zoo.litv2 import (
+    TAG_ALPHAS,
+    VARIANTS,
+    DeformableMerging,
+    HiLoAttention,
+    LITv2,
+    dot_product_attention,
+    sample_patches,
+)
 
 
 def test_every_variant_is_registered():
