@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from zoo.recipes import distributed, runs
+from zoo.recipes import atomic_files, distributed
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 
 class CorruptFile(Exception):
@@ -70,7 +70,7 @@ class CorruptImages:
         self.share()
         names, path = sorted(self.names), self.folder / "corrupt.txt"
         if distributed.rank() == 0:
-            runs.write_text(path, "\n".join(names) + "\n")
+            atomic_files.write_text(path, "\n".join(names) + "\n")
         raise RunError(
             f"{len(names)} images are corrupt, more than data.max_corrupt={self.limit}; {path} lists them, beginning "
             f"with {names[0]}: repair or remove them, or raise data.max_corrupt. {kept}"

@@ -58,7 +58,7 @@ def _evaluate(cfg: DictConfig) -> dict[str, Any]:
         early.check_folder(Path(cfg.out), "out")
     name = reading.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
     overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
-    return task(name, "score").score(cfg, overridden)
+    return task(name, "evaluate").evaluate(cfg, overridden)
 
 
 if __name__ == "__main__":

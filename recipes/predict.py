@@ -57,10 +57,10 @@ def main() -> None:
         from zoo.recipes.inputs import Inputs
 
         inputs = Inputs(paths, out)
-        from zoo.recipes import runs
+        from zoo.recipes import logs
 
-        runs.start_log(None, True)
-        runs.console.on_broken_pipe = cli.go_on_unread  # what is written does not depend on what is read
+        logs.start_log(None, True)
+        logs.console.on_broken_pipe = cli.go_on_unread  # what is written does not depend on what is read
         name = reading.load_config(Path(cfg.run)).get("task", "classify")
         task(name, "predict").predict(cfg, inputs, out)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich import progress as rich_progress
 
-from zoo.recipes.runs import console, log
+from zoo.recipes.logs import console, log
+
+T = TypeVar("T")
 
 
 class Progress:
@@ -95,3 +98,25 @@ class Progress:
     def advance_evaluation(self) -> None:
         """One batch is evaluated."""
         self.bar.advance(self.task)
+
+
+def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """Yield `items`; on a terminal, a bar shows how far it is once two seconds have passed."""
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    bar = rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task, start, shown = bar.add_task(description, total=total), time.monotonic(), False
+    try:
+        for number, item in enumerate(items):
+            if not shown and time.monotonic() - start > 2:
+                bar.start()
+                shown = True
+            bar.update(task, completed=number)
+            yield item
+    finally:
+        if shown:
+            bar.stop()

@@ -23,26 +23,19 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
 import yaml
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from zoo.recipes import cli, config, reading
+from zoo.recipes import cli, reading
+from zoo.recipes.composition import composed, flat
 from zoo.recipes.errors import RunError
+from zoo.recipes.scores import SCORES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 NAME = "report.html"
 _GENERATOR = '<meta name="generator" content="zoo-report">'
-# Scores in percent -> their names for people. The first one that a run has decides which of its epochs is the best.
-SCORES = {
-    "classify": {"top1": "top-1", "top5": "top-5"},
-    "detect": {"mask_AP": "mask AP", "mask_AP50": "mask AP50", "bbox_AP": "box AP", "bbox_AP50": "box AP50"},
-    "segment": {"mIoU": "mIoU", "mAcc": "mean accuracy", "aAcc": "pixel accuracy"},
-}
 _CLASS_SCORES = {"top1": "top-1", "IoU": "IoU", "accuracy": "accuracy", **SCORES["detect"]}
 _TASKS = {"classify": "classification", "detect": "detection", "segment": "segmentation"}
 _PICTURES = {  # file -> title, and what one sees
@@ -139,40 +132,6 @@ class Record:
         return f"{method} on {settings['model']}" if method and self.task != "classify" else str(settings["model"])
 
 
-# What a run starts from.
-
-
-def recipe(task: str) -> tuple[str, dict[str, Any]]:
-    """What was chosen on the command line of this process of `task` and `recipe`, and the settings that these give."""
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    words = tuple(word for word in words if word.lstrip("+").partition("=")[0] in ("task", "recipe"))
-    settings = _composed(words)
-    if settings["task"] != task:  # a run that another one starts
-        words = (f"task={task}",)
-        settings = _composed(words)
-    return " ".join(words), settings
-
-
-@cache
-def _composed(words: tuple[str, ...]) -> dict[str, Any]:
-    config.register()
-    if GlobalHydra.instance().is_initialized():
-        cfg = hydra.compose("config", list(words))
-    else:
-        with hydra.initialize_config_dir(cli.CONF, version_base="1.3"):
-            cfg = hydra.compose("config", list(words))
-    return OmegaConf.to_container(cfg, resolve=True)
-
-
-def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, with dotted keys."""
-    if not isinstance(values, dict):
-        yield prefix, values
-        return
-    for key, value in values.items():
-        yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
-
-
 # Reading.
 
 
@@ -186,7 +145,7 @@ def read(path: Path) -> Record:
         settings = OmegaConf.to_container(reading.load_config(path), resolve=True)
         task = settings.get("task", "classify")
         start = reading.load(path / "start.json", reading.Start) or {}
-        chosen = start.get("recipe") or {"chosen": f"task={task}", "settings": _composed((f"task={task}",))}
+        chosen = start.get("recipe") or {"chosen": f"task={task}", "settings": composed((f"task={task}",))}
         return Record(
             path,
             task,
@@ -277,15 +236,15 @@ def write(path: Path) -> Path:
     Raises:
         RunError: the folder is no run's or evaluation's, or can't be written to.
     """
-    from zoo.recipes import runs  # with torch, which help need not wait for
+    from zoo.recipes import atomic_files  # with torch, which help need not wait for
 
-    runs.write_text(path / NAME, page(read(path)))
+    atomic_files.write_text(path / NAME, page(read(path)))
     return path / NAME
 
 
 def write_or_warn(path: Path) -> None:
     """Write the report of a run that has just ended; whatever goes wrong with it must not spoil the run."""
-    from zoo.recipes.runs import log
+    from zoo.recipes.logs import log
 
     try:
         log.info("Report: %s", write(path))
@@ -841,14 +800,14 @@ def make(folders: Sequence[Path], out: Path | None) -> Path:
     Raises:
         RunError: the folders can't be read or compared, or `out` can't be written.
     """
-    from zoo.recipes import runs
+    from zoo.recipes import atomic_files, logs
 
-    runs.start_log(None, True)
+    logs.start_log(None, True)
     folders = list(dict.fromkeys(folders))
     records = [read(folder) for folder in folders]
     out = out or (folders[0] / NAME if len(folders) == 1 else Path("comparison.html"))
     _check_out(out)
-    runs.write_text(out, page(records[0]) if len(records) == 1 else comparison(records))
+    atomic_files.write_text(out, page(records[0]) if len(records) == 1 else comparison(records))
     return out
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from zoo.recipes.runs import atomic
+from zoo.recipes.atomic_files import atomic
 
 _KEY = "zoo sheet"  # of the text in the PNG
 _GAP, _LINE, _SIZE = 12, 18, 13  # pixels: between pictures, of a line of text, of its letters

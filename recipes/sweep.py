@@ -17,6 +17,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from zoo.recipes.scores import SCORES
+
 PRIMARY = os.environ.get("RANK", "0") == "0"  # under torchrun, one process names folders and prints
 
 
@@ -36,7 +38,7 @@ def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
 
 def name_folder(cfg: DictConfig, asked: Sequence[str]) -> list[str]:
     """Name what a run of a sweep writes by what varied, where the user did not name it; returns that as words."""
-    from zoo.recipes import runs
+    from zoo.recipes import run_folder
 
     key = "out" if "out" in cfg else "run"
     if cfg[key] or not PRIMARY:
@@ -44,9 +46,9 @@ def name_folder(cfg: DictConfig, asked: Sequence[str]) -> list[str]:
     values = varied(HydraConfig.get().overrides.task, asked)
     label = "-".join(f"{name}={value}" for name, value in values.items() if name not in ("model", "run"))
     if key == "run" or not cfg.run:
-        cfg[key] = str(runs.default_folder("eval-" if key == "out" else "", f"{cfg.model}-{label}"))
+        cfg[key] = str(run_folder.default_folder("eval-" if key == "out" else "", f"{cfg.model}-{label}"))
     elif label:
-        cfg.out = str(Path(cfg.run, runs.safe_name(f"eval-{label}")))
+        cfg.out = str(Path(cfg.run, run_folder.safe_name(f"eval-{label}")))
     return [f"{key}={cfg[key]}"] if cfg[key] else []
 
 
@@ -95,8 +97,6 @@ def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
     """A row for each run: what varied, the figures in percent or why there are none, and the folder."""
     from rich.table import Table
     from rich.text import Text
-
-    from zoo.recipes.report import SCORES
 
     keys = list(dict.fromkeys(key for values, _, _ in jobs for key in values))
     results = [result for _, _, result in jobs if isinstance(result, dict)]

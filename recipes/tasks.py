@@ -27,14 +27,14 @@ def task(name: str, part: str) -> ModuleType:
         from zoo.recipes.dense import mmcv_ops
 
         mmcv_ops.install()  # before anything imports mmcv.ops
-        from zoo.recipes.dense import loading
+        from zoo.recipes.dense import safe_loading
 
-        loading.refuse_unpickling()
+        safe_loading.refuse_unpickling()
         for package in ("mmdet",) if name == "detect" else ("mmdet", "mmseg"):  # mmseg's Mask2Former is mmdet's
             _import_quietly(package)
-        from zoo.recipes.dense import guard
+        from zoo.recipes.dense import safe_registry
 
-        guard.only_registered_names()
+        safe_registry.only_registered_names()
     return importlib.import_module(f"zoo.recipes.{TASKS[name]}.{part}")
 
 

@@ -33,7 +33,7 @@ def main() -> None:
 def _train(cfg: DictConfig) -> dict[str, Any]:
     config.check(cfg)
     early.check(cfg)
-    return task(cfg.task, "loop").train(cfg)
+    return task(cfg.task, "train").train(cfg)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import bisect
 import difflib
-import json
 import multiprocessing
 import os
 import signal
@@ -27,6 +26,7 @@ from torchvision.transforms import Compose, Grayscale
 from zoo.recipes import distributed
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
+from zoo.recipes.digits import Digits
 from zoo.recipes.errors import RunError, of_the_system
 from zoo.recipes.files import (
     DECODING_ERRORS,
@@ -37,76 +37,9 @@ from zoo.recipes.files import (
     similar_path,
 )
 from zoo.recipes.images import ENDINGS, MAX_PIXELS, MODES, ImageError, as_read, open_image
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
+from zoo.recipes.scenes import DigitCrops
 from zoo.recipes.seeding import seed_all
-
-
-class Digits(Dataset):
-    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels, as RGB images of 32x32.
-
-    Args:
-        training: 1,437 images for training, or the other 360; the same ones always, the same share of every digit.
-    """
-
-    classes = tuple("0123456789")
-
-    def __init__(self, training: bool):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        images, targets = load_digits(return_X_y=True)
-        parts = train_test_split(images, targets, test_size=360, random_state=0, stratify=targets)
-        images, self.targets = (parts[0], parts[2]) if training else (parts[1], parts[3])
-        images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        # Crops are cut at whole pixels, and eight are too few for that.
-        self.images = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in images]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.images[index].convert("RGB"), int(self.targets[index])
-
-
-class DigitCrops(Dataset):
-    """The digits of the digit scenes, each cut out with what surrounds it; in training the plain digits, too.
-
-    Args:
-        root: Folder of the scenes, written if need be; the cache if None.
-        training: The scenes of the split train, or of val.
-    """
-
-    classes = Digits.classes
-
-    def __init__(self, root: str | None, training: bool):
-        from zoo.recipes.dense import scenes
-
-        split = "train" if training else "val"
-        folder = scenes.ensure(Path(root) if root else None)
-        content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
-        images = {
-            image["id"]: Image.open(folder / "images" / split / image["file_name"]) for image in content["images"]
-        }
-        self.samples = [
-            (_around(images[item["image_id"]], item["bbox"]), item["category_id"] - 1)
-            for item in content["annotations"]
-        ]
-        if training:
-            self.samples += list(Digits(True))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.samples[index]
-
-
-def _around(image: Image.Image, box: Sequence[float]) -> Image.Image:
-    """The square around a box (left, top, width, height), half as long again as its longer side."""
-    left, top, width, height = box
-    half = 0.75 * max(width, height)
-    x, y = left + width / 2, top + height / 2
-    return image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))
 
 
 @dataclass

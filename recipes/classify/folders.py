@@ -15,7 +15,7 @@ from timm.data.readers.reader import Reader
 
 from zoo.recipes.errors import RunError
 from zoo.recipes.files import is_hidden
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 
 class _ByClass(Reader):

@@ -19,10 +19,10 @@ from torch import nn
 
 import zoo
 from zoo import checkpoints
-from zoo.recipes import reading, runs
+from zoo.recipes import atomic_files, reading, run_checkpoints
 from zoo.recipes.config import Config, DataConfig, nearest
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 
 def check_model_name(name: str) -> None:
@@ -155,7 +155,7 @@ def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
 def save_weights(path: Path, weights: dict[str, torch.Tensor], model: str, classes: Sequence[str]) -> None:
     """Write `weights` as safetensors with the model's name and the class names in their metadata, atomically."""
     metadata = {"format": "pt", "model": model, "classes": json.dumps(list(classes)), "zoo": zoo.__version__}
-    with runs.atomic(path) as file:
+    with atomic_files.atomic(path) as file:
         file.write(to_safetensors(weights, metadata))
 
 
@@ -181,7 +181,7 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
     """
     path = folder / ("best.safetensors" if which == "best" else "model.safetensors")
     if not path.is_file():
-        state, path, damage = runs.last_checkpoint(folder)
+        state, path, damage = run_checkpoints.last_checkpoint(folder)
         if damage:
             log.warning("%s", damage)
         training = state.get("training", state)  # detectors and segmentors have no averaged weights

@@ -18,16 +18,16 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from zoo.recipes import config, distributed, runs
+from zoo.recipes import atomic_files, config, distributed, logs, run_folder
+from zoo.recipes.classify.accuracy import Normalize
 from zoo.recipes.classify.data import build_transform
-from zoo.recipes.classify.evaluation import Normalize
+from zoo.recipes.classify.evaluate import from_run
 from zoo.recipes.classify.model import input_config
-from zoo.recipes.classify.score import from_run
-from zoo.recipes.classify.training import autocast
+from zoo.recipes.classify.train_state import autocast
 from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Input, Inputs, as_text, shown
+from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
-from zoo.recipes.runs import log
 
 NAMES = ("predictions.csv", "predictions.json", "predictions.png")
 _TOP = 5  # classes written of each image
@@ -63,7 +63,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     base.checkpoint = settings.checkpoint
     model, cfg, classes, weights = from_run(base)
     device = distributed.setup(settings.device)
-    runs.make_folder(out, None)
+    run_folder.make_folder(out, None)
     data_config = input_config(model, cfg.data)
     transform = build_transform(None, data_config)
     normalize = Normalize(data_config, device, cfg.trainer.channels_last)
@@ -159,7 +159,7 @@ def _write(
     writer.writerow(["image", *columns])
     for item in predictions:
         writer.writerow([as_text(item.path), *(value for guess in item.guesses for value in guess)])
-    runs.write_text(out / "predictions.csv", table.getvalue())
+    atomic_files.write_text(out / "predictions.csv", table.getvalue())
     content = {
         **about,
         "images": [
@@ -171,13 +171,13 @@ def _write(
         ],
         "left_out": [as_text(path) for path in (*inputs.unread, *inputs.failed)],
     }
-    runs.write_json(out / "predictions.json", content)
+    atomic_files.write_json(out / "predictions.json", content)
     pictured = [item for item in predictions if item.thumbnail]
     if pictured:
         title = (
             f"{len(pictured)} of {len(predictions)} images, evenly spread" if len(pictured) < len(predictions) else ""
         )
-        with runs.atomic(out / "predictions.png") as file:
+        with atomic_files.atomic(out / "predictions.png") as file:
             _sheet(pictured, title).save(file, format="png")
 
 
@@ -191,7 +191,7 @@ def _print(predictions: list[_Prediction]) -> None:
     ]
     widths = [2 + max(4, *map(cell_len, column)) for column in zip(*cells, strict=True)]
     for count in range(min(6, len(widths)), 0, -2):
-        room = runs.console.width - sum(widths[:count]) - 2
+        room = logs.console.width - sum(widths[:count]) - 2
         if room >= _LEAST_ROOM:
             break
     table = Table("image", box=None, header_style="bold", pad_edge=False)
@@ -201,9 +201,9 @@ def _print(predictions: list[_Prediction]) -> None:
     for item, row in zip(predictions, cells, strict=False):
         path = shown(item.path)
         table.add_row(*map(Text, (path if len(path) <= room else f"…{path[1 - room :]}", *row[:count])))
-    runs.console.print(table)
+    logs.console.print(table)
     if len(predictions) > _MOST_ROWS:
-        runs.console.print(f"and {len(predictions) - _MOST_ROWS} more, all in predictions.csv", highlight=False)
+        logs.console.print(f"and {len(predictions) - _MOST_ROWS} more, all in predictions.csv", highlight=False)
 
 
 def _summary(predictions: list[_Prediction]) -> str:

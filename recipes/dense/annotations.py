@@ -19,7 +19,7 @@ import numpy as np
 
 from zoo.recipes.errors import RunError
 from zoo.recipes.files import read_json
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 _MAX_SIDE = 100_000  # pixels of an image's side
 _REACH = 10  # how many times its image's longer side a coordinate may be: what is further away is a mistake

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 T = TypeVar("T")
 

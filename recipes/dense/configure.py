@@ -552,7 +552,7 @@ def _optimizer(cfg: DictConfig, length: Steps, device: torch.device) -> dict[str
         name: list(optim[name]) if name == "betas" else optim[name] for name in ("betas", "eps") if optim[name]
     }
     wrapper = dict(
-        type="GuardedOptimWrapper",
+        type="SkipBadLossOptimWrapper",
         constructor="TimmOptimWrapperConstructor",
         optimizer=optimizer,
         paramwise_cfg=dict(
@@ -570,7 +570,7 @@ def _optimizer(cfg: DictConfig, length: Steps, device: torch.device) -> dict[str
             raise RunError(
                 f"trainer.amp={cfg.trainer.amp} can't be used with task={cfg.task} on a CPU: leave it out there."
             )
-        wrapper |= dict(type="GuardedAmpOptimWrapper", dtype=dtype)
+        wrapper |= dict(type="SkipBadLossAmpOptimWrapper", dtype=dtype)
     return wrapper
 
 

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from zoo.recipes import distributed
+from zoo.recipes import distributed, scenes
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
-from zoo.recipes.dense import scenes
 from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
 from zoo.recipes.errors import RunError
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_classes, read_text, reason, similar_path
 from zoo.recipes.images import ENDINGS, image_size
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
+from zoo.recipes.progress import track
 
 _LABELS = frozenset({".png"})
 _MOST_LABELS = 2**16  # of the deepest PNGs
@@ -134,7 +134,7 @@ class SegmentationSplit:
 
     def dataset(self, pipeline: list[dict], training: bool) -> dict[str, Any]:
         """The configuration of mmseg's data set."""
-        from zoo.recipes.dense import pairs  # noqa: F401  registers the type
+        from zoo.recipes.dense import paired_dataset  # noqa: F401  registers the type
 
         return {
             "type": "mmseg.PairedDataset",
@@ -682,7 +682,7 @@ def _checked(check: Callable[[Any], Any], items: Sequence[Any], description: str
             return error
 
     with ThreadPool(min(8, distributed.cores())) as pool:  # decoding lets other threads run
-        results = list(scenes.track(pool.imap(tried, items), len(items), description))
+        results = list(track(pool.imap(tried, items), len(items), description))
     corrupt = [result for result in results if isinstance(result, CorruptFile)]
     text = next((error.path for error in corrupt if is_text(error.path)), None)
     if text:

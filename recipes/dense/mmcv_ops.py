@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 NAME = "mmcv._ext"
 

@@ -41,7 +41,7 @@ class TimmOptimWrapperConstructor:
         return OPTIM_WRAPPERS.build(dict(self.wrapper, optimizer=optimizer))
 
 
-class _Guarded:
+class _SkipBadLoss:
     """Leaves an update out, in all processes, if the loss of one of them is not finite.
 
     Attributes:
@@ -84,10 +84,10 @@ class _Guarded:
 
 
 @OPTIM_WRAPPERS.register_module()
-class GuardedOptimWrapper(_Guarded, OptimWrapper):
+class SkipBadLossOptimWrapper(_SkipBadLoss, OptimWrapper):
     """MMEngine's OptimWrapper without updates on a bad loss."""
 
 
 @OPTIM_WRAPPERS.register_module()
-class GuardedAmpOptimWrapper(_Guarded, AmpOptimWrapper):
+class SkipBadLossAmpOptimWrapper(_SkipBadLoss, AmpOptimWrapper):
     """MMEngine's AmpOptimWrapper without updates on a bad loss."""

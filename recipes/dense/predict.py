@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from zoo.recipes import config, distributed, runs
-from zoo.recipes.dense import configure, pictures, score
+from zoo.recipes import atomic_files, config, distributed, run_folder
+from zoo.recipes.dense import configure, evaluate, pictures
 from zoo.recipes.inputs import Inputs, as_text, shown
+from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
-from zoo.recipes.runs import log
 
 
 def predict(settings: Any, inputs: Inputs, out: Path) -> None:
@@ -35,10 +35,10 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     inputs.protect(target for item in inputs.found for target in (_picture(out, item.name), _labels(out, item.name)))
     base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
     base.checkpoint = settings.checkpoint
-    model, cfg, classes, _ = score.from_run(base)
+    model, cfg, classes, _ = evaluate.from_run(base)
     device = distributed.setup(settings.device)
     model = model.to(device).eval()
-    runs.make_folder(out, None)
+    run_folder.make_folder(out, None)
     steps = configure.pipelines(cfg, False)[1]
     pipeline = Compose([step for step in steps if not step["type"].startswith("Load")])
     written = _Written(cfg, out, classes, pictures.SCORE if settings.score is None else settings.score)
@@ -110,8 +110,8 @@ class _Written:
 
     def _save(self, path: Path, picture: Image.Image) -> None:
         if not path.parent.is_dir():
-            runs.make_folder(path.parent, None)
-        with runs.atomic(path) as file:
+            run_folder.make_folder(path.parent, None)
+        with atomic_files.atomic(path) as file:
             picture.save(file, format="png")
 
     def close(self) -> None:
@@ -119,9 +119,9 @@ class _Written:
         if self.task == "detect":
             categories = [{"id": i, "name": name} for i, name in enumerate(self.classes, start=1)]
             content = {"images": self.images, "annotations": self.objects, "categories": categories}
-            runs.write_json(self.out / "predictions.json", content)
+            atomic_files.write_json(self.out / "predictions.json", content)
         else:
-            runs.write_text(self.out / "classes.txt", "".join(f"{name}\n" for name in self.classes))
+            atomic_files.write_text(self.out / "classes.txt", "".join(f"{name}\n" for name in self.classes))
 
     def summary(self) -> str:
         """What was found."""

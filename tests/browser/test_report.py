@@ -8,8 +8,7 @@ from hydra import compose, initialize_config_dir
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from zoo.recipes import cli, config, report, runs, tasks
-from zoo.recipes.dense import scenes
+from zoo.recipes import cli, config, report, run_folder, scenes, tasks
 
 pytestmark = pytest.mark.browser
 
@@ -35,10 +34,10 @@ def pages(tmp_path_factory):
         root = scenes.ensure(folder / "scenes")
         for task, words in WORDS.items():
             data = (f"data.root={root}",) if task != "classify" else ()
-            tasks.task(task, "loop").train(compose("config", [*COMMON, *words, *data, f"run={folder / task}"]))
+            tasks.task(task, "train").train(compose("config", [*COMMON, *words, *data, f"run={folder / task}"]))
             found[task] = folder / task / "report.html"
         words = (*COMMON, f"run={folder / 'detect'}")
-        tasks.task("detect", "score").score(compose("eval", [*words]), [])
+        tasks.task("detect", "evaluate").evaluate(compose("eval", [*words]), [])
     found["evaluation"] = folder / "detect" / "eval" / "report.html"
     other = folder / "other run with a rather long name, as a search over many settings makes it"
     shutil.copytree(folder / "classify", other)
@@ -160,7 +159,7 @@ def test_hostile_class_names_are_text(show, pages, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(pages["classify"].parent, folder)
     names = [HOSTILE, *"123456789"]
-    runs.write_classes(folder, names, {"top1": [50.0] * 10}, [4] * 10, "images", [[0, 1, 2], [0, 0, 2]])
+    run_folder.write_classes(folder, names, {"top1": [50.0] * 10}, [4] * 10, "images", [[0, 1, 2], [0, 0, 2]])
     driver = show(report.make([folder], None), 1280)
     assert driver.execute_script("return document.scripts.length") == 0
     assert HOSTILE in driver.execute_script("return document.body.innerText")

@@ -154,17 +154,17 @@ def fit():
 
     Pictures take longer than these trainings, so they are drawn on request only.
     """
-    from zoo.recipes import runs
-    from zoo.recipes.classify import loop
+    from zoo.recipes import plots
+    from zoo.recipes.classify import train
 
     def run(folder: Path, root: Path | None, *overrides: str, pictures: bool = False):
         data = ("data=imagefolder", f"data.root={root}", "data.num_workers=0") if root else ()
         small = ("trainer.epochs=1", "trainer.batch_size=8", "schedule.warmup_epochs=0")
         with pytest.MonkeyPatch.context() as patch:
             if not pictures:
-                patch.setattr(runs, "plot_curves", lambda *args, **kwargs: None)
-                patch.setattr(loop, "plot_predictions", lambda *args, **kwargs: None)
-            return loop.train(_compose(*TINY, *data, *small, f"run={folder}", *overrides))
+                patch.setattr(plots, "plot_curves", lambda *args, **kwargs: None)
+                patch.setattr(train, "plot_predictions", lambda *args, **kwargs: None)
+            return train.train(_compose(*TINY, *data, *small, f"run={folder}", *overrides))
 
     return run
 
@@ -208,7 +208,7 @@ def same():
 @pytest.fixture(scope="session")
 def digit_scenes(tmp_path_factory):
     """A folder with 16 digit scenes for training, 4 for validation and 4 for test; read only."""
-    from zoo.recipes.dense import scenes
+    from zoo.recipes import scenes
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scenes, "SCENES", {"train": 16, "val": 4, "test": 4})
@@ -231,17 +231,17 @@ def fit_dense(digit_scenes):
 
     Pictures take longer than these trainings, so they are drawn on request only.
     """
-    from zoo.recipes import runs, tasks
+    from zoo.recipes import plots, tasks
 
     def run(folder: Path, *overrides: str, task: str = "detect", pictures: bool = False):
-        loop = tasks.task(task, "loop")
+        train = tasks.task(task, "train")
         words = [f"task={task}", *QUIET, f"data.root={digit_scenes}", *DENSE, f"run={folder}", *overrides]
         config.register()
         with pytest.MonkeyPatch.context() as patch, initialize_config_dir(cli.CONF, version_base="1.3"):
             if not pictures:
-                patch.setattr(runs, "plot_curves", lambda *args, **kwargs: None)
-                patch.setattr(loop.pictures, "draw_samples", lambda *args, **kwargs: None)
-            return loop.train(hydra_compose("config", words))
+                patch.setattr(plots, "plot_curves", lambda *args, **kwargs: None)
+                patch.setattr(train.pictures, "draw_samples", lambda *args, **kwargs: None)
+            return train.train(hydra_compose("config", words))
 
     return run
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.recipes.classify import loop
+from zoo.recipes.classify import train
 from zoo.recipes.classify.data import Samples, build_transform, open_data
 from zoo.recipes.classify.model import build_model
-from zoo.recipes.classify.training import Training
+from zoo.recipes.classify.train_state import TrainState
 from zoo.recipes.errors import RunError
 
 ARGS = (
@@ -148,7 +148,7 @@ def test_a_held_out_image_never_takes_the_place_of_a_corrupt_one(compose, make_f
     data = open_data(cfg.data, 0)
     before = next(i for i in data.train_indices if i + 1 in data.val_indices)
     _corrupt(root / data.train.reader.samples[before][0])
-    run = loop.Run(cfg, data, torch.device("cpu"), tmp_path / "run")
+    run = train.ClassifyRun(cfg, data, torch.device("cpu"), tmp_path / "run")
     read = []
     reader = type(data.train.reader)
     original = reader.__getitem__
@@ -288,7 +288,7 @@ def spoil(monkeypatch):
 
     def install(updates, value=float("nan")):
         calls = {"number": 0}
-        original = Training.forward
+        original = TrainState.forward
 
         def forward(self, images, labels):
             calls["number"] += 1
@@ -296,7 +296,7 @@ def spoil(monkeypatch):
                 images = images * value
             return original(self, images, labels)
 
-        monkeypatch.setattr(Training, "forward", forward)
+        monkeypatch.setattr(TrainState, "forward", forward)
 
     return install
 
@@ -465,7 +465,8 @@ def test_dead_worker_is_one_error_and_keeps_the_checkpoint(start_cli, run_cli, i
 LINGERING = """
 import itertools
 import torch
-from zoo.recipes.classify.data import Digits, EpochSampler, Samples, build_loader
+from zoo.recipes.classify.data import EpochSampler, Samples, build_loader
+from zoo.recipes.digits import Digits
 from zoo.recipes.config import DataConfig
 
 samples = Samples(Digits(True), lambda image: torch.zeros(3, 4, 4), 0, True, (3, 4, 4))

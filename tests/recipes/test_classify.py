@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from zoo.recipes.classify.data import Digits, EpochSampler, EvalSampler, open_data
-from zoo.recipes.classify.loop import train
+from zoo.recipes.classify.data import EpochSampler, EvalSampler, open_data
 from zoo.recipes.classify.model import build_model
-from zoo.recipes.classify.training import Training
+from zoo.recipes.classify.train import ClassifyRun, train
+from zoo.recipes.classify.train_state import TrainState
+from zoo.recipes.digits import Digits
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 SGD = ("optim=sgd", "optim.lr=0.01")
 
@@ -373,7 +374,7 @@ def test_fine_tuned_run_loads_in_timm(fit, finished, two_classes, tmp_path):
 )
 def test_learning_rate_default(compose, overrides, lr):
     cfg = compose("schedule=constant", *overrides)
-    training = Training(cfg, timm.create_model("test_vit", num_classes=2), 2, 4, torch.device("cpu"))
+    training = TrainState(cfg, timm.create_model("test_vit", num_classes=2), 2, 4, torch.device("cpu"))
     assert {group["lr"] for group in training.optimizer.param_groups} == {lr}
 
 
@@ -512,7 +513,7 @@ def test_effective_batch_has_to_be_a_multiple(fit, images, tmp_path, size):
 @pytest.mark.parametrize("model", ["test_van", "test_vit", "test_convnext"])
 def test_layer_decay_grows_towards_the_head(compose, model):
     cfg = compose("optim.layer_decay=0.5")
-    training = Training(cfg, timm.create_model(model, num_classes=2), 2, 4, torch.device("cpu"))
+    training = TrainState(cfg, timm.create_model(model, num_classes=2), 2, 4, torch.device("cpu"))
     scales = [group["lr_scale"] for group in training.optimizer.param_groups]
     assert scales == sorted(scales)
     assert scales[0] < scales[-1] == 1.0
@@ -521,7 +522,7 @@ def test_layer_decay_grows_towards_the_head(compose, model):
 @pytest.mark.parametrize(("epochs", "asked", "used"), [(10, 2, 2), (3, 2, 1.5), (1, 5, 0.5)])
 def test_warmup_is_at_most_half_of_the_training(compose, epochs, asked, used):
     cfg = compose(f"trainer.epochs={epochs}", f"schedule.warmup_epochs={asked}")
-    training = Training(cfg, timm.create_model("test_vit", num_classes=2), 2, 10, torch.device("cpu"))
+    training = TrainState(cfg, timm.create_model("test_vit", num_classes=2), 2, 10, torch.device("cpu"))
     rates = []
     for number in range(10 * epochs):
         training.set_schedule(number)
@@ -530,7 +531,7 @@ def test_warmup_is_at_most_half_of_the_training(compose, epochs, asked, used):
 
 
 def test_vectors_are_not_decayed(compose):
-    training = Training(compose(), timm.create_model("test_vit", num_classes=2), 2, 4, torch.device("cpu"))
+    training = TrainState(compose(), timm.create_model("test_vit", num_classes=2), 2, 4, torch.device("cpu"))
     decayed = [p for group in training.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]]
     assert min(p.ndim for p in decayed) > 1
 
@@ -614,10 +615,8 @@ def test_evaluation_counts_every_image_once(count, world):
 
 
 def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path, monkeypatch):
-    from zoo.recipes.classify import loop
-
-    monkeypatch.setattr(loop.Run, "_write_weights", lambda self, name: {"weight": torch.tensor([1.0, torch.nan])})
-    monkeypatch.setattr(loop.Run, "_describe", lambda self, weights: None)
+    monkeypatch.setattr(ClassifyRun, "_write_weights", lambda self, name: {"weight": torch.tensor([1.0, torch.nan])})
+    monkeypatch.setattr(ClassifyRun, "_describe", lambda self, weights: None)
     with pytest.raises(RunError, match=r"the final weights in .* are not finite: lower optim\.lr"):
         fit(tmp_path / "run", images)
 

@@ -287,11 +287,11 @@ def test_sweep_of_evaluations_names_its_folders(called, monkeypatch):
 
 def test_command_of_a_run_of_a_sweep_is_its_own(called, monkeypatch, tmp_path):
     import zoo.recipes.train as command
-    from zoo.recipes import runs
+    from zoo.recipes import composition
 
     seen = []
     monkeypatch.setattr(
-        command, "_train", lambda cfg: seen.append(runs.command()) or {"task": "classify", "metrics": {}}
+        command, "_train", lambda cfg: seen.append(composition.command_line()) or {"task": "classify", "metrics": {}}
     )
     called("train", "-m", "seed=0,1", "optim.lr=1e-3")
     assert seen[1].startswith("zoo-train seed=1 optim.lr=0.001 run=runs/")
@@ -299,10 +299,10 @@ def test_command_of_a_run_of_a_sweep_is_its_own(called, monkeypatch, tmp_path):
 
 def test_recorded_command_is_the_one_that_was_typed(called, monkeypatch, tmp_path):
     import zoo.recipes.train as command
-    from zoo.recipes import runs
+    from zoo.recipes import composition
 
     seen = []
-    monkeypatch.setattr(command, "_train", lambda cfg: seen.append(runs.command()))
+    monkeypatch.setattr(command, "_train", lambda cfg: seen.append(composition.command_line()))
     called("train", "run=a,b", "model_kwargs.x=3")
     assert seen == ["zoo-train run=a,b model_kwargs.x=3"]
 

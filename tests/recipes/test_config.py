@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import zoo
-from zoo.recipes import cli, config, reading, runs
+from zoo.recipes import cli, config, reading, run_folder
 from zoo.recipes.errors import RunError
 
 RECIPES = sorted(
@@ -105,7 +105,7 @@ def of_run(compose, tmp_path):
     """What `zoo-eval` with these words takes from a run that had those."""
 
     def call(run, *words):
-        runs.save_config(tmp_path, compose(*run))
+        run_folder.save_config(tmp_path, compose(*run))
         keys = [word.partition("=")[0].lstrip("+") for word in words]
         return config.of_run(compose(*words, name="eval"), reading.load_config(tmp_path), keys)
 

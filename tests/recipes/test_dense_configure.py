@@ -30,7 +30,7 @@ from zoo.recipes.dense.data import (  # noqa: E402
     open_detection,
     open_segmentation,
 )
-from zoo.recipes.dense.optim import GuardedAmpOptimWrapper, GuardedOptimWrapper  # noqa: E402
+from zoo.recipes.dense.optim import SkipBadLossAmpOptimWrapper, SkipBadLossOptimWrapper  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -195,7 +195,7 @@ def test_mixed_precision_is_refused_on_a_cpu(compose, amp):
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
 def test_mixed_precision_elsewhere(compose, amp, dtype):
     wrapper = _settings(compose("task=detect", f"trainer.amp={amp}"), _coco()).optim_wrapper
-    assert (wrapper.type, wrapper.dtype) == (GuardedAmpOptimWrapper.__name__, dtype)
+    assert (wrapper.type, wrapper.dtype) == (SkipBadLossAmpOptimWrapper.__name__, dtype)
 
 
 # Optimizer and schedule.
@@ -298,7 +298,7 @@ def _by_name(model, wrapper):
 def test_optimizer_is_timms_with_its_settings(compose, detector):
     words = ("optim.lr=0.003", "optim.weight_decay=0.02", "optim.betas=[0.8,0.9]", "optim.eps=1e-6")
     wrapper = _wrapper(compose, detector, *words, "optim.clip_grad=2.5")
-    assert isinstance(wrapper, GuardedOptimWrapper)
+    assert isinstance(wrapper, SkipBadLossOptimWrapper)
     assert isinstance(wrapper.optimizer, torch.optim.AdamW)
     group = wrapper.optimizer.param_groups[0]
     assert (group["lr"], list(group["betas"]), group["eps"]) == (0.003, [0.8, 0.9], 1e-6)
@@ -380,7 +380,7 @@ def test_dinat_optimizer(dinat):
     wrapper = dinat[1].optim_wrapper
     assert wrapper.optimizer == {"type": "adamw", "lr": 1e-4, "weight_decay": 0.05, "momentum": 0.9}
     assert wrapper.paramwise_cfg == {"layer_decay": None, "no_decay": ["norm", "bias_table"], "backbone_lr": 1.0}
-    assert (wrapper.type, wrapper.dtype) == ("GuardedAmpOptimWrapper", "float16")
+    assert (wrapper.type, wrapper.dtype) == ("SkipBadLossAmpOptimWrapper", "float16")
     assert "clip_grad" not in wrapper
 
 
@@ -439,7 +439,7 @@ def test_cswin_optimizer(cswin):
     wrapper = cswin[1].optim_wrapper
     assert wrapper.optimizer == {"type": "adamw", "lr": 6e-5, "weight_decay": 0.01, "momentum": 0.9}
     assert wrapper.paramwise_cfg == {"layer_decay": None, "no_decay": ["norm"], "backbone_lr": 1.0}
-    assert wrapper.type == "GuardedOptimWrapper"
+    assert wrapper.type == "SkipBadLossOptimWrapper"
     assert "clip_grad" not in wrapper
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from zoo.recipes.dense.score import score
+from zoo.recipes.dense.evaluate import evaluate
 from zoo.recipes.errors import RunError
 
 
@@ -91,7 +91,7 @@ def test_corrupt_validation_label_counts_no_pixels(fit_dense, damaged, tmp_path)
 def test_zoo_eval_leaves_corrupt_images_out_and_says_so(compose, finished_dense, damaged, tmp_path, task):
     root, files = damaged(1, split="val")
     words = [f"run={finished_dense[task]}", f"data.root={root}", f"out={tmp_path / 'out'}"]
-    result = score(compose(*words, name="eval"), [word.partition("=")[0] for word in words])
+    result = evaluate(compose(*words, name="eval"), [word.partition("=")[0] for word in words])
     assert (result["data"]["images"], _names(result)) == (3, set(files))
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["corrupt_images"] == result["corrupt_images"]
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.recipes import scenes
 from zoo.recipes.config import DataConfig
-from zoo.recipes.dense import scenes
 from zoo.recipes.dense.annotations import normalise
 from zoo.recipes.dense.data import open_detection, open_segmentation, pair_files
 from zoo.recipes.errors import RunError

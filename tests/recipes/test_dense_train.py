@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from zoo.recipes import tasks
 from zoo.recipes.errors import RunError
 
-loop = tasks.task("detect", "loop")
+train = tasks.task("detect", "train")
 
 TASKS = ("detect", "segment")
 
@@ -118,7 +118,7 @@ def test_mmengine_configuration_can_be_read_again(finished_dense):
 
 
 def test_scores_are_percentages_and_leave_out_what_does_not_exist():
-    found = loop.scores({"coco/bbox_mAP": 0.25, "coco/bbox_mAP_50": -1.0, "mIoU": 40.5, "other": 1.0})
+    found = train.scores({"coco/bbox_mAP": 0.25, "coco/bbox_mAP_50": -1.0, "mIoU": 40.5, "other": 1.0})
     assert found == {"bbox_AP": 25.0, "mIoU": 40.5}
 
 
@@ -242,7 +242,7 @@ def test_killed_between_the_last_update_and_its_evaluation(fit_dense, tmp_path, 
     args = ("trainer.save_minutes=0", "optim.lr=1e-3")
     fit_dense(tmp_path / "whole", *args)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.DenseRun, "close_epoch", _killed)
+        patch.setattr(train.DenseRun, "close_epoch", _killed)
         with pytest.raises(SystemError):
             fit_dense(tmp_path / "parts", *args)
     assert _state(tmp_path / "parts")["progress"] | {"seconds": 0} == {
@@ -256,7 +256,7 @@ def test_killed_between_the_last_update_and_its_evaluation(fit_dense, tmp_path, 
 @pytest.mark.slow
 def test_run_ahead_of_a_lower_limit_is_evaluated_and_ends(fit_dense, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(loop.DenseRun, "close_epoch", _killed)
+        patch.setattr(train.DenseRun, "close_epoch", _killed)
         with pytest.raises(SystemError):
             fit_dense(tmp_path / "run", "trainer.save_minutes=0")
     summary = fit_dense(tmp_path / "run", "trainer.max_updates=1")
@@ -271,14 +271,14 @@ def test_run_ahead_of_a_lower_limit_is_evaluated_and_ends(fit_dense, tmp_path, m
 def test_accumulated_batches_train_alike(fit_dense, tmp_path, monkeypatch):
     """As many updates, at the same learning rates, of the same images."""
     rates, seen = [], []
-    before = loop._Keeper.before_train_iter
+    before = train._ProgressHook.before_train_iter
 
     def note(self, runner, batch_idx, data_batch):
         seen.extend(sample.img_path for sample in data_batch["data_samples"])
         before(self, runner, batch_idx, data_batch)
 
-    monkeypatch.setattr(loop._Keeper, "before_train_iter", note)
-    monkeypatch.setattr(loop.Progress, "advance", lambda self, note, lr, images: rates.append((lr, images)))
+    monkeypatch.setattr(train._ProgressHook, "before_train_iter", note)
+    monkeypatch.setattr(train.Progress, "advance", lambda self, note, lr, images: rates.append((lr, images)))
     args = ("trainer.effective_batch_size=4", "dense.warmup_updates=3", "trainer.max_updates=3", "dense.updates=5")
     for batch in (4, 2):
         fit_dense(tmp_path / str(batch), f"trainer.batch_size={batch}", *args, task="segment")
@@ -430,7 +430,7 @@ def test_classifier_gives_the_backbone_its_weights(fit_dense, finished, tmp_path
         start.update(self.model.backbone.state_dict())
         raise SystemError
 
-    monkeypatch.setattr(loop.DenseRun, "restore", keep)
+    monkeypatch.setattr(train.DenseRun, "restore", keep)
     with pytest.raises(SystemError):
         fit_dense(tmp_path / "run", f"pretrained={tmp_path / 'classifier'}")
     learnt = {
@@ -458,14 +458,14 @@ def test_digits_come_first_and_once(fit_dense, tmp_path, monkeypatch):
     assert "single digits" not in _log(tmp_path / "run")  # its log begins later
     backbone = tmp_path / "run" / "backbone"
     assert json.loads((backbone / "summary.json").read_text())["updates"] == 1
-    monkeypatch.setattr(loop, "classify", _killed)
+    monkeypatch.setattr(train, "classify", _killed)
     assert fit_dense(tmp_path / "run", *words)["updates"] == 1
     assert fit_dense(tmp_path / "run", "dense.digits_first=true", "trainer.max_updates=2")["updates"] == 2
 
 
 def test_digits_come_first_with_the_models_settings(fit_dense, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(loop, "classify", lambda cfg, again: asked.append(cfg) or _killed())
+    monkeypatch.setattr(train, "classify", lambda cfg, resume_command: asked.append(cfg) or _killed())
     with pytest.raises(SystemError):
         fit_dense(tmp_path / "run", "dense.digits_first=true", "seed=3", "+model_kwargs.drop_path_rate=0.1")
     (cfg,) = asked
@@ -476,7 +476,7 @@ def test_digits_come_first_with_the_models_settings(fit_dense, tmp_path, monkeyp
 
 
 def test_digits_do_not_come_before_pretrained_weights(fit_dense, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "classify", _killed)
+    monkeypatch.setattr(train, "classify", _killed)
     with pytest.raises(RunError, match="none"):
         fit_dense(tmp_path / "run", "dense.digits_first=true", f"pretrained={tmp_path / 'none'}")
 
@@ -506,16 +506,16 @@ import torch
 from zoo.recipes import distributed, tasks
 from zoo.recipes.train import main
 
-loop = tasks.task("detect", "loop")
-finish = loop.DenseRun.finish
+train = tasks.task("detect", "train")
+finish = train.DenseRun.finish
 
 
-def kept(run):
+def resume_hint(run):
     torch.save(run.runner.model.module.state_dict(), f"rank{distributed.rank()}.pt")
     return finish(run)
 
 
-loop.DenseRun.finish = kept
+train.DenseRun.finish = kept
 main()
 """
 

@@ -10,10 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from zoo.recipes.classify.evaluation import Evaluation, plot_confusion
-from zoo.recipes.classify.score import _report, score
+from zoo.recipes.classify import evaluate as module
+from zoo.recipes.classify.accuracy import Evaluation, plot_confusion
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def evaluate(compose):
 
     def call(*words):
         keys = [word.partition("=")[0].lstrip("+") for word in words]
-        return score(compose(*words, name="eval"), keys)
+        return module.evaluate(compose(*words, name="eval"), keys)
 
     return call
 
@@ -69,9 +69,9 @@ def test_run_that_went_on_after_its_export_is_read_from_its_checkpoint(evaluate,
 @pytest.fixture
 def spoiled_epoch(monkeypatch):
     """Stop a run in its second epoch from now."""
-    from zoo.recipes.classify.loop import Run
+    from zoo.recipes.classify.train import ClassifyRun
 
-    original, count = Run._update, {"updates": 0}
+    original, count = ClassifyRun._update, {"updates": 0}
 
     def update(self, batches):
         count["updates"] += 1
@@ -79,7 +79,7 @@ def spoiled_epoch(monkeypatch):
             raise KeyboardInterrupt
         original(self, batches)
 
-    monkeypatch.setattr(Run, "_update", update)
+    monkeypatch.setattr(ClassifyRun, "_update", update)
 
 
 def test_files_that_are_written(evaluate, run):
@@ -105,7 +105,7 @@ def test_top5_is_said_where_it_tells_something(tmp_path, caplog, monkeypatch, cl
     names = [str(i) for i in range(classes)]
     result = Evaluation({"top1": 25.0, "top5": 100.0, "loss": 1.0, "images": 4}, np.arange(4), np.zeros(4, int), [])
     with caplog.at_level("INFO"):
-        _report(tmp_path, {"model": "m", "weights": "w", "metrics": result.metrics}, result, names, False)
+        module._report(tmp_path, {"model": "m", "weights": "w", "metrics": result.metrics}, result, names, False)
     figures = "top-1 25.00 %, top-5 100.00 %" if classes == 6 else "top-1 25.00 %"
     assert f"m (w): {figures}, loss 1.0000 on 4 images" in caplog.text
 

@@ -14,7 +14,7 @@ from zoo.recipes.classify.folders import ClassFolders
 from zoo.recipes.config import DataConfig
 from zoo.recipes.errors import RunError
 from zoo.recipes.images import ENDINGS
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zoo.recipes import lock, report, runs
-from zoo.recipes.classify import loop
+from zoo.recipes import lock, report, run_folder
+from zoo.recipes.classify import train
 
 ARGS = ("trainer.epochs=2", "optim.lr=3e-3")
 CLOCK = ("seconds", "images_per_second", "step_seconds")
@@ -48,11 +48,11 @@ def undisturbed(fit, images, tmp_path_factory):
 
 # After the last checkpoint. (Without pictures, which the undisturbed run has.)
 AFTER = {
-    "curves": (loop.Run, "write_history"),
-    "metrics": (runs, "write_metrics"),
-    "weights": (loop.Run, "finish"),
-    "description": (loop.Run, "_describe"),
-    "summary": (loop.Run, "leave_behind"),
+    "curves": (train.ClassifyRun, "write_history"),
+    "metrics": (run_folder, "write_metrics"),
+    "weights": (train.ClassifyRun, "finish"),
+    "description": (train.ClassifyRun, "_describe"),
+    "summary": (train.ClassifyRun, "write_summary"),
     "report": (report, "write_or_warn"),
 }
 
@@ -99,7 +99,7 @@ def test_longer_run_killed_after_its_last_checkpoint_has_not_the_shorter_one_s_s
     folder = copy(finished, tmp_path / "run")
     args = ("trainer.epochs=4", "optim.lr=3e-3")
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "finish", _raise)
+        patch.setattr(train.ClassifyRun, "finish", _raise)
         with pytest.raises(_Killed):
             fit(folder, images, *args)
     assert fit(folder, images, *args)["epochs"] == 4

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from zoo.recipes import lock, runs
+from zoo.recipes import atomic_files, lock, run_folder
 from zoo.recipes.errors import RunError
 from zoo.recipes.lock import Lock
 
@@ -162,7 +162,7 @@ def test_two_writers_of_one_file_have_drafts_of_their_own(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("name", ["x" * 250, "字" * 80])
 def test_draft_of_a_long_name_can_be_written(tmp_path, name):
-    runs.write_text(tmp_path / name, "text")
+    atomic_files.write_text(tmp_path / name, "text")
     assert (tmp_path / name).read_text() == "text"
 
 
@@ -170,13 +170,13 @@ def test_draft_of_a_long_name_can_be_written(tmp_path, name):
 
 
 def test_new_folder_that_nothing_was_written_to_goes_again(tmp_path):
-    with runs.taken(tmp_path / "run") as folder:
+    with run_folder.locked_folder(tmp_path / "run") as folder:
         assert folder.is_dir()
     assert not folder.exists()
 
 
 def test_folder_that_was_there_stays(tmp_path):
-    with runs.taken(tmp_path):
+    with run_folder.locked_folder(tmp_path):
         pass
     assert tmp_path.is_dir()
 
@@ -188,7 +188,7 @@ def test_training_refuses_a_folder_in_use(fit, images, tmp_path, other, living):
 
 
 def test_training_ends_when_another_process_took_its_folder_over(fit, images, tmp_path, other, monkeypatch):
-    monkeypatch.setattr(runs, "save_config", lambda *_: other())
+    monkeypatch.setattr(run_folder, "save_config", lambda *_: other())
     with pytest.raises(RunError, match="has taken the folder over"):
         fit(tmp_path, images)
     assert not (tmp_path / "last.pt").exists()

@@ -20,7 +20,7 @@ from zoo.recipes.classify.model import save_weights
 from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Inputs
 
-score = tasks.task("detect", "score")
+evaluation = tasks.task("detect", "evaluate")
 predict = tasks.task("detect", "predict")
 
 from zoo.recipes.dense.confusion import Confusion  # noqa: E402
@@ -40,7 +40,7 @@ def evaluate(compose):
     def run(folder, out, *overrides):
         cfg = compose(f"run={folder}", f"out={out}", *overrides, name="eval")
         keys = [override.partition("=")[0].lstrip("+") for override in overrides]
-        return score.score(cfg, ["run", "out", *keys])
+        return evaluation.evaluate(cfg, ["run", "out", *keys])
 
     return run
 
@@ -142,7 +142,7 @@ def test_evaluation_refuses(evaluate, finished_dense, tmp_path, override, messag
 
 def test_evaluation_needs_a_run(compose):
     with pytest.raises(RunError, match="nothing to evaluate: give run=<folder> of a run with task=detect"):
-        score.score(compose("task=detect", name="eval"), [])
+        evaluation.evaluate(compose("task=detect", name="eval"), [])
 
 
 @pytest.fixture

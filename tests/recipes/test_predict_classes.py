@@ -12,7 +12,7 @@ from PIL import Image
 
 from zoo.recipes import predict as command
 from zoo.recipes.classify import predict
-from zoo.recipes.classify.score import score
+from zoo.recipes.classify.evaluate import evaluate
 from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Inputs
 
@@ -70,7 +70,7 @@ def test_json_says_the_same_as_the_table(predicted):
 
 
 def test_accuracy_is_that_of_the_evaluation(predicted, compose, finished, tmp_path):
-    evaluated = score(compose(f"run={finished}", f"out={tmp_path}", name="eval"), ["run", "out"])
+    evaluated = evaluate(compose(f"run={finished}", f"out={tmp_path}", name="eval"), ["run", "out"])
     right = [row["class_1"] == row["image"].split("/")[-2] for row in rows(predicted)]
     assert 100 * np.mean(right) == pytest.approx(evaluated["metrics"]["top1"])
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.recipes import report, runs, sheet, timing
+from zoo.recipes import logs, report, run_folder, sheet, timing
 from zoo.recipes.errors import RunError
 
 HOSTILE = "<script>alert(1)</script>"
@@ -46,10 +46,10 @@ def _write_run(folder, task="classify", scores=(50.0, 75.0), ended=True, classes
         }
         for i, score in enumerate(scores)
     ]
-    runs.write_metrics(folder, history)
+    run_folder.write_metrics(folder, history)
     counts, confusion = [10, 10, 0], [[0, 0, 10], [1, 0, 4], [1, 1, 6]]
     values = {"classify": "top1", "detect": "mask_AP", "segment": "IoU"}[task]
-    runs.write_classes(folder, classes, {values: [100.0, 60.0, None]}, counts, "images", confusion)
+    run_folder.write_classes(folder, classes, {values: [100.0, 60.0, None]}, counts, "images", confusion)
     if ended:
         summary = {"metrics": {main: scores[-1], other: 90.0}, "params": 2_000_000, "seconds": 120.0}
         (folder / "summary.json").write_text(json.dumps(summary | {"versions": {"torch": "2.0"}}))
@@ -157,7 +157,7 @@ def test_of_many_classes_the_mistaken_and_the_worst_are_shown(tmp_path):
     pairs = [[i, i, 10] for i in range(many)] + [[7, 250, 5]]
     scores = [100.0] * many
     scores[7] = 66.6
-    runs.write_classes(folder, names, {"top1": scores}, [10] * many, "images", pairs)
+    run_folder.write_classes(folder, names, {"top1": scores}, [10] * many, "images", pairs)
     record = report.read(folder)
     matrix = report._matrix(record)
     assert len(matrix["names"]) == 40
@@ -218,7 +218,9 @@ def test_ticks(value, step, text):
 @pytest.mark.parametrize(("count", "shown"), [(5, False), (6, True)])
 def test_top5_is_shown_of_more_than_five_classes(tmp_path, count, shown):
     folder = _write_run(tmp_path / "run")
-    runs.write_classes(folder, [f"c{i}" for i in range(count)], {"top1": [50.0] * count}, [40] * count, "images", [])
+    run_folder.write_classes(
+        folder, [f"c{i}" for i in range(count)], {"top1": [50.0] * count}, [40] * count, "images", []
+    )
     assert ("top-5" in _page(folder).text) == shown
 
 
@@ -234,7 +236,7 @@ def test_scores_of_few_images_say_so(tmp_path, images, warned):
 
 def test_class_of_one_image_has_no_bar(tmp_path):
     folder = _write_run(tmp_path / "run")
-    runs.write_classes(folder, ["a", "b"], {"top1": [100.0, 50.0]}, [1, 40], "images", [])
+    run_folder.write_classes(folder, ["a", "b"], {"top1": [100.0, 50.0]}, [1, 40], "images", [])
     assert "1 of the classes has fewer than 10" in _page(folder).text
     cells = re.findall('<td class="bar">(.*?)</td>', report.page(report.read(folder)))
     assert cells == ['<span class="note">of one image</span>', '<i style="width: 50.0%"></i>']
@@ -369,7 +371,7 @@ def test_dense_runs_have_scores_of_classes_and_times(finished_dense, task):
 
 
 def test_a_report_that_fails_spoils_nothing(tmp_path, capsys, monkeypatch):
-    runs.start_log(None, True)
+    logs.start_log(None, True)
     monkeypatch.setattr(report, "page", lambda record: 1 / 0)
     report.write_or_warn(_write_run(tmp_path / "run"))
     assert "The report could not be written (division by zero)" in " ".join(capsys.readouterr().out.split())

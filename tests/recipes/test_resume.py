@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from zoo.recipes import runs
-from zoo.recipes.classify import loop
+from zoo.recipes import atomic_files, run_checkpoints
+from zoo.recipes.classify import train
 from zoo.recipes.classify.model import load_weights
 from zoo.recipes.errors import RunError
 
@@ -300,7 +300,7 @@ def test_killed_between_the_last_update_of_an_epoch_and_its_end(fit, images, tmp
     args = ("trainer.epochs=3", "trainer.save_minutes=0", f"data.num_workers={workers}")
     fit(tmp_path / "whole", images, *args)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, "_close_epoch", _killed)
+        patch.setattr(train.ClassifyRun, "_close_epoch", _killed)
         with pytest.raises(SystemError):
             fit(tmp_path / "parts", images, *args)
     fit(tmp_path / "parts", images, *args)
@@ -396,9 +396,9 @@ def test_zoo_eval_reads_the_checkpoint_before_a_damaged_one(copied, same):
 
 def test_checkpoint_before_the_last_is_there_from_the_second_on(tmp_path):
     for update in (1, 2, 3):
-        runs.save_checkpoint(tmp_path / "last.pt", _checkpoint(update))
+        run_checkpoints.save_checkpoint(tmp_path / "last.pt", _checkpoint(update))
     names = ("previous.pt", "last.pt")
-    assert [runs.load_checkpoint(tmp_path / name)["progress"]["update"] for name in names] == [2, 3]
+    assert [run_checkpoints.load_checkpoint(tmp_path / name)["progress"]["update"] for name in names] == [2, 3]
 
 
 def test_checkpoints_are_kept_without_hard_links(tmp_path, monkeypatch):
@@ -417,12 +417,12 @@ def _checkpoint(update, **more):
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9], ids=lambda place: f"at {place:.0%}")
 def test_one_flipped_bit_of_a_tensor_is_noticed(tmp_path, place):
     path = tmp_path / "last.pt"
-    runs.save_checkpoint(path, _checkpoint(1, weight=torch.zeros(50_000)))
+    run_checkpoints.save_checkpoint(path, _checkpoint(1, weight=torch.zeros(50_000)))
     data = bytearray(path.read_bytes())
     data[int(place * len(data))] ^= 4
     path.write_bytes(data)
     with pytest.raises(RunError, match="can't be read"):
-        runs.load_checkpoint(path)
+        run_checkpoints.load_checkpoint(path)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.strip("_"))
@@ -452,7 +452,7 @@ def test_checkpoint_of_something_else(fit, images, copied, content):
 def test_atomic_replaces(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with runs.atomic(path) as file:
+    with atomic_files.atomic(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
 
@@ -460,14 +460,14 @@ def test_atomic_replaces(tmp_path):
 def test_atomic_shows_nothing_before_the_end(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
-    with runs.atomic(path) as file:
+    with atomic_files.atomic(path) as file:
         file.write(b"new" * 10000)
         file.flush()
         assert path.read_bytes() == b"old"
 
 
 def _write_half(path, error, cause=None):
-    with runs.atomic(path) as file:
+    with atomic_files.atomic(path) as file:
         file.write(b"half")
         raise error from cause
 
@@ -483,7 +483,7 @@ def test_atomic_keeps_the_old_content_on_an_exception(tmp_path, error):
 
 def test_atomic_says_what_the_system_said(tmp_path):
     with pytest.raises(RunError, match=r"could not write .*none/file: No such file or directory"):
-        runs.write_text(tmp_path / "none" / "file", "text")
+        atomic_files.write_text(tmp_path / "none" / "file", "text")
 
 
 def test_atomic_recognises_a_full_disk_behind_another_error(tmp_path):
@@ -494,5 +494,5 @@ def test_atomic_recognises_a_full_disk_behind_another_error(tmp_path):
 
 def test_checkpoint_survives_a_round_trip(tmp_path, same):
     state = _checkpoint(3, tensor=torch.arange(5), nested=[{"a": 1.5}, "text", None])
-    runs.save_checkpoint(tmp_path / "last.pt", state)
-    assert same(runs.load_checkpoint(tmp_path / "last.pt"), state)
+    run_checkpoints.save_checkpoint(tmp_path / "last.pt", state)
+    assert same(run_checkpoints.load_checkpoint(tmp_path / "last.pt"), state)

@@ -13,8 +13,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from zoo.recipes.classify.data import Digits
-from zoo.recipes.dense import scenes
+from zoo.recipes import scenes
+from zoo.recipes.digits import Digits
 from zoo.recipes.errors import RunError
 
 FEW = {"train": 12, "val": 5, "test": 5}

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from zoo.recipes import batchnorm, distributed
-from zoo.recipes.course import of_few
+from zoo.recipes.base_run import of_few
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 
 def _log(folder):
@@ -167,11 +167,11 @@ def test_lines_say_how_long_the_run_will_take(fit, images, tmp_path):
 
 
 def test_remaining_time_is_that_of_the_whole_run(monkeypatch, capsys):
-    from zoo.recipes import progress, runs
+    from zoo.recipes import logs, progress
 
     clock = iter((0.0, 10.0, 20.0))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    runs.start_log(None, primary=True)
+    logs.start_log(None, primary=True)
     bar = progress.Progress(True, epochs=100, updates=10, every=1, done=500)
     bar.start_epoch(50, 0)
     for _ in range(3):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from zoo.recipes import cli, distributed, runs
-from zoo.recipes.classify import loop
+from zoo.recipes import cli, distributed, logs
+from zoo.recipes.classify import train
 from zoo.recipes.errors import RunError, of_the_system
 
 ERRORS = {
@@ -34,7 +34,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("error", "text"), ERRORS.values(), ids=ERRORS)
 def test_command_ends_with_a_sentence(capsys, error, text):
-    runs.start_log(None, primary=True)
+    logs.start_log(None, primary=True)
     with pytest.raises(SystemExit, match="1"), cli.friendly_errors("zoo-eval"):
         raise error
     assert text in capsys.readouterr().err
@@ -42,14 +42,14 @@ def test_command_ends_with_a_sentence(capsys, error, text):
 
 @pytest.mark.parametrize(("error", "text"), [ERRORS[name] for name in ("files in a library", "memory", "worker")])
 def test_training_names_what_is_left(fit, images, tmp_path, monkeypatch, error, text):
-    update = loop.Run._update
+    update = train.ClassifyRun._update
 
     def fail(self, batches):
         if self.progress["update"] == 2:
             raise error
         update(self, batches)
 
-    monkeypatch.setattr(loop.Run, "_update", fail)
+    monkeypatch.setattr(train.ClassifyRun, "_update", fail)
     expected = rf"{text}.* The last good checkpoint is .*last\.pt\. The same command continues"
     with pytest.raises(RunError, match=expected):
         fit(tmp_path, images, "trainer.save_minutes=0")
@@ -74,7 +74,7 @@ def test_error_that_is_its_own_cause_ends():
 
 
 def test_other_errors_of_a_training_stay_as_they_are(fit, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.Run, "_update", _bug)
+    monkeypatch.setattr(train.ClassifyRun, "_update", _bug)
     with pytest.raises(ValueError, match=r"^a bug$"):
         fit(tmp_path, images)
 
@@ -84,7 +84,7 @@ def _bug(*_):
 
 
 def test_sentence_is_said_without_memory_for_a_log(capfd, monkeypatch):
-    runs.start_log(None, primary=True)
+    logs.start_log(None, primary=True)
     monkeypatch.setattr("logging.Logger.log", _no_memory)
     with pytest.raises(SystemExit, match="1"), cli.friendly_errors("zoo-train"):
         raise RunError("mend that")

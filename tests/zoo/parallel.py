@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from zoo.recipes.classify.training import shard
+from zoo.recipes.classify.train_state import shard
 
 PROCESSES, STEPS = 2, 2
 

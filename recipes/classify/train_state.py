@@ -20,12 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zoo.recipes import config, distributed
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 
 _FULL = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class Training:
+class TrainState:
     """A model being trained.
 
     Args:

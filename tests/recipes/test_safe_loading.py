@@ -14,7 +14,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.runner import checkpoint
 from torch import nn
 
-from zoo.recipes.dense import loading
+from zoo.recipes.dense import safe_loading
 from zoo.recipes.errors import RunError
 
 
@@ -42,7 +42,7 @@ class Reach:
 def _refusing(monkeypatch):
     for name in ("_safe_torch_load", "load_url"):
         monkeypatch.setattr(checkpoint, name, getattr(checkpoint, name))
-    loading.refuse_unpickling()
+    safe_loading.refuse_unpickling()
 
 
 @pytest.fixture
@@ -185,5 +185,5 @@ def test_checkpoints_of_mmengine_load(tmp_path):
 
 def test_twice_changes_nothing():
     before = checkpoint._safe_torch_load, checkpoint.load_url
-    loading.refuse_unpickling()
+    safe_loading.refuse_unpickling()
     assert (checkpoint._safe_torch_load, checkpoint.load_url) == before

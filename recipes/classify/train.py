@@ -20,8 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
 from torch.utils.data import Dataset
 
-from zoo.recipes import config, distributed, runs
+from zoo.recipes import atomic_files, config, distributed, logs, records, run_folder
+from zoo.recipes.base_run import BaseRun, of_few
 from zoo.recipes.batchnorm import check_batchnorm
+from zoo.recipes.classify.accuracy import Normalize, measure, percentage, plot_predictions, write_classes
 from zoo.recipes.classify.data import (
     Data,
     EpochSampler,
@@ -33,22 +35,20 @@ from zoo.recipes.classify.data import (
     next_batch,
     open_data,
 )
-from zoo.recipes.classify.evaluation import Normalize, evaluate, percentage, plot_predictions, write_classes
 from zoo.recipes.classify.model import build_model, check_model_name, input_config, save_weights
-from zoo.recipes.classify.training import Training, autocast
+from zoo.recipes.classify.train_state import TrainState, autocast
 from zoo.recipes.corrupt import CorruptImages
-from zoo.recipes.course import Course, of_few
+from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
-from zoo.recipes.runs import log
 from zoo.recipes.seeding import seed_all
 
 
-def train(cfg: DictConfig, again: str | None = None) -> dict[str, Any]:
+def train(cfg: DictConfig, resume_command: str | None = None) -> dict[str, Any]:
     """Train as `cfg` says and return what `summary.json` holds.
 
     Args:
         cfg: The configuration.
-        again: The command that continues the run, where it is not that of this process.
+        resume_command: The command that continues the run, where it is not that of this process.
 
     Raises:
         RunError: something that the user can mend.
@@ -57,18 +57,20 @@ def train(cfg: DictConfig, again: str | None = None) -> dict[str, Any]:
     config.check(cfg)
     check_model_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)
-    runs.start_log(None, distributed.rank() == 0)
+    logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg.data, cfg.seed)
-    with runs.taken(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
-        return Run(cfg, data, device, folder, again).run()
+    with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
+        return ClassifyRun(cfg, data, device, folder, resume_command).run()
 
 
-class Run(Course):
+class ClassifyRun(BaseRun):
     """One run, from the data to `summary.json`."""
 
-    def __init__(self, cfg: DictConfig, data: Data, device: torch.device, folder: Path, again: str | None = None):
+    def __init__(
+        self, cfg: DictConfig, data: Data, device: torch.device, folder: Path, resume_command: str | None = None
+    ):
         cfg, lowered = distributed.fitted(cfg, _count(data.train, data.train_indices))
-        super().__init__(cfg, device, folder, again)
+        super().__init__(cfg, device, folder, resume_command)
         self.notes += lowered
         self.data = data
         self.accumulate, self.effective_batch = distributed.batches(cfg.trainer)
@@ -90,10 +92,10 @@ class Run(Course):
         self.best = {"epoch": None, "top1": -1.0}
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt)
         state = self.find_checkpoint()
-        self.training = Training(cfg, model, len(data.classes), self.updates_per_epoch, device)
-        self.epochs = self.training.epochs
+        self.train_state = TrainState(cfg, model, len(data.classes), self.updates_per_epoch, device)
+        self.epochs = self.train_state.epochs
         if state:
-            self.take_up(state)
+            self.load_state(state)
 
     # What the run works on.
 
@@ -130,29 +132,29 @@ class Run(Course):
             "averaged weights": self.cfg.trainer.ema_decay is not None,
         }
 
-    def take_up(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote."""
-        super().take_up(state)
+        super().load_state(state)
         try:
-            self.training.load_state_dict(state["training"])
+            self.train_state.load_state_dict(state["training"])
             if len(state["tallies"]) == distributed.world_size():  # else the epoch's training figures start anew
                 self.tallies = state["tallies"][distributed.rank()]
             self.corrupt = CorruptImages(self.folder, self.cfg.data.max_corrupt, state["corrupt"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise self.unfit(error) from error
-        self.training.set_schedule(self.progress["update"])
+        self.train_state.set_schedule(self.progress["update"])
 
     def state(self) -> dict[str, Any]:
         """What is needed to continue."""
         return {
-            "training": self.training.state_dict(),
+            "training": self.train_state.state_dict(),
             "tallies": distributed.gather(self.tallies),
             "corrupt": sorted(self.corrupt.names),
         }
 
     # Its course.
 
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether there is nothing left to train."""
         return self.progress["epoch"] >= self.epochs
 
@@ -163,10 +165,10 @@ class Run(Course):
         self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, every, done, last)
         with self.bar:
             # An epoch that trainer.max_updates cut is closed again, for its evaluation.
-            while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self.enough()):
+            while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self.reached_max_updates()):
                 self._epoch()
 
-    def introduce(self) -> None:
+    def log_plan(self) -> None:
         """Say what is going to be trained."""
         cfg = self.cfg
         size = "x".join(map(str, self.data_config["input_size"]))
@@ -179,7 +181,7 @@ class Run(Course):
             self.epochs,
             self.updates_per_epoch,
             self.batch(self.accumulate, f"processes ({cfg.trainer.parallel})"),
-            self.training.lr,
+            self.train_state.lr,
             cfg.optim.opt,
             self.device,
             self.loader.num_workers,
@@ -205,9 +207,9 @@ class Run(Course):
         begun, images_before = time.monotonic(), self.tallies["images"]
         batches = self._batches_from(progress["epoch"], progress["samples"])
         self.bar.start_epoch(progress["epoch"], first)
-        self.training.task.train()
+        self.train_state.task.train()
         for _ in range(first, self.updates_per_epoch):
-            if self.enough():
+            if self.reached_max_updates():
                 break
             self._update(batches)
             self.save_or_stop()
@@ -230,7 +232,7 @@ class Run(Course):
 
     def _update(self, batches: Iterator[Any]) -> None:
         """One step of the optimizer, from `accumulate` batches."""
-        progress, tallies, training = self.progress, self.tallies, self.training
+        progress, tallies, training = self.progress, self.tallies, self.train_state
         self.times.begin()
         # A forward pass on bad numbers spoils BatchNorm's running statistics too, not only the gradients.
         buffers = list(training.task.trainable_module.buffers())
@@ -251,7 +253,7 @@ class Run(Course):
                 loss = float(result["loss"].detach())
                 flags = [float(not math.isfinite(loss)), float(self.corrupt.news)]
                 bad, news = distributed.total(flags, self.device)
-                self.corrupt.check(news, self.kept())
+                self.corrupt.check(news, self.resume_hint())
                 finite = not bad
                 self.times.lap("forward")
                 if finite:
@@ -285,16 +287,16 @@ class Run(Course):
         if cut:
             self.save()  # a run with more updates continues from here, not from the next epoch
         epoch = progress["epoch"] + 1
-        last = epoch >= self.epochs or self.enough()
+        last = epoch >= self.epochs or self.reached_max_updates()
         names = ("loss", "right", "images", "skipped")
         loss, right, images, skipped = distributed.total([self.tallies[name] for name in names], self.device)
         record = {
             "epoch": epoch,
             "update": progress["update"],
-            "lr": max(group["lr"] for group in self.training.optimizer.param_groups),
+            "lr": max(group["lr"] for group in self.train_state.optimizer.param_groups),
             "train_loss": loss / max(images, 1),
             # Mixed images have no single right answer.
-            "train_top1": None if self.training.mixup else 100 * right / max(images, 1),
+            "train_top1": None if self.train_state.mixup else 100 * right / max(images, 1),
             "skipped_updates": int(skipped) // distributed.world_size(),
             "images_per_second": speed,
             "step_seconds": self.times.take(),
@@ -302,8 +304,8 @@ class Run(Course):
         if last or epoch % cfg.trainer.eval_every == 0:
             self.bar.start_evaluation(None if self.data.val_indices is None else len(self.val_loader))
             precision = autocast(cfg.trainer.amp, self.device)
-            model = self.training.eval_model()
-            result = evaluate(model, self.val_loader, self.normalize, precision, self._after_evaluating_batch)
+            model = self.train_state.eval_model()
+            result = measure(model, self.val_loader, self.normalize, precision, self._after_evaluating_batch)
             record |= {f"val_{name}": result.metrics[name] for name in ("loss", "top1", "top5")}
             self.corrupt.note(result.corrupt)
             if self.primary:
@@ -332,7 +334,7 @@ class Run(Course):
         self.stop_between_evaluations()
 
     def _write_weights(self, name: str) -> dict[str, torch.Tensor]:
-        weights = self.training.weights()
+        weights = self.train_state.weights()
         if self.primary:
             save_weights(self.folder / name, weights, self.cfg.model, self.data.classes)
         return weights
@@ -343,7 +345,7 @@ class Run(Course):
         weights = self._write_weights("model.safetensors")
         if self.primary:
             self._describe(weights)
-        summary = self.leave_behind(
+        summary = self.write_summary(
             {name: record[f"val_{name}"] for name in ("top1", "top5", "loss")},
             params=self.params,
             epochs=record["epoch"],
@@ -362,7 +364,7 @@ class Run(Course):
             summary["seconds"],
         )
         log.info("Run folder: %s", self.folder)
-        self.say_next(f"top-1 {percentage(self.best['top1'])}")
+        self.log_next_steps(f"top-1 {percentage(self.best['top1'])}")
         distributed.share(None)  # no process leaves before the files are complete
         self.refuse_nonfinite(weights.values())
         return summary
@@ -370,7 +372,7 @@ class Run(Course):
     def _describe(self, weights: dict[str, torch.Tensor]) -> None:
         """Write what `timm.create_model("local-dir:<folder>")` needs beside the weights, and draw predictions."""
         names = ("input_size", "mean", "std", "interpolation", "crop_pct")
-        with runs.atomic(self.folder / "config.json") as file:
+        with atomic_files.atomic(self.folder / "config.json") as file:
             save_config_for_hf(
                 self.description,
                 file.name,
@@ -385,7 +387,7 @@ class Run(Course):
         model, path = model.to(self.device), self.folder / "predictions.png"
         plot_predictions(path, model, self.val_samples, self.data.val_indices, self.normalize, self.data.classes)
         if self.wandb:
-            runs.log_pictures(self.wandb, [path, self.folder / "curves.png"])
+            records.log_pictures(self.wandb, [path, self.folder / "curves.png"])
 
 
 def _line(record: dict[str, Any], improved: bool, val_images: int) -> str:

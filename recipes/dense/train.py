@@ -20,17 +20,17 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.recipes import distributed, runs
-from zoo.recipes.classify.loop import train as classify
+from zoo.recipes import atomic_files, distributed, logs, records, run_checkpoints, run_folder
+from zoo.recipes.base_run import BaseRun, command_to_resume, of_few
 from zoo.recipes.classify.model import check_model_name, save_weights
+from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
-from zoo.recipes.course import Course, continuing, of_few
 from zoo.recipes.dense import configure, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import DetectionData, SegmentationData, open_detection, open_segmentation
 from zoo.recipes.dense.transforms import corrupt_names
+from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
-from zoo.recipes.runs import log
 from zoo.recipes.seeding import seed_all
 
 # MMEngine's names of the scores -> ours, in percent; the first one that a run has decides which epoch is the best.
@@ -55,9 +55,9 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     configure.check(cfg)
     check_model_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)
-    runs.start_log(None, distributed.rank() == 0)
+    logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg)
-    with runs.taken(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
+    with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
         if cfg.dense.digits_first and not cfg.pretrained:
             cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder)})
         return DenseRun(cfg, data, device, folder).run()
@@ -66,7 +66,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
 def _digits_first(cfg: DictConfig, folder: Path) -> str:
     """Let the backbone learn to tell digits apart, in a run of its own below `folder`, and return that run's folder."""
     backbone = folder / "backbone"
-    if distributed.share(runs.has_checkpoint(folder)):
+    if distributed.share(run_checkpoints.has_checkpoint(folder)):
         return str(backbone)
     first = compose("config", ["data=digit_crops"])
     for key in ("model", "model_kwargs", "resume", "seed", "data.root", "trainer.device", "trainer.max_updates"):
@@ -75,7 +75,7 @@ def _digits_first(cfg: DictConfig, folder: Path) -> str:
     OmegaConf.update(first, "log", cfg.log)
     OmegaConf.update(first, "log.wandb", "disabled")
     log.info("First the backbone learns to tell single digits apart (dense.digits_first=false leaves that out).")
-    classify(first, again=continuing(cfg, folder))
+    classify(first, resume_command=command_to_resume(cfg, folder))
     return str(backbone)
 
 
@@ -122,7 +122,7 @@ class _Runner(Runner):
         """The run folder has it."""
 
 
-class DenseRun(Course):
+class DenseRun(BaseRun):
     """One run, from the data to `summary.json`."""
 
     def __init__(self, cfg: DictConfig, data: DetectionData | SegmentationData, device: torch.device, folder: Path):
@@ -145,7 +145,7 @@ class DenseRun(Course):
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt, (self.checkpoint or {}).get("corrupt", ()))
         self.val_corrupt: set[str] = set()  # in the last evaluation
         if self.checkpoint:
-            self.take_up(self.checkpoint)
+            self.load_state(self.checkpoint)
 
     # What it leaves behind, and takes up again.
 
@@ -204,7 +204,7 @@ class DenseRun(Course):
         """A line on each split."""
         return self.data.summary()
 
-    def introduce(self) -> None:
+    def log_plan(self) -> None:
         """Say what is going to be trained."""
         cfg, steps, classes = self.cfg, self.steps, len(self.data.classes)
         log.info("%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6, classes)
@@ -225,7 +225,7 @@ class DenseRun(Course):
             log.info("Continues with another configuration: %s.", self.changed)
         log.info("Run folder: %s", self.folder)
 
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether there is nothing left to train."""
         return self.progress["update"] >= self.last
 
@@ -234,12 +234,12 @@ class DenseRun(Course):
         settings = configure.runner_config(self.cfg, self.data, self.steps, self.folder / "mmengine", self.device)
         settings.train_cfg.max_iters = self.last * self.steps.accumulate
         if self.primary:
-            runs.write_text(self.folder / "mmengine.py", settings.pretty_text)
+            atomic_files.write_text(self.folder / "mmengine.py", settings.pretty_text)
         self.bar = Progress(self.primary, 1, self.last, self.cfg.log.every, self.progress["update"])
         with configure.mm_errors(self.cfg), self.bar:
             runner = make_runner(settings, self.model)
             runner.restore = self.restore
-            runner.register_hook(_Keeper(self), "VERY_LOW")
+            runner.register_hook(_ProgressHook(self), "VERY_LOW")
             self.bar.start("training", self.progress["update"])
             with worker_errors():
                 runner.train()
@@ -247,7 +247,7 @@ class DenseRun(Course):
     def check_corrupt(self) -> None:
         """After an update: end the run if too many images could not be read."""
         [news] = distributed.total([float(self.corrupt.news)], self.device)
-        self.corrupt.check(news, self.kept())
+        self.corrupt.check(news, self.resume_hint())
 
     def val_images(self) -> int:
         """The images that the last evaluation counts."""
@@ -285,7 +285,7 @@ class DenseRun(Course):
             self._write_weights("best.safetensors")
         if metrics is None:
             if self.primary:
-                runs.write_metrics(self.folder, self.history)
+                run_folder.write_metrics(self.folder, self.history)
         else:
             if self.primary:
                 self._write_classes(metrics)
@@ -311,11 +311,11 @@ class DenseRun(Course):
         if "confusion" in metrics:
             confused = metrics["confusion"]
             counts = confused.sum(1).tolist()
-            runs.write_classes(self.folder, classes, class_scores(confused), counts, "pixels", pairs(confused))
+            run_folder.write_classes(self.folder, classes, class_scores(confused), counts, "pixels", pairs(confused))
         elif "coco/per_class" in metrics:
             name = "mask_AP" if "coco/segm_mAP" in metrics else "bbox_AP"
             values = [None if math.isnan(value) else 100 * value for value in metrics["coco/per_class"]]
-            runs.write_classes(self.folder, classes, {name: values}, self.data.val.boxes, "objects")
+            run_folder.write_classes(self.folder, classes, {name: values}, self.data.val.boxes, "objects")
 
     @staticmethod
     def main_score(record: dict[str, Any]) -> str | None:
@@ -336,8 +336,8 @@ class DenseRun(Course):
             path = self.folder / "predictions.png"
             pictures.draw_samples(path, _bare(self.runner.model), self.runner.val_dataloader.dataset, self.data.classes)
             if self.wandb:
-                runs.log_pictures(self.wandb, [path, self.folder / "curves.png"])
-        summary = self.leave_behind(
+                records.log_pictures(self.wandb, [path, self.folder / "curves.png"])
+        summary = self.write_summary(
             {name: record[f"val_{name}"] for name in SCORES.values() if f"val_{name}" in record},
             method=self.cfg.dense.method,
             params=self.params,
@@ -353,13 +353,13 @@ class DenseRun(Course):
         log.info("Pictures of predictions: %s", self.folder / "predictions.png")
         log.info("Run folder: %s", self.folder)
         main = next((name for name in SCORES.values() if name in self.best), None)
-        self.say_next(f"{title(main)} {self.best[main]:.1f}" if main else "")
+        self.log_next_steps(f"{title(main)} {self.best[main]:.1f}" if main else "")
         distributed.share(None)  # no process leaves before the files are complete
         self.refuse_nonfinite(_bare(self.runner.model).state_dict().values())
         return summary
 
 
-class _Keeper(Hook):
+class _ProgressHook(Hook):
     """Tells a `DenseRun` how far MMEngine's Runner is."""
 
     def __init__(self, run: DenseRun):

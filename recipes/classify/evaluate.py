@@ -12,24 +12,24 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from zoo.recipes import config, distributed, reading, report, runs
-from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
-from zoo.recipes.classify.evaluation import (
+from zoo.recipes import atomic_files, composition, config, distributed, logs, reading, report, run_folder
+from zoo.recipes.classify.accuracy import (
     Evaluation,
     Normalize,
-    evaluate,
+    measure,
     percentage,
     plot_confusion,
     write_classes,
 )
+from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
 from zoo.recipes.classify.model import build_model, input_config, load_weights
-from zoo.recipes.classify.training import autocast
+from zoo.recipes.classify.train_state import autocast
 from zoo.recipes.errors import RunError
+from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
-from zoo.recipes.runs import log
 
 
-def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
+def evaluate(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     """Evaluate what `cfg` names, print the figures, write `eval.json` and `confusion.png`, and return the figures.
 
     Args:
@@ -40,7 +40,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         RunError: something that the user can mend.
     """
     config.check(cfg)
-    runs.start_log(None, distributed.rank() == 0)
+    logs.start_log(None, distributed.rank() == 0)
     if cfg.run:
         model, cfg, classes, weights = from_run(cfg, overridden)
     elif cfg.pretrained:
@@ -48,7 +48,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     else:
         raise RunError("nothing to evaluate: give run=<folder>, or model=<name> with pretrained=true or =<file>.")
     device = distributed.setup(cfg.trainer.device)
-    runs.start_log(None, distributed.rank() == 0)
+    logs.start_log(None, distributed.rank() == 0)
     # A run's own data set is opened as in training, which finds the images that were held out.
     own_data = cfg.run and not any(key == "data" or key.startswith("data.") for key in overridden)
     data = open_data(cfg.data, cfg.seed, training=bool(own_data), classes=classes)
@@ -59,7 +59,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         )
     folder = Path(cfg.out) if cfg.out else _folder(cfg)
     if distributed.rank() == 0:
-        runs.warn_unwritable(folder)
+        run_folder.warn_unwritable(folder)
     result = _evaluate(cfg, model.to(device), data, device)
     summary = {
         "task": cfg.task,
@@ -69,7 +69,7 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         "metrics": result.metrics,
         "corrupt_images": result.corrupt,
         "per_class": dict(zip(data.classes, result.per_class(len(data.classes)), strict=True)),
-        "command": runs.command(),
+        "command": composition.command_line(),
     }
     if distributed.rank() == 0:
         _report(folder, summary, result, data.classes, cfg.per_class)
@@ -101,11 +101,11 @@ def _evaluate(cfg: DictConfig, model: nn.Module, data: Any, device: torch.device
     normalize = Normalize(data_config, device, cfg.trainer.channels_last)
     with Progress(distributed.rank() == 0) as bar:
         bar.start_evaluation(None if data.val_indices is None else len(loader))
-        return evaluate(model, loader, normalize, autocast(cfg.trainer.amp, device), bar.advance_evaluation)
+        return measure(model, loader, normalize, autocast(cfg.trainer.amp, device), bar.advance_evaluation)
 
 
 def _folder(cfg: DictConfig) -> Path:
-    return Path(cfg.run) / "eval" if cfg.run else runs.default_folder("eval-", cfg.model)
+    return Path(cfg.run) / "eval" if cfg.run else run_folder.default_folder("eval-", cfg.model)
 
 
 def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: list[str], per_class: bool) -> None:
@@ -115,7 +115,7 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         counts = result.confusion(len(classes)).sum(1)
         for (name, value), count in zip(summary["per_class"].items(), counts.tolist(), strict=True):
             table.add_row(Text(name), str(count), percentage(value))
-        runs.console.print(table)
+        logs.console.print(table)
     for name in result.corrupt:
         log.warning("A corrupt image does not count: %s", name)
     names = {"top1": "top-1"} | ({"top5": "top-5"} if len(classes) > 5 else {})  # else it is 100 %
@@ -128,8 +128,8 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         metrics["images"],
     )
     # The figures are out: they are not lost with a folder that can't be written.
-    runs.make_folder(folder, "out")
-    runs.write_json(folder / "eval.json", summary)
+    run_folder.make_folder(folder, "out")
+    atomic_files.write_json(folder / "eval.json", summary)
     title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
     write_classes(folder, result, classes)
     plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)

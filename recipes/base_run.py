@@ -17,11 +17,23 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
-from zoo.recipes import batchnorm, distributed, reading, report, runs
+from zoo.recipes import (
+    atomic_files,
+    batchnorm,
+    composition,
+    distributed,
+    logs,
+    plots,
+    reading,
+    records,
+    report,
+    run_checkpoints,
+    run_folder,
+)
 from zoo.recipes.errors import RunError, Stopped, causes, of_the_system
 from zoo.recipes.files import read_json
 from zoo.recipes.lock import Lock
-from zoo.recipes.runs import log
+from zoo.recipes.logs import log
 from zoo.recipes.timing import StepTimes
 
 # In what gloo and NCCL say when a process is gone.
@@ -31,7 +43,7 @@ _FEW = 100  # so few validation images make a percentage coarse
 _LAST = ("model.safetensors", "summary.json", report.NAME)
 
 
-class Course:
+class BaseRun:
     """One run in its folder.
 
     A subclass trains in `train`, calls `save_or_stop` after every update, and ends in `finish`. It fills `progress`
@@ -41,11 +53,11 @@ class Course:
         cfg: The configuration.
         device: Where to train.
         folder: The run folder; need not exist.
-        again: The command that continues the run, where it is not that of this process.
+        resume_command: The command that continues the run, where it is not that of this process.
     """
 
-    def __init__(self, cfg: DictConfig, device: torch.device, folder: Path, again: str | None = None):
-        self.cfg, self.device, self.folder, self.again = cfg, device, folder, again
+    def __init__(self, cfg: DictConfig, device: torch.device, folder: Path, resume_command: str | None = None):
+        self.cfg, self.device, self.folder, self.resume_command = cfg, device, folder, resume_command
         self.primary = distributed.rank() == 0
         self.progress: dict[str, Any] = {"update": 0, "nonfinite": 0, "seconds": 0.0, "finished": False}
         self.history: list[dict[str, Any]] = []
@@ -69,7 +81,7 @@ class Course:
         """What is needed to continue, besides what `save` adds. All processes are asked."""
         raise NotImplementedError
 
-    def introduce(self) -> None:
+    def log_plan(self) -> None:
         """Say what is going to be trained."""
         raise NotImplementedError
 
@@ -77,7 +89,7 @@ class Course:
         """A line on each split."""
         raise NotImplementedError
 
-    def complete(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether there is nothing left to train."""
         raise NotImplementedError
 
@@ -102,10 +114,10 @@ class Course:
             RunError: the folder holds another run, or `resume` says otherwise.
         """
         resume = self.cfg.resume
-        if distributed.share(runs.has_checkpoint(self.folder)):
+        if distributed.share(run_checkpoints.has_checkpoint(self.folder)):
             if resume == "never":
                 raise RunError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
-            state, _, damage = runs.last_checkpoint(self.folder)
+            state, _, damage = run_checkpoints.last_checkpoint(self.folder)
             self._check_same_run(state)
             self.damaged = bool(damage)
             self.notes += [damage] if damage else []
@@ -129,15 +141,15 @@ class Course:
                     f"{self.folder} holds a run with {key} {then!r}, not {now!r}: "
                     "choose another run=<folder>, or give the settings that it was started with."
                 )
-        before = dict(report.flat(state["config"]))
+        before = dict(composition.flat(state["config"]))
         changed = [
             f"{key}={value} (was {before.get(key)})"
-            for key, value in report.flat(OmegaConf.to_container(self.cfg, resolve=True))
+            for key, value in composition.flat(OmegaConf.to_container(self.cfg, resolve=True))
             if before.get(key) != value and key not in ("run", "resume") and not key.startswith("log.")
         ]
         self.changed = ", ".join(changed)
 
-    def take_up(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `save` wrote."""
         self.progress, self.history = state["progress"], state["history"]
         self.best, self.wandb_id = state["best"], state.get("wandb")
@@ -154,8 +166,8 @@ class Course:
         if self.primary:
             title, scores = self.curves()
             if scores:
-                runs.plot_curves(self.folder / "curves.png", self.history, title, scores)
-            runs.write_metrics(self.folder, self.history)
+                plots.plot_curves(self.folder / "curves.png", self.history, title, scores)
+            run_folder.write_metrics(self.folder, self.history)
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -169,16 +181,16 @@ class Course:
         }
         if self.primary:
             Lock(self.folder).check()
-            runs.save_checkpoint(self.folder / "last.pt", state)
+            run_checkpoints.save_checkpoint(self.folder / "last.pt", state)
             if not self.progress["finished"]:
                 # Of a shorter run that this one continues.
                 for name in _LAST:
                     (self.folder / name).unlink(missing_ok=True)
         self.saved_at = time.monotonic()
 
-    def kept(self) -> str:
+    def resume_hint(self) -> str:
         """What is left if the run breaks off now, as a sentence."""
-        if not runs.has_checkpoint(self.folder):
+        if not run_checkpoints.has_checkpoint(self.folder):
             return "There was no checkpoint yet."
         return f"The last good checkpoint is {self.folder / 'last.pt'}."
 
@@ -186,16 +198,16 @@ class Course:
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary."""
-        runs.start_log(self.folder, self.primary)
+        logs.start_log(self.folder, self.primary)
         for note in self.notes:
             log.info("%s", note)
-        self.introduce()
+        self.log_plan()
         if self.primary:
             if self.damaged:
-                runs.set_aside(self.folder / "last.pt")
-            if self.history and not runs.has_metrics(self.folder, self.history):
+                run_checkpoints.set_aside(self.folder / "last.pt")
+            if self.history and not run_folder.has_metrics(self.folder, self.history):
                 self.write_history()  # the run was ended between its checkpoint and these
-        summary = distributed.share(self._left_behind())
+        summary = distributed.share(self._finished_summary())
         if summary is not None:
             if self.changed:
                 raise RunError(
@@ -205,9 +217,9 @@ class Course:
             return summary
         self.progress["finished"] = False
         if self.primary:
-            runs.save_config(self.folder, self.cfg)
+            run_folder.save_config(self.folder, self.cfg)
             self._note_start()
-            self.wandb = runs.start_wandb(self.folder, self.cfg, self.wandb_id)
+            self.wandb = records.start_wandb(self.folder, self.cfg, self.wandb_id)
             self.wandb_id = self.wandb.id if self.wandb else None
         self.started = self.saved_at = time.monotonic()
         self.seconds_before = self.progress["seconds"]
@@ -215,9 +227,9 @@ class Course:
         try:
             self.train()
             summary = self.finish()
-            if self.stop_signal and self.again:
+            if self.stop_signal and self.resume_command:
                 # Another run follows in this process, and shall not.
-                raise Stopped(f"Stopped. Continue with: {self.again}", self.stop_signal)
+                raise Stopped(f"Stopped. Continue with: {self.resume_command}", self.stop_signal)
             return summary
         except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
             explained = self._explained(error)
@@ -230,9 +242,9 @@ class Course:
             if self.wandb:
                 self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
 
-    def _left_behind(self) -> dict[str, Any] | None:
+    def _finished_summary(self) -> dict[str, Any] | None:
         """The summary of a run that ended and left all its files; None if it has to train or to write some of them."""
-        if not self.progress["finished"] or not self.complete():
+        if not self.progress["finished"] or not self.is_complete():
             return None
         if not all((self.folder / name).is_file() for name in ("config.yaml", "start.json", *_LAST)):
             return None
@@ -247,16 +259,16 @@ class Course:
 
     def _note_start(self) -> None:
         """Write `start.json`: what the report of a run can't know later."""
-        chosen, recipe = report.recipe(self.cfg.task)
+        chosen, recipe = composition.recipe(self.cfg.task)
         start = {
-            "command": runs.command(),
+            "command": composition.command_line(),
             "recipe": {"chosen": chosen, "settings": recipe},
             "data": self.describe_data(),
             "params": self.params,
             "device": str(self.device),
             "processes": distributed.world_size(),
         }
-        runs.write_json(self.folder / "start.json", start)
+        atomic_files.write_json(self.folder / "start.json", start)
 
     def batch(self, accumulate: int, processes: str = "processes") -> str:
         """The images of an update for people, and what they are made of where that is several passes."""
@@ -271,7 +283,7 @@ class Course:
         """How long the run has taken, over all its processes' lives."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def enough(self) -> bool:
+    def reached_max_updates(self) -> bool:
         """Whether trainer.max_updates is reached."""
         limit = self.cfg.trainer.max_updates
         return limit is not None and self.progress["update"] >= limit
@@ -305,7 +317,7 @@ class Course:
         number = self.stop_signal or signal.SIGTERM  # another process may have got it
         raise Stopped(
             f"Stopped by {signal.Signals(number).name} after update {self.progress['update']}, and saved. "
-            f"Continue with: {self.again or continuing(self.cfg, self.folder)}",
+            f"Continue with: {self.resume_command or command_to_resume(self.cfg, self.folder)}",
             number,
         )
 
@@ -321,10 +333,10 @@ class Course:
         if count > limit:
             raise RunError(
                 f"the loss was not finite in {count} updates in a row (trainer.max_nonfinite={limit}): "
-                f"lower optim.lr, set optim.clip_grad=1, or use trainer.amp=bf16 or none. {self.kept()}"
+                f"lower optim.lr, set optim.clip_grad=1, or use trainer.amp=bf16 or none. {self.resume_hint()}"
             )
 
-    def leave_behind(self, metrics: dict[str, Any], **figures: Any) -> dict[str, Any]:
+    def write_summary(self, metrics: dict[str, Any], **figures: Any) -> dict[str, Any]:
         """Write `summary.json` with `metrics` and `figures`, and return it."""
         summary = {
             "task": self.cfg.task,
@@ -337,13 +349,13 @@ class Course:
             "processes": distributed.world_size(),
             "device": str(self.device),
             "seed": self.cfg.seed,
-            "command": runs.command(),
+            "command": composition.command_line(),
             "versions": {"zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         }
         if self.primary:
             # The order tells a continued run what is there: each file is newer than those before it.
             (self.folder / report.NAME).unlink(missing_ok=True)
-            runs.write_json(self.folder / "summary.json", summary)
+            atomic_files.write_json(self.folder / "summary.json", summary)
             report.write_or_warn(self.folder)
             if self.wandb:
                 self.wandb.summary.update(metrics)
@@ -357,7 +369,7 @@ class Course:
                 "and choose another run=<folder>."
             )
 
-    def say_next(self, best: str) -> None:
+    def log_next_steps(self, best: str) -> None:
         """Say which weights are where, and what one may do with them; `best` is the score of the best epoch."""
         folder = shlex.quote(str(self.folder))
         where, same = self.best["epoch"] if self.best else None, self.best.get("epoch") == self.history[-1]["epoch"]
@@ -373,21 +385,21 @@ class Course:
 
     def _explained(self, error: Exception) -> RunError | None:
         """What the user can do about `error`, if that is known."""
-        again = f"{self.kept()} The same command continues from there."
+        hint = f"{self.resume_hint()} The same command continues from there."
         for cause in causes(error):
             text = " ".join(str(cause).split())[:200]
             if isinstance(cause, torch.OutOfMemoryError):
                 return RunError(
                     "the device's memory is too small: lower trainer.batch_size and keep the images per update with "
                     f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. "
-                    f"{again}"
+                    f"{hint}"
                 )
             if distributed.world_size() > 1 and any(word in text for word in _LOST):
-                return RunError(f"process {distributed.rank()} lost another process ({text}). {again}")
+                return RunError(f"process {distributed.rank()} lost another process ({text}). {hint}")
         if batchnorm.TOO_FEW in str(error):
-            return RunError(f"{batchnorm.remedy('image')} {self.kept()}")
+            return RunError(f"{batchnorm.remedy('image')} {self.resume_hint()}")
         system = of_the_system(error)
-        return RunError(f"{system} {again}") if system else None
+        return RunError(f"{system} {hint}") if system else None
 
 
 def of_few(images: int) -> str:
@@ -395,6 +407,6 @@ def of_few(images: int) -> str:
     return f" of {images} image{'s'[: images != 1]}" if images < _FEW else ""
 
 
-def continuing(cfg: DictConfig, folder: Path) -> str:
+def command_to_resume(cfg: DictConfig, folder: Path) -> str:
     """The command that continues the run in `folder`."""
-    return runs.command() if cfg.run else f"{runs.command()} run={folder}"
+    return composition.command_line() if cfg.run else f"{composition.command_line()} run={folder}"

@@ -20,20 +20,20 @@ from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from rich.text import Text
 
-from zoo.recipes import config, distributed, reading, report, runs
-from zoo.recipes.classify.evaluation import percentage, plot_confusion
+from zoo.recipes import atomic_files, composition, config, distributed, logs, plots, reading, report, run_folder
+from zoo.recipes.classify.accuracy import percentage, plot_confusion
 from zoo.recipes.classify.model import load_weights
 from zoo.recipes.corrupt import worker_errors
-from zoo.recipes.dense import configure, loop, pictures
+from zoo.recipes.dense import configure, pictures, train
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import DetectionSplit
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.errors import RunError
+from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
-from zoo.recipes.runs import log
 
 
-def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
+def evaluate(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     """Evaluate the run that `cfg` names, print the figures, write `eval.json` and pictures, and return the figures.
 
     Args:
@@ -43,18 +43,18 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     Raises:
         RunError: something that the user can mend.
     """
-    runs.start_log(None, distributed.rank() == 0)
+    logs.start_log(None, distributed.rank() == 0)
     if not cfg.run:
         raise RunError(f"nothing to evaluate: give run=<folder> of a run with task={cfg.task}.")
     model, cfg, classes, weights = from_run(cfg, overridden)
     device = distributed.setup(cfg.trainer.device)
-    runs.start_log(None, distributed.rank() == 0)
-    data = loop.open_data(cfg, training=False, classes=classes)
+    logs.start_log(None, distributed.rank() == 0)
+    data = train.open_data(cfg, training=False, classes=classes)
     for line in data.summary():
         log.info("%s", line)
     folder = Path(cfg.out) if cfg.out else Path(cfg.run) / "eval"
     if distributed.rank() == 0:
-        runs.warn_unwritable(folder)
+        run_folder.warn_unwritable(folder)
     with tempfile.TemporaryDirectory() as scratch:
         metrics, runner, corrupt = _evaluate(cfg, model, data, Path(scratch), device)
         found = {path.name: path.read_bytes() for path in Path(scratch).glob("results.*.json")}
@@ -65,9 +65,9 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         "method": cfg.dense.method,
         "weights": weights,
         "data": {"name": cfg.data.name, "root": cfg.data.root, "images": images},
-        "metrics": loop.scores(metrics),
+        "metrics": train.scores(metrics),
         "corrupt_images": corrupt,
-        "command": runs.command(),
+        "command": composition.command_line(),
     }
     if distributed.rank() == 0:
         title = f"{cfg.dense.method} on {cfg.model}, {images} images"
@@ -80,21 +80,21 @@ def score(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
         }
         if cfg.per_class:
             _print_classes(summary["per_class"])
-        figures = ", ".join(f"{loop.title(name)} {value:.1f}" for name, value in summary["metrics"].items())
+        figures = ", ".join(f"{train.title(name)} {value:.1f}" for name, value in summary["metrics"].items())
         log.info("%s (%s): %s on %d images", cfg.model, weights, figures, images)
         # The figures are out: they are not lost with a folder that can't be written.
-        runs.make_folder(folder, "out")
-        runs.write_json(folder / "eval.json", summary)
+        run_folder.make_folder(folder, "out")
+        atomic_files.write_json(folder / "eval.json", summary)
         if cfg.task == "detect":
             for name, content in found.items():
-                runs.write_text(folder / name, content.decode())
-            with runs.atomic(folder / "precision_recall.png") as file:
+                atomic_files.write_text(folder / name, content.decode())
+            with atomic_files.atomic(folder / "precision_recall.png") as file:
                 figure.savefig(file, format="png")
-            runs.write_classes(folder, classes, table, data.val.boxes, "objects")
+            run_folder.write_classes(folder, classes, table, data.val.boxes, "objects")
         else:
             confusion = metrics["confusion"]
             plot_confusion(folder / "confusion.png", confusion, classes, title)
-            runs.write_classes(folder, classes, table, confusion.sum(1).tolist(), "pixels", pairs(confusion))
+            run_folder.write_classes(folder, classes, table, confusion.sum(1).tolist(), "pixels", pairs(confusion))
         pictures.draw_samples(folder / "predictions.png", model, runner.val_dataloader.dataset, classes)
         report.write_or_warn(folder)
         log.info("Written to %s", folder)
@@ -128,7 +128,7 @@ def _evaluate(
     if cfg.task == "detect":
         settings.val_evaluator.outfile_prefix = str(folder / "results")
     with configure.mm_errors(cfg), worker_errors(), Progress(distributed.rank() == 0) as bar:
-        runner = loop.make_runner(settings, model.to(device))
+        runner = train.make_runner(settings, model.to(device))
         hook = _Bar(bar)
         runner.register_hook(hook, "VERY_LOW")
         metrics = runner.val()
@@ -160,7 +160,7 @@ def _detection_details(
 
     kinds = [(name, kind) for name, kind in (("bbox", "bbox"), ("mask", "segm")) if f"results.{kind}.json" in results]
     table: dict[str, list[float | None]] = {}
-    figure = runs.new_figure(figsize=(6.2 * len(kinds), 4.6), dpi=110)
+    figure = plots.new_figure(figsize=(6.2 * len(kinds), 4.6), dpi=110)
     figure.suptitle(title, fontsize=10)
     palette = pictures.colors(len(split.classes))
     for (name, kind), axes in zip(kinds, np.atleast_1d(figure.subplots(1, len(kinds))), strict=True):
@@ -183,7 +183,7 @@ def _detection_details(
                 axes.plot(evaluation.params.recThrs, precision[0, :, label], color=color, linewidth=1,
                           label=split.classes[label])  # fmt: skip
         axes.plot(evaluation.params.recThrs, precision[0][:, seen].mean(1), color="black", linewidth=2, label="mean")
-        axes.set_title(f"{loop.title(name + '_AP50')}: mean {100 * precision[0][:, seen].mean():.1f} %", fontsize=9)
+        axes.set_title(f"{train.title(name + '_AP50')}: mean {100 * precision[0][:, seen].mean():.1f} %", fontsize=9)
         axes.set_xlabel("recall at IoU 0.5")
         axes.set_ylabel("precision")
         axes.set_xlim(0, 1)
@@ -195,7 +195,7 @@ def _detection_details(
 
 def _print_classes(table: dict[str, dict[str, float | None]]) -> None:
     columns = list(next(iter(table.values())))
-    shown = Table("class", *(loop.title(column) for column in columns))
+    shown = Table("class", *(train.title(column) for column in columns))
     for name, values in table.items():
         shown.add_row(Text(name), *(percentage(values[column]) for column in columns))
-    runs.console.print(shown)
+    logs.console.print(shown)

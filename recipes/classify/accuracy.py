@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 
-from zoo.recipes import distributed, runs, sheet
+from zoo.recipes import distributed, plots, run_folder, sheet
+from zoo.recipes.atomic_files import atomic
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import atomic
 from zoo.recipes.sheet import Tile
 
 
@@ -68,7 +68,7 @@ class Normalize:
 
 
 @torch.no_grad()
-def evaluate(
+def measure(
     model: nn.Module,
     loader: DataLoader,
     normalize: Normalize,
@@ -181,7 +181,7 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         title += f"\nthe {limit} of {len(classes)} classes with the most mistakes"
     percent = 100 * confusion[np.ix_(shown, shown)] / np.maximum(images[shown, None], 1)
     size = max(4.0, 0.34 * len(shown) + 2.2)
-    figure = runs.new_figure(figsize=(size + 0.8, size), dpi=110)
+    figure = plots.new_figure(figsize=(size + 0.8, size), dpi=110)
     axes = figure.add_subplot()
     drawn = axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
     if len(shown) <= 20:
@@ -208,7 +208,7 @@ def write_classes(folder: Path, result: Evaluation, classes: Sequence[str]) -> N
     """Write the result's `classes.json`."""
     counts = np.bincount(result.targets, minlength=len(classes)).tolist()
     scores = {"top1": result.per_class(len(classes))}
-    runs.write_classes(folder, classes, scores, counts, "images", result.pairs(len(classes)))
+    run_folder.write_classes(folder, classes, scores, counts, "images", result.pairs(len(classes)))
 
 
 def percentage(value: float) -> str:

@@ -6,7 +6,7 @@ labels/{train,val,test}/*.png         0 background, 1 to 10 the digits "0" to "9
 classes.txt                           the names of 0 to 10
 
 A pixel belongs to the digit that covers at least half of it and lies on top; boxes and areas are those of what is left
-visible. The digits are scikit-learn's: those that `classify.data.Digits` trains on are in the training scenes, one half
+visible. The digits are scikit-learn's: those that `Digits` trains on are in the training scenes, one half
 of those it holds out is in val, the other in test.
 """
 
@@ -17,17 +17,20 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import Dataset
 
+from zoo.recipes.digits import Digits
 from zoo.recipes.errors import RunError
-from zoo.recipes.runs import console, log
+from zoo.recipes.logs import log
+from zoo.recipes.progress import track
 
 SIZE = 128
 SCENES = {"train": 600, "val": 150, "test": 150}
@@ -38,27 +41,6 @@ _MAX_DIGITS = 5
 _HEIGHTS = (16, 48)
 _MAX_OVERLAP = 0.15  # of the smaller box
 _INK = 0.4  # share of the full ink above which a pixel is the digit's
-
-T = TypeVar("T")
-
-
-def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Yield `items`; on a terminal, a bar shows how far it is once two seconds have passed."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task, start, shown = bar.add_task(description, total=total), time.monotonic(), False
-    try:
-        for number, item in enumerate(items):
-            if not shown and time.monotonic() - start > 2:
-                bar.start()
-                shown = True
-            bar.update(task, completed=number)
-            yield item
-    finally:
-        if shown:
-            bar.stop()
 
 
 def cache_folder() -> Path:
@@ -219,8 +201,6 @@ def _turns_right(before: tuple[int, int], here: tuple[int, int], after: tuple[in
 @cache
 def pools() -> dict[str, list[tuple[Image.Image, int]]]:
     """The digits of each split: 32x32 images, mode L, and labels."""
-    from zoo.recipes.classify.data import Digits
-
     train, held_out = ([*zip(d.images, map(int, d.targets), strict=True)] for d in (Digits(True), Digits(False)))
     held_out.sort(key=lambda pair: pair[1])  # every second one: as many of each digit in both halves
     return {"train": train, "val": held_out[::2], "test": held_out[1::2]}
@@ -306,3 +286,42 @@ def _colour(rng: np.random.Generator, background: float, others: list[np.ndarray
 
 def _lightness(colour: np.ndarray) -> float:
     return float((colour * (0.299, 0.587, 0.114)).sum())
+
+
+class DigitCrops(Dataset):
+    """The digits of the digit scenes, each cut out with what surrounds it; in training the plain digits, too.
+
+    Args:
+        root: Folder of the scenes, written if need be; the cache if None.
+        training: The scenes of the split train, or of val.
+    """
+
+    classes = Digits.classes
+
+    def __init__(self, root: str | None, training: bool):
+        split = "train" if training else "val"
+        folder = ensure(Path(root) if root else None)
+        content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
+        images = {
+            image["id"]: Image.open(folder / "images" / split / image["file_name"]) for image in content["images"]
+        }
+        self.samples = [
+            (_around(images[item["image_id"]], item["bbox"]), item["category_id"] - 1)
+            for item in content["annotations"]
+        ]
+        if training:
+            self.samples += list(Digits(True))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.samples[index]
+
+
+def _around(image: Image.Image, box: Sequence[float]) -> Image.Image:
+    """The square around a box (left, top, width, height), half as long again as its longer side."""
+    left, top, width, height = box
+    half = 0.75 * max(width, height)
+    x, y = left + width / 2, top + height / 2
+    return image.crop((round(x - half), round(y - half), round(x + half), round(y + half)))

@@ -13,7 +13,7 @@ import yaml
 from mmengine.registry import DATASETS, HOOKS, MODELS, TASK_UTILS, init_default_scope
 
 from zoo.recipes import tasks
-from zoo.recipes.dense import guard
+from zoo.recipes.dense import safe_registry
 from zoo.recipes.errors import RunError
 
 # Places of a type, as `mm` gives them; {} is what is to be called.
@@ -183,7 +183,7 @@ def test_registered_name_is_found(name):
 
 
 @pytest.mark.usefixtures("_guarded")
-@pytest.mark.parametrize("name", guard._LEFT_OUT)
+@pytest.mark.parametrize("name", safe_registry._LEFT_OUT)
 def test_what_evaluates_texts_is_left_out(name):
     for registry in (HOOKS, DATASETS, TASK_UTILS, MODELS):
         with pytest.raises(KeyError, match=name):

@@ -6,15 +6,15 @@ import logging
 import pytest
 from PIL import Image
 
-from zoo.recipes import reading, runs
+from zoo.recipes import composition, logs, plots, reading, records, run_folder
 from zoo.recipes.errors import RunError
 
 
 @pytest.fixture(autouse=True)
 def _close_logs():
     yield
-    for handler in runs.log.handlers[:]:
-        runs.log.removeHandler(handler)
+    for handler in logs.log.handlers[:]:
+        logs.log.removeHandler(handler)
         handler.close()
 
 
@@ -23,44 +23,44 @@ def _record(epoch, **more):
 
 
 def test_log_is_printed_and_written(tmp_path, capsys):
-    runs.start_log(tmp_path, primary=True)
-    runs.log.info("50 %% of [red] and %s", "x" * 200)
+    logs.start_log(tmp_path, primary=True)
+    logs.log.info("50 %% of [red] and %s", "x" * 200)
     expected = "50 % of [red] and " + "x" * 200
     assert capsys.readouterr().out == expected + "\n"
     assert (tmp_path / "train.log").read_text().endswith(expected + "\n")
 
 
 def test_log_started_twice_prints_once(tmp_path, capsys):
-    runs.start_log(None, primary=True)
-    runs.start_log(tmp_path, primary=True)
-    runs.log.info("once")
+    logs.start_log(None, primary=True)
+    logs.start_log(tmp_path, primary=True)
+    logs.log.info("once")
     assert capsys.readouterr().out == "once\n"
 
 
 def test_log_of_a_continued_run_is_appended(tmp_path):
     for word in ("first", "second"):
-        runs.start_log(tmp_path, primary=True)
-        runs.log.info(word)
+        logs.start_log(tmp_path, primary=True)
+        logs.log.info(word)
     assert [line.split()[-1] for line in (tmp_path / "train.log").read_text().splitlines()] == ["first", "second"]
 
 
 @pytest.mark.parametrize(("level", "shown"), [(logging.INFO, False), (logging.WARNING, True)])
 def test_other_processes_print_warnings_only(capsys, level, shown):
-    runs.start_log(None, primary=False)
-    runs.log.log(level, "text")
+    logs.start_log(None, primary=False)
+    logs.log.log(level, "text")
     assert ("text" in capsys.readouterr().out) == shown
 
 
 def test_errors_go_to_stderr(capsys):
-    runs.start_log(None, primary=True)
-    runs.log.error("text")
+    logs.start_log(None, primary=True)
+    logs.log.error("text")
     assert capsys.readouterr() == ("", "text\n")
 
 
 @pytest.mark.parametrize("name", ["van_b0", "local-dir:/tmp/x", "hf-hub:timm/vit.in1k", "../../etc", "a b"])
 def test_default_folder_is_one_folder_below_runs(monkeypatch, tmp_path, name):
     monkeypatch.chdir(tmp_path)
-    folder = runs.default_folder("", name)
+    folder = run_folder.default_folder("", name)
     assert folder.parent.name == "runs"
     assert folder.name.startswith("20")
 
@@ -68,21 +68,21 @@ def test_default_folder_is_one_folder_below_runs(monkeypatch, tmp_path, name):
 def test_default_folder_is_new(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("time.strftime", lambda _: "20300101-000000")
-    first, second = (runs.default_folder("", "van_b0") for _ in range(2))
+    first, second = (run_folder.default_folder("", "van_b0") for _ in range(2))
     assert first != second
     assert first.is_dir()
     assert second.is_dir()
 
 
 def test_make_folder_leaves_it_empty(tmp_path):
-    runs.make_folder(tmp_path / "a" / "b")
+    run_folder.make_folder(tmp_path / "a" / "b")
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
 def test_make_folder_below_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"choose another with out=<folder>"):
-        runs.make_folder(tmp_path / "file" / "b", "out")
+        run_folder.make_folder(tmp_path / "file" / "b", "out")
 
 
 @pytest.mark.parametrize(
@@ -95,12 +95,12 @@ def test_make_folder_below_a_file(tmp_path):
 )
 def test_command_can_be_typed(monkeypatch, argv, expected):
     monkeypatch.setattr("sys.argv", argv)
-    assert runs.command() == expected
+    assert composition.command_line() == expected
 
 
 def test_metrics_are_written_anew(tmp_path):
-    runs.write_metrics(tmp_path, [_record(1), _record(2)])
-    runs.write_metrics(tmp_path, [_record(1)])
+    run_folder.write_metrics(tmp_path, [_record(1), _record(2)])
+    run_folder.write_metrics(tmp_path, [_record(1)])
     assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
 
 
@@ -116,7 +116,7 @@ def test_metrics_are_written_anew(tmp_path):
     ids=["one epoch", "some evaluated", "mixed", "nan", "300 epochs"],
 )
 def test_curves(tmp_path, history):
-    runs.plot_curves(tmp_path / "curves.png", history, "title", {"top1": "top-1"})
+    plots.plot_curves(tmp_path / "curves.png", history, "title", {"top1": "top-1"})
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.size == (1440, 456)
 
@@ -128,12 +128,12 @@ def test_config_of_a_folder_that_is_no_run(tmp_path):
 
 def test_config_survives_a_round_trip(compose, tmp_path):
     cfg = compose("optim.lr=3e-4", "augment=strong")
-    runs.save_config(tmp_path, cfg)
+    run_folder.save_config(tmp_path, cfg)
     assert reading.load_config(tmp_path) == cfg
 
 
 def test_wandb_disabled_is_none(compose, tmp_path):
-    assert runs.start_wandb(tmp_path, compose(), None) is None
+    assert records.start_wandb(tmp_path, compose(), None) is None
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,84 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from zoo.recipes.errors import RunError, causes
+from zoo.recipes.lock import temporary
+
+
+@contextmanager
+def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
+    """Open `path` for writing such that it holds either what it held before or all of the new content.
+
+    Args:
+        path: The file.
+        before: What `path` held is found there afterwards.
+
+    Raises:
+        RunError: the content could not be written (disk full, folder not writable); `path` is as it was.
+    """
+    draft = temporary(path)
+    try:
+        with open(draft, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if before:
+            _keep(path, before)
+        os.replace(draft, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, has to survive a power cut
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        cause = next((e for e in causes(error) if isinstance(e, OSError)), None)
+        if cause is None:
+            raise
+        kept = f"; {path.name} is as it was before" if path.exists() else ""
+        raise RunError(
+            f"could not write {path}: {os.strerror(cause.errno) if cause.errno else cause}{kept}. "
+            f"{'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Mend that'} "
+            "and start the same command again."
+        ) from error
+
+
+def _keep(path: Path, before: Path) -> None:
+    """Give what `path` holds the name `before`, too."""
+    if path.exists():
+        before.unlink(missing_ok=True)
+        try:
+            os.link(path, before)
+        except OSError:  # a file system without hard links
+            os.replace(path, before)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, atomically."""
+    with atomic(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path` as JSON, atomically."""
+    write_text(path, json.dumps(finite(value), indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

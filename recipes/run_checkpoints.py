@@ -1,0 +1,84 @@
+"""The checkpoints that a run continues from: last.pt, and previous.pt before it."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zoo.recipes import reading
+from zoo.recipes.atomic_files import atomic
+from zoo.recipes.errors import RunError, of_the_system
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, atomically; what it held becomes previous.pt.
+
+    So a whole checkpoint is there at every moment, and the one before it too from the second on: twice the size of a
+    checkpoint on the disk, three times while one is being written.
+    """
+    with atomic(path, before=path.with_name("previous.pt")) as file:
+        torch.save(state, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote. Nothing in the file is executed.
+
+    Raises:
+        RunError: the file is missing, damaged (to a single bit) or not such a checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch reads without looking at its checksums; this takes half as long again
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"there is no checkpoint {path}: is {path.parent} the folder of a run?") from None
+    except Exception as error:  # zipfile's and torch's, of damaged files, are of many kinds
+        system = of_the_system(error)
+        if system:
+            raise RunError(f"the checkpoint {path} can't be read: {system}") from error
+        reason = (str(error).strip().splitlines() or ["incomplete"])[0].rstrip(".")
+        raise RunError(f"the checkpoint {path} can't be read ({reason}): delete it, or start another run.") from error
+    if not isinstance(state, dict) or not reading.Checkpoint.__required_keys__ <= state.keys():
+        raise RunError(f"{path} is not a checkpoint of zoo-train: give the folder of a run.")
+    return reading.check(state, reading.Checkpoint, path)
+
+
+def last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path, str]:
+    """The last checkpoint of a run that is whole, its file, and what was wrong with last.pt if it isn't that one.
+
+    Raises:
+        RunError: there is none.
+    """
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    try:
+        return load_checkpoint(last), last, ""
+    except RunError as error:
+        try:
+            state = load_checkpoint(previous)
+        except RunError as other:
+            raise (other if previous.exists() and not last.exists() else error) from None
+        wrong = str(error).partition(":")[0] if last.exists() else f"{last} is missing"
+        return state, previous, f"{wrong[0].upper()}{wrong[1:]}: {previous}, the checkpoint before it, is used."
+
+
+def set_aside(last: Path) -> None:
+    """Give a damaged checkpoint the name damaged.pt, so that it never takes the place of a whole previous.pt.
+
+    Raises:
+        RunError: it can't be renamed.
+    """
+    if last.exists():
+        try:
+            last.replace(last.with_name("damaged.pt"))
+        except OSError as error:
+            raise RunError(f"the damaged {last} can't be renamed ({error.strerror}): move it away.") from error
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run left a checkpoint in `folder`, whole or not."""
+    return (folder / "last.pt").exists() or (folder / "previous.pt").exists()

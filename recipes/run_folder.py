@@ -1,0 +1,174 @@
+"""Run folders: what a run leaves behind, written so that nothing is lost.
+
+config.yaml          the whole configuration
+start.json           command, data, and the settings of the recipe before the user's changes
+train.log            what was printed
+last.pt              everything needed to continue
+previous.pt          the same, one checkpoint before; taken up where last.pt is damaged
+best.safetensors     weights of the best epoch so far
+metrics.jsonl        one line per epoch
+curves.png           the same, drawn
+classes.json         the last evaluation, class by class
+predictions.png      samples of the validation split
+model.safetensors    the final weights and
+config.json          their description: timm.create_model("local-dir:<run folder>") loads them
+summary.json         the figures
+report.html          all of it in one page
+.lock                who is writing to the folder, while somebody is
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.recipes import distributed, early
+from zoo.recipes.atomic_files import finite, write_text
+from zoo.recipes.errors import RunError
+from zoo.recipes.lock import Lock
+from zoo.recipes.logs import log
+
+
+def safe_name(name: str) -> str:
+    """`name` as part of a folder's name."""
+    return "".join(c if c.isalnum() or c in "._-=" else "-" for c in name).strip("-.")[:100]
+
+
+@contextmanager
+def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: str = "run") -> Iterator[Path]:
+    """Own a folder, which is made if need be: no other process writes to it meanwhile (`Lock`).
+
+    Of several processes of a run the first makes and locks it for all. If nothing was written, a new one goes again.
+
+    Args:
+        folder: The folder; a new one below runs/, of `prefix`, date, time and `name`, if None.
+        prefix: See above.
+        name: See above.
+        key: What the user sets to choose another folder.
+
+    Raises:
+        RunError: it can't be written to, or another process has it.
+    """
+    lock, new = None, False
+
+    def take() -> Path:
+        nonlocal lock, new
+        new = folder is None or not folder.exists()
+        path = folder or default_folder(prefix, name)
+        make_folder(path, key)
+        with _writable(path, key):
+            lock = Lock(path, key)
+            lock.acquire()
+        return path
+
+    path = distributed.first(take)
+    try:
+        yield path
+    finally:
+        if lock:
+            lock.release()
+            if new:
+                with suppress(OSError):  # which says that something is in it
+                    path.rmdir()
+
+
+def default_folder(prefix: str, name: str) -> Path:
+    """Make a new folder below runs/, named by `prefix`, date, time and `name`; no other process gets the same.
+
+    Raises:
+        RunError: it can't be made.
+    """
+    stem = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
+    number, folder = 1, Path("runs") / stem
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = Path("runs") / f"{stem}-{number}"
+        except OSError as error:
+            raise RunError(
+                f"the folder {folder} can't be made ({error.strerror}): choose another with run=<folder>."
+            ) from error
+
+
+def make_folder(folder: Path, key: str | None = "run") -> None:
+    """Create `folder`, which the configuration's `key` names (None: a word), and make sure that it can be written to.
+
+    Raises:
+        RunError: it can't.
+    """
+    with _writable(folder, key):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.touch()
+        probe.unlink()
+
+
+@contextmanager
+def _writable(folder: Path, key: str | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        way = f" with {key}=<folder>" if key else ""
+        raise RunError(f"the folder {folder} can't be written to ({error.strerror}): choose another{way}.") from error
+
+
+def warn_unwritable(folder: Path) -> None:
+    """Say before a long evaluation that nothing can be written to `folder`: its figures are printed all the same."""
+    try:
+        early.check_folder(folder, "out")
+    except RunError as error:
+        log.warning("%s The figures will be printed only.", error)
+
+
+def save_config(folder: Path, cfg: DictConfig) -> None:
+    """Write the resolved configuration."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+
+
+def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write `metrics.jsonl`, one line per epoch.
+
+    It is written anew every time, so that after a resume no epoch stands in it twice.
+    """
+    write_text(folder / "metrics.jsonl", _lines(history))
+
+
+def has_metrics(folder: Path, history: list[dict[str, Any]]) -> bool:
+    """Whether `metrics.jsonl` is what `write_metrics` makes of `history`."""
+    path = folder / "metrics.jsonl"
+    return path.is_file() and path.read_bytes() == _lines(history).encode()
+
+
+def _lines(history: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(finite(record)) + "\n" for record in history)
+
+
+def write_classes(
+    folder: Path,
+    classes: Sequence[str],
+    scores: dict[str, list[float | None]],
+    counts: Sequence[int],
+    unit: str,
+    confusion: list[list[int]] | None = None,
+) -> None:
+    """Write `classes.json`: an evaluation, class by class.
+
+    Args:
+        folder: Of the run, or of the evaluation.
+        classes: The names.
+        scores: Name of a score -> its value for each class in percent, None where it has none.
+        counts: How much of each class was evaluated,
+        unit: and of what: images, objects or pixels.
+        confusion: [true label, predicted label, how many] for all pairs that occur.
+    """
+    content = {"classes": list(classes), "scores": scores, "counts": list(counts), "unit": unit, "confusion": confusion}
+    write_text(folder / "classes.json", json.dumps(finite(content)) + "\n")
