@@ -28,7 +28,8 @@ ALLOWED = {
     "zoo": {
         *("torch", "timm", "huggingface_hub", "safetensors", "wrapt"),
         *("zoo", "zoo.kernels", "zoo.arguments", "zoo.backbone", "zoo.checkpoints", "zoo.downloads"),
-        *("zoo.cpu", "zoo.extras", "zoo.families", "zoo.layers", "zoo.manifest", "zoo.messages"),
+        *("zoo.checkpoint_files", "zoo.cpu", "zoo.facts", "zoo.key_maps", "zoo.layers", "zoo.manifest", "zoo.messages"),
+        *("zoo.extras", "zoo.families", "zoo.pretrained", "zoo.recognition"),
     },
     "recipes": None,
     "tools": None,
@@ -110,6 +111,9 @@ ORDERS = {
     "checkpoints-first": "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
     "families-first": "import zoo.families, timm; print(timm.is_model('van_b0'))",
     "layers-first": "import zoo.layers, timm; print(timm.is_model('van_b0'))",
+    "facts-first": "import zoo.facts, timm; print(timm.is_model('van_b0'))",
+    "pretrained-first": "import zoo.pretrained, timm; print(timm.is_model('van_b0'))",
+    "recognition-first": "import zoo.recognition, timm; print(timm.is_model('van_b0'))",
 }
 
 

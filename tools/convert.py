@@ -116,10 +116,10 @@ def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str
     entry = _published(file, sha256)
     say("recognising the model")
     if name is None:
-        names, share = checkpoints.closest(state_dict)
+        names, share = checkpoints.closest_models(state_dict)
         if share < 0.1:
             raise ToolError(
-                f"{file} looks like no model of zoo (its tensors are called {checkpoints.some(state_dict)}): "
+                f"{file} looks like no model of zoo (its tensors are called {checkpoints.first_names(state_dict)}): "
                 "zoo-models lists those that it has."
             )
         if entry and entry["model"] in {name.partition(".")[0] for name in names}:
@@ -134,7 +134,8 @@ def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str
         entry = None
     built, args, tensors = _fit(name, checkpoint, known=entry is not None)
     left_out = Counter(
-        checkpoints.some([key.removeprefix("module.").partition(".")[0]]) for key in checkpoints.left_out(checkpoint)
+        checkpoints.first_names([key.removeprefix("module.").partition(".")[0]])
+        for key in checkpoints.other_tensors(checkpoint)
     )
     return Converted(name, entry, built, args, tensors, dict(left_out), sha256)
 

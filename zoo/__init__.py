@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 FAMILIES = _families()
 
 # What the families are made of.
-_SHARED = ("zoo.backbone", "zoo.checkpoints", "zoo.layers")
+_SHARED = tuple(f"zoo.{name}" for name in ("backbone", "checkpoints", "facts", "layers", "pretrained", "recognition"))
 
 
 def _register(_: ModuleType) -> None:

@@ -7,8 +7,8 @@ operators read them. A stage returns a view of its tokens, so the permutation co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import LayerNorm2d, get_device_dtype
@@ -16,10 +16,13 @@ from timm.models import build_model_with_cfg, checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from zoo import arguments, checkpoints
+from zoo import arguments
 from zoo.layers import init_transformer
+from zoo.pretrained import FilterFn, resolve_num_classes, with_checked_file
 
 __all__ = ["Backbone", "Stage", "create"]
+
+Model = TypeVar("Model", bound="Backbone")
 
 
 class Stage(nn.Module):
@@ -258,13 +261,26 @@ class Backbone(nn.Module):
 
 
 def create(
-    model_cls: type[Backbone], variant: str, settings: dict[str, Any], pretrained: bool, filter_fn: Callable, **kwargs
-) -> Backbone:
-    """A registered model, by timm: `settings` of the variant, `kwargs` of the call, `filter_fn` for checkpoints.
+    model_cls: type[Model],
+    variant: str,
+    settings: dict[str, Any],
+    pretrained: bool,
+    filter_fn: FilterFn,
+    **kwargs: Any,
+) -> Model:
+    """A registered model, built by timm.
+
+    Args:
+        model_cls: the family's class.
+        variant: the model's name.
+        settings: the variant's arguments of `model_cls`.
+        pretrained: whether to load weights.
+        filter_fn: the family's `checkpoint_filter_fn`.
+        kwargs: the caller's arguments, of `model_cls` and of timm's `build_model_with_cfg`.
 
     Raises:
-        TypeError: an argument that there is not.
-        ValueError: one that is out of range, or weights that are none.
+        TypeError: an argument does not exist.
+        ValueError: an argument is out of range, or the weights can't be used.
     """
     own = list(inspect.signature(model_cls.__init__).parameters)[1:]
     timms = [
@@ -278,9 +294,9 @@ def create(
         arguments.check_name(name, value, [*own, *timms], variant)
     if "out_indices" in kwargs:
         _check_indices(kwargs["out_indices"], len(settings["depths"]))
-    kwargs = checkpoints.settle_num_classes(variant, pretrained, settings | kwargs)
+    kwargs = resolve_num_classes(variant, pretrained, settings | kwargs)
     if pretrained:
-        kwargs, filter_fn = checkpoints.reading(variant, kwargs, filter_fn)
+        kwargs, filter_fn = with_checked_file(variant, kwargs, filter_fn)
     return build_model_with_cfg(
         model_cls,
         variant,

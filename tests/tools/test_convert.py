@@ -166,7 +166,7 @@ def test_official_dense_backbone_gives_the_golden(name, capsys):
 def test_official_names_and_shapes_are_recognised(name):
     weights = {key: torch.empty(shape, device="meta") for key, shape in OFFICIAL[name]["keys"].items()}
     variant, _, alpha = name.partition("_alpha")
-    names, share = checkpoints.closest(checkpoints.unwrap(detector(weights)))
+    names, share = checkpoints.closest_models(checkpoints.unwrap(detector(weights)))
     assert share == 1
     expected = f"{variant}.in1k_alpha{alpha}" if alpha and alpha != "_09" else variant
     assert expected in names
@@ -342,8 +342,8 @@ def test_hostile_pickle_runs_nothing(zipped, state_dict, capsys):
     torch.save({"state_dict": state_dict, "args": Hostile()}, "bad.pth", _use_new_zipfile_serialization=zipped)
     message = refused(capsys, "bad.pth")
     assert message == (
-        "bad.pth: the file asks for posix.mkdir, which could run any code and which weights have no need of: nothing "
-        "of it was run; get them as safetensors or plain tensors."
+        "bad.pth: the file asks for posix.mkdir, which could run any code and which weights do not need: none of "
+        "it was run; get them as safetensors or plain tensors."
     )
     assert not Path("made").exists()
 

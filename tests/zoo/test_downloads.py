@@ -18,7 +18,7 @@ import timm
 import torch
 from timm.models import set_pretrained_check_hash
 
-from zoo import checkpoints, downloads
+from zoo import checkpoint_files, downloads, pretrained
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
 from zoo.recipes.errors import RunError
@@ -188,7 +188,7 @@ def test_later_download_has_to_have_the_hash_of_the_first(server, folder):
 def test_web_page_is_refused(server, folder):
     server.content = b"\n<!DOCTYPE html><html>Sign in</html>"
     with pytest.raises(RuntimeError, match=r"/model\.pth gave 36 bytes which were not kept: this is a web page"):
-        downloads.fetch(f"{server.url}/model.pth", check=checkpoints.read)
+        downloads.fetch(f"{server.url}/model.pth", check=checkpoint_files.read)
     assert kept(folder) == []
 
 
@@ -324,7 +324,7 @@ def test_hub_without_network(answer, silent, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"])
 def test_timms_own_downloads_without_network(name, silent, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=silent))
-    monkeypatch.setattr("zoo.checkpoints.try_to_load_from_cache", lambda *args: None)
+    monkeypatch.setattr("zoo.pretrained.try_to_load_from_cache", lambda *args: None)
     with pytest.raises(
         RunError, match=r"model\.safetensors of timm/resnet18\.a1_in1k, .*\(no answer in 0\.3 seconds\)"
     ):
@@ -352,17 +352,17 @@ def test_timms_own_downloads_without_network(name, silent, tmp_path, monkeypatch
     ],
 )  # fmt: skip
 def test_what_is_downloaded_here(name, overlay, address):
-    assert checkpoints._address(name, {"pretrained_cfg_overlay": overlay}) == address
+    assert pretrained._download_url(name, {"pretrained_cfg_overlay": overlay}) == address
 
 
 def test_known_hashes():
     url = timm.get_pretrained_cfg("van_b0.in1k_mmseg").url
-    assert checkpoints._known_hash(url) == "956f5e0d"
+    assert pretrained._known_hash(url) == "956f5e0d"
     named = "http://mine/model-20240131.pth"
-    assert checkpoints._known_hash(named) == ""
+    assert pretrained._known_hash(named) == ""
     set_pretrained_check_hash(True)
     try:
-        assert checkpoints._known_hash(named) == "20240131"
+        assert pretrained._known_hash(named) == "20240131"
     finally:
         set_pretrained_check_hash(False)
 

@@ -1,0 +1,61 @@
+"""What `manifest.json` says of published weights, as timm's pretrained configurations.
+
+The fields of the manifest are described in `checkpoints/README.md`. `zoo.manifest` reads it without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from timm.models import DefaultCfg, generate_default_cfgs
+
+from zoo.manifest import manifest
+
+__all__ = ["default_cfgs", "timm_cfg"]
+
+
+def default_cfgs(
+    family: str,
+    first_conv: str,
+    tests: Iterable[str] | None = None,
+    exceptions: Mapping[str, tuple[str, int]] | None = None,
+) -> dict[str, DefaultCfg]:
+    """Timm's configurations of every known checkpoint of `family`, and of its models for tests.
+
+    Args:
+        family: its name in the manifest.
+        first_conv: name of the convolution that reads the images.
+        tests: the models for tests; `test_<family>` if None.
+        exceptions: models with another `first_conv`, or whose last features have a stride other than 32, with both.
+    """
+    small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    known = {f"{entry['model']}.{entry['tag']}": timm_cfg(entry) for entry in manifest(family)}
+    known |= dict.fromkeys([f"test_{family}"] if tests is None else tests, small)
+    cfgs: dict[str, Any] = {}
+    for name, cfg in known.items():
+        conv, stride = (exceptions or {}).get(name.split(".")[0], (first_conv, 32))
+        side = cfg["input_size"][1] // stride
+        cfgs[name] = {"pool_size": (side, side), "first_conv": conv, "classifier": "head", **cfg}
+    return generate_default_cfgs(cfgs)
+
+
+def timm_cfg(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of the manifest under the names that timm's pretrained configurations use."""
+    return {
+        "url": entry["url"],
+        "hf_hub_id": entry.get("hf_hub_id"),
+        "input_size": tuple(entry["input_size"]),
+        "mean": tuple(entry["mean"]),
+        "std": tuple(entry["std"]),
+        "crop_pct": entry["crop_pct"],
+        "interpolation": entry["interpolation"],
+        "crop_mode": entry.get("crop_mode", "center"),
+        "num_classes": entry["num_classes"],
+        "license": entry["licence"],
+        "origin_url": entry["origin_url"],
+        "paper_ids": entry["paper_ids"],
+        "paper_name": entry["paper_name"],
+        "description": f"Trained on {entry['dataset']}.",
+        "notes": tuple(entry[field] for field in ("note", "licence_note") if field in entry) or None,
+    }

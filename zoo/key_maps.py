@@ -1,0 +1,96 @@
+"""Official names and shapes of tensors in ours.
+
+A family's `KEY_MAP` is a list of regular expressions with their replacements. All of them are applied in order to every
+key. A replacement of None drops the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from zoo.checkpoint_files import first_names
+
+__all__ = ["KeyMap", "adapt_shape", "is_final", "is_part", "our_shape", "remap", "resize_table"]
+
+KeyMap = Iterable[tuple[str, str | None]]
+
+
+def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+    """`state_dict` under the names that `key_map` gives.
+
+    Raises:
+        ValueError: two keys get the same name.
+    """
+    renamed: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = _rename(key, key_map)
+        if name in renamed:
+            raise ValueError(
+                f"Two tensors of the checkpoint are called {first_names([name])} in our naming: it mixes two models."
+            )
+        if name is not None:
+            renamed[name] = value
+    return renamed
+
+
+def _rename(key: str, key_map: KeyMap) -> str | None:
+    for pattern, replacement in key_map:
+        if replacement is not None:
+            key = re.sub(pattern, replacement, key)
+        elif re.search(pattern, key):
+            return None
+    return key
+
+
+def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor:
+    """`value` in the `shape` that the model has for it, or as it is if it does not hold such a tensor.
+
+    Relative-position tables, whose names end in "bias_table", are resized in the interpolation `mode` to (N, h, w). The
+    form ((2 wh - 1)(2 ww - 1), N) of Swin's code is accepted too. Weights of 1 x 1 convolutions become those of linear
+    layers.
+    """
+    if key.endswith("bias_table"):
+        form = our_shape(key, value)
+        if len(form) != 3 or form[0] != shape[0]:
+            return value
+        table = value.T.reshape(form) if value.ndim == 2 else value
+        return table if table.shape == shape else resize_table(table, (shape[1], shape[2]), mode)
+    if len(shape) == 2 and _linear_shape(value) == shape:
+        return value.flatten(1)
+    return value
+
+
+def resize_table(table: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
+    """A relative-position table (N, h, w) interpolated to (N, *size), as if its entries were pixels."""
+    return F.interpolate(table[None], size=size, mode=mode, align_corners=False)[0]
+
+
+def our_shape(key: str, value: Tensor) -> torch.Size:
+    """The shape that a tensor has in our models: (N, h, w) for a table of Swin's form, (C', C) for a 1 x 1 convolution.
+
+    All others keep their shape.
+    """
+    side = math.isqrt(value.shape[0]) if value.ndim == 2 and key.endswith("bias_table") else 0
+    if side and side**2 == value.shape[0]:
+        return torch.Size((value.shape[1], side, side))
+    return _linear_shape(value)
+
+
+def _linear_shape(value: Tensor) -> torch.Size:
+    return value.shape[:2] if value.ndim == 4 and value.shape[2:] == (1, 1) else value.shape
+
+
+def is_final(key: str) -> bool:
+    """Whether the tensor belongs to a module between the last stage and the classifier."""
+    return is_part(key, "norm") or is_part(key, "pre_logits")
+
+
+def is_part(key: str, module: str | None) -> bool:
+    """Whether the tensor belongs to the module of that name, or to a submodule of it."""
+    return module is not None and key.startswith(f"{module}.")

@@ -1,0 +1,68 @@
+"""Which models a state dict may belong to, by the names and shapes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+import zoo
+from zoo.key_maps import is_final, is_part, our_shape, remap
+
+__all__ = ["closest_models", "suggest_model"]
+
+
+def closest_models(state_dict: Mapping[str, Tensor]) -> tuple[list[str], float]:
+    """The models that share the most tensors (name and shape) with an unwrapped state dict, and the share.
+
+    The share is relative to the larger of the two, without classifiers. Several models have the same share if shapes
+    can't tell them apart (a NAT and its DiNAT). A model whose tag changes its shapes is named with the tag. Every model
+    is built, which takes time but no memory: use it for error messages and conversions.
+    """
+    shares: dict[str, float] = {}
+    for family in zoo.FAMILIES:
+        renamed = remap(state_dict, import_module(f"zoo.{family}").KEY_MAP)
+        shapes = {key: our_shape(key, value) for key, value in renamed.items()}
+        known = {name: _share(shapes, name) for name in timm.list_models(module=family)}
+        best = max(known, key=known.__getitem__)
+        if 0.1 < known[best] < 1:
+            tagged = {name: _share(shapes, name) for name in timm.list_pretrained(f"{best}.*")}
+            known |= {name: share for name, share in tagged.items() if share > known[best]}
+        shares |= known
+    most = max(shares.values())
+    return [name for name, share in shares.items() if share == most > 0], most
+
+
+def suggest_model(state_dict: Mapping[str, Tensor], name: str) -> str:
+    """A sentence that says which model an unwrapped state dict looks like, if it does not fit the model `name`."""
+    names, share = closest_models(state_dict)
+    if not names or share < 0.1:
+        return "It looks like no model of zoo: check which family the file belongs to."
+    best = names[0]
+    if best == name:
+        return f"{share:.0%} of it is {name}: the file is incomplete or altered."
+    if share < 1:
+        return f"It looks most like {best} ({share:.0%} of the tensors agree)."
+    return f"It looks like {best}: create that model instead."
+
+
+def _share(shapes: Mapping[str, torch.Size], name: str) -> float:
+    want, classifier = _model_shapes(name)
+    given = {key for key in shapes if not is_part(key, classifier)}
+    if any(is_part(key, "output_norms") for key in given):  # a backbone for dense prediction has these instead
+        given = {key for key in given if not is_part(key, "output_norms")}
+        want = {key: shape for key, shape in want.items() if not is_final(key)}
+    return sum(shapes[key] == want.get(key) for key in given) / max(len(want), len(given), 1)
+
+
+@cache
+def _model_shapes(name: str) -> tuple[dict[str, torch.Size], str]:
+    """The shapes of a model's tensors without its classifier, and the classifier's name."""
+    model: Any = timm.create_model(name, device="meta", num_classes=0)
+    shapes = {key: our_shape(key, value) for key, value in model.state_dict().items()}
+    return shapes, model.pretrained_cfg["classifier"]
