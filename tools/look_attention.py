@@ -1,6 +1,6 @@
-"""How the models attend, computed from the modules themselves: keys of a query, rollout, effective receptive field.
+"""How the models attend: the keys of a query, attention rollout, the effective receptive field.
 
-Letters: Q queries, G groups of heads, H, W map of tokens, h, w map of keys.
+Letters: H, W are the sides of a map of tokens; h, w those of a map of keys.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from zoo import biformer, cswin, gc_vit, litv2, maxvit, nat, van
+from zoo.attention_maps import AttentionInfo, attention, attention_matrix, info
 from zoo.tools.cli import ToolError
 
 
 @dataclass
 class Site:
-    """An attention module of a model, and what each of its groups of heads attends to.
+    """An attention module of a model, and what it says of itself.
 
     After `run` also its inputs, and the sides of its block's map, which an input may exceed by padding.
     """
@@ -26,7 +25,7 @@ class Site:
     stage: int
     block: int
     module: nn.Module
-    kinds: tuple[str, ...]
+    info: AttentionInfo
     args: tuple[Tensor, ...] = ()
     size: tuple[int, ...] = ()
 
@@ -53,123 +52,6 @@ class Keys:
     softmax: bool
 
 
-def _routed(module: biformer.RoutedAttention) -> tuple[str, ...]:
-    regions = module.num_regions
-    return (f"{min(module.topk, regions**2)} of {regions} x {regions} regions",)
-
-
-def _neighborhood(module: nat.NeighborhoodAttention) -> tuple[str, ...]:
-    dilated = f", dilated by {module.dilation}" if module.dilation > 1 else ""
-    return (f"{module.kernel_size} x {module.kernel_size} neighbours{dilated}",)
-
-
-# By class: what the groups of heads attend to, in the order of their channels.
-KINDS: dict[type[nn.Module], Callable[..., tuple[str, ...]]] = {
-    nat.NeighborhoodAttention: _neighborhood,
-    nat.GlobalAttention: lambda module: ("all tokens",),
-    cswin.CrossShapedAttention: lambda module: tuple(f"stripes, {module.split_size} {n}" for n in ("wide", "high")),
-    cswin.GlobalAttention: lambda module: ("all tokens",),
-    maxvit.WindowAttention: lambda module: ("{} of {} x {}".format(module.layout, *module.window_size),),
-    biformer.RoutedAttention: _routed,
-    biformer.GrowingRoutedAttention: _routed,
-    biformer.GlobalAttention: lambda module: ("all tokens",),
-    gc_vit.WindowAttention: lambda module: (
-        f"window of {module.window_size} x {module.window_size}" + ", global query" * module.use_global_query,
-    ),
-    litv2.HiFiAttention: lambda module: (f"Hi-Fi, window of {module.window_size} x {module.window_size}",),
-    litv2.LoFiAttention: lambda module: (
-        f"Lo-Fi, means of {module.window_size} x {module.window_size}" if module.window_size > 1 else "all tokens",
-    ),
-    van.LargeKernelAttention: lambda module: ("large kernel",),
-}
-
-
-def attention(module: nn.Module, args: Sequence[Tensor], tokens: Sequence[tuple[int, int]]) -> Tensor:
-    """The weights with which chosen tokens attend to the keys, from the module's own output.
-
-    The output before its last linear layer is the weighted sum of the values. So its derivative by a value is the
-    weight, whatever the operator and its implementation, channel by channel. LePE, a convolution of the values that is
-    added, is set to zero for this.
-
-    Args:
-        module: One of the classes in KINDS.
-        args: Its inputs for one image: tokens (1, H, W, C), of VAN (1, C, H, W); and what else it takes.
-        tokens: Rows and columns of the Q queries.
-
-    Returns:
-        (Q, G, h, w), averaged over the heads of a group. The map of keys is that of the tokens with its padding at the
-        bottom and the right if it is padded ahead of the linear layer; of Lo-Fi attention it is that of the averages.
-        Of VAN it is the share of each token in the absolute weights of the two convolutions, over all channels.
-    """
-    rows, columns = torch.tensor(tokens).unbind(1)
-    count = torch.arange(len(tokens))
-    args = tuple(x.detach().expand(len(tokens), *x.shape[1:]) for x in args)
-    with torch.enable_grad():
-        if _is_kernel(module):
-            x = args[0].clone().requires_grad_()
-            gate = module.dw_dilated_conv(module.dw_conv(x))[count, :, rows, columns]
-            share = torch.autograd.grad(gate.sum(), x)[0].abs().sum(1, keepdim=True)
-            return share / share.sum((2, 3), keepdim=True)
-        values = []
-
-        def watch_values(qkv: Tensor) -> Tensor:
-            values.append(qkv.detach().requires_grad_())
-            return values[-1]
-
-        out = _weighted_sum(module, args, watch_values)
-        weights = torch.autograd.grad(out[count, rows, columns].sum(), values[0])[0][..., -out.shape[-1] :]
-    return weights.unflatten(-1, (len(KINDS[type(module)](module)), -1)).mean(-1).permute(0, 3, 1, 2)
-
-
-@torch.no_grad()
-def attention_matrix(module: nn.Module, args: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """The weights with which all tokens attend to all, averaged over heads: (H W, H W), queries by keys.
-
-    What `attention` gives of all tokens, much faster. The values are set to one at a single token, another one in each
-    channel of a head: then the weighted sum is the weights of as many keys as a head has channels.
-
-    Args:
-        module: One of the classes in KINDS with a single group of heads, whose keys are its tokens.
-        args: Its inputs for one image, as for `attention`.
-        size: The sides of the map of tokens, H and W, without padding.
-    """
-    heads, head_dim = module.num_heads, args[0].shape[-1] // module.num_heads
-    parts = []
-    for keys in torch.arange(size[0] * size[1]).split(head_dim):
-
-        def set_values(qkv: Tensor, keys: Tensor = keys) -> Tensor:
-            values = qkv.new_zeros(*qkv.shape[1:3], heads, head_dim)
-            values[keys // size[1], keys % size[1], :, torch.arange(len(keys))] = 1
-            return torch.cat((qkv[..., : -heads * head_dim], values.flatten(2)[None]), -1)
-
-        out = _weighted_sum(module, args, set_values)[0, : size[0], : size[1]]
-        parts.append(out.unflatten(-1, (heads, head_dim)).mean(2)[..., : len(keys)])
-    return torch.cat(parts, -1).flatten(0, 1)
-
-
-def _weighted_sum(module: nn.Module, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """What goes into the last linear layer, with `change` of what the first gives, whose last channels are the values.
-
-    LePE is left out.
-    """
-    outputs: list[Tensor] = []
-    hooks = [
-        (module.kv if hasattr(module, "kv") else module.qkv).register_forward_hook(lambda _, __, qkv: change(qkv)),
-        module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])),
-    ]
-    silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith("lepe.")}
-    try:
-        functional_call(module, silent, tuple(args))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs[0]
-
-
-def _is_kernel(module: nn.Module) -> bool:
-    return isinstance(module, van.LargeKernelAttention)
-
-
 def sites(model: nn.Module, name: str) -> list[Site]:
     """The attention modules of one of zoo's models, in the order in which they run.
 
@@ -177,11 +59,11 @@ def sites(model: nn.Module, name: str) -> list[Site]:
         ToolError: it is another's.
     """
     found = [
-        Site(i, j, module, KINDS[type(module)](module))
+        Site(i, j, module, described)
         for i, stage in enumerate(getattr(model, "stages", ()), 1)
         for j, block in enumerate(getattr(stage, "blocks", ()), 1)
         for module in block.modules()
-        if type(module) in KINDS
+        if (described := info(module)) is not None
     ]
     if not found:
         raise ToolError(f"{name} has no attention of zoo's: zoo-look cam and zoo-look field take any model of timm.")
@@ -238,19 +120,19 @@ def keys(
                 "blocks; give a number from 1 on, or -1 for the last."
             )
     else:
-        first = {(site.stage, site.kinds): site for site in reversed(found)}
-        chosen = [site for site in found if first[site.stage, site.kinds] is site]
+        first = {(site.stage, site.info.groups): site for site in reversed(found)}
+        chosen = [site for site in found if first[site.stage, site.info.groups] is site]
     run(model, images, chosen)
     for site in chosen:
         stride = model.feature_info[site.stage - 1]["reduction"]
         # Where a model rounds down, the picture's last rows have no token of their own.
         token = tuple(min(place // stride, side - 1) for place, side in zip(pixel, site.size, strict=True))
-        cell = site.module.window_size if isinstance(site.module, litv2.LoFiAttention) else 1
+        cell = site.info.key_size
         height, width = ((side + cell - 1) // cell for side in site.size)
-        for kind, weights in zip(site.kinds, attention(site.module, site.args, [token])[0], strict=True):
+        for kind, weights in zip(site.info.groups, attention(site.module, site.args, [token])[0], strict=True):
             inside = weights[:height, :width]
             padding = max(1 - inside.sum().item(), 0)
-            yield Keys(site.stage, site.block, kind, inside, padding, stride * cell, not _is_kernel(site.module))
+            yield Keys(site.stage, site.block, kind, inside, padding, stride * cell, site.info.kernel is None)
 
 
 def rollout(model: nn.Module, name: str, images: Tensor, say: Callable[[str], None] = lambda text: None) -> Tensor:

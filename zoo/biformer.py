@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import linear
 from zoo.kernels import routed_attention
@@ -99,6 +100,12 @@ class RoutedAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        regions = self.num_regions
+        routed = f"{min(self.topk, regions**2)} of {regions} x {regions} regions"
+        return AttentionInfo((routed,), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -192,6 +199,10 @@ class GlobalAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        return AttentionInfo(("all tokens",), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -439,3 +450,9 @@ def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
     if VARIANTS[variant].get("layout", "biformer") != "biformer" or variant == "test_biformer":
         return {}
     return {"num_regions": 16 if task == "detect" else 8}
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    maps = attended(RoutedAttention(tokens.shape[-1], 2, 7, 4), place, tokens)
+    return [Pattern("BiFormer", ("4 regions out of 7 × 7,", "those that answer best"), maps, (place,))]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import is_plain, linear
 from zoo.kernels import depthwise_conv2d_nhwc, window_attention
@@ -94,6 +95,10 @@ class GlobalAttention(nn.Module):
         self.lepe = nn.ModuleList([DepthwiseConv(dim, 3, **dd)])
         self.proj = nn.Linear(dim, dim, **dd)
 
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        return AttentionInfo(("all tokens",), values=self.qkv)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         qkv = linear(self.qkv, x).unflatten(-1, (3, -1))
@@ -117,6 +122,11 @@ class CrossShapedAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = nn.ModuleList(DepthwiseConv(dim // 2, 3, **dd) for _ in range(2))
         self.proj = nn.Linear(dim, dim, **dd)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        stripes = tuple(f"stripes, {self.split_size} {side}" for side in ("wide", "high"))
+        return AttentionInfo(stripes, values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -334,3 +344,9 @@ def test_cswin(pretrained: bool = False, **kwargs) -> CSWin:
 def feature_side(side: int, reduction: int) -> int:
     """The side of a feature map; see `zoo.families`. The stem is a 7 x 7 convolution, stride 4, padded by 2."""
     return -(-((side + 1) // 4 * 4) // reduction)
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    maps = attended(CrossShapedAttention(tokens.shape[-1], 2, 2), place, tokens)
+    return [Pattern("CSWin", ("half the heads: columns", "the other half: rows"), maps, (place,))]

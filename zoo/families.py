@@ -6,7 +6,7 @@ The file of a family, `zoo/<family>.py`, may define:
 - `tag_kwargs(tag)`: the keywords that go with the published weights of a tag;
 - `feature_side(side, reduction)`: how the layers round the side of a feature map;
 - `timm_name(variant)`: the same architecture in timm;
-- `patterns(dim)`: its attention patterns, for `zoo-look patterns` (see `zoo.patterns`).
+- `patterns(tokens, place)`: its panels of `zoo-look patterns`; see `zoo.attention_maps`.
 
 The functions here call them, and return the usual value where a family does not define one. Timm's own models have no
 family.

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import linear
 from zoo.kernels import window_attention
@@ -177,6 +178,11 @@ class WindowAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the table."""
         trunc_normal_(self.bias_table, std=0.02)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        query = ", global query" if self.use_global_query else ""
+        return AttentionInfo((f"window of {self.window_size} x {self.window_size}{query}",), values=self.qkv)
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
         """(B, H, W, dim), and the queries (B, w * w, dim) that only global attention reads, to (B, H, W, dim)."""
@@ -419,3 +425,17 @@ def timm_name(variant: str) -> str | None:
     """The same architecture in timm; see `zoo.families`."""
     size = variant.removeprefix("gc_vit_")
     return f"gcvit_{size}" if size in ("xxtiny", "xtiny", "tiny", "small", "base") else None
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    dim, size = tokens.shape[-1], 7
+    window, query = WindowAttention(dim, 2, size, use_global_query=True), GlobalQuery(dim, size, 2, pool=True)
+    window.reset_parameters()
+    image = tokens.permute(0, 3, 1, 2).detach().requires_grad_()
+    queries = query(image)
+    own = queries[0, place[0] % size * size + place[1] % size]
+    (sources,) = torch.autograd.grad(own.sum(), image)  # the tokens that the query is made from
+    read = 0.45 * (sources[0].abs().sum(0) > 0)
+    maps = (*attended(window, place, tokens, queries.detach()), read)
+    return [Pattern("GC ViT", ("keys: a window of 7 × 7", "queries: the whole map"), maps, (place,))]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import by_image, linear
 from zoo.kernels import window_attention
@@ -80,6 +81,10 @@ class HiFiAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * num_heads * head_dim, **dd)
         self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
 
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        return AttentionInfo((f"Hi-Fi, window of {self.window_size} x {self.window_size}",), values=self.qkv)
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(
             self.proj, window_attention(linear(self.qkv, x), num_heads=self.num_heads, window_size=self.window_size)
@@ -98,6 +103,12 @@ class LoFiAttention(nn.Module):
         self.q = nn.Linear(dim, num_heads * head_dim, **dd)
         self.kv = nn.Linear(dim, 2 * num_heads * head_dim, **dd)
         self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        size = self.window_size
+        means = f"Lo-Fi, means of {size} x {size}" if size > 1 else "all tokens"
+        return AttentionInfo((means,), values=self.kv, key_size=size)
 
     def forward(self, x: Tensor, windows: Tensor) -> Tensor:
         """(B, H, W, dim), and the same padded to whole windows, to (B, H, W, num_heads * head_dim)."""
@@ -420,3 +431,11 @@ def tag_kwargs(tag: Any) -> dict[str, Any]:
 def feature_side(side: int, reduction: int) -> int:
     """The side of a feature map; see `zoo.families`. The stem pads to whole patches, merging drops an odd row."""
     return -(-side // 4) * 4 // reduction
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    attn = HiLoAttention(tokens.shape[-1], 16, 2, 0.5)
+    near = attended(attn.hifi, place, tokens)
+    means = tuple(0.45 * keys for keys in attended(attn.lofi, place, tokens, tokens))
+    return [Pattern("LITv2", ("Hi-Fi: a window of 2 × 2", "Lo-Fi: means of 2 × 2"), (*near, *means), (place,))]

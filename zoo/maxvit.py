@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import by_image, linear
 from zoo.kernels import window_attention
@@ -212,6 +213,11 @@ class WindowAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the table."""
         nn.init.normal_(self.bias_table, std=0.02)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        height, width = self.window_size
+        return AttentionInfo((f"{self.layout} of {height} x {width}",), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -524,3 +530,13 @@ def timm_name(variant: str) -> str | None:
         return None
     size, _, side = variant.removeprefix("maxvit_").partition("_")
     return f"maxvit_{size}_tf_{side or 224}"
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    maps: list[Tensor] = []
+    for layout in ("block", "grid"):
+        module = WindowAttention(tokens.shape[-1], 2, (7, 7), layout)
+        module.reset_parameters()
+        maps += attended(module, place, tokens)
+    return [Pattern("MaxViT", ("a block of 7 × 7, then", "a grid of 7 × 7"), tuple(maps), (place,))]

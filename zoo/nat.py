@@ -20,6 +20,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import linear
 from zoo.kernels import neighborhood_attention, window_attention
@@ -105,6 +106,11 @@ class NeighborhoodAttention(nn.Module):
         """Initialise the table."""
         trunc_normal_(self.bias_table, std=0.02)
 
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        dilated = f", dilated by {self.dilation}" if self.dilation > 1 else ""
+        return AttentionInfo((f"{self.kernel_size} x {self.kernel_size} neighbours{dilated}",), values=self.qkv)
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         _, height, width, _ = sizes(x)
@@ -135,6 +141,10 @@ class GlobalAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the table."""
         trunc_normal_(self.bias_table, std=0.02)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        return AttentionInfo(("all tokens",), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -524,3 +534,17 @@ def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
     else:
         dilations = DENSE_DILATIONS[layout, task]
     return {"dilations": [list(stage) for stage in dilations]}
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    dim, corner = tokens.shape[-1], (tokens.shape[1] - 2, 2)
+    near, spread = (NeighborhoodAttention(dim, 2, 7, dilation) for dilation in (1, 3))
+    for module in (near, spread):
+        module.reset_parameters()
+    maps = (*attended(near, place, tokens), *attended(near, corner, tokens))
+    lines = ("7 × 7 around the token,", "moved inward at a rim")
+    return [
+        Pattern("NAT", lines, maps, (place, corner)),
+        Pattern("DiNAT", ("7 × 7, every third token:", "dilated by 3"), attended(spread, place, tokens), (place,)),
+    ]

@@ -23,6 +23,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attention
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import by_image, is_plain
 from zoo.kernels import large_kernel_attention
@@ -78,6 +79,10 @@ class LargeKernelAttention(nn.Module):
         self.dw_conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim, **dd)
         self.dw_dilated_conv = nn.Conv2d(dim, dim, 7, padding=9, dilation=3, groups=dim, **dd)
         self.pw_conv = nn.Conv2d(dim, dim, 1, **dd)
+
+    def attention_info(self) -> AttentionInfo:
+        """What it attends to; see `zoo.attention_maps`."""
+        return AttentionInfo(("large kernel",), kernel=lambda x: self.dw_dilated_conv(self.dw_conv(x)))
 
     def forward(self, x: Tensor) -> Tensor:
         convs = self.dw_conv, self.dw_dilated_conv, self.pw_conv
@@ -336,3 +341,13 @@ def test_van(pretrained: bool = False, **kwargs) -> VAN:
 def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
     """The epsilon of the norms with which the official code segments; see `zoo.families`."""
     return {"norm_eps": 1e-5} if task == "segment" and variant != "test_van" else {}
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    module = LargeKernelAttention(tokens.shape[-1])
+    for conv in (module.dw_conv, module.dw_dilated_conv):
+        nn.init.ones_(conv.weight)
+    # The number of paths from each token through the two convolutions, as a part of the largest.
+    paths = attention(module, (tokens.permute(0, 3, 1, 2),), [place])[0, 0]
+    return [Pattern("VAN", ("23 × 23 by two kernels:", "5 × 5, dilated 7 × 7"), (paths / paths.max(),), (place,))]

@@ -1,5 +1,6 @@
-"""zoo-look: the keys of every operator against a plain statement of them, every command and message. A minute."""
+"""zoo-look: weights, pictures, every command and message. A minute."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from zoo.tools import look, look_attention, look_cam, look_draw, look_patterns, 
 from zoo.tools.cli import ToolError
 from zoo.tools.model import Loaded, load
 
-MODELS = ("biformer", "cswin", "dinat", "gc_vit", "litv2", "maxvit", "nat", "van")
+MODELS = [name for family in zoo.FAMILIES for name in timm.list_models("test_*", module=family)]
 SIZE = (75, 91)  # odd sides in most stages, and windows that do not divide them
 PIXEL = (70, 40)
 
@@ -42,15 +43,6 @@ def run(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def places(weights):
-    """The keys that have a weight, as a set of rows and columns."""
-    return set(map(tuple, weights.nonzero().tolist()))
-
-
-def product(rows, columns):
-    return {(y, x) for y in rows for x in columns}
-
-
 @pytest.fixture
 def photo(tmp_path):
     """A picture of 40 x 60 pixels."""
@@ -71,94 +63,20 @@ def finished(tmp_path_factory):
     return folder
 
 
-# ---- which keys there are, in plain words
-
-
-def neighbors(place, length, kernel, dilation):
-    """The window around a place, among those with the same remainder, moved inward at the rim."""
-    same = list(range(place % dilation, length, dilation))
-    start = min(max(same.index(place) - kernel // 2, 0), len(same) - kernel)
-    return same[start : start + kernel]
-
-
-def stripe(place, length, size):
-    """Of a map that is padded on both sides, the larger half on the right."""
-    left = (-length % size) // 2
-    return [other for other in range(length) if (other + left) // size == (place + left) // size]
-
-
-def window(place, length, size):
-    return [other for other in range(length) if other // size == place // size]
-
-
-def grid(place, length, size):
-    step = -(-length // size)
-    return [other for other in range(length) if other % step == place % step]
-
-
-def routed(site, token, size, regions, topk):
-    """The real tokens of the regions whose mean keys answer the query's region best."""
-    (x,) = site.args
-    sides = [-(-side // regions) for side in size]
-    padded = torch.zeros(regions * sides[0], regions * sides[1], x.shape[3])
-    padded[: size[0], : size[1]] = x[0]
-    query, key, _ = site.module.qkv(padded).chunk(3, dim=-1)
-
-    def mean(x, row, column):
-        return x[row * sides[0] : (row + 1) * sides[0], column * sides[1] : (column + 1) * sides[1]].mean((0, 1))
-
-    own = mean(query, token[0] // sides[0], token[1] // sides[1])
-    answers = {(row, column): (own @ mean(key, row, column)).item() for row, column in product(*[range(regions)] * 2)}
-    best = sorted(answers, key=answers.get)[-topk:]
-    return {(y, x) for y, x in product(*map(range, size)) if (y // sides[0], x // sides[1]) in best}
-
-
-def expected(name, site, token, size):
-    """The sets of keys, one per group of heads."""
-    both, everything = list(zip(token, size, strict=True)), product(*map(range, size))
-    stage, block = site.stage - 1, site.block
-    if name in ("nat", "dinat"):
-        dilation = (4, 2, 1, 1)[stage] if name == "dinat" and block == 2 else 1
-        return [product(*(neighbors(place, length, 3, dilation) for place, length in both))]
-    if name == "cswin" and stage < 3:
-        split = (1, 2, 3)[stage]
-        columns, rows = stripe(token[1], size[1], split), stripe(token[0], size[0], split)
-        return [product(range(size[0]), columns), product(rows, range(size[1]))]
-    if name == "maxvit":
-        find = window if "block" in site.kinds[0] else grid
-        return [product(*(find(place, length, 4) for place, length in both))]
-    if name == "biformer" and stage < 3:
-        return [routed(site, token, size, 4, (1, 2, 4)[stage])]
-    if name == "gc_vit":
-        return [product(*(window(place, length, (4, 4, 4, 2)[stage]) for place, length in both))]
-    if name == "litv2" and stage == 2:
-        if "Hi-Fi" in site.kinds[0]:
-            return [product(*(window(place, length, 3) for place, length in both))]
-        return [product(*(range(-(-length // 3)) for length in size))]
-    if name == "van":
-        return [{key for key in everything if max(abs(a - b) for a, b in zip(key, token, strict=True)) <= 11}]
-    return [everything]
+# ---- which keys there are: each family's own test has them in plain words
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
-def test_keys_are_those_of_the_operator(name):
-    model = build(f"test_{name}")
+def test_weights_are_shares(name):
+    model = build(name)
     sites = look_attention.sites(model, name)
     look_attention.run(model, images(*SIZE), sites)
-    features = model.forward_intermediates(images(*SIZE), intermediates_only=True)
-    found = {}
-    for block in (1, 2):
-        for keys in look_attention.keys(model, name, images(*SIZE), PIXEL, block):
-            found[keys.stage, keys.block, keys.kind] = keys
-            assert keys.weights.sum().item() == pytest.approx(1 - keys.padding, abs=1e-5)
-            assert keys.weights.min() >= 0
-    assert len(found) == sum(len(site.kinds) for site in sites)
-    for site in sites:
-        size = tuple(features[site.stage - 1].shape[2:])
-        token = tuple(min(p // 2 ** (site.stage + 1), side - 1) for p, side in zip(PIXEL, size, strict=True))
-        for kind, keys in zip(site.kinds, expected(name, site, token, size), strict=True):
-            assert places(found[site.stage, site.block, kind].weights) == keys, (site.stage, kind)
+    shares = [keys for block in (1, 2) for keys in look_attention.keys(model, name, images(*SIZE), PIXEL, block)]
+    assert len(shares) == sum(len(site.info.groups) for site in sites)
+    for keys in shares:
+        assert keys.weights.sum().item() == pytest.approx(1 - keys.padding, abs=1e-5)
+        assert keys.weights.min() >= 0
 
 
 @torch.no_grad()
@@ -218,36 +136,13 @@ def test_first_block_of_each_kind_is_shown():
 # ---- the picture of the patterns
 
 
-def test_patterns():
-    shown = {panel.title: panel for panel in look_patterns.panels()}
-    y, x = look_patterns.QUERY
-    got = {title: [places(map_) for map_ in panel.maps] for title, panel in shown.items()}
-    whole = product(range(28), range(28))
-    assert got["NAT"] == [product(range(8, 15), range(13, 20)), product(range(21, 28), range(7))]
-    assert got["DiNAT"] == [product(range(2, 21, 3), range(7, 26, 3))]
-    assert got["CSWin"] == [product(range(28), (16, 17)), product((10, 11), range(28))]
-    assert got["MaxViT"] == [product(range(7, 14), range(14, 21)), product(range(3, 28, 4), range(0, 28, 4))]
-    assert got["GC ViT"] == [product(range(7, 14), range(14, 21)), whole]
-    assert got["LITv2"] == [product((10, 11), (16, 17)), product(range(14), range(14))]
-    (regions,) = got["BiFormer"]
-    chosen = {(row // 4, column // 4) for row, column in regions}
-    assert len(chosen) == 4
-    assert regions == {(row, column) for row, column in whole if (row // 4, column // 4) in chosen}
-    assert got["VAN"] == [product(range(y - 11, y + 12), range(x - 11, x + 12))]
-    # Along an axis: how many of 7 taps, 3 apart, and 5 beside each lead to a token.
-    rows, columns = torch.zeros(28), torch.zeros(28)
-    for tap in range(-9, 10, 3):
-        rows[y + tap - 2 : y + tap + 3] += 1
-        columns[x + tap - 2 : x + tap + 3] += 1
-    torch.testing.assert_close(shown["VAN"].maps[0], rows[:, None] * columns / 4)
-
-
 def test_patterns_as_a_file(capsys, tmp_path):
     path = tmp_path / "patterns.png"
     code, out, _ = run(capsys, "patterns", "-o", path)
     assert (code, out) == (0, f"written: {path}\n")
+    rows = -(-len(look_patterns.panels()) // 4)
     with Image.open(path) as picture:
-        assert (picture.width, picture.height) == (4 * 392 + 3 * 40 + 8, 2 * (392 + 156) + 40)
+        assert (picture.width, picture.height) == (4 * 392 + 3 * 40 + 8, rows * (392 + 156) + (rows - 1) * 40)
         pixels = np.asarray(picture)
     assert pixels.shape[2] == 4
     assert (pixels[-392:, -400:, 3] > 0).mean() > 0.5
@@ -259,7 +154,7 @@ def test_patterns_as_a_file(capsys, tmp_path):
 @pytest.mark.parametrize("family", zoo.FAMILIES)
 def test_patterns_of_a_family(capsys, tmp_path, family, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    count = 2 if family == "nat" else 1
+    count = len(look_patterns.panels([family]))
     assert run(capsys, "patterns", family)[1] == f"written: {family}_patterns.png\n"
     assert Image.open(f"{family}_patterns.png").size == (count * 196 + (count - 1) * 20 + 4, (392 + 156) // 2)
 
@@ -298,7 +193,7 @@ def test_attention_of_all_tokens_is_that_of_each(name):
     model = build(name, embed_dims=(16,) * 4, depths=(2, 1, 1, 1), num_heads=(2,) * 4, dilations=(2, 1, 1, 1))
     sites = look_attention.sites(model, name)[:2]
     look_attention.run(model, images(*SIZE), sites)
-    tokens = sorted(product(range(5), range(6)))
+    tokens = list(itertools.product(range(5), range(6)))
     for site in sites:
         nn.init.normal_(site.module.bias_table)
         want = look_attention.attention(site.module, site.args, tokens)[:, 0, :5, :6].flatten(1)
@@ -329,7 +224,7 @@ def test_field_of_a_convolution():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_field_grows(name):
-    model = build(f"test_{name}", features_only=True)
+    model = build(name, features_only=True)
     fields = look_attention.field(model, 3, (64, 64), 1)
     assert [tuple(field.shape) for field in fields] == [(64, 64)] * 4
     reach = [(field > 0).sum() for field in fields]
@@ -338,7 +233,7 @@ def test_field_grows(name):
     assert all(map(torch.equal, fields, again))
 
 
-@pytest.mark.parametrize("name", [f"test_{name}" for name in MODELS] + ["swin_s3_tiny_224"])
+@pytest.mark.parametrize("name", [*MODELS, "swin_s3_tiny_224"])
 def test_class_activation_of_each_family(name):
     kwargs = {"img_size": 64, "depths": (1, 1, 1, 1), "embed_dim": 24} if name.startswith("swin") else {}
     model = build(name, **kwargs)
@@ -381,7 +276,8 @@ def test_keys_as_json(capsys, tmp_path, photo):
     first = record["attention"][0]
     assert (first["stage"], first["block"], first["kind"]) == (1, 1, "3 x 3 neighbours")
     assert (first["keys"], first["key_pixels"]) == (9, 4)
-    assert places(torch.tensor(first["weights"])) == product(range(13, 16), range(3))
+    places = torch.tensor(first["weights"]).nonzero().tolist()
+    assert places == [[y, x] for y in range(13, 16) for x in range(3)]
     assert record["file"] == str(tmp_path / "k.png")
 
 

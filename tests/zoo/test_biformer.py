@@ -13,6 +13,8 @@ import zoo
 from zoo import families
 from zoo.biformer import FULL, VARIANTS, BiFormer, GlobalAttention, GrowingRoutedAttention, RoutedAttention
 
+from .attended import check_keys, patterns, product
+
 LAYOUTS = ("biformer", "stl", "stl_nchw")
 SIZES = [(8, 8), (5, 9), (13, 7), (3, 1)]  # of maps for 4 x 4 regions
 
@@ -322,3 +324,37 @@ def test_exported_stl_layouts_take_any_batch(layout):
 )
 def test_dense_kwargs_are_the_official_codes(model, task, expected):
     assert families.dense_kwargs(model, task) == expected
+
+
+def best_regions(site, token, size, topk):
+    """The real tokens of the regions, out of 4 x 4, whose mean keys answer the query's region best."""
+    (x,) = site.args
+    sides = [-(-side // 4) for side in size]
+    padded = torch.zeros(4 * sides[0], 4 * sides[1], x.shape[3])
+    padded[: size[0], : size[1]] = x[0]
+    query, key, _ = site.module.qkv(padded).chunk(3, dim=-1)
+
+    def mean(x, row, column):
+        return x[row * sides[0] : (row + 1) * sides[0], column * sides[1] : (column + 1) * sides[1]].mean((0, 1))
+
+    own = mean(query, token[0] // sides[0], token[1] // sides[1])
+    answers = {(row, column): (own @ mean(key, row, column)).item() for row, column in product(range(4), range(4))}
+    best = sorted(answers, key=answers.get)[-topk:]
+    return {(y, x) for y, x in product(*map(range, size)) if (y // sides[0], x // sides[1]) in best}
+
+
+def test_keys_are_those_of_the_operator():
+    def keys(site, token, size):
+        if site.stage == 4:
+            return [product(*map(range, size))]
+        return [best_regions(site, token, size, (1, 2, 4)[site.stage - 1])]
+
+    check_keys("test_biformer", keys)
+
+
+def test_pattern():
+    ((regions,),) = patterns("biformer")[1].values()
+    chosen = {(row // 4, column // 4) for row, column in regions}
+    assert len(chosen) == 4
+    whole = product(range(28), range(28))
+    assert regions == {(row, column) for row, column in whole if (row // 4, column // 4) in chosen}

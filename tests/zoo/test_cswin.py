@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from zoo.checkpoints import convert
 from zoo.cswin import KEY_MAP, VARIANTS, CrossShapedAttention, GlobalAttention
 
+from .attended import check_keys, patterns, product
+
 
 @pytest.fixture
 def fused_attn():
@@ -157,3 +159,23 @@ def test_norms_of_the_segmentation_backbone_are_the_output_norms():
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("test_cswin", **kwargs)
+
+
+def test_keys_are_those_of_the_operator():
+    def stripe(place, length, size):
+        """A stripe of a map that is padded on both sides, with the larger half on the right."""
+        left = (-length % size) // 2
+        return [other for other in range(length) if (other + left) // size == (place + left) // size]
+
+    def keys(site, token, size):
+        if site.stage == 4:
+            return [product(*map(range, size))]
+        split = (1, 2, 3)[site.stage - 1]
+        columns, rows = stripe(token[1], size[1], split), stripe(token[0], size[0], split)
+        return [product(range(size[0]), columns), product(rows, range(size[1]))]
+
+    check_keys("test_cswin", keys)
+
+
+def test_pattern():
+    assert patterns("cswin")[1] == {"CSWin": [product(range(28), (16, 17)), product((10, 11), range(28))]}

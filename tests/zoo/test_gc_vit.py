@@ -12,6 +12,7 @@ from zoo import families
 from zoo.gc_vit import VARIANTS, GCViT, GlobalQuery, WindowAttention, pooled_stages
 
 from . import golden
+from .attended import check_keys, patterns, product, window
 from .test_parity import TOLERANCE, deviation, load
 
 
@@ -246,3 +247,16 @@ def test_licence_stands_in_every_configuration(name):
 )
 def test_dense_kwargs_are_the_official_codes(model, task, expected):
     assert families.dense_kwargs(model, task) == expected
+
+
+def test_keys_are_those_of_the_operator():
+    def keys(site, token, size):
+        side = (4, 4, 4, 2)[site.stage - 1]
+        return [product(*(window(place, length, side) for place, length in zip(token, size, strict=True)))]
+
+    check_keys("test_gc_vit", keys)
+
+
+def test_pattern():
+    own, whole = product(range(7, 14), range(14, 21)), product(range(28), range(28))
+    assert patterns("gc_vit")[1] == {"GC ViT": [own, whole]}

@@ -19,6 +19,8 @@ from zoo.litv2 import (
     sample_patches,
 )
 
+from .attended import check_keys, patterns, product, window
+
 
 def test_every_variant_is_registered():
     assert set(timm.list_models(module="litv2")) == set(VARIANTS)
@@ -261,3 +263,18 @@ def test_bad_argument_is_named(kwargs, message):
 )
 def test_dense_kwargs_are_the_official_codes(model, task, expected):
     assert families.dense_kwargs(model, task) == expected
+
+
+def test_keys_are_those_of_the_operator():
+    def keys(site, token, size):
+        if site.stage == 4:
+            return [product(*map(range, size))]
+        if "Hi-Fi" in site.info.groups[0]:
+            return [product(*(window(place, length, 3) for place, length in zip(token, size, strict=True)))]
+        return [product(*(range(-(-length // 3)) for length in size))]
+
+    check_keys("test_litv2", keys)
+
+
+def test_pattern():
+    assert patterns("litv2")[1] == {"LITv2": [product((10, 11), (16, 17)), product(range(14), range(14))]}

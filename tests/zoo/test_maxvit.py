@@ -10,6 +10,8 @@ from torch.nn import functional as F
 import zoo
 from zoo.maxvit import VARIANTS, MaxViT, MBConv, StridedConv2d, WindowAttention, mask_padding
 
+from .attended import check_keys, patterns, product, window
+
 
 def randomize(model):
     torch.manual_seed(0)
@@ -200,3 +202,20 @@ def test_exported_strided_block_takes_any_size():
     for size in ((3, 16, 16), (1, 7, 22), (2, 32, 9)):
         x = torch.randn(*size, 12, dtype=torch.float64)
         torch.testing.assert_close(program(x), block(x))
+
+
+def test_keys_are_those_of_the_operator():
+    def grid(place, length, size):
+        step = -(-length // size)
+        return [other for other in range(length) if other % step == place % step]
+
+    def keys(site, token, size):
+        find = window if site.module.layout == "block" else grid
+        return [product(*(find(place, length, 4) for place, length in zip(token, size, strict=True)))]
+
+    check_keys("test_maxvit", keys)
+
+
+def test_pattern():
+    block, grid = product(range(7, 14), range(14, 21)), product(range(3, 28, 4), range(0, 28, 4))
+    assert patterns("maxvit")[1] == {"MaxViT": [block, grid]}

@@ -4,6 +4,8 @@ import pytest
 
 from zoo import families
 
+from .attended import check_keys, patterns, product
+
 DET = [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]
 SEG = [[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]]
 SEG_640 = [
@@ -40,3 +42,25 @@ MASK2FORMER = [
 )
 def test_dense_kwargs_are_the_official_codes(model, task, expected):
     assert families.dense_kwargs(model, task) == expected
+
+
+def neighbors(place, length, dilation):
+    """The window of 3 around a place, among those with the same remainder, moved inward at the rim."""
+    same = list(range(place % dilation, length, dilation))
+    start = min(max(same.index(place) - 1, 0), len(same) - 3)
+    return same[start : start + 3]
+
+
+@pytest.mark.parametrize("name", ["test_nat", "test_dinat"])
+def test_keys_are_those_of_the_operator(name):
+    def keys(site, token, size):
+        dilation = (4, 2, 1, 1)[site.stage - 1] if name == "test_dinat" and site.block == 2 else 1
+        return [product(*(neighbors(place, length, dilation) for place, length in zip(token, size, strict=True)))]
+
+    check_keys(name, keys)
+
+
+def test_patterns():
+    _, got = patterns("nat")
+    assert got["NAT"] == [product(range(8, 15), range(13, 20)), product(range(21, 28), range(7))]
+    assert got["DiNAT"] == [product(range(2, 21, 3), range(7, 26, 3))]

@@ -8,6 +8,8 @@ import zoo
 from zoo import families
 from zoo.van import VAN, VARIANTS
 
+from .attended import check_keys, patterns, product
+
 
 def test_the_tiny_model_is_tiny():
     model = timm.create_model("test_van", device="meta")
@@ -72,3 +74,23 @@ def test_classifier_without_pooling_is_refused():
 )
 def test_dense_kwargs_are_the_official_codes(model, task, expected):
     assert families.dense_kwargs(model, task) == expected
+
+
+def test_keys_are_those_of_the_operator():
+    def keys(site, token, size):
+        everything = product(*map(range, size))
+        return [{key for key in everything if max(abs(a - b) for a, b in zip(key, token, strict=True)) <= 11}]
+
+    check_keys("test_van", keys)
+
+
+def test_pattern():
+    panels, got = patterns("van")
+    y, x = panels["VAN"].queries[0]
+    assert got["VAN"] == [product(range(y - 11, y + 12), range(x - 11, x + 12))]
+    # Along an axis: how many of 7 taps, 3 apart, and 5 beside each lead to a token.
+    rows, columns = torch.zeros(28), torch.zeros(28)
+    for tap in range(-9, 10, 3):
+        rows[y + tap - 2 : y + tap + 3] += 1
+        columns[x + tap - 2 : x + tap + 3] += 1
+    torch.testing.assert_close(panels["VAN"].maps[0], rows[:, None] * columns / 4)

@@ -1,0 +1,142 @@
+"""What attention modules attend to, computed from the modules themselves; `zoo-look` draws it.
+
+An attention module describes itself by a method `attention_info()`, which returns an `AttentionInfo`. It has a linear
+layer `proj` at its end. Parameters `lepe.*` are those of a convolution of the values that is added to the attention.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+__all__ = ["AttentionInfo", "Pattern", "attended", "attention", "attention_matrix", "info"]
+
+
+@dataclass(frozen=True)
+class AttentionInfo:
+    """What a module attends to, and where its weights come from.
+
+    Attributes:
+        groups: for each group of heads, in the order of their channels, what its queries attend to, in words.
+        values: the linear layer whose output ends with the values; None for a module without attention weights.
+        kernel: for such a module, the function from its input (B, C, H, W) to the gate that it multiplies it with.
+        key_size: side of a key, in tokens; above 1 where the keys are means of windows.
+    """
+
+    groups: tuple[str, ...]
+    values: nn.Module | None = None
+    kernel: Callable[[Tensor], Tensor] | None = None
+    key_size: int = 1
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A panel of `zoo-look patterns`: what one token attends to.
+
+    Attributes:
+        title: what is shown.
+        lines: two lines of text. Each describes a map and has its colour, unless there is one map.
+        maps: one or two maps (H, W), or of keys that are means (h, w), from 0 to 1.
+        queries: rows and columns of the tokens.
+    """
+
+    title: str
+    lines: tuple[str, str]
+    maps: tuple[Tensor, ...]
+    queries: tuple[tuple[int, int], ...]
+
+
+def info(module: nn.Module) -> AttentionInfo | None:
+    """What an attention module says of itself; None for any other module."""
+    describe = getattr(module, "attention_info", None)
+    return describe() if callable(describe) else None
+
+
+def attention(module: nn.Module, args: Sequence[Tensor], tokens: Sequence[tuple[int, int]]) -> Tensor:
+    """The weights with which chosen tokens attend to the keys, from the module's own output.
+
+    The input of the last linear layer is the weighted sum of the values. So its derivative by a value is the weight,
+    whatever the operator and its implementation, channel by channel. LePE, a convolution of the values that is added,
+    is set to zero for this.
+
+    Args:
+        module: an attention module with `attention_info`.
+        args: its inputs for one image: tokens (1, H, W, C), or (1, C, H, W) if it has a kernel; and any others.
+        tokens: rows and columns of the Q queries.
+
+    Returns:
+        (Q, G, h, w), averaged over the heads of each of G groups. The map of keys is that of the tokens, with its
+        padding at the bottom and the right if it is padded ahead of the linear layer; or that of the means. For a
+        kernel it is the share of each token in the kernel's absolute weights, over all channels.
+    """
+    described = module.attention_info()
+    rows, columns = torch.tensor(tokens).unbind(1)
+    count = torch.arange(len(tokens))
+    args = tuple(x.detach().expand(len(tokens), *x.shape[1:]) for x in args)
+    with torch.enable_grad():
+        if described.kernel is not None:
+            x = args[0].clone().requires_grad_()
+            gate = described.kernel(x)[count, :, rows, columns]
+            share = torch.autograd.grad(gate.sum(), x)[0].abs().sum(1, keepdim=True)
+            return share / share.sum((2, 3), keepdim=True)
+        values = []
+
+        def watch_values(qkv: Tensor) -> Tensor:
+            values.append(qkv.detach().requires_grad_())
+            return values[-1]
+
+        out = _weighted_sum(module, args, watch_values)
+        weights = torch.autograd.grad(out[count, rows, columns].sum(), values[0])[0][..., -out.shape[-1] :]
+    return weights.unflatten(-1, (len(described.groups), -1)).mean(-1).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def attention_matrix(module: nn.Module, args: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """The weights with which all tokens attend to all, averaged over heads: (H W, H W), queries by keys.
+
+    They are those of `attention` for all tokens, computed much faster. The values are set to one at a single token,
+    another one in each channel of a head: then the weighted sum is the weights of as many keys as a head has channels.
+
+    Args:
+        module: an attention module with a single group of heads, whose keys are its tokens.
+        args: its inputs for one image, as for `attention`.
+        size: the sides of the map of tokens, H and W, without padding.
+    """
+    heads, head_dim = module.num_heads, args[0].shape[-1] // module.num_heads
+    parts = []
+    for keys in torch.arange(size[0] * size[1]).split(head_dim):
+
+        def set_values(qkv: Tensor, keys: Tensor = keys) -> Tensor:
+            values = qkv.new_zeros(*qkv.shape[1:3], heads, head_dim)
+            values[keys // size[1], keys % size[1], :, torch.arange(len(keys))] = 1
+            return torch.cat((qkv[..., : -heads * head_dim], values.flatten(2)[None]), -1)
+
+        out = _weighted_sum(module, args, set_values)[0, : size[0], : size[1]]
+        parts.append(out.unflatten(-1, (heads, head_dim)).mean(2)[..., : len(keys)])
+    return torch.cat(parts, -1).flatten(0, 1)
+
+
+def attended(module: nn.Module, token: tuple[int, int], *args: Tensor) -> tuple[Tensor, ...]:
+    """For each group of heads, the keys that a token attends to: maps (h, w) with 1 for them and 0 for the others."""
+    return tuple((weights > 0).float() for weights in attention(module, args, [token])[0])
+
+
+def _weighted_sum(module: nn.Module, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The input of the last linear layer, with the output of the first one replaced by `change` of it.
+
+    The last channels of that output are the values. LePE is left out.
+    """
+    outputs: list[Tensor] = []
+    hooks = [
+        module.attention_info().values.register_forward_hook(lambda _, __, qkv: change(qkv)),
+        module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])),
+    ]
+    silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith("lepe.")}
+    try:
+        functional_call(module, silent, tuple(args))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs[0]
