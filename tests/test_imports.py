@@ -138,8 +138,6 @@ def test_models_are_registered(registered, order):
 
 
 def test_unknown_attribute():
-    import zoo
-
     with pytest.raises(AttributeError, match="no attribute 'vam'"):
         zoo.vam  # noqa: B018
 
