@@ -6,13 +6,19 @@ each call runs what suits its tensors, or what `set_implementation`, `implementa
 ZOO_KERNELS choose.
 """
 
+from pkgutil import iter_modules
+
 from zoo.kernels.depthwise_conv import depthwise_conv2d_nhwc, large_kernel_attention
 from zoo.kernels.dispatch import implementation, set_implementation, use
 from zoo.kernels.neighborhood_attention import neighborhood_attention
 from zoo.kernels.routed_attention import routed_attention
 from zoo.kernels.window_attention import window_attention
 
-__all__ = [
+# Every operator has a folder, in which tests, benchmarks and documents find the rest.
+OPERATORS = tuple(sorted(folder.name for folder in iter_modules(__path__) if folder.ispkg))
+
+__all__ = [  # the functions of all operators, and the choice of their implementation
+    "OPERATORS",
     "depthwise_conv2d_nhwc",
     "implementation",
     "large_kernel_attention",

@@ -12,7 +12,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo import FAMILIES, manifest
@@ -24,7 +26,9 @@ if TYPE_CHECKING:
     from zoo.tools.benchmark_kernels import Result, Row
     from zoo.tools.benchmark_models import Contender, Results
 
-OPERATORS = ("window", "neighborhood", "routed", "depthwise")
+# The first words of the folders' names, found without importing zoo.kernels, which brings torch.
+_FOLDERS = find_spec("zoo.kernels").submodule_search_locations
+OPERATORS = tuple(sorted(folder.name.partition("_")[0] for folder in iter_modules(_FOLDERS) if folder.ispkg))
 DTYPES = ("fp32", "bf16", "fp16")
 AUTOCAST = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 MODELS = tuple(name for family in FAMILIES for name in manifest.examples(family))
@@ -59,7 +63,7 @@ medians, those in brackets are where eight of ten runs lie. Memory is what a cal
 KERNELS_EXAMPLES = """\
 examples:
   zoo-bench kernels                                      the target cases on the CPU, some two minutes
-  zoo-bench kernels --cases 'dinat*stage1*' --backward   cases by name
+  zoo-bench kernels --cases '56x56x64-7x7*' --backward   cases by name
   zoo-bench kernels --operators depthwise --dtype bf16   all cases of an operator
   zoo-bench kernels --device cuda --all --dtype fp16 bf16 --json all.json --picture all.png"""
 

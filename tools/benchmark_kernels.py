@@ -7,13 +7,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from zoo import kernels
+from zoo.kernels import dispatch
+from zoo.kernels.peers import Arguments, CannotRunError, Contender
 from zoo.tools import benchmark_timing as timing
-from zoo.tools.benchmark_peers import OPERATORS, Arguments, CannotRunError, Contender, call_ours
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Relative root mean square error against float64 up to which a contender counts as right: rounding stays well below,
@@ -21,7 +26,45 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CHECKED_IMAGES = 2
 MIN_ROUNDS = 5
-PER_IMAGE = ("qkv", "q", "k", "v", "routes", "key_mask", "x")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A public function of zoo.kernels, its cases, and the ways to compute it."""
+
+    function: Callable[..., Tensor]
+    cases: dict[str, Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]]
+    peers: tuple[Contender, ...]
+    flops: Callable[[Arguments], int]  # for each number of the output, forward
+    backward_flops: float  # those of the backward pass, as a multiple
+
+    @property
+    def contenders(self) -> tuple[Contender, ...]:
+        """Our implementations, then the others."""
+        folder = self.function.__module__.rpartition(".")[0]
+        names = ("triton", "torch", "reference") if find_spec(f"{folder}.triton_impl") else ("torch", "reference")
+        return *(Contender(name, partial(call_ours, self.function, name)) for name in names), *self.peers
+
+
+def call_ours(function: Callable[..., Tensor], choice: str, **arguments: Any) -> Tensor:
+    """The public function with one of its implementations."""
+    if choice == "triton":
+        first = next(value for value in arguments.values() if isinstance(value, Tensor))
+        if (obstacle := dispatch.triton_obstacle(first)) is not None:
+            raise CannotRunError(obstacle)
+    with kernels.implementation(choice):
+        return function(**arguments)
+
+
+def _operator(name: str) -> Operator:
+    """What an operator's folder says of it."""
+    cases, peers = (import_module(f"zoo.kernels.{name}.{part}") for part in ("cases", "peers"))
+    shapes = {name: partial(cases.inputs, case) for name, case in (cases.TARGETS | cases.CASES).items()}
+    return Operator(cases.FUNCTION, shapes, peers.PEERS, peers.flops, peers.BACKWARD_FLOPS)
+
+
+# by the first word of their names
+OPERATORS = {name.partition("_")[0]: _operator(name) for name in kernels.OPERATORS}
 
 
 @dataclass
@@ -61,11 +104,10 @@ def measure(
     """Check every contender of a case against float64, then time those that are right, in turns, for `seconds`."""
     operator = OPERATORS[name]
     torch.compiler.reset()  # it gives up on a function that it has compiled for many sizes
-    args, kwargs = operator.cases[case](batch=batch, dtype=DTYPES[dtype], device=device, requires_grad=backward)
-    bound = inspect.signature(operator.function).bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
-    want = _Wanted(operator.function, arguments, backward)
+    make = partial(_arguments, operator, case, dtype=DTYPES[dtype])
+    arguments = make(batch=batch, device=device, requires_grad=backward)
+    per_image = _that_differ(make(batch=1, device="meta"), make(batch=2, device="meta"))
+    want = _Wanted(operator.function, arguments, per_image, backward)
 
     rows, runs = [], {}
     for contender in operator.contenders:
@@ -111,6 +153,19 @@ def measure(
     )
 
 
+def _arguments(operator: Operator, case: str, **options: Any) -> Arguments:
+    """All arguments of the public function, by name."""
+    args, kwargs = operator.cases[case](**options)
+    bound = inspect.signature(operator.function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _that_differ(some: Arguments, others: Arguments) -> set[str]:
+    """The names of tensors that have other shapes in `others`: those of images, if the batch differs."""
+    return {name for name, x in some.items() if isinstance(x, Tensor) and x.shape != others[name].shape}
+
+
 class _Wanted:
     """The right results of the last images, in float64, and runs to compare with them.
 
@@ -118,9 +173,11 @@ class _Wanted:
     (weights, bias tables) can be compared; the run itself has its full size.
     """
 
-    def __init__(self, function: Callable[..., Tensor], arguments: Arguments, backward: bool) -> None:
-        self.arguments, self.backward = arguments, backward
-        images = next(value for name, value in arguments.items() if name in PER_IMAGE).shape[0]
+    def __init__(
+        self, function: Callable[..., Tensor], arguments: Arguments, per_image: set[str], backward: bool
+    ) -> None:
+        self.arguments, self.per_image, self.backward = arguments, per_image, backward
+        images = next(value for name, value in arguments.items() if name in per_image).shape[0]
         self.last = slice(max(0, images - CHECKED_IMAGES), None)
         with FakeTensorMode() as mode, torch.no_grad():  # its shape without the work
             shapes = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
@@ -145,7 +202,7 @@ class _Wanted:
         want = self._reference(arguments, grad)
         errors = []
         for name, have in zip(("out", *names), got, strict=True):
-            part = have[self.last] if name in ("out", *PER_IMAGE) else have
+            part = have[self.last] if name in ("out", *self.per_image) else have
             errors.append(_relative_error(part, want[name]))
         return max(errors)
 
@@ -161,7 +218,7 @@ class _Wanted:
             for name, value in self.arguments.items():
                 value = None if arguments[name] is None else value
                 if isinstance(value, Tensor):
-                    value = value[self.last] if name in PER_IMAGE else value
+                    value = value[self.last] if name in self.per_image else value
                     wants_grad = value.requires_grad
                     value = value.detach().double() if value.is_floating_point() else value
                     value = value.requires_grad_(wants_grad)

@@ -52,10 +52,10 @@ bench() {
 nvidia-smi 2>/dev/null || rocm-smi 2>/dev/null || true
 part tests 220 "$PYTHON" -m pytest -m gpu -p no:cacheprovider -n 4 -q tests/gpu
 bench targets 100 --cases 'target-*' --seconds 1
-bench window 50 --operators window --without flex --seconds 0.3
-bench neighborhood 50 --operators neighborhood --without flex --seconds 0.3
-bench routed 40 --operators routed --seconds 0.3
-bench depthwise 40 --operators depthwise --seconds 0.3
+for folder in kernels/*/op.py; do
+    operator=$(basename "$(dirname "$folder")")
+    bench "$operator" 50 --operators "${operator%%_*}" --without flex --seconds 0.3
+done
 # Once more with warps and stages chosen by timing: what the heuristics leave on the table.
 settings=(ZOO_AUTOTUNE=1 TRITON_PRINT_AUTOTUNING=1)
 bench autotuned 80 --cases 'target-*' --without flex --seconds 0.5

@@ -1,4 +1,4 @@
-"""The shapes at which the families call depth-wise convolution."""
+"""Shapes at which models call depth-wise convolution, and a small call; tests and benchmarks read them."""
 
 from __future__ import annotations
 
@@ -8,39 +8,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.depthwise_conv.op import depthwise_conv2d_nhwc
+
+FUNCTION = depthwise_conv2d_nhwc
+
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the map, its channels and the kernel; `parts` maps for each image, where it is cut into stripes."""
+    """One call: the map, its channels and the kernel; `stripes` maps for each image if it is cut into stripes."""
 
     size: tuple[int, int]
     channels: int
     kernel_size: int
     dilation: int = 1
-    parts: int = 1
+    stripes: int = 1
+
+    @property
+    def name(self) -> str:
+        """The shapes, and what differs from the defaults."""
+        name = f"{self.size[0]}x{self.size[1]}x{self.channels}-{self.kernel_size}x{self.kernel_size}"
+        name += f"-dilation{self.dilation}" if self.dilation > 1 else ""
+        return name + (f"-stripes{self.stripes}" if self.stripes > 1 else "")
 
 
-CASES: dict[str, Case] = {
-    # VAN-B1 to -B3 at 224 pixels: the two convolutions of large-kernel attention
-    "van_b2-stage1-5x5": Case((56, 56), 64, 5),
-    "van_b2-stage1-7x7": Case((56, 56), 64, 7, 3),
-    "van_b2-stage2-5x5": Case((28, 28), 128, 5),
-    "van_b2-stage2-7x7": Case((28, 28), 128, 7, 3),
-    "van_b2-stage3-5x5": Case((14, 14), 320, 5),
-    "van_b2-stage3-7x7": Case((14, 14), 320, 7, 3),
-    "van_b2-stage4-5x5": Case((7, 7), 512, 5),
-    "van_b2-stage4-7x7": Case((7, 7), 512, 7, 3),
-    # CSWin-T: position encoding of the values, zeros at the stripe's border, half of the channels each way
-    "cswin_tiny-stage1-lepe": Case((56, 1), 32, 3, parts=56),
-    "cswin_tiny-stage2-lepe": Case((28, 2), 64, 3, parts=14),
-    "cswin_tiny-stage3-lepe": Case((14, 7), 128, 3, parts=2),
-    "cswin_tiny-stage4-lepe": Case((7, 7), 512, 3),
-    # BiFormer-T: local context enhancement
-    "biformer_tiny-stage1-lce": Case((56, 56), 64, 5),
-    "biformer_tiny-stage2-lce": Case((28, 28), 128, 5),
-    "biformer_tiny-stage3-lce": Case((14, 14), 256, 5),
-    "biformer_tiny-stage4-lce": Case((7, 7), 512, 5),
+CASES = {
+    case.name: case
+    for case in (
+        # the two convolutions of large-kernel attention, images of 224 pixels
+        Case((56, 56), 64, 5),
+        Case((56, 56), 64, 7, 3),
+        Case((28, 28), 128, 5),
+        Case((28, 28), 128, 7, 3),
+        Case((14, 14), 320, 5),
+        Case((14, 14), 320, 7, 3),
+        Case((7, 7), 512, 5),
+        Case((7, 7), 512, 7, 3),
+        # position encoding of the values of attention within stripes, half of the channels each way
+        Case((56, 1), 32, 3, stripes=56),
+        Case((28, 2), 64, 3, stripes=14),
+        Case((14, 7), 128, 3, stripes=2),
+        Case((7, 7), 512, 3),
+        # position encoding of the values of routed attention
+        Case((14, 14), 256, 5),
+    )
 }
+# What `zoo-bench kernels` runs by default.
+TARGETS: dict[str, Case] = {}
+# One of each kind, for tests that would say the same of all.
+KINDS = ("14x14x320-7x7-dilation3", "14x7x128-3x3-stripes2")
 
 
 def inputs(
@@ -51,11 +66,20 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of `depthwise_conv2d_nhwc`."""
+    """Positional and keyword arguments of FUNCTION, of normal random numbers, the same on all devices."""
     generator = torch.Generator().manual_seed(0)
     taps = case.kernel_size**2
-    x = torch.randn(batch * case.parts, *case.size, case.channels, generator=generator)
+    x = torch.randn(batch * case.stripes, *case.size, case.channels, generator=generator)
     weight = torch.randn(case.channels, 1, case.kernel_size, case.kernel_size, generator=generator) / taps**0.5
     bias = torch.randn(case.channels, generator=generator)
     made = tuple(tensor.to(device, dtype).requires_grad_(requires_grad) for tensor in (x, weight, bias))
     return made, {"dilation": case.dilation}
+
+
+# A small call, differentiable in all of its arguments; the first is a map (B, H, W, channels).
+SAMPLE_SHAPES = ((2, 4, 6, 8), (8, 1, 3, 3), (8,))
+
+
+def sample(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """FUNCTION of tensors of SAMPLE_SHAPES."""
+    return depthwise_conv2d_nhwc(x, weight, bias, dilation=2)

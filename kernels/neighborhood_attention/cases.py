@@ -1,4 +1,4 @@
-"""The shapes at which the families use neighborhood attention, for tests and benchmarks."""
+"""Shapes at which models call neighborhood attention, and a small call; tests and benchmarks read them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.neighborhood_attention.op import neighborhood_attention
+
+FUNCTION = neighborhood_attention
+
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `neighborhood_attention`, but for the batch."""
+    """One call, without the batch; `op.neighborhood_attention` explains the options."""
 
     size: tuple[int, int]
     num_heads: int
@@ -23,43 +27,62 @@ class Case:
     bias: bool = True
     key_mask: bool = False
 
+    @property
+    def name(self) -> str:
+        """The shapes, and what differs from the defaults."""
+        (height, width), (kh, kw) = self.size, self.kernel_size
+        name = f"{height}x{width}x{self.num_heads * self.head_dim}-{kh}x{kw}"
+        for option, value in (("dilation", self.dilation), ("stride", self.stride)):
+            name += f"-{option}{value[0]}" if value != (1, 1) else ""
+        return name + "-unbiased" * (not self.bias) + "-masked" * self.key_mask
+
 
 def _square(side: int, num_heads: int, kernel: int = 7, dilation: int = 1) -> Case:
     return Case((side, side), num_heads, (kernel, kernel), (dilation, dilation))
 
 
-CASES: dict[str, Case] = {
-    # At 224 pixels a dilated block spans the map (grid attention), and stage 4 is one window.
-    "dinat_tiny-stage1-dense": _square(56, 2),
-    "dinat_tiny-stage1-dilated": _square(56, 2, dilation=8),
-    "dinat_tiny-stage2-dense": _square(28, 4),
-    "dinat_tiny-stage2-dilated": _square(28, 4, dilation=4),
-    "dinat_tiny-stage3-dense": _square(14, 8),
-    "dinat_tiny-stage3-dilated": _square(14, 8, dilation=2),
-    "dinat_tiny-stage4": _square(7, 16),
-    "dinat_base-stage1-dense": _square(56, 4),
-    "dinat_base-stage3-dense": _square(14, 16),
-    "dinat_iso_small-dense": _square(14, 12),
-    "dinat_large_384-stage1-dense": _square(96, 6),
-    "dinat_large_384-stage1-dilated": _square(96, 6, dilation=13),
-    "dinat_large_384-stage2-dense": _square(48, 12),
-    "dinat_large_384-stage2-dilated": _square(48, 12, dilation=6),
-    "dinat_large_384-stage3-dense": _square(24, 24),
-    "dinat_large_384-stage3-dilated": _square(24, 24, dilation=3),
-    "dinat_large_384-stage4": _square(12, 48),
-    "dinat_large_384_11x11-stage1-dense": _square(96, 6, 11),
-    "dinat_large_384_11x11-stage1-dilated": _square(96, 6, 11, 8),
-    "dinat_large_384_11x11-stage3-dilated": _square(24, 24, 11, 2),
-    "dinat_large_384_11x11-stage4": _square(12, 48, 11),
-    # Segmentation of 512 x 512 pixels.
-    "dinat_tiny_ade20k-stage1-dilated": _square(128, 2, dilation=16),
-    "dinat_tiny_ade20k-stage3-dilated": _square(32, 8, dilation=4),
-    # A map that is padded below and on the right, the padding seen by none.
-    "dinat_tiny-stage1-dense-padded": Case((56, 56), 2, key_mask=True),
-    # Generalized NA: with the stride, queries share windows; no family has it yet.
-    "gna-56-kernel7-stride2": Case((56, 56), 2, stride=(2, 2)),
-    "gna-64-kernel16-stride8": Case((64, 64), 4, (16, 16), stride=(8, 8), head_dim=64, bias=False),
+CASES = {
+    case.name: case
+    for case in (
+        # Images of 224 pixels: a dilated kernel spans the map (grid attention), and the last map is one window.
+        _square(56, 2),
+        _square(56, 2, dilation=8),
+        _square(28, 4),
+        _square(28, 4, dilation=4),
+        _square(14, 8),
+        _square(14, 8, dilation=2),
+        _square(7, 16),
+        _square(56, 4),
+        _square(14, 16),
+        _square(14, 12),
+        # images of 384 pixels
+        _square(96, 6),
+        _square(96, 6, dilation=13),
+        _square(48, 12),
+        _square(48, 12, dilation=6),
+        _square(24, 24),
+        _square(24, 24, dilation=3),
+        _square(12, 48),
+        _square(96, 6, 11),
+        _square(96, 6, 11, 8),
+        _square(24, 24, 11, 2),
+        _square(12, 48, 11),
+        # segmentation of 512 x 512 pixels
+        _square(128, 2, dilation=16),
+        _square(32, 8, dilation=4),
+        # a map that is padded below and on the right, the padding hidden from all queries
+        Case((56, 56), 2, key_mask=True),
+        # Generalized NA: with the stride, queries share windows.
+        Case((56, 56), 2, stride=(2, 2)),
+        Case((64, 64), 4, (16, 16), stride=(8, 8), head_dim=64, bias=False),
+    )
 }
+# What `zoo-bench kernels` runs by default.
+TARGETS = {"target-56x56x64": _square(56, 2), "target-14x14x256": _square(14, 8)}
+# One of each kind, for tests that would say the same of all; the first two differ most.
+KINDS = ("14x14x256-7x7", "64x64x256-16x16-stride8-unbiased", "14x14x256-7x7-dilation2", "56x56x64-7x7-stride2")
+# The reference copies the keys of each query, so that one image of these takes gigabytes.
+LARGE = ("64x64x256-16x16-stride8-unbiased", "96x96x192-11x11", "96x96x192-11x11-dilation8")
 
 
 def inputs(
@@ -70,7 +93,7 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of `neighborhood_attention` for `case`, of normal random numbers."""
+    """Positional and keyword arguments of FUNCTION, of normal random numbers, the same on all devices."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -92,3 +115,12 @@ def inputs(
         "bias_table": normal(case.num_heads, 2 * kh - 1, 2 * kw - 1) if case.bias else None,
         "key_mask": key_mask,
     }
+
+
+# A small call, differentiable in all of its arguments; the first is a map (B, H, W, channels).
+SAMPLE_SHAPES = ((2, 4, 6, 24), (2, 5, 5))
+
+
+def sample(qkv: Tensor, bias_table: Tensor) -> Tensor:
+    """FUNCTION of tensors of SAMPLE_SHAPES."""
+    return neighborhood_attention(qkv, num_heads=2, kernel_size=3, bias_table=bias_table)

@@ -1,4 +1,4 @@
-"""The shapes at which BiFormer calls routed attention."""
+"""Shapes at which models call routed attention, and a small call; tests and benchmarks read them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zoo.kernels.routed_attention.op import routed_attention
+
+FUNCTION = routed_attention
+
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the map, its heads, and how it is routed."""
+    """One call: the map, its heads, the regions along a side, and to how many of them each is routed."""
 
     size: tuple[int, int]
     num_heads: int
@@ -19,25 +23,37 @@ class Case:
     topk: int
     head_dim: int = 32
 
+    @property
+    def name(self) -> str:
+        """The shapes."""
+        height, width = self.size
+        return f"{height}x{width}x{self.num_heads * self.head_dim}-regions{self.regions}-top{self.topk}"
 
-CASES: dict[str, Case] = {
-    # BiFormer-T and -S at 224 pixels
-    "biformer_tiny-stage1": Case((56, 56), 2, 7, 1),
-    "biformer_tiny-stage2": Case((28, 28), 4, 7, 4),
-    "biformer_tiny-stage3": Case((14, 14), 8, 7, 16),
-    # BiFormer-B
-    "biformer_base-stage1": Case((56, 56), 3, 7, 1),
-    "biformer_base-stage2": Case((28, 28), 6, 7, 4),
-    "biformer_base-stage3": Case((14, 14), 12, 7, 16),
-    # COCO at 800 x 1344 pixels, each map padded to multiples of 16
-    "biformer_small_det-stage1": Case((208, 336), 2, 16, 1),
-    "biformer_small_det-stage2": Case((112, 176), 4, 16, 4),
-    "biformer_small_det-stage3": Case((64, 96), 8, 16, 16),
-    # ADE20K at 512 x 512 pixels
-    "biformer_small_seg-stage1": Case((128, 128), 2, 8, 1),
-    "biformer_small_seg-stage2": Case((64, 64), 4, 8, 4),
-    "biformer_small_seg-stage3": Case((32, 32), 8, 8, 16),
+
+CASES = {
+    case.name: case
+    for case in (
+        # images of 224 pixels
+        Case((56, 56), 2, 7, 1),
+        Case((28, 28), 4, 7, 4),
+        Case((14, 14), 8, 7, 16),
+        Case((56, 56), 3, 7, 1),
+        Case((28, 28), 6, 7, 4),
+        Case((14, 14), 12, 7, 16),
+        # detection at 800 x 1344 pixels, each map padded to multiples of 16
+        Case((208, 336), 2, 16, 1),
+        Case((112, 176), 4, 16, 4),
+        Case((64, 96), 8, 16, 16),
+        # segmentation at 512 x 512 pixels
+        Case((128, 128), 2, 8, 1),
+        Case((64, 64), 4, 8, 4),
+        Case((32, 32), 8, 8, 16),
+    )
 }
+# What `zoo-bench kernels` runs by default.
+TARGETS: dict[str, Case] = {}
+# One of each kind, for tests that would say the same of all; the first two differ most.
+KINDS = ("56x56x64-regions7-top1", "14x14x256-regions7-top16")
 
 
 def inputs(
@@ -48,7 +64,7 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of `routed_attention`: parts of one projection, routes without repetition."""
+    """Positional and keyword arguments of FUNCTION: parts of one projection, routes without repetition."""
     generator = torch.Generator().manual_seed(0)
     channels = case.num_heads * case.head_dim
     qkv = torch.randn(batch, *case.size, 3 * channels, generator=generator).to(device, dtype)
@@ -56,3 +72,13 @@ def inputs(
     affinity = torch.rand(batch, case.regions**2, case.regions**2, generator=generator)
     routes = affinity.topk(case.topk).indices.to(device)
     return (*parts, routes), {"num_heads": case.num_heads, "regions": case.regions, "scale": channels**-0.5}
+
+
+# A small call, differentiable in all of its arguments; the first is a map (B, H, W, channels).
+SAMPLE_SHAPES = ((2, 4, 6, 8),) * 3
+
+
+def sample(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FUNCTION of tensors of SAMPLE_SHAPES."""
+    routes = torch.tensor([[0, 1], [2, 2], [3, 1], [3, 0]], device=q.device).expand(q.shape[0], -1, -1)
+    return routed_attention(q, k, v, routes, num_heads=2, regions=2)

@@ -1,19 +1,24 @@
-"""Real shapes of window attention, for tests, compile checks and benchmarks."""
+"""Shapes at which models call window attention, and a small call; tests and benchmarks read them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from zoo.kernels.window_attention.op import window_attention
+
+FUNCTION = window_attention
+
 
 @dataclass(frozen=True)
 class Case:
-    """One layer's shapes; `op.window_attention` explains them."""
+    """One call, without the batch; `op.window_attention` explains the options."""
 
-    map_size: tuple[int, int]
+    size: tuple[int, int]
     num_heads: int
     window_size: tuple[int, int]
     head_dim: int = 32
@@ -23,49 +28,50 @@ class Case:
     shared_query: bool = False
     key_mask: bool = False
 
+    @property
+    def name(self) -> str:
+        """The shapes, and what differs from the defaults."""
+        (height, width), (wh, ww) = self.size, self.window_size
+        name = f"{height}x{width}x{self.num_heads * self.head_dim}-{self.layout}{wh}x{ww}"
+        name += f"-{self.bias_sign}" if self.bias and self.bias_sign != "query_minus_key" else ""
+        return name + "-unbiased" * (not self.bias) + "-shared_query" * self.shared_query + "-masked" * self.key_mask
 
-def _cases() -> dict[str, Case]:
-    cases = {}
-    for layout in ("block", "grid"):  # MaxViT tiny; 12 and 16 are the windows at 384 and 512 pixels
+
+def _cases() -> Iterator[Case]:
+    # Blocks and grids that alternate, key minus query; images of 224, 384 and 512 pixels.
+    for layout in ("block", "grid"):
         for window in (7, 12, 16):
-            for stage in range(1, 5):
-                side = (window << 3) >> (stage - 1)
-                name = f"maxvit_tiny_{32 * window}-stage{stage}-{layout}"
-                cases[name] = Case(
-                    (side, side), 2 << (stage - 1), (window, window), layout=layout, bias_sign="key_minus_query"
-                )
-    for shared in (False, True):  # GC ViT tiny at 224 pixels, large at 384 and 512
-        for variant, heads, windows in (
-            ("tiny_224", 2, (7, 7, 14, 7)),
-            ("large_384", 6, (12, 12, 24, 12)),
-            ("large_512", 6, (16, 16, 32, 16)),
-        ):
+            for stage in range(4):
+                side = 8 * window >> stage
+                yield Case((side, side), 2 << stage, (window, window), layout=layout, bias_sign="key_minus_query")
+    # Blocks with queries of their own and with shared ones, query minus key; images of 224, 384 and 512 pixels.
+    for shared in (False, True):
+        for side, heads, windows in ((56, 2, (7, 7, 14, 7)), (96, 6, (12, 12, 24, 12)), (128, 6, (16, 16, 32, 16))):
             for stage, window in enumerate(windows):
-                side = int(variant[-3:]) // 4 >> stage
-                name = f"gcvit_{variant}-stage{stage + 1}-{'global' if shared else 'local'}"
-                cases[name] = Case((side, side), heads << stage, (window, window), shared_query=shared)
-    for variant, heads, dim, side, widths in (  # each branch has half of the heads
-        ("tiny_224", 1, 32, 56, (1, 2, 7, 7)),
-        ("base_384", 2, 24, 96, (1, 2, 12, 12)),
-    ):
+                yield Case((side >> stage,) * 2, heads << stage, (window, window), shared_query=shared)
+    # Stripes, half of the heads each way, and the whole map at last; images of 224 and 384 pixels.
+    for heads, dim, side, widths in ((1, 32, 56, (1, 2, 7)), (2, 24, 96, (1, 2, 12))):
         for stage, width in enumerate(widths):
             size = side >> stage
-            name = f"cswin_{variant}-stage{stage + 1}"
-            if stage == 3:
-                cases[name] = Case((size, size), 2 * heads << stage, (size, size), dim, bias=False)
-            else:
-                cases[f"{name}-columns"] = Case((size, size), heads << stage, (size, width), dim, bias=False)
-                cases[f"{name}-rows"] = Case((size, size), heads << stage, (width, size), dim, bias=False)
-    cases["litv2_small_224-stage3-high"] = Case((14, 14), 2, (2, 2), bias=False)
-    for stage in range(3):  # the dilated blocks, whose neighborhoods are those of a grid
-        side = 56 >> stage
-        name = f"dinat_tiny_224-stage{stage + 1}-dilated"
-        cases[name] = Case((side, side), 2 << stage, (7, 7), layout="grid", bias_sign="key_minus_query")
-    cases["maxvit_tiny_224-stage1-block-padded"] = Case((56, 56), 2, (7, 7), bias_sign="key_minus_query", key_mask=True)
-    return cases
+            yield Case((size, size), heads << stage, (size, width), dim, bias=False)
+            yield Case((size, size), heads << stage, (width, size), dim, bias=False)
+        yield Case((side >> 3,) * 2, 2 * heads << 3, (side >> 3,) * 2, dim, bias=False)
+    yield Case((14, 14), 2, (2, 2), bias=False)
+    # a map that is padded below and on the right, the padding hidden from all queries
+    yield Case((56, 56), 2, (7, 7), bias_sign="key_minus_query", key_mask=True)
 
 
-CASES = _cases()
+CASES = {case.name: case for case in _cases()}
+# What `zoo-bench kernels` runs by default.
+TARGETS = {"target-56x56x64": Case((56, 56), 2, (7, 7)), "target-14x14x256": Case((14, 14), 8, (7, 7))}
+# One of each kind, for tests that would say the same of all; the first two differ most.
+KINDS = (
+    "14x14x256-block7x7-key_minus_query",
+    "14x14x256-block14x14-shared_query",
+    "24x24x256-grid12x12-key_minus_query",
+    "24x24x192-block12x24-unbiased",
+    "14x14x64-block2x2-unbiased",
+)
 
 
 def inputs(
@@ -76,14 +82,14 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of `op.window_attention`, with random numbers, the same on all devices."""
+    """Positional and keyword arguments of FUNCTION, of normal random numbers, the same on all devices."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:
         values = torch.randn(*sizes, generator=generator)
         return values.to(device, dtype).requires_grad_(requires_grad)
 
-    (height, width), (wh, ww) = case.map_size, case.window_size
+    (height, width), (wh, ww) = case.size, case.window_size
     channels = case.num_heads * case.head_dim
     key_mask = None
     if case.key_mask:  # the last rows and columns are padding
@@ -98,3 +104,12 @@ def inputs(
         "key_mask": key_mask,
         "q": normal(batch, wh * ww, channels) if case.shared_query else None,
     }
+
+
+# A small call, differentiable in all of its arguments; the first is a map (B, H, W, channels).
+SAMPLE_SHAPES = ((2, 4, 6, 24), (2, 3, 5))
+
+
+def sample(qkv: Tensor, bias_table: Tensor) -> Tensor:
+    """FUNCTION of tensors of SAMPLE_SHAPES."""
+    return window_attention(qkv, num_heads=2, window_size=(2, 3), bias_table=bias_table)

@@ -6,42 +6,28 @@
 import functools
 import inspect
 import os
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-from zoo import kernels
-from zoo.kernels import implementation, neighborhood_attention, routed_attention, window_attention
-from zoo.kernels.neighborhood_attention import cases as neighborhood_cases
-from zoo.kernels.routed_attention import cases as routed_cases
-from zoo.kernels.window_attention import cases as window_cases
+from zoo.kernels import OPERATORS, implementation
 
 pytestmark = pytest.mark.gpu
 
 # "cpu" with TRITON_INTERPRET=1 tries the tests themselves where there is no GPU.
 DEVICE = os.environ.get("ZOO_GPU_TESTS_DEVICE", "cuda")
 BATCH = 2
-# The plain formula copies the keys of each query: one image of these has to do.
-LARGE = ("gna-64-kernel16-stride8", "dinat_large_384_11x11-stage1-dense", "dinat_large_384_11x11-stage1-dilated")
-OPERATORS = {
-    "window": (window_attention, window_cases),
-    "neighborhood": (neighborhood_attention, neighborhood_cases),
-    "routed": (routed_attention, routed_cases),
+WITH_TRITON = {
+    name: import_module(f"zoo.kernels.{name}.cases")
+    for name in OPERATORS
+    if find_spec(f"zoo.kernels.{name}.triton_impl")
 }
-CASES = [(name, case) for name, (_, module) in OPERATORS.items() for case in module.CASES]
+CASES = [(name, case) for name, module in WITH_TRITON.items() for case in module.CASES]
 IDS = ["/".join(pair) for pair in CASES]
 # For what is the same for all shapes: one of each kind.
-FEW = [
-    ("window", "maxvit_tiny_224-stage3-block"),
-    ("window", "maxvit_tiny_384-stage3-grid"),
-    ("window", "gcvit_tiny_224-stage3-global"),
-    ("window", "cswin_base_384-stage3-rows"),
-    ("neighborhood", "dinat_tiny-stage3-dense"),
-    ("neighborhood", "dinat_tiny-stage2-dilated"),
-    ("neighborhood", "gna-56-kernel7-stride2"),
-    ("routed", "biformer_tiny-stage1"),
-    ("routed", "biformer_tiny-stage3"),
-]
+FEW = [(name, case) for name, module in WITH_TRITON.items() for case in module.KINDS]
 FEW_IDS = ["/".join(pair) for pair in FEW]
 # Relative root mean square against float64: rounding of the inputs' type, in bfloat16 and float16 that of p and dS too.
 BUDGET = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -67,13 +53,18 @@ def _poisoned(plain):
     return filled
 
 
+def arguments_of(name, case, dtype, batch, device=DEVICE):
+    """The arguments of the public function, by name."""
+    module = WITH_TRITON[name]
+    args, kwargs = module.inputs(module.CASES[case], batch=batch, dtype=dtype, device=device, requires_grad=True)
+    return dict(inspect.signature(module.FUNCTION).bind(*args, **kwargs).arguments)
+
+
 def make(name, case, dtype, batch=BATCH):
     """The public function, its arguments by name, and which of them have gradients."""
-    function, module = OPERATORS[name]
-    args, kwargs = module.inputs(module.CASES[case], batch=batch, dtype=dtype, device=DEVICE, requires_grad=True)
-    arguments = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    arguments = arguments_of(name, case, dtype, batch)
     wanted = [key for key, x in arguments.items() if isinstance(x, torch.Tensor) and x.requires_grad]
-    return function, arguments, wanted
+    return WITH_TRITON[name].FUNCTION, arguments, wanted
 
 
 def run(function, arguments, wanted, choice="triton"):
@@ -111,7 +102,9 @@ def assert_right(got, want, names, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("name", "case"), CASES, ids=IDS)
 def test_agrees_with_float64(name, case, dtype):
-    function, arguments, wanted = make(name, case, dtype, batch=1 if case in LARGE else BATCH)
+    function, arguments, wanted = make(
+        name, case, dtype, batch=1 if case in getattr(WITH_TRITON[name], "LARGE", ()) else BATCH
+    )
     want = exact(function, arguments, wanted)
     assert_right(run(function, arguments, wanted), want, ("out", *wanted), dtype)
 
@@ -189,20 +182,18 @@ def test_auto_chooses_triton(name, case):
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", WITH_TRITON)
 def test_large_offsets(name):
     """Numbers of elements beyond 2**31: the last image is as right as the first."""
     if DEVICE == "cpu":
         pytest.skip("needs 10 GB of GPU memory")
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs a GPU with 40 GB of memory")
-    case = {"window": "maxvit_tiny_224-stage1-block", "neighborhood": "dinat_tiny-stage1-dense"}.get(
-        name, "biformer_tiny-stage1"
-    )
+    case = WITH_TRITON[name].KINDS[0]
     function, arguments, _ = make(name, case, torch.float16, batch=1)
-    size = 64 * 56 * 56 * (1 if name == "routed" else 3)
-    copies = 2**31 // size + 2
-    images = {key for key in ("qkv", "q", "k", "v", "routes") if key in arguments}
+    one, two = (arguments_of(name, case, torch.float16, batch, device="meta") for batch in (1, 2))
+    images = [key for key, x in one.items() if isinstance(x, torch.Tensor) and x.shape != two[key].shape]
+    copies = 2**31 // arguments[images[0]].numel() + 2
     many = {
         key: x.detach().expand(copies, *x.shape[1:]).contiguous() if key in images else x
         for key, x in arguments.items()
@@ -212,9 +203,3 @@ def test_large_offsets(name):
         want = function(**arguments)
     assert torch.equal(out[-1:], want)
     assert torch.equal(out[copies // 2], want[0])
-
-
-def test_all_public_operators_are_here():
-    """Depth-wise convolution has no Triton kernel."""
-    functions = {function.__name__ for function, _ in OPERATORS.values()}
-    assert functions == {name for name in kernels.__all__ if name.endswith("_attention")} - {"large_kernel_attention"}

@@ -1,51 +1,29 @@
-"""One small call of each operator, for tests of what they have in common."""
+"""A small call of each operator, for tests of what they have in common; `cases.py` of its folder has it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from zoo.kernels import depthwise_conv2d_nhwc, neighborhood_attention, routed_attention, window_attention
+from zoo.kernels import OPERATORS
+
+CASES = {name: import_module(f"zoo.kernels.{name}.cases") for name in OPERATORS}
+WITH_TRITON = [name for name in OPERATORS if find_spec(f"zoo.kernels.{name}.triton_impl")]
 
 
-@dataclass(frozen=True)
-class Call:
-    """`function` of floating-point tensors of `shapes`; the first is a map (B, H, W, channels)."""
-
-    function: Callable[..., Tensor]
-    shapes: tuple[tuple[int, ...], ...]
-
-
-def window(qkv, bias_table):
-    return window_attention(qkv, num_heads=2, window_size=(2, 3), bias_table=bias_table)
-
-
-def neighborhood(qkv, bias_table):
-    return neighborhood_attention(qkv, num_heads=2, kernel_size=3, bias_table=bias_table)
-
-
-def routed(q, k, v):
-    routes = torch.tensor([[0, 1], [2, 2], [3, 1], [3, 0]], device=q.device).expand(q.shape[0], -1, -1)
-    return routed_attention(q, k, v, routes, num_heads=2, regions=2)
-
-
-def depthwise(x, weight, bias):
-    return depthwise_conv2d_nhwc(x, weight, bias, dilation=2)
-
-
-CALLS = {
-    "window_attention": Call(window, ((2, 4, 6, 24), (2, 3, 5))),
-    "neighborhood_attention": Call(neighborhood, ((2, 4, 6, 24), (2, 5, 5))),
-    "routed_attention": Call(routed, ((2, 4, 6, 8),) * 3),
-    "depthwise_conv2d_nhwc": Call(depthwise, ((2, 4, 6, 8), (8, 1, 3, 3), (8,))),
-}
-# those with a Triton form
-ATTENTION = [name for name in CALLS if name != "depthwise_conv2d_nhwc"]
+def call(name: str, *tensors: Tensor) -> Tensor:
+    """The small call of an operator, of `make(name)` if no tensors are given."""
+    return CASES[name].sample(*(tensors or make(name)))
 
 
 def make(name: str, dtype: torch.dtype = torch.float32, *, requires_grad: bool = False) -> tuple[Tensor, ...]:
-    """Tensors for a call."""
+    """Tensors for the small call of an operator."""
     g = torch.Generator().manual_seed(0)
-    tensors = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in CALLS[name].shapes)
+    tensors = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in CASES[name].SAMPLE_SHAPES)
     return tuple(x.to(dtype).requires_grad_(requires_grad) for x in tensors)
+
+
+def of_images(tensors: tuple[Tensor, ...]) -> list[bool]:
+    """Which of them are maps (B, H, W, channels), as the first is; the others belong to all images."""
+    return [x.ndim == 4 and x.shape[:3] == tensors[0].shape[:3] for x in tensors]

@@ -1,27 +1,18 @@
-"""What the Triton window attention uses when compiled for real shapes. Run by test_triton_window_attention.py."""
+"""What the Triton window attention uses when compiled for real shapes. Run by test_triton.py."""
 
 import pytest
 import torch
 
-from zoo.kernels import testing
 from zoo.kernels.window_attention import triton_impl
-from zoo.kernels.window_attention.cases import CASES, inputs
+from zoo.kernels.window_attention.cases import CASES, KINDS, inputs
 
-from . import resources
-
-# One of each kind: a tile for a window, several tiles with a shared query, other heads, a tile for several windows.
-KINDS = (
-    "maxvit_tiny_224-stage1-block",
-    "gcvit_tiny_224-stage3-global",
-    "cswin_base_384-stage1-rows",
-    "litv2_small_224-stage3-high",
-)
+from . import compilation, resources
 
 
 def launches(names, dtype, target):
     """What forward and backward of these cases launch, each program that Triton would compile once."""
     found = []
-    with testing.fake_cuda():
+    with compilation.fake_cuda():
         for name in names:
             case = CASES[name]
             (qkv,), options = inputs(case, batch=64, dtype=dtype, device="cuda")
@@ -33,7 +24,7 @@ def launches(names, dtype, target):
                 out, lse = triton_impl.forward(*tensors, *rest)
                 triton_impl.backward(torch.empty_like(out), *tensors, out, lse, *rest, bias)
 
-            found += testing.launches(run, testing.TARGETS[target][0])
+            found += compilation.launches(run, compilation.TARGETS[target][0])
     return dict.fromkeys(found)
 
 
@@ -41,13 +32,13 @@ def check(names, dtype, target):
     resources.check(launches(names, dtype, target), target, "compiled_window_attention.json")
 
 
-@pytest.mark.parametrize("target", testing.TARGETS)
+@pytest.mark.parametrize("target", compilation.TARGETS)
 def test_half_precision(target):
     check(CASES, torch.float16, target)
 
 
 def test_small_windows_with_mask_or_shared_query():
-    check(("maxvit_tiny_224-stage1-block-padded", "gcvit_tiny_224-stage1-global"), torch.float16, "sm_90")
+    check(("56x56x64-block7x7-key_minus_query-masked", "56x56x64-block7x7-shared_query"), torch.float16, "sm_90")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -1,4 +1,4 @@
-"""Triton's neighborhood attention, interpreted, against float64 of the reference; run by its test_triton file."""
+"""Triton's neighborhood attention, interpreted, against float64 of the reference; run by test_triton.py."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Routed attention in Triton, interpreted, against float64. Run by test_triton_routed_attention.py."""
+"""Routed attention in Triton, interpreted, against float64. Run by test_triton.py."""
 
 import pytest
 import torch

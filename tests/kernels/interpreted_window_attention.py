@@ -1,4 +1,4 @@
-"""The Triton window attention under Triton's interpreter, against float64. Run by test_triton_window_attention.py."""
+"""The Triton window attention under Triton's interpreter, against float64. Run by test_triton.py."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def make(case, batch, dtype):
     """Arguments that want gradients, with a mask that leaves the first window nothing, and the output's gradient."""
     (qkv,), options = inputs(case, batch=batch, dtype=dtype, device="cpu", requires_grad=True)
     if case.key_mask:
-        (height, width), (wh, ww) = case.map_size, case.window_size
+        (height, width), (wh, ww) = case.size, case.window_size
         mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(1)) < 0.6
         down, right = (height // wh, width // ww) if case.layout == "grid" else (1, 1)
         mask[0, : wh * down : down, : ww * right : right] = False
@@ -129,17 +129,17 @@ def test_views(window_size):
     """A slice of a Linear's output is read in place; other views are copied."""
     case = Case((window_size[0], 14), 2, window_size, 16, shared_query=True)
     arguments, grad = make(case, 2, torch.float32)
-    whole = torch.randn(2, *case.map_size, 128)
+    whole = torch.randn(2, *case.size, 128)
     table, q = arguments["bias_table"], arguments["q"]
     arguments |= {
         "qkv": whole[..., 64:].requires_grad_(),
         "bias_table": table.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(),
         "q": q.detach()[:1].expand_as(q).requires_grad_(),
-        "key_mask": torch.rand(2, 14, case.map_size[0]).transpose(1, 2) < 0.7,
+        "key_mask": torch.rand(2, 14, case.size[0]).transpose(1, 2) < 0.7,
     }
     assert triton_impl._readable(arguments["qkv"], 16) is arguments["qkv"]
     assert_right(arguments, grad[:, :, :, :1].expand_as(grad), torch.float32)
-    arguments["qkv"] = torch.randn(14, 2, case.map_size[0], 64).permute(1, 2, 0, 3).requires_grad_()
+    arguments["qkv"] = torch.randn(14, 2, case.size[0], 64).permute(1, 2, 0, 3).requires_grad_()
     assert_right(arguments, grad, torch.float32)
 
 

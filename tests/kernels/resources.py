@@ -6,7 +6,7 @@ from pathlib import Path
 
 import triton
 
-from zoo.kernels import testing
+from . import compilation
 
 STACK = 64  # bytes; more means that registers spill inside the loops
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -36,7 +36,7 @@ def check(launches, target, file):
         kept = {"triton": triton.__version__, "resources": {}}
     faults = []
     for launch in dict.fromkeys(launches):
-        report = testing.compile_launch(launch, target)
+        report = compilation.compile_launch(launch, target)
         key = f"{target} {describe(launch)}"
         found = {"registers": report.registers, "stack": report.stack, "shared": report.shared}
         if report.stack > STACK or report.shared > SHARED[target]:

@@ -5,8 +5,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from zoo.kernels import testing, triton_common
+from zoo.kernels import triton_common
 from zoo.kernels.window_attention import triton_impl
+
+from . import compilation
 
 
 @pytest.mark.parametrize("autotune", [False, True])
@@ -22,7 +24,7 @@ def test_launch_leaves_warps_and_stages_to_the_autotuner(autotune, monkeypatch):
 
     monkeypatch.setattr(triton_common, "AUTOTUNE", autotune)
     monkeypatch.setattr(triton_common, "wrap_triton", Kernel)
-    with testing.fake_cuda():
+    with compilation.fake_cuda():
         qkv = torch.empty(1, 14, 14, 96, device="cuda", dtype=torch.float16)
         triton_impl.forward(qkv, None, None, None, 1, 7, 7, False, False, 1.0)
     ((kernel, arguments),) = launched

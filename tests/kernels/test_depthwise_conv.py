@@ -8,7 +8,7 @@ import torch
 
 from zoo.kernels import depthwise_conv2d_nhwc, large_kernel_attention
 
-from . import oracle
+from . import random_calls
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
 
@@ -29,13 +29,27 @@ def make(case, batch=2, channels=3):
     return *(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes), dilation
 
 
+def loops(x, weight, bias, dilation):
+    out = torch.zeros_like(x)
+    _, height, width, _ = x.shape
+    kh, kw = weight.shape[2:]
+    for y in range(height):
+        for z in range(width):
+            for i in range(kh):
+                for j in range(kw):
+                    u, w = y + (i - kh // 2) * dilation[0], z + (j - kw // 2) * dilation[1]
+                    if 0 <= u < height and 0 <= w < width:
+                        out[:, y, z] += weight[:, 0, i, j] * x[:, u, w]
+    return out if bias is None else out + bias
+
+
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_loops(case, biased):
     x, weight, bias, dilation = make(case)
     bias = bias if biased else None
     out = depthwise_conv2d_nhwc(x, weight, bias, dilation=dilation)
-    torch.testing.assert_close(out, oracle.depthwise_conv(x, weight, bias, dilation))
+    torch.testing.assert_close(out, loops(x, weight, bias, dilation))
 
 
 @pytest.mark.parametrize("case", ["rectangle", "larger-than-the-map"])
@@ -69,23 +83,47 @@ def test_gradients_of_large_kernel_attention():
 
 
 X, WEIGHT, BIAS = torch.zeros(1, 4, 4, 3), torch.zeros(3, 1, 3, 3), torch.zeros(3)
+
+
+def call(**change):
+    """A right call but for the change."""
+    return depthwise_conv2d_nhwc(**{"x": X, "weight": WEIGHT, "bias": BIAS} | change)
+
+
+# change, error, message; test_unusual_inputs.py runs them in each implementation
 BAD = [
-    ((X, WEIGHT[..., :2], BIAS), 1, ValueError, "kernel of 3 x 2; both sides have to be odd"),
-    ((X, WEIGHT[:2], BIAS), 1, ValueError, r"weight of shape \(2, 1, 3, 3\); expected \(C, 1, kh, kw\)"),
-    ((X, WEIGHT, BIAS[:2]), 1, ValueError, r"bias of shape \(2,\)"),
-    ((X[0], WEIGHT, BIAS), 1, ValueError, r"x of shape \(4, 4, 3\)"),
-    ((X.int(), WEIGHT, BIAS), 1, TypeError, "x of torch.int32; it has to be floating point"),
-    ((X, WEIGHT.half(), BIAS), 1, TypeError, "weight of torch.float16 with x of torch.float32"),
-    ((X, WEIGHT, BIAS), 0, ValueError, "dilation=0; it has to be 1 or more"),
+    ({"weight": WEIGHT[..., :2]}, ValueError, "kernel of 3 x 2; both sides have to be odd"),
+    ({"weight": WEIGHT[..., :0]}, ValueError, "kernel of 3 x 0; both sides have to be odd"),
+    ({"weight": WEIGHT[:2]}, ValueError, r"weight of shape \(2, 1, 3, 3\); expected \(C, 1, kh, kw\)"),
+    ({"weight": WEIGHT.half()}, TypeError, "weight of torch.float16 with x of torch.float32"),
+    ({"weight": None}, TypeError, "weight of type NoneType"),
+    ({"bias": BIAS[:2]}, ValueError, r"bias of shape \(2,\)"),
+    ({"x": X[0]}, ValueError, r"x of shape \(4, 4, 3\)"),
+    ({"x": X.int()}, TypeError, "x of torch.int32; it has to be floating point"),
+    ({"x": X[:, :0]}, ValueError, "x of 0 x 4 tokens"),
+    ({"x": X[..., :0], "weight": WEIGHT[:0], "bias": None}, ValueError, "channels=0; it has to be 1 or"),
+    ({"dilation": 0}, ValueError, "dilation=0; it has to be 1 or more"),
+]
+BAD_LARGE_KERNELS = [
+    ({"pointwise_weight": torch.zeros(3, 3, 1, 1)}, ValueError, r"shape \(3, 3, 1, 1\); expected \(C, C\)"),
+    ({"pointwise_weight": None}, TypeError, "pointwise_weight of type NoneType"),
+    ({"x": X[:, :0]}, ValueError, "x of 0 x 4 tokens"),
 ]
 
 
-@pytest.mark.parametrize(("tensors", "dilation", "error", "message"), BAD, ids=[row[3][:30] for row in BAD])
-def test_bad_input(tensors, dilation, error, message):
+@pytest.mark.parametrize(("change", "error", "message"), BAD_LARGE_KERNELS, ids=[row[2] for row in BAD_LARGE_KERNELS])
+def test_bad_input_of_large_kernel_attention(change, error, message):
+    weights = {f"{name}_weight": WEIGHT for name in ("depthwise", "dilated")} | {"pointwise_weight": torch.zeros(3, 3)}
+    biases = {f"{name}_bias": BIAS for name in ("depthwise", "dilated", "pointwise")}
     with pytest.raises(error, match=message):
-        depthwise_conv2d_nhwc(*tensors, dilation=dilation)
+        large_kernel_attention(**{"x": X} | weights | biases | change)
 
 
-def test_bad_pointwise_weight():
-    with pytest.raises(ValueError, match=r"pointwise_weight of shape \(3, 3, 1, 1\); expected \(C, C\)"):
-        large_kernel_attention(X, WEIGHT, BIAS, WEIGHT, BIAS, torch.zeros(3, 3, 1, 1), BIAS)
+def random_call(rng):
+    sides = rng.choice((1, 3, 3, 5, 2, 0)), rng.choice((1, 3, 3, 2))
+    tensors = {
+        "x": random_calls.tensor(rng, *random_calls.size(rng), 4),
+        "weight": random_calls.tensor(rng, 4, 1, *sides),
+    }
+    tensors["bias"] = random_calls.tensor(rng, 4)
+    return depthwise_conv2d_nhwc, tensors | {"dilation": rng.choice(random_calls.NUMBERS)}

@@ -7,7 +7,7 @@ import torch
 
 from zoo.kernels import implementation, neighborhood_attention, window_attention
 
-from . import oracle
+from . import oracle, random_calls
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
 
@@ -47,12 +47,49 @@ def hide(qkv):
     return mask
 
 
+def axis_neighbors(i, length, k, d, s, causal):
+    """Positions that position i sees along an axis, with their offsets in places."""
+    group = [j for j in range(length) if j % d == i % d]
+    p, n = group.index(i), len(group)
+    block = [q for q in range(n) if q // s == p // s]
+    if causal:
+        leader = min(p // s * s + s - 1, n - 1)
+        return [(group[q], q - p) for q in range(n) if leader - k < q <= p]
+    leader = min(block[0] + s // 2, n - 1)
+    # the k places whose window, centred on the leader, is shifted by as little as possible to lie inside
+    best = min(range(n - k + 1), key=lambda start: abs(start - (leader - k // 2)))
+    return [(group[q], q - p) for q in range(best, best + k)]
+
+
+def loops(qkv, num_heads, kernel, dilation, stride, causal, table, scale, mask=None):
+    batch, height, width, _ = qkv.shape
+    query, key, value = oracle.heads(qkv, num_heads, 3)
+    out = torch.zeros_like(value)
+    for y in range(height):
+        rows = axis_neighbors(y, height, kernel[0], dilation[0], stride[0], causal[0])
+        for x in range(width):
+            columns = axis_neighbors(x, width, kernel[1], dilation[1], stride[1], causal[1])
+            neighbors = [(j, down, i, right) for j, down in rows for i, right in columns]
+            for b in range(batch):
+                chosen = [each for each in neighbors if mask is None or mask[b, each[0], each[2]]]
+                if not chosen:
+                    continue
+                for n in range(num_heads):
+                    added = [
+                        0.0 if table is None else float(table[n, down + kernel[0] - 1, right + kernel[1] - 1])
+                        for _, down, _, right in chosen
+                    ]
+                    keys, values = ([z[b, j, i, n] for j, _, i, _ in chosen] for z in (key, value))
+                    out[b, y, x, n] = oracle.attend(query[b, y, x, n], keys, values, added, scale)
+    return out.flatten(-2)
+
+
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_loops(case, biased):
     qkv, table, options = make(case)
     table = table if biased else None
-    want = oracle.neighborhood_attention(qkv, *options.values(), table, 0.7)
+    want = loops(qkv, *options.values(), table, 0.7)
     torch.testing.assert_close(neighborhood_attention(qkv, bias_table=table, scale=0.7, **options), want)
 
 
@@ -60,7 +97,7 @@ def test_agrees_with_loops(case, biased):
 def test_mask_agrees_with_loops(case):
     qkv, table, options = make(case)
     mask = hide(qkv)
-    want = oracle.neighborhood_attention(qkv, *options.values(), table, 0.7, mask)
+    want = loops(qkv, *options.values(), table, 0.7, mask)
     got = neighborhood_attention(qkv, bias_table=table, scale=0.7, key_mask=mask, **options)
     torch.testing.assert_close(got, want)
 
@@ -133,7 +170,22 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(qkv, table), function(qkv, table))
 
 
+@pytest.mark.parametrize("size", [(4, 6), (24, 20)], ids=["one tile", "many tiles"])
+def test_batch_of_no_images_with_a_mask(size):
+    mask = torch.ones(0, *size, dtype=torch.bool)
+    out = neighborhood_attention(torch.zeros(0, *size, 24), num_heads=2, kernel_size=3, key_mask=mask)
+    assert out.shape == (0, *size, 8)
+
+
 QKV = torch.zeros(1, 6, 5, 12)
+
+
+def call(**change):
+    """A right call but for the change."""
+    return neighborhood_attention(**{"qkv": QKV, "num_heads": 2, "kernel_size": 3} | change)
+
+
+# change, error, message; test_unusual_inputs.py runs them in each implementation
 BAD = [
     ({"kernel_size": 7}, ValueError, "kernel_size 7 with dilation 1 for a map of 6 rows.*product 7"),
     ({"dilation": (1, 2)}, ValueError, "kernel_size 3 with dilation 2 for a map of 5 columns"),
@@ -145,10 +197,19 @@ BAD = [
     ({"bias_table": torch.zeros(2, 5, 5, dtype=torch.int64)}, TypeError, "bias_table of torch.int64"),
     ({"key_mask": torch.ones(1, 5, 6, dtype=torch.bool)}, ValueError, r"key_mask of shape .*\(1, 6, 5\)"),
     ({"key_mask": torch.ones(1, 6, 5)}, TypeError, "key_mask of torch.float32; it has to be bool"),
+    ({"qkv": QKV[:, :, :0]}, ValueError, "qkv of 6 x 0 tokens"),
+    ({"kernel_size": True}, TypeError, "kernel_size=True; give an int"),
+    ({"kernel_size": -3}, ValueError, "kernel_size=-3; it has to be 1 or more"),
+    ({"dilation": 0}, ValueError, "dilation=0; it has to be 1 or more"),
+    ({"is_causal": 1}, TypeError, "is_causal=1; give True or False"),
+    ({"key_mask": [[True]]}, TypeError, "key_mask of type list"),
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message[:30] for _, _, message in BAD])
-def test_bad_input(change, error, message):
-    with pytest.raises(error, match=message):
-        neighborhood_attention(QKV, **{"num_heads": 2, "kernel_size": 3} | change)
+def random_call(rng):
+    tensors, options = random_calls.attention(rng)
+    side = rng.choice((1, 2, 3, 3, 5, *random_calls.NUMBERS))
+    options["kernel_size"] = side
+    for name, usual in (("dilation", 1), ("stride", 1), ("is_causal", False)):
+        options[name] = rng.choice((usual, usual, *random_calls.NUMBERS))
+    return neighborhood_attention, tensors | random_calls.bias_table(rng, side) | options

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from zoo.kernels import depthwise_conv2d_nhwc, implementation, large_kernel_attention
-from zoo.kernels.depthwise_conv import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_depthwise_conv import CASES as SMALL
@@ -86,18 +85,6 @@ def test_strided_input():
     given, function = call("dilated-unevenly")
     view = given["x"].movedim(-1, 1).contiguous().movedim(1, -1)
     torch.testing.assert_close(run("torch", function, given | {"x": view}), run("torch", function, given))
-
-
-@pytest.mark.parametrize(("choice", "calls"), [("reference", 0), ("torch", 1), ("auto", 1), ("triton", 1)])
-def test_choice(choice, calls, monkeypatch):
-    given, function = call("7x7-dilated")
-    seen = []
-    compute = torch_impl.depthwise_conv2d_nhwc
-    monkeypatch.setattr(
-        torch_impl, "depthwise_conv2d_nhwc", lambda *args, **options: seen.append(1) or compute(*args, **options)
-    )
-    run(choice, function, given)
-    assert len(seen) == calls
 
 
 def test_double_backward():

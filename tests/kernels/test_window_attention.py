@@ -7,7 +7,7 @@ import torch
 
 from zoo.kernels import implementation, window_attention
 
-from . import oracle
+from . import oracle, random_calls
 
 pytestmark = pytest.mark.usefixtures("each_implementation")
 
@@ -33,13 +33,49 @@ def make(case, parts=3):
     return qkv, table, mask, shared, {"num_heads": num_heads, "window_size": (wh, ww)}
 
 
+def loops(qkv, num_heads, window_size, layout, table, sign, scale, mask=None, shared=None):
+    batch, height, width, _ = qkv.shape
+    wh, ww = window_size
+    parts = oracle.heads(qkv, num_heads, 3 if shared is None else 2)
+    key, value = parts[-2:]
+    out = torch.zeros_like(value)
+
+    def place(y, x):
+        if layout == "block":
+            return (y // wh, x // ww), (y % wh, x % ww)
+        return (y % (height // wh), x % (width // ww)), (y // (height // wh), x // (width // ww))
+
+    tokens = [(y, x) for y in range(height) for x in range(width)]
+    for b in range(batch):
+        for n in range(num_heads):
+            for i in tokens:
+                window, t = place(*i)
+                if shared is None:
+                    query = parts[0][b, i[0], i[1], n]
+                else:
+                    query = shared[b, t[0] * ww + t[1]].reshape(num_heads, -1)[n]
+                chosen = [j for j in tokens if place(*j)[0] == window and (mask is None or mask[b, j[0], j[1]])]
+                if not chosen:
+                    continue
+                added = []
+                for j in chosen:
+                    u = place(*j)[1]
+                    down, right = (
+                        (t[0] - u[0], t[1] - u[1]) if sign == "query_minus_key" else (u[0] - t[0], u[1] - t[1])
+                    )
+                    added.append(0.0 if table is None else float(table[n, down + wh - 1, right + ww - 1]))
+                keys, values = ([x[b, j[0], j[1], n] for j in chosen] for x in (key, value))
+                out[b, i[0], i[1], n] = oracle.attend(query, keys, values, added, scale)
+    return out.flatten(-2)
+
+
 @pytest.mark.parametrize("sign", ["query_minus_key", "key_minus_query"])
 @pytest.mark.parametrize("layout", ["block", "grid"])
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_loops(case, layout, sign):
     qkv, table, _, _, options = make(case)
     out = window_attention(qkv, **options, layout=layout, bias_table=table, bias_sign=sign, scale=0.3)
-    want = oracle.window_attention(qkv, *options.values(), layout, table, sign, 0.3)
+    want = loops(qkv, *options.values(), layout, table, sign, 0.3)
     torch.testing.assert_close(out, want)
 
 
@@ -49,7 +85,7 @@ def test_mask_agrees_with_loops(case, layout):
     qkv, table, mask, _, options = make(case)
     out = window_attention(qkv, **options, layout=layout, bias_table=table, key_mask=mask)
     scale = (qkv.shape[-1] // 3 // options["num_heads"]) ** -0.5
-    want = oracle.window_attention(qkv, *options.values(), layout, table, "query_minus_key", scale, mask)
+    want = loops(qkv, *options.values(), layout, table, "query_minus_key", scale, mask)
     torch.testing.assert_close(out, want)
 
 
@@ -58,7 +94,7 @@ def test_mask_agrees_with_loops(case, layout):
 def test_shared_query_agrees_with_loops(case, layout):
     kv, table, _, shared, options = make(case, parts=2)
     out = window_attention(kv, q=shared, **options, layout=layout, bias_table=table, scale=1.5)
-    want = oracle.window_attention(kv, *options.values(), layout, table, "query_minus_key", 1.5, shared=shared)
+    want = loops(kv, *options.values(), layout, table, "query_minus_key", 1.5, shared=shared)
     torch.testing.assert_close(out, want)
 
 
@@ -111,7 +147,21 @@ def test_strided_input():
     torch.testing.assert_close(got, want)
 
 
+def test_batch_of_no_images_with_mask_and_shared_query():
+    mask, q = torch.ones(0, 4, 6, dtype=torch.bool), torch.zeros(0, 6, 8)
+    out = window_attention(torch.zeros(0, 4, 6, 16), num_heads=2, window_size=(2, 3), key_mask=mask, q=q)
+    assert out.shape == (0, 4, 6, 8)
+
+
 QKV = torch.zeros(1, 4, 4, 12)
+
+
+def call(**change):
+    """A right call but for the change."""
+    return window_attention(**{"qkv": QKV, "num_heads": 2, "window_size": 2} | change)
+
+
+# change, error, message; test_unusual_inputs.py runs them in each implementation
 BAD = [
     ({"window_size": (3, 2)}, ValueError, "map of 4 x 4 for windows of 3 x 2.*multiples"),
     ({"window_size": 0}, ValueError, "window_size=0; it has to be 1 or more"),
@@ -125,23 +175,27 @@ BAD = [
     ({"key_mask": torch.ones(1, 4, 3, dtype=torch.bool)}, ValueError, r"key_mask of shape .*\(1, 4, 4\)"),
     ({"key_mask": torch.ones(1, 4, 4)}, TypeError, "key_mask of torch.float32; it has to be bool"),
     ({"q": torch.zeros(1, 4, 4)}, ValueError, "q of shape"),
+    ({"qkv": QKV.int()}, TypeError, "qkv of torch.int32; it has to be floating point"),
+    ({"qkv": QKV[0]}, ValueError, r"qkv of shape \(4, 4, 12\); expected \(B, H, W, channels\)"),
+    ({"qkv": QKV.numpy()}, TypeError, "qkv of type ndarray; it has to be a torch.Tensor"),
+    ({"qkv": None}, TypeError, "qkv of type NoneType"),
+    ({"qkv": QKV.to_sparse()}, TypeError, "qkv of layout torch.sparse_coo"),
+    ({"qkv": QKV.to(torch.complex64)}, TypeError, "qkv of torch.complex64; it has to be floating point"),
+    ({"qkv": QKV.to(torch.float8_e4m3fn)}, TypeError, "qkv of torch.float8_e4m3fn"),
+    ({"qkv": QKV[..., :0]}, ValueError, "0 channels in qkv"),
+    ({"qkv": QKV[:, :0]}, ValueError, "qkv of 0 x 4 tokens; a map has one or more"),
+    ({"key_mask": torch.ones(1, 4, 4, dtype=torch.bool, device="meta")}, ValueError, "key_mask on meta with"),
+    ({"num_heads": 2.0}, TypeError, "num_heads=2.0; give an int"),
+    ({"num_heads": True}, TypeError, "num_heads=True; give an int"),
+    ({"num_heads": -2}, ValueError, "num_heads=-2; it has to be 1 or more"),
+    ({"scale": float("nan")}, ValueError, "scale=nan; it has to be finite"),
+    ({"scale": float("inf")}, ValueError, "scale=inf; it has to be finite"),
+    ({"scale": "1"}, TypeError, "scale='1'; give a number"),
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message[:30] for _, _, message in BAD])
-def test_bad_input(change, error, message):
-    with pytest.raises(error, match=message):
-        window_attention(QKV, **{"num_heads": 2, "window_size": 2} | change)
-
-
-@pytest.mark.parametrize(
-    ("qkv", "error", "message"),
-    [
-        (QKV.int(), TypeError, "qkv of torch.int32; it has to be floating point"),
-        (QKV[0], ValueError, r"qkv of shape \(4, 4, 12\); expected \(B, H, W, channels\)"),
-    ],
-    ids=["integers", "three-dimensions"],
-)
-def test_bad_tensor(qkv, error, message):
-    with pytest.raises(error, match=message):
-        window_attention(qkv, num_heads=2, window_size=2)
+def random_call(rng):
+    tensors, options = random_calls.attention(rng)
+    side = rng.choice(random_calls.NUMBERS)
+    options |= {"window_size": side, "layout": rng.choice(("block", "grid", "rows"))}
+    return window_attention, tensors | random_calls.bias_table(rng, side) | options

@@ -6,13 +6,18 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
+from zoo import kernels
 from zoo.kernels import cost_model
-from zoo.tools import benchmark, benchmark_kernels, benchmark_peers, benchmark_timing
-from zoo.tools.benchmark_peers import OPERATORS, Contender
+from zoo.kernels.neighborhood_attention import cases as neighborhood_cases
+from zoo.kernels.peers import Contender
+from zoo.kernels.window_attention import cases as window_cases
+from zoo.tools import benchmark, benchmark_kernels, benchmark_timing
+from zoo.tools.benchmark_kernels import OPERATORS
 
 QUICK = ("--seconds", "0.01", "--batch", "1")
 
@@ -25,9 +30,9 @@ def _few_rounds(monkeypatch):
 @pytest.fixture
 def tiny(monkeypatch):
     """A case of a moment for windows and for neighborhoods."""
-    for name, option in (("window", "window_size"), ("neighborhood", "kernel_size")):
-        case = partial(benchmark_peers._target, 14, 32, option)
-        monkeypatch.setitem(OPERATORS[name].cases, "tiny", case)
+    for name, cases in (("window", window_cases), ("neighborhood", neighborhood_cases)):
+        case = cases.Case((14, 14), 1, (7, 7))
+        monkeypatch.setitem(OPERATORS[name].cases, "tiny", partial(cases.inputs, case))
 
 
 def run(*arguments):
@@ -51,7 +56,7 @@ def test_help_needs_no_torch():
 
 @pytest.mark.parametrize(
     ("command", "example"),
-    [("kernels", "--cases 'dinat"), ("models", "cswin_tiny --kernels"), ("simulate", "--size 256x256")],
+    [("kernels", "--cases '56x56"), ("models", "cswin_tiny --kernels"), ("simulate", "--size 256x256")],
 )
 def test_help_has_examples(capsys, command, example):
     assert run(command, "--help") == 0
@@ -64,7 +69,7 @@ BAD = [
     ("kernels --operators routed --cases target-*", 2, "no case of routed matches"),
     ("kernels --cases a --all", 2, "Got --cases and --all; give one of them"),
     ("kernels --operators windows", 2, "invalid choice: 'windows'"),
-    ("kernels --without felx", 2, "Got --without 'felx'; there are 'triton', 'torch'"),
+    ("kernels --without felx", 2, "Got --without 'felx'; there are 'torch', 'reference'"),
     ("kernels --batch 0", 2, "--batch: got '0'; give a whole number of 1 or more"),
     ("kernels --seconds nan", 2, "--seconds: got 'nan'; give a number above 0"),
     ("kernels --picture times.jpg", 2, "Got a picture 'times.jpg'; its name has to end in .png, .svg, .pdf"),
@@ -95,7 +100,7 @@ def test_default_cases_are_the_targets():
     options = benchmark.parser().parse_args(["kernels"])
     known = {name: list(operator.cases) for name, operator in OPERATORS.items()}
     assert benchmark._chosen_cases(options, known) == [
-        (operator, case) for operator in ("window", "neighborhood") for case in ("target-56x56x64", "target-14x14x256")
+        (operator, case) for operator in ("neighborhood", "window") for case in ("target-56x56x64", "target-14x14x256")
     ]
 
 
@@ -115,19 +120,19 @@ def test_table_json_and_picture(capsys, tmp_path):
     printed = capsys.readouterr()
     assert "window/tiny, fp32, forward and backward" in printed.out
     assert "not run: triton: the tensors are on cpu" in printed.out
-    assert "[4/4] neighborhood/tiny, fp32, forward and backward" in printed.err
+    assert "[2/4] neighborhood/tiny, fp32, forward and backward" in printed.err
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
     content = json.loads((tmp_path / "sub" / "out.json").read_text())
     assert content["machine"]["torch"] == torch.__version__
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert [(r["operator"], r["backward"]) for r in content["results"]] == [
-        ("window", False),
-        ("window", True),
         ("neighborhood", False),
         ("neighborhood", True),
+        ("window", False),
+        ("window", True),
     ]
-    forward = content["results"][0]
+    forward = content["results"][2]
     tokens, channels = 14 * 14, 32
     assert forward["min_bytes"] == 4 * (4 * tokens * channels + 13 * 13)
     assert forward["flops"] == 4 * tokens * channels * 49
@@ -179,12 +184,12 @@ def test_wrong_gradient_is_found(monkeypatch):
 @pytest.mark.usefixtures("tiny")
 @pytest.mark.slow
 def test_our_mistake_is_an_error(capsys, monkeypatch):
-    call_ours = benchmark_peers.call_ours
+    call_ours = benchmark_kernels.call_ours
 
     def doubled(function, choice, **given):
         return call_ours(function, choice, **given) * (2 if choice == "torch" else 1)
 
-    monkeypatch.setattr(benchmark_peers, "call_ours", doubled)
+    monkeypatch.setattr(benchmark_kernels, "call_ours", doubled)
     assert run("kernels", "--cases", "window/tiny", *QUICK) == 1
     assert "Our torch wrong in window/tiny, fp32, forward: relative error" in capsys.readouterr().err
 
@@ -194,8 +199,7 @@ def test_nothing_timed_is_an_error(capsys, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(benchmark_peers, "call_ours", fails)
-    contend(monkeypatch, "window")
+    monkeypatch.setattr(benchmark_kernels.Operator, "contenders", (Contender("greedy", fails),))
     assert run("kernels", "--cases", "window/tiny", *QUICK) == 1
     assert "Nothing could be timed" in capsys.readouterr().err
 
@@ -209,14 +213,14 @@ def test_contenders_can_be_left_out(capsys):
     assert "flex" not in out
 
 
-SMALL = [
-    ("routed", "biformer_tiny-stage3"),
-    ("depthwise", "van_b2-stage3-7x7"),
-    ("depthwise", "cswin_tiny-stage3-lepe"),
-    ("window", "gcvit_tiny_224-stage4-global"),
-    ("window", "litv2_small_224-stage3-high"),
-    ("neighborhood", "dinat_tiny-stage3-dilated"),
-]
+def small_cases():
+    """Of each kind, those that take no more than a second on a CPU."""
+    for name in kernels.OPERATORS:
+        cases = import_module(f"zoo.kernels.{name}.cases")
+        yield from ((name.partition("_")[0], kind) for kind in cases.KINDS if max(cases.CASES[kind].size) <= 24)
+
+
+SMALL = list(small_cases())
 
 
 @pytest.mark.parametrize(("operator", "case"), SMALL, ids=["/".join(pair) for pair in SMALL])

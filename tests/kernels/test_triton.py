@@ -1,0 +1,18 @@
+"""The operators' Triton kernels, interpreted and compiled. A minute and a half on one core for each operator."""
+
+import pytest
+
+from .calls import WITH_TRITON
+from .processes import run_alone
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_interpreted(name):
+    run_alone(f"interpreted_{name}.py", interpret=True)
+
+
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_compiled(name):
+    run_alone(f"compiled_{name}.py", interpret=False)
