@@ -2,4 +2,4 @@
 
 from zoo.extras import require_for_commands
 
-require_for_commands(__name__)
+require_for_commands(__name__, ["matplotlib", "rich"])

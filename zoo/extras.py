@@ -42,10 +42,14 @@ def require(user: str, extra: str, modules: Iterable[str] | None = None) -> None
         raise MissingExtra(f"{user} needs {', '.join(missing)}: run {install_command(extra)}.")
 
 
-def require_for_commands(package: str) -> None:
-    """Check that `package`, which holds commands, has its extra, which is "train". Call it before other imports.
+def require_for_commands(package: str, modules: Iterable[str] | None = None) -> None:
+    """Check that the extra "train" is installed for `package`, which holds commands. Call it before other imports.
 
     A command (`zoo-train`, `python -m zoo.recipes.train`) prints the message on one line and ends with exit code 1.
+
+    Args:
+        package: The name of the package.
+        modules: Those of the extra that the package imports; None stands for all.
 
     Raises:
         MissingExtra: The extra is not installed, and `package` is imported by another program.
@@ -54,7 +58,7 @@ def require_for_commands(package: str) -> None:
     if program == "-m":  # while Python looks for the module of `python -m`
         program = f"python -m {package}"
     try:
-        require(program if program.startswith("zoo-") else package, "train")
+        require(program if program.startswith("zoo-") else package, "train", modules)
     except MissingExtra as error:
         if program.startswith(("zoo-", "python -m")):
             sys.exit(f"{program}: error: {error}")
