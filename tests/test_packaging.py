@@ -117,6 +117,15 @@ def test_extra_includes_the_commands(requirements, extra):
     assert "backbone-zoo[train]" in requirements[extra]
 
 
+@pytest.mark.parametrize(
+    ("folder", "modules"), [("recipes", set(extras.MODULES["train"])), ("tools", {"matplotlib", "rich"})]
+)
+def test_commands_check_what_they_import(folder, modules):
+    statements = "".join(path.read_text() for path in (ROOT / folder).rglob("*.py"))
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", statements, re.MULTILINE))
+    assert imported & set(extras.MODULES["train"]) == modules
+
+
 @pytest.fixture(scope="module")
 def core_only(tmp_path_factory):
     """An environment in which no process can import what the extras install."""
