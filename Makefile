@@ -1,8 +1,8 @@
-# What a person types. Each target makes .venv and installs what it needs first.
+# Each target first creates .venv and installs what it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two test processes of one thread each beat one of two, and torch's threads do not fight over the cores.
+# Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
 
 .PHONY: demo test test-all check browser bench gpu docs lint types clean
@@ -10,16 +10,16 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
 
-test: $(VENV)/dev.stamp  ## the tests, but for those that take longest
+test: $(VENV)/dev.stamp  ## the tests without the longest ones
 	$(TEST) -m "not long and not gpu and not browser"
 
-test-all: $(VENV)/dev.stamp  ## all of them
+test-all: $(VENV)/dev.stamp  ## all tests
 	$(TEST)
 
 check: lint  ## lint and the quick tests
 	$(TEST) -m "not slow and not long and not gpu and not browser"
 
-browser: $(VENV)/dev.stamp  ## the reports in a real browser, on a phone's and a desktop's width
+browser: $(VENV)/dev.stamp  ## the reports in a real browser, as wide as a phone and a desktop
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	  { echo "make browser needs Chromium and its driver: apt-get install chromium chromium-driver"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m browser tests/browser
@@ -27,20 +27,20 @@ browser: $(VENV)/dev.stamp  ## the reports in a real browser, on a phone's and a
 bench: $(VENV)/user.stamp  ## time the operators on this machine's CPU
 	$(BIN)/zoo-bench kernels
 
-gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: its tests and timings, to docs/results
+gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: tests and timings, written to docs/results
 	PYTHON=$(BIN)/python tools/gpu_session.sh
 
-docs: $(VENV)/dev.stamp  ## the documentation as a site, to build/docs/index.html
+docs: $(VENV)/dev.stamp  ## the documentation as a site, build/docs/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -c docs . build/docs
 
-lint: $(VENV)/dev.stamp
+lint: $(VENV)/dev.stamp  ## ruff: errors and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev.stamp  ## mypy on zoo and zoo.kernels
 	rm -rf build/types && mkdir -p build/types/zoo
-	ln -s $(CURDIR)/zoo/* $(CURDIR)/kernels $(CURDIR)/recipes $(CURDIR)/tools build/types/zoo
-	ln -s $(CURDIR)/checkpoints build/types/zoo/manifest
+	cd build/types/zoo && ln -s ../../../zoo/* ../../../kernels ../../../recipes ../../../tools .
+	ln -s ../../../checkpoints build/types/zoo/manifest
 	$(BIN)/mypy
 
 clean:

@@ -1,4 +1,4 @@
-"""The site of the documentation, by Sphinx: `make docs`. The pages are plain Markdown, which GitHub shows as well."""
+"""Configuration of Sphinx, which builds the documentation as a site: `make docs`. GitHub shows the same pages."""
 
 import zoo
 
@@ -6,7 +6,7 @@ project = "zoo"
 release = zoo.__version__
 copyright = "its contributors, Apache-2.0"
 
-# The source folder is the repository, so that links between pages and files mean the same here and there.
+# The source folder is the whole repository, so that relative links work on the site and on GitHub.
 include_patterns = [
     "docs/*.md",
     "docs/families/*.md",
@@ -29,7 +29,7 @@ html_show_sphinx = False
 templates_path = ["."]
 html_additional_pages = {"index": "start.html"}
 
-# What only the site needs would be noise in the Markdown: it is put behind these pages.
+# Text that only the site needs. It is appended to these pages, which stay free of it elsewhere.
 SITE_ONLY = {
     "docs/index": """
 ```{toctree}
@@ -79,10 +79,10 @@ adding
 
 
 def setup(app):
-    """Tell Sphinx of `SITE_ONLY`."""
+    """Register the hook that appends `SITE_ONLY`."""
     app.connect("source-read", add_what_only_the_site_needs)
 
 
 def add_what_only_the_site_needs(app, page: str, source: list[str]) -> None:
-    """Put the text of `SITE_ONLY` behind that of `page`."""
+    """Append the text of `SITE_ONLY` to `page`."""
     source[0] += SITE_ONLY.get(page, "")
