@@ -9,14 +9,13 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -28,10 +27,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo import commands
+from zoo.commands import default_sigpipe, fail, versions
 from zoo.messages import UserError
 from zoo.recipes import config, sweep
 from zoo.recipes.errors import RunError, Stopped, of_the_system
-from zoo.versions import versions
 
 CONF = str(Path(__file__).parent / "conf")
 
@@ -43,12 +43,6 @@ PATHS = (
 _MOST_OPTIONS = 20  # of a group, that are listed
 
 Keeps = Callable[[str], bool]
-
-
-def fail(command: str, message: str, code: int = 1) -> NoReturn:
-    """End the process with one line on stderr."""
-    print(f"{command}: error: {message}", file=sys.stderr)
-    sys.exit(code)
 
 
 # Help.
@@ -67,9 +61,9 @@ def show_help(page: Callable[[], None], needs_words: bool) -> None:
     """Print a page and end: with 0 if it is asked for; on stderr with 2 if the command lacks the words it needs."""
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
-        end_with_the_reader()
-        page()
-        sys.exit(0)
+        with default_sigpipe():
+            page()
+            sys.exit(0)
     if needs_words and not words:
         with redirect_stdout(sys.stderr):
             page()
@@ -341,17 +335,6 @@ def options(group: str) -> list[str]:
 # Errors.
 
 
-def end_with_the_reader() -> None:
-    """Let this process end without a word when what reads its output, such as `head`, has seen enough."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
-
-def go_on_unread() -> None:
-    """Print nothing any more: what reads the output has seen enough."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 @contextmanager
 def hydra_errors(command: str) -> Iterator[None]:
     """Print in one line what Hydra and OmegaConf have against a configuration, and end the process."""
@@ -388,26 +371,13 @@ def say(message: str, level: int = logging.ERROR) -> None:
 
 @contextmanager
 def friendly_errors(command: str) -> Iterator[None]:
-    """Print what the user can mend in one line, without a traceback, and end the process."""
+    """Print what the user can correct in one line, without a traceback, and end the process."""
     try:
-        yield
-    except UserError as error:
-        say(f"{command}: error: {error}")
-        sys.exit(1)
+        with commands.friendly_errors(command, explain=of_the_system, say=say):
+            yield
     except Stopped as error:
         say(f"{command}: {error}", logging.WARNING)
         sys.exit(128 + error.signum)
-    except KeyboardInterrupt:
-        say(f"{command}: interrupted")
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        go_on_unread()
-    except (ImportError, MemoryError, OSError, RuntimeError) as error:
-        explained = of_the_system(error)
-        if explained is None:
-            raise
-        say(f"{command}: error: {explained}")
-        sys.exit(1)
     finally:
         if "zoo.recipes.distributed" in sys.modules:
             sys.modules["zoo.recipes.distributed"].leave()

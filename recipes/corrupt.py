@@ -25,7 +25,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except RunError as error:
-        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from error
+        raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from error
 
 
 class CorruptImages:

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from zoo.recipes.config import nearest
+from zoo.messages import similar_path, unknown_model
 from zoo.recipes.errors import RunError
-from zoo.recipes.files import similar_path
 from zoo.recipes.tasks import TASKS
 
 # Keys that name something below data.root, or anywhere.
@@ -86,9 +85,7 @@ def check_model(name: str) -> None:
         return
     names, sources = _models()
     if not model or (model not in names and f"'{model}'" not in sources):  # a former name stands in quotes
-        guess = nearest(model, names)
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise RunError(f"there is no model {model!r}; {hint}timm.list_models() lists all, after `import zoo`.")
+        raise RunError(unknown_model(model, names))
 
 
 @cache

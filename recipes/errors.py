@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 from zoo.messages import UserError
 
-
-class RunError(UserError):
-    """A mistake that the user of a recipe can correct, described in one sentence."""
+RunError = UserError
 
 
 class Stopped(Exception):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import codecs
-import difflib
 import json
-import os
 import string
 from collections import Counter
 from pathlib import Path
@@ -20,20 +18,6 @@ DECODING_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.Decompr
 # Folders that macOS, Synology, Linux and Windows put among the files.
 _OF_SYSTEMS = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "eval", "evaluation")}
-
-
-def similar_path(path: Path) -> str:
-    """What the user may have meant: the nearest name beside the first part of `path` that does not exist."""
-    parts = [*reversed(path.absolute().parents), path.absolute()]
-    missing = next((part for part in parts if not os.path.exists(part)), None)
-    if missing is None:  # it exists, and is of another kind than was asked for
-        return "."
-    try:
-        names = [p.name for p in missing.parent.iterdir()]
-    except OSError:
-        return "."
-    close = difflib.get_close_matches(missing.name, names, n=1)
-    return f": did you mean {missing.parent / close[0]}?" if close else f": {missing.parent} has no {missing.name!r}."
 
 
 def read_text(path: Path) -> str:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from zoo.messages import similar_path
 from zoo.recipes import images
 from zoo.recipes.errors import RunError
-from zoo.recipes.files import similar_path
 
 log = logging.getLogger("zoo")
 ENDINGS = images.ENDINGS | {".gif"}

@@ -23,6 +23,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.commands import discard_output
 from zoo.recipes import cli, config, early, reading
 from zoo.recipes.config import option
 from zoo.recipes.errors import RunError
@@ -60,7 +61,7 @@ def main() -> None:
         from zoo.recipes import logs
 
         logs.start_log(None, True)
-        logs.console.on_broken_pipe = cli.go_on_unread  # what is written does not depend on what is read
+        logs.console.on_broken_pipe = discard_output  # what is written does not depend on what is read
         name = reading.load_config(Path(cfg.run)).get("task", "classify")
         task(name, "predict").predict(cfg, inputs, out)
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import math
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from zoo import FAMILIES, manifest
+from zoo.messages import OptionError, UserError, did_you_mean, size_text, unknown_model
 from zoo.tools import cli
 
 if TYPE_CHECKING:
@@ -86,10 +85,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     with cli.friendly_errors(f"zoo-bench {options.command}"):
         options.run(options)
-
-
-def _fail(options: argparse.Namespace, message: str, code: int) -> NoReturn:
-    cli.fail(f"zoo-bench {options.command}", message, code)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -200,8 +195,6 @@ def _pair(text: str) -> tuple[int, int]:
 
 def _kernels(options: argparse.Namespace) -> None:
     _prepare(options)
-    from rich.console import Console
-
     from zoo.tools import benchmark_kernels, benchmark_timing
 
     chosen = _chosen_cases(options, {name: list(op.cases) for name, op in benchmark_kernels.OPERATORS.items()})
@@ -213,20 +206,19 @@ def _kernels(options: argparse.Namespace) -> None:
     backward = options.backward if options.backward is not None else _only_targets(options)
     machine = benchmark_timing.machine(options.device)
     peaks = _peaks(options, machine["gpu"])
-    console = _console()
+    console = cli.console()
     where = _where(machine)
-    console.print(f"{where}; torch {machine['torch']}, triton {machine['triton']}; batch {batch}", highlight=False)
+    console.print(f"{where}; torch {machine['torch']}, triton {machine['triton']}; batch {batch}")
 
     tables = [
         (name, case, dtype, b) for name, case in chosen for dtype in dtypes for b in (False, True)[: 1 + backward]
     ]
     results: list[Result] = []
     absent: dict[tuple[str, str], int] = {}
-    errors = Console(stderr=True)
     try:
         for number, (name, case, dtype, with_backward) in enumerate(tables, 1):
             label = f"[{number}/{len(tables)}] {_label(name, case, dtype, with_backward)}"
-            with _progress(errors, label) as say:
+            with cli.progress(label, log=True) as say:
                 result = benchmark_kernels.measure(
                     name,
                     case,
@@ -249,9 +241,9 @@ def _kernels(options: argparse.Namespace) -> None:
         if options.picture and any(row.ratios for result in results for row in result.rows):
             _draw(options.picture, results, where)
     for (contender, reason), count in absent.items():
-        console.print(f"[dim]not run: {contender}: {reason} ({count} of {len(tables)} tables)[/]", highlight=False)
+        console.print(f"[dim]not run: {contender}: {reason} ({count} of {len(tables)} tables)[/]")
     for path in filter(None, (options.json, options.picture)):
-        console.print(f"written: {path}", highlight=False)
+        console.print(f"written: {path}")
     _judge(options, results)
 
 
@@ -262,7 +254,7 @@ def _prepare(options: argparse.Namespace) -> None:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        _fail(options, "Got --device cuda, and PyTorch sees no GPU here; use --device cpu.", 1)
+        raise UserError("Got --device cuda, and PyTorch sees no GPU here; use --device cpu.")
     if options.threads:
         torch.set_num_threads(options.threads)
     # float32 means float32, for the others too
@@ -275,7 +267,7 @@ def _where(machine: dict[str, Any]) -> str:
 
 def _check_file(path: Path | None, endings: tuple[str, ...], options: argparse.Namespace) -> None:
     if path is not None and path.suffix not in endings:
-        _fail(options, f"Got a picture {str(path)!r}; its name has to end in {', '.join(endings)}.", 2)
+        raise OptionError(f"Got a picture {str(path)!r}; its name has to end in {', '.join(endings)}.")
 
 
 def _only_targets(options: argparse.Namespace) -> bool:
@@ -284,17 +276,17 @@ def _only_targets(options: argparse.Namespace) -> bool:
 
 def _chosen_cases(options: argparse.Namespace, known: dict[str, list[str]]) -> list[tuple[str, str]]:
     if options.cases and options.all:
-        _fail(options, "Got --cases and --all; give one of them.", 2)
+        raise OptionError("Got --cases and --all; give one of them.")
     operators = options.operators or OPERATORS
     pairs = [(name, case) for name in dict.fromkeys(operators) for case in known[name]]
     pattern = options.cases or ("target-*" if _only_targets(options) else "*")
     chosen = [(name, case) for name, case in pairs if fnmatch(case, pattern) or fnmatch(f"{name}/{case}", pattern)]
     if not chosen:
         names = list(dict.fromkeys(f"{name}/{case}" if "/" in pattern else case for name, case in pairs))
-        near = difflib.get_close_matches(pattern.strip("*"), names, n=4, cutoff=0.3)
-        hint = f"near it are {', '.join(near)}" if near else f"there are {', '.join(names[:4])} and others"
+        known = f"there are {', '.join(names[:4])} and others."
+        hint = did_you_mean(pattern.strip("*"), names, count=3, cutoff=0.3) or known
         where = f" of {', '.join(options.operators)}" if options.operators else ""
-        _fail(options, f"Got --cases {pattern!r}, which no case{where} matches; {hint}.", 2)
+        raise OptionError(f"Got --cases {pattern!r}, which no case{where} matches; {hint}")
     return chosen
 
 
@@ -306,7 +298,7 @@ def _check_contenders(options: argparse.Namespace, operators: dict[str, Any]) ->
     ]
     for name in options.without:
         if name not in names:
-            _fail(options, f"Got --without {name!r}; there are {', '.join(repr(n) for n in names)}.", 2)
+            raise OptionError(f"Got --without {name!r}; there are {', '.join(repr(n) for n in names)}.")
 
 
 def _peaks(options: argparse.Namespace, gpu: str | None) -> tuple[float, float] | None:
@@ -318,23 +310,6 @@ def _peaks(options: argparse.Namespace, gpu: str | None) -> tuple[float, float] 
     bandwidth = options.bandwidth * 1e9 if options.bandwidth else known and known.bandwidth
     flops = options.peak * 1e12 if options.peak else known and known.flops
     return (bandwidth, flops) if bandwidth and flops else None
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 120)
-
-
-@contextmanager
-def _progress(console: Console, label: str) -> Iterator[Callable[[str], None]]:
-    """Says on stderr what is under way: in a line that changes, or in a log once."""
-    if console.is_terminal:
-        with console.status(label) as status:
-            yield lambda text: status.update(f"{label}: {text}")
-    else:
-        print(label, file=sys.stderr, flush=True)
-        yield lambda text: None
 
 
 def _label(operator: str, case: str, dtype: str, backward: bool) -> str:
@@ -373,7 +348,7 @@ def _print_result(console: Console, result: Result, peaks: tuple[float, float] |
             *([f"{least / median:.0%}"] if least else []),
         ]
         table.add_row(*cells, style="bold" if row.name == result.ours else None)
-    console.print(f"{title}: {work}", style="bold", highlight=False)
+    console.print(f"{title}: {work}", style="bold")
     console.print(table)
     for row in result.rows:
         if row.status in ("wrong", "failed"):
@@ -422,12 +397,12 @@ def _write_json(path: Path, content: Any) -> None:
 def _judge(options: argparse.Namespace, results: list[Result]) -> None:
     """End with an error if nothing ran, or if an implementation of ours is wrong."""
     if not any(row.times for result in results for row in result.rows):
-        _fail(options, "Nothing could be timed; the reasons are above.", 1)
+        raise UserError("Nothing could be timed; the reasons are above.")
     for result in results:
         for row in result.rows:
             if row.name in ("triton", "torch", "reference") and row.status in ("wrong", "failed"):
                 label = _label(result.operator, result.case, result.dtype, result.backward)
-                _fail(options, f"Our {row.name} {row.status} in {label}: {row.reason}.", 1)
+                raise UserError(f"Our {row.name} {row.status} in {label}: {row.reason}.")
 
 
 def _draw(path: Path, results: list[Result], where: str) -> None:
@@ -483,10 +458,9 @@ def _draw(path: Path, results: list[Result], where: str) -> None:
 def _models(options: argparse.Namespace) -> None:
     for path in options.kernels:
         if path not in PATHS:
-            _fail(options, f"Got --kernels with {path!r}; it takes {', '.join(PATHS)}, with commas between them.", 2)
+            raise OptionError(f"Got --kernels with {path!r}; it takes {', '.join(PATHS)}, with commas between them.")
     _prepare(options)
     import torch
-    from rich.console import Console
 
     from zoo.tools import benchmark_models, benchmark_timing
 
@@ -495,12 +469,12 @@ def _models(options: argparse.Namespace) -> None:
     batch = options.batch_size or (128 if options.device == "cuda" else 4)
     machine = benchmark_timing.machine(options.device)
     where = _where(machine)
-    setting = f"batch {batch}, {_by(options.size)}, {options.dtype}"
-    console, errors = _console(), Console(stderr=True)
-    console.print(f"{where}; torch {machine['torch']}, timm {machine['timm']}; {setting}", highlight=False)
+    setting = f"batch {batch}, {size_text(options.size)}, {options.dtype}"
+    console = cli.console()
+    console.print(f"{where}; torch {machine['torch']}, timm {machine['timm']}; {setting}")
 
     with ExitStack() as stack:
-        with _progress(errors, "creating the models"):
+        with cli.progress("creating the models", log=True):
             contenders = benchmark_models.contenders(
                 names,
                 options.against,
@@ -514,7 +488,7 @@ def _models(options: argparse.Namespace) -> None:
         results: benchmark_models.Results = {}
         passes = ("inference", "training")[: 1 + options.training]
         for number, what in enumerate(passes, 1):
-            with _progress(errors, f"[{number}/{len(passes)}] {what}, {len(contenders)} contenders") as say:
+            with cli.progress(f"[{number}/{len(passes)}] {what}, {len(contenders)} contenders", log=True) as say:
                 results[what] = benchmark_models.measure(
                     contenders,
                     what == "training",
@@ -535,7 +509,7 @@ def _models(options: argparse.Namespace) -> None:
     if options.picture:
         benchmark_models.draw(options.picture, contenders, results, f"{where}; {setting}")
     for path in filter(None, (options.json, options.picture)):
-        console.print(f"written: {path}", highlight=False)
+        console.print(f"written: {path}")
     _judge_models(options, contenders, results)
 
 
@@ -548,15 +522,13 @@ def _check_models(options: argparse.Namespace, names: list[str]) -> None:
 
     for name in (options.against, *names):
         if not timm.is_model(name):
-            near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-            hint = f"near it are {', '.join(near)}" if near else f"there are {', '.join(MODELS[:4])} and others"
-            _fail(options, f"Got the model {name!r}, which timm does not know; {hint}.", 2)
+            raise OptionError(unknown_model(name, timm.list_models()))
     if options.kernels and not any(map(benchmark_models.is_ours, names)):
-        _fail(options, "Got --kernels and only models of timm's, which do not use them; name one of ours too.", 2)
+        raise OptionError("Got --kernels and only models of timm's, which do not use them; name one of ours too.")
     if "triton" in options.kernels and (obstacle := dispatch.triton_obstacle(torch.empty(0, device=options.device))):
-        _fail(options, f"Got --kernels with 'triton', which cannot run here: {obstacle}.", 1)
+        raise UserError(f"Got --kernels with 'triton', which cannot run here: {obstacle}.")
     if options.picture and not any(benchmark_models.top1(name) for name in names):
-        _fail(options, "Got --picture, and none of the models has a published accuracy; leave it out.", 2)
+        raise OptionError("Got --picture, and none of the models has a published accuracy; leave it out.")
 
 
 def _print_models(
@@ -566,12 +538,11 @@ def _print_models(
 
     from zoo.tools import benchmark_models
 
-    console.print(benchmark_models.table(contenders, results, batch), highlight=False)
+    console.print(benchmark_models.table(contenders, results, batch))
     beside = "; timm's: its own model of that family" if any(c.peer for c in contenders) else ""
     console.print(
         f"{' and '.join(results)}: time in units of {options.against}'s{beside}; a / b: {' / '.join(results)}.",
         style="dim",
-        highlight=False,
     )
     for what, rows in results.items():
         for row in rows.values():
@@ -584,11 +555,11 @@ def _judge_models(options: argparse.Namespace, contenders: list[Contender], resu
     for what, rows in results.items():
         unit = next(iter(rows.values()))
         if unit.status == "failed":
-            _fail(options, f"{unit.name}, the unit, failed in {what}: {unit.reason}; choose another by --against.", 1)
+            raise UserError(f"{unit.name}, the unit, failed in {what}: {unit.reason}; choose another by --against.")
         for contender in contenders:
             row = rows[contender.label]
             if contender.ours and row.status == "failed":
-                _fail(options, f"Our {row.name} failed in {what}: {row.reason}.", 1)
+                raise UserError(f"Our {row.name} failed in {what}: {row.reason}.")
 
 
 def _simulate(options: argparse.Namespace) -> None:
@@ -599,7 +570,7 @@ def _simulate(options: argparse.Namespace) -> None:
     gpus = options.gpu or list(cost_model.GPUS)
     for gpu in gpus:
         if gpu not in cost_model.GPUS:
-            _fail(options, f"Got --gpu {gpu!r}; there are {', '.join(cost_model.GPUS)}.", 2)
+            raise OptionError(f"Got --gpu {gpu!r}; there are {', '.join(cost_model.GPUS)}.")
     causal = (options.causal, options.causal)
     window = (options.size, options.kernel, options.dilation)
     rows = []
@@ -630,15 +601,14 @@ def _simulate(options: argparse.Namespace) -> None:
                 }
             )
     except ValueError as error:
-        _fail(options, str(error), 2)
+        raise OptionError(str(error)) from error
 
-    first, console = rows[0], _console()
+    first, console = rows[0], cli.console()
     console.print(
-        f"{_by(options.size)} map, kernel {_by(options.kernel)}, dilation {_by(options.dilation)}, "
-        f"stride {_by(options.stride)}{', causal' if options.causal else ''}; {options.heads} heads of "
+        f"{size_text(options.size)} map, kernel {size_text(options.kernel)}, dilation {size_text(options.dilation)}, "
+        f"stride {size_text(options.stride)}{', causal' if options.causal else ''}; {options.heads} heads of "
         f"{options.head_dim}, batch {options.batch}, half precision, forward\n"
         f"At least {first['bytes_minimum'] / 1e6:.4g} MB moved, {first['flops_wanted'] / 1e9:.4g} GFLOP wanted.",
-        highlight=False,
     )
     table = Table()
     for column in ("queries", "keys", "K/V tiles", "of all", "bound", "useful", "GFLOP", "stride"):
@@ -647,14 +617,14 @@ def _simulate(options: argparse.Namespace) -> None:
         table.add_column(gpu, justify="right")
     for row in rows:
         table.add_row(
-            _by(row["query_tile"]),
-            _by(row["key_tile"]),
+            size_text(row["query_tile"]),
+            size_text(row["key_tile"]),
             f"{row['key_tiles']:,}",
             f"{row['dense_key_tiles']:,}",
             f"{row['speedup_bound']:.2f}",
             f"{row['utilization']:.0%}",
             f"{row['flops_issued'] / 1e9:.4g}",
-            _by(row["recommended_stride"]),
+            size_text(row["recommended_stride"]),
             *(f"{row['seconds'][gpu] * 1e6:.4g}" for gpu in gpus),
         )
     console.print(table)
@@ -663,17 +633,12 @@ def _simulate(options: argparse.Namespace) -> None:
         "attention; useful: the part of GFLOP, whole tiles, that is wanted; stride: the smallest with the fewest\n"
         "tiles; GPUs: at least so many microseconds.",
         style="dim",
-        highlight=False,
     )
     if options.json:
         keys = ("size", "kernel", "dilation", "stride", "causal", "heads", "head_dim", "batch")
         settings = {key: getattr(options, key) for key in keys}
         _write_json(options.json, {"settings": settings, "tiles": rows})
-        console.print(f"written: {options.json}", highlight=False)
-
-
-def _by(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}x{pair[1]}"
+        console.print(f"written: {options.json}")
 
 
 if __name__ == "__main__":

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
-from zoo.messages import UserError
-from zoo.versions import versions
+from zoo import commands
+from zoo.commands import default_sigpipe, versions
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-class ToolError(UserError):
-    """A mistake that the user of a tool can correct, described in one sentence."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         if not words and any(action.required for action in self._actions):
             self.print_help(sys.stderr)  # and then the error
-        with _end_with_the_reader():
+        with default_sigpipe():
             return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -45,43 +39,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; --help shows what there is.\n")
 
 
-@contextmanager
-def _end_with_the_reader() -> Iterator[None]:
-    """Within, what reads the output, such as `head`, may end this process without a word."""
-    if not hasattr(signal, "SIGPIPE"):
-        yield
-        return
-    before = signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    try:
-        yield
-    except SystemExit:
-        sys.stdout.flush()
-        raise
-    finally:
-        signal.signal(signal.SIGPIPE, before)
+def friendly_errors(command: str) -> AbstractContextManager[None]:
+    """End the process with one line in place of a traceback, where the user can correct the error."""
+    return commands.friendly_errors(command, explain=_explained)
 
 
-@contextmanager
-def friendly_errors(command: str) -> Iterator[None]:
-    """Print what the user can mend in one line, and end the process: with 1, or 130 for Ctrl-C."""
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except UserError as error:
-        fail(command, str(error))
-    except OSError as error:
-        fail(command, f"{error.filename}: {error.strerror}." if error.filename else str(error))
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def fail(command: str, message: str, code: int = 1) -> NoReturn:
-    """End the process with one line on stderr."""
-    print(f"{command}: error: {message}", file=sys.stderr)
-    sys.exit(code)
+def _explained(error: Exception) -> str | None:
+    if not isinstance(error, OSError):
+        return None
+    return f"{error.filename}: {error.strerror}." if error.filename else str(error)
 
 
 def count(text: str) -> int:
@@ -106,9 +72,23 @@ def console() -> Console:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[str], None]]:
-    """Says on stderr what is under way, in a line that changes; nothing where stderr is no terminal."""
+def progress(label: str, log: bool = False) -> Iterator[Callable[[str], None]]:
+    """Show on stderr what the command is doing, in a line that changes.
+
+    Args:
+        label: What is shown all the time.
+        log: Whether to print `label` once where stderr is not a terminal; nothing is shown there otherwise.
+
+    Yields:
+        A function that shows a text behind the label.
+    """
     from rich.console import Console
 
-    with Console(stderr=True).status(label) as status:
-        yield lambda text: status.update(f"{label}: {text}")
+    console = Console(file=sys.stderr)  # even while sys.stderr is redirected
+    if console.is_terminal:
+        with console.status(label) as status:
+            yield lambda text: status.update(f"{label}: {text}")
+        return
+    if log:
+        print(label, file=sys.stderr, flush=True)
+    yield lambda text: None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.messages import UserError, did_you_mean, similar_path, size_text
 from zoo.tools import cli
-from zoo.tools.cli import ToolError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,15 +90,15 @@ def convert(file: Path, model: str | None = None, say: Callable[[str], None] = l
     """The checkpoint in `file` as weights of `model`, a name with or without tag; recognised if None.
 
     Raises:
-        ToolError: the file can't be read, is not what its name says, or fits no model, or several.
+        UserError: the file can't be read, is not what its name says, or fits no model, or several.
     """
     name = _model_name(model) if model else None
     try:
         return _convert(file, name, model, say)
     except FileNotFoundError:
-        raise ToolError(f"there is no file {file}{_similar(file)}") from None
+        raise UserError(f"there is no file {file}{similar_path(file)}") from None
     except (RuntimeError, ValueError) as error:  # what is wrong with the checkpoint
-        raise ToolError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str], None]) -> Converted:
@@ -118,7 +116,7 @@ def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str
     if name is None:
         names, share = checkpoints.closest_models(state_dict)
         if share < 0.1:
-            raise ToolError(
+            raise UserError(
                 f"{file} looks like no model of zoo (its tensors are called {checkpoints.first_names(state_dict)}): "
                 "zoo-models lists those that it has."
             )
@@ -144,7 +142,7 @@ def _model_name(name: str) -> str:
     """`name` as given, if zoo has it.
 
     Raises:
-        ToolError: it does not.
+        UserError: it does not.
     """
     import timm
 
@@ -153,18 +151,9 @@ def _model_name(name: str) -> str:
     names = [n for family in zoo.FAMILIES for n in timm.list_models(module=family)]
     tags = [n for family in zoo.FAMILIES for n in timm.list_models(module=family, pretrained=True)]
     if name not in names and name not in tags:
-        near = difflib.get_close_matches(name, tags if "." in name else names, n=1)
-        hint = f"did you mean {near[0]}?" if near else "zoo-models lists those that there are."
-        raise ToolError(f"there is no model {name!r} in zoo: {hint}")
+        hint = did_you_mean(name, tags if "." in name else names) or "zoo-models lists its models."
+        raise UserError(f"there is no model {name!r} in zoo: {hint}")
     return name
-
-
-def _similar(file: Path) -> str:
-    with suppress(OSError):
-        near = difflib.get_close_matches(file.name, os.listdir(file.parent), n=1)
-        if near:
-            return f": did you mean {file.parent / near[0]}?"
-    return "."
 
 
 def _manifest() -> list[dict[str, Any]]:
@@ -178,7 +167,7 @@ def _published(file: Path, sha256: str) -> dict[str, Any] | None:
     """The entry of the manifest that has this file's hash or, where no other has it too, its name.
 
     Raises:
-        ToolError: the file has the name of one with another hash.
+        UserError: the file has the name of one with another hash.
     """
     entries = _manifest()
     found = [entry for entry in entries if entry.get("sha256") == sha256]
@@ -187,7 +176,7 @@ def _published(file: Path, sha256: str) -> dict[str, Any] | None:
         return None
     recorded = found[0].get("sha256") or found[0].get("sha256_prefix", "")
     if not sha256.startswith(recorded):
-        raise ToolError(
+        raise UserError(
             f"{file} is not the file that {found[0]['url']} published: its sha256 is {sha256[:8]}..., recorded is "
             f"{recorded[:8]}...; download it again, or rename it if it is another."
         )
@@ -198,14 +187,14 @@ def _only(file: Path, names: list[str], checkpoint: Mapping[str, Any]) -> str:
     """The one of `names`, all of the same shapes, that the checkpoint is of.
 
     Raises:
-        ToolError: nothing tells which.
+        UserError: nothing tells which.
     """
     if len(names) > 1:
         trained = [checkpoint.get("arch"), getattr(checkpoint.get("args"), "model", None)]  # as timm's trainer has it
         names = [name for name in names if name in trained] or [name for name in names if _fits(name, checkpoint)]
     if len(names) != 1:
         choices = " or ".join(f"--model {name}" for name in names)
-        raise ToolError(f"{file} fits {' and '.join(names)} alike, as they differ in no tensor: say {choices}.")
+        raise UserError(f"{file} fits {' and '.join(names)} alike, as they differ in no tensor: say {choices}.")
     return names[0]
 
 
@@ -252,10 +241,10 @@ def _fit(
 
 def _check_folder(folder: Path, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise ToolError(f"{folder} is a file: give a folder with -o, which gets {WEIGHTS} and {CONFIG}.")
+        raise UserError(f"{folder} is a file: give a folder with -o, which gets {WEIGHTS} and {CONFIG}.")
     there = [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
     if there and not force:
-        raise ToolError(
+        raise UserError(
             f"{folder} already holds {' and '.join(there)}: give another folder with -o, or replace them with --force."
         )
 
@@ -264,7 +253,7 @@ def write(found: Converted, folder: Path, source: str) -> None:
     """Write the weights and their description to `folder`, each complete or not at all.
 
     Raises:
-        ToolError: they can't be written.
+        UserError: they can't be written.
     """
     from safetensors.torch import save_file
     from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
@@ -297,7 +286,7 @@ def write(found: Converted, folder: Path, source: str) -> None:
         # safetensors has an error of its own for a full disk
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             reason = getattr(error, "strerror", None) or error
-            raise ToolError(f"could not write to {folder} ({reason}): mend that, or give another with -o.") from error
+            raise UserError(f"could not write to {folder} ({reason}): mend that, or give another with -o.") from error
         raise
 
 
@@ -341,7 +330,7 @@ def _print(report: Mapping[str, Any]) -> None:
     name = ".".join(filter(None, (report["model"], report["tag"])))
     parts = ", ".join(f"{count} of {part}" for part, count in report["left_out"].items())
     shown = report["preprocessing"]
-    side = "x".join(map(str, shown["input_size"][1:]))
+    side = size_text(shown["input_size"][1:])
     rows = {
         "model": f"{name}, {report['parameters'] / 1e6:.1f} M parameters in {report['tensors']} tensors",
         "classifier": f"{report['num_classes']} classes" if report["num_classes"] else "none: for features",

@@ -11,20 +11,21 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import zoo
 from zoo import extras
+from zoo.messages import OptionError, UserError, one_line, size_text
 from zoo.tools import cli
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.export import ExportedProgram
 
-    from zoo.tools.model import Loaded
+    from zoo.opening import OpenModel
 
 DESCRIPTION = """\
 Write a model as a program that runs without zoo and timm: as .pt2, which torch.export.load reads, or as .onnx.
@@ -81,10 +82,6 @@ def command() -> NoReturn:
     os._exit(0)
 
 
-def _fail(message: str, code: int = 1) -> NoReturn:
-    cli.fail("zoo-export", message, code)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = cli.Parser(prog="zoo-export", description=DESCRIPTION, epilog=EXAMPLES)
@@ -119,17 +116,17 @@ def parser() -> argparse.ArgumentParser:
 def _export(options: argparse.Namespace) -> None:
     form, out = _target(options)
     with _progress(f"loading {options.model}"):
-        from zoo.tools.model import reason
-
-        loaded = _build(options)
+        loaded = _load(options)
     model, config = loaded.model, loaded.config
     channels, *size = config["input_size"]
     size = tuple(options.size or size)
-    with _progress(f"running it at {_by(size)}"):
+    with _progress(f"running it at {size_text(size)}"):
         try:
             outputs = _run(model, _images(1, channels, size))
         except Exception as error:
-            _fail(f"{options.model} can't run on images of {_by(size)} pixels: {reason(error)}.")
+            raise UserError(
+                f"{options.model} can't run on images of {size_text(size)} pixels: {one_line(error, 600)}."
+            ) from error
     if options.features:
         names = [f"features_{i}" for i in range(len(outputs))]
     else:
@@ -142,9 +139,9 @@ def _export(options: argparse.Namespace) -> None:
         done, notes = _first_that_works(model, path, form, channels, size, names, facts, options)
         for shape, difference in done.checks:
             if not difference <= LIMIT:  # nor if it is not a number
-                _fail(
-                    f"the program differs from the model by {difference:.1e} on images of {_by(shape)}, more than "
-                    f"{LIMIT:.0e}: {out} was not written."
+                raise UserError(
+                    f"the program differs from the model by {difference:.1e} on images of {size_text(shape)}, more "
+                    f"than {LIMIT:.0e}: {out} was not written."
                 )
         written = sorted(Path(folder).iterdir())  # weights of more than 2 GB lie beside an ONNX file
         size_in_bytes = sum(file.stat().st_size for file in written)
@@ -174,6 +171,10 @@ def _export(options: argparse.Namespace) -> None:
         _report(record)
 
 
+def _progress(text: str) -> AbstractContextManager[Any]:
+    return cli.progress(f"zoo-export: {text} ...", log=True)
+
+
 def _first_that_works(
     model: nn.Module,
     path: Path,
@@ -185,19 +186,17 @@ def _first_that_works(
     options: argparse.Namespace,
 ) -> tuple[Exported, list[str]]:
     """Batch and size open if that goes, else the batch, else nothing; and why not more."""
-    from zoo.tools.model import reason
-
     wider = (size[0] + 32, size[1] + 96)
     notes = []
     attempts = [((), (1, channels, *size))]  # what to leave open, and the images of the second check
     if not options.static:
         attempts.insert(0, ((0,), (3, channels, *size)))
         try:
-            with _progress(f"running it at {_by(wider)}"):
+            with _progress(f"running it at {size_text(wider)}"):
                 _run(model, _images(1, channels, wider))
             attempts.insert(0, ((0, 2, 3), (3, channels, *wider)))
         except Exception as error:
-            notes.append(f"height and width are fixed: the model takes no others ({reason(error)})")
+            notes.append(f"height and width are fixed: the model takes no others ({one_line(error, 600)})")
     for dims, shape in attempts:
         try:
             return _attempt(model, path, form, dims, [(1, channels, *size), shape], names, facts), notes
@@ -205,9 +204,9 @@ def _first_that_works(
             raise
         except Exception as error:
             what = "height and width are" if 2 in dims else "the batch is"
-            notes.append(f"{what} fixed: the exporter can't leave them open ({reason(error)})")
+            notes.append(f"{what} fixed: the exporter can't leave them open ({one_line(error, 600)})")
     formats = {"onnx": "ONNX", "pt2": "a program of torch.export"}
-    _fail(f"{options.model} can't become {formats[form]}: {notes[-1].partition('(')[2].rstrip(')')}.")
+    raise UserError(f"{options.model} can't become {formats[form]}: {notes[-1].partition('(')[2].rstrip(')')}.")
 
 
 def _target(options: argparse.Namespace) -> tuple[str, Path]:
@@ -216,7 +215,7 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
     form = options.format or {".onnx": "onnx", ".pt2": "pt2"}.get(ending, "pt2")
     if ending and ending != f".{form}":
         wanted = f"--format {form} writes .{form} files" if options.format else "its name has to end in .pt2 or .onnx"
-        _fail(f"Got -o {options.out}; {wanted}.", 2)
+        raise OptionError(f"got -o {options.out}: {wanted}.")
     if form == "onnx":
         extras.require("--format onnx", "onnx")
     stem = Path(options.model).resolve().name if Path(options.model).is_dir() else options.model.rpartition("/")[2]
@@ -228,21 +227,24 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
     else:
         out = options.out if ending else options.out.with_name(f"{options.out.name}.{form}")
     if out.exists() and not options.force:
-        _fail(f"{out} exists; --force replaces it.")
+        raise UserError(f"{out} exists; --force replaces it.")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        _fail(f"{out} can't be written: {parent} is not a folder that you may write to; choose another with -o.")
+        raise UserError(
+            f"{out} can't be written: {parent} is not a folder that you may write to; choose another with -o."
+        )
     return form, out
 
 
-def _build(options: argparse.Namespace) -> Loaded:
-    from zoo.tools import model
+def _load(options: argparse.Namespace) -> OpenModel:
+    from zoo.opening import open_model
 
-    try:
-        given = {"features": options.features, "num_classes": options.num_classes, "size": options.size}
-        return model.load(options.model, options.pretrained, checkpoint=options.checkpoint, **given)
-    except cli.ToolError as error:
-        _fail(str(error), 2 if isinstance(error, model.OptionError) else 1)
+    settings: dict[str, Any] = {}
+    if options.features:
+        settings["features_only"] = True
+    elif options.num_classes is not None:
+        settings["num_classes"] = options.num_classes
+    return open_model(options.model, options.pretrained, size=options.size, checkpoint=options.checkpoint, **settings)
 
 
 def _facts(model: nn.Module, options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -275,7 +277,7 @@ def _attempt(
     example = _images(2 if dims else 1, channels, size)  # of one image alone the exporter would fix the batch
     auto = dict.fromkeys(dims, torch.export.Dim.AUTO)
     label = {3: "batch, height and width open", 1: "batch open", 0: "nothing open"}[len(dims)]
-    with _progress(f"exporting at {_by(size)}, {label}"), _silence(), torch.no_grad(), implementation("torch"):
+    with _progress(f"exporting at {size_text(size)}, {label}"), _silence(), torch.no_grad(), implementation("torch"):
         program = torch.export.export(model, (example,), dynamic_shapes=(auto,))
     least = _least(program, dims, shapes) if dims else (size[0], size[1])
     with _progress(f"writing {form}"), _silence(), torch.no_grad():
@@ -395,24 +397,6 @@ def _images(batch: int, channels: int, size: Sequence[int], seed: int = 0) -> Te
     return torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
-def _by(sides: Sequence[int]) -> str:
-    return "x".join(map(str, sides))
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[None]:
-    """Say on stderr what is under way: on a terminal as long as it is, elsewhere once."""
-    from rich.console import Console
-
-    console = Console(file=sys.stderr)
-    if console.is_terminal:
-        with console.status(f"{text} ..."):
-            yield
-    else:
-        print(f"zoo-export: {text} ...", file=sys.stderr, flush=True)
-        yield
-
-
 @contextmanager
 def _silence() -> Iterator[None]:
     """The exporters report their progress, and what they may do one day; neither is for the user."""
@@ -430,16 +414,16 @@ def _report(record: dict[str, Any]) -> None:
     print(f"written: {record['file']} ({record['bytes'] / 2**20:.1f} MiB), {record['model']} with {record['weights']}")
     given, preprocessing = record["input"], record["preprocessing"]
     is_open = "height" in given["shape"]
-    sides = f", from {_by(given['least'])} pixels" if is_open else ""
+    sides = f", from {size_text(given['least'])} pixels" if is_open else ""
     print(f"input: {given['name']} ({', '.join(map(str, given['shape']))}), {given['dtype']}{sides}")
     for note in record["fixed"]:
         print(f"  {note}")
     mean, std = (f"({', '.join(f'{value:.4g}' for value in preprocessing[name])})" for name in ("mean", "std"))
     print(f"  of pixels from 0 to 1, minus {mean}, divided by {std}")
     for output in record["outputs"]:
-        at = f", at {_by(record['size'])} pixels" if is_open and len(output["shape"]) > 2 else ""
+        at = f", at {size_text(record['size'])} pixels" if is_open and len(output["shape"]) > 2 else ""
         print(f"output: {output['name']} ({', '.join(map(str, output['shape']))}){at}")
-    checks = ", ".join(f"{check['difference']:.1e} at {_by(check['shape'])}" for check in record["checks"])
+    checks = ", ".join(f"{check['difference']:.1e} at {size_text(check['shape'])}" for check in record["checks"])
     print(f"largest difference from the model: {checks} (limit {record['limit']:.0e})")
 
 

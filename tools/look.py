@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import FAMILIES, extras
+from zoo.messages import UserError, one_line, size_text
 from zoo.tools import cli
-from zoo.tools.cli import ToolError
 
 if TYPE_CHECKING:
+    from zoo.opening import OpenModel
     from zoo.tools.look_picture import Picture
-    from zoo.tools.model import Loaded
 
 DESCRIPTION = "Draw how a model attends: what its attention can see, and what it does see, as a PNG."
 EXAMPLES = """\
@@ -140,7 +140,7 @@ def _target(options: argparse.Namespace) -> Path:
     """The file to write.
 
     Raises:
-        ToolError: it exists, or can't be written.
+        UserError: it exists, or can't be written.
     """
     stem = options.command
     if "model" in options:
@@ -154,12 +154,12 @@ def _target(options: argparse.Namespace) -> Path:
     if not out.suffix:
         out = out.with_name(f"{out.name}.png")
     if out.suffix != ".png":
-        raise ToolError(f"got -o {given}: its name has to end in .png.")
+        raise UserError(f"got -o {given}: its name has to end in .png.")
     if out.exists() and not options.force:
-        raise ToolError(f"{out} exists; --force replaces it.")
+        raise UserError(f"{out} exists; --force replaces it.")
     parent = next(folder for folder in out.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise ToolError(f"{out} can't be written: {parent} is not a folder that you may write to; choose another, -o.")
+        raise UserError(f"{out} can't be written: {parent} is not a folder that you may write to; choose another, -o.")
     return out
 
 
@@ -172,19 +172,18 @@ def _patterns(options: argparse.Namespace, out: Path, say: Callable[[str], None]
     return {}
 
 
-def _load(
-    options: argparse.Namespace, say: Callable[[str], None], need: str = ""
-) -> tuple[Loaded, Picture, dict[str, Any]]:
+def _load(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[OpenModel, Picture, dict[str, Any]]:
     """Model, picture, and what is to be reported of them."""
-    from zoo.tools import look_picture, model
+    from zoo.opening import open_model
+    from zoo.tools import look_picture
 
     say(f"loading {options.model}")
-    loaded = model.load(options.model, options.pretrained, size=options.size)
+    loaded = open_model(options.model, options.pretrained, size=options.size)
     picture = look_picture.read_picture(options.image, loaded, options.size)
     return loaded, picture, _facts(loaded, picture.size)
 
 
-def _facts(loaded: Loaded, size: Sequence[int]) -> dict[str, Any]:
+def _facts(loaded: OpenModel, size: Sequence[int]) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": loaded.name, "weights": loaded.weights, "size": list(size), "notes": []}
     if loaded.weights == "random weights":
         facts["notes"].append(f"{loaded.name} has random weights here; --pretrained loads some.")
@@ -195,16 +194,14 @@ def _about(facts: dict[str, Any]) -> str:
     return "{model}, {weights}, {size[0]}x{size[1]} pixels".format(**facts)
 
 
-def _running(loaded: Loaded, size: Sequence[int], compute: Callable[[], Any]) -> Any:
-    """What `compute` returns; a model's refusal of the images becomes a ToolError."""
-    from zoo.tools.model import reason
-
+def _running(loaded: OpenModel, size: Sequence[int], compute: Callable[[], Any]) -> Any:
+    """What `compute` returns; a model's refusal of the images becomes a UserError."""
     try:
         return compute()
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise ToolError(
-            f"{loaded.name} can't run on images of {size[0]}x{size[1]} pixels: {reason(error)}; --size H W gives it "
-            "others."
+        raise UserError(
+            f"{loaded.name} can't run on images of {size_text(size)} pixels: {one_line(error, 600)}; --size H W "
+            "sets another size."
         ) from error
 
 
@@ -270,7 +267,7 @@ def _cam(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> 
     names = look_cam.class_names(loaded.model)
     count = loaded.model.num_classes
     if not count:
-        raise ToolError(f"{loaded.name} has no classifier: take zoo-look keys or zoo-look field.")
+        raise UserError(f"{loaded.name} has no classifier: take zoo-look keys or zoo-look field.")
     target = None if options.target is None else look_cam.find_class(options.target, names, count)
     layer, channels = look_cam.layer(loaded, options.stage)
     say("running it")
@@ -292,10 +289,11 @@ def _cam(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> 
 
 
 def _field(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    from zoo.tools import look_attention, look_draw, model
+    from zoo.opening import open_model
+    from zoo.tools import look_attention, look_draw
 
     say(f"loading {options.model}")
-    loaded = model.load(options.model, options.pretrained, features=True, size=options.size)
+    loaded = open_model(options.model, options.pretrained, size=options.size, features_only=True)
     channels, *usual = loaded.config["input_size"]
     size = options.size or usual
     facts = _facts(loaded, size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attention_maps import AttentionInfo, attention, attention_matrix, info
-from zoo.tools.cli import ToolError
+from zoo.messages import UserError
 
 
 @dataclass
@@ -56,7 +56,7 @@ def sites(model: nn.Module, name: str) -> list[Site]:
     """The attention modules of one of zoo's models, in the order in which they run.
 
     Raises:
-        ToolError: it is another's.
+        UserError: it is another's.
     """
     found = [
         Site(i, j, module, described)
@@ -66,7 +66,7 @@ def sites(model: nn.Module, name: str) -> list[Site]:
         if (described := info(module)) is not None
     ]
     if not found:
-        raise ToolError(f"{name} has no attention of zoo's: zoo-look cam and zoo-look field take any model of timm.")
+        raise UserError(f"{name} has no attention of zoo's: zoo-look cam and zoo-look field take any model of timm.")
     return found
 
 
@@ -107,7 +107,7 @@ def keys(
             each kind.
 
     Raises:
-        ToolError: it has no such attention or block.
+        UserError: it has no such attention or block.
     """
     found = sites(model, name)
     depths = [len(stage.blocks) for stage in model.stages]
@@ -115,7 +115,7 @@ def keys(
         numbers = [block if block > 0 else depth + 1 + block for depth in depths]
         chosen = [site for site in found if site.block == numbers[site.stage - 1]]
         if not chosen:
-            raise ToolError(
+            raise UserError(
                 f"no stage of {name} with attention has a block {block}: its stages have {', '.join(map(str, depths))} "
                 "blocks; give a number from 1 on, or -1 for the last."
             )
@@ -142,12 +142,12 @@ def rollout(model: nn.Module, name: str, images: Tensor, say: Callable[[str], No
     (Abnar and Zuidema, arXiv 2005.00928).
 
     Raises:
-        ToolError: the model's blocks do not all have the same tokens and attention between them.
+        UserError: the model's blocks do not all have the same tokens and attention between them.
     """
     found = sites(model, name)
     strides = [info["reduction"] for info in model.feature_info]
     if len(set(strides)) > 1:
-        raise ToolError(
+        raise UserError(
             f"rollout multiplies the attention of all blocks, so their tokens have to be the same, and those of {name} "
             f"have {', '.join(map(str, strides))} pixels: take an isotropic model, or zoo-look keys."
         )
@@ -186,7 +186,7 @@ def field(
         A map (H, W) per stage, which sums to 1.
 
     Raises:
-        ToolError: a feature does not depend on the image.
+        UserError: a feature does not depend on the image.
     """
     generator = torch.Generator().manual_seed(seed)
     totals: list[Tensor] = []
@@ -203,7 +203,7 @@ def field(
                 totals[i:] = [totals[i] + grad, *totals[i + 1 :]] if number else [grad]
     for i, total in enumerate(totals, 1):
         if not total.sum() > 0:
-            raise ToolError(f"the central feature of stage {i} does not depend on the image: are the weights in order?")
+            raise UserError(f"the central feature of stage {i} does not depend on the image: are the weights in order?")
     return [total / total.sum() for total in totals]
 
 

@@ -12,8 +12,8 @@ from PIL import Image, ImageOps
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 
-from zoo.tools.cli import ToolError
-from zoo.tools.model import Loaded, reason
+from zoo.messages import UserError, one_line, size_text
+from zoo.opening import OpenModel
 
 SHOWN = 1200  # pixels along a side of a picture that is drawn on
 
@@ -41,21 +41,21 @@ class Picture:
         """Row and column in `images` of a pixel of the file; the middle if None.
 
         Raises:
-            ToolError: it is outside.
+            UserError: it is outside.
         """
         if at is None:
             at = [side // 2 for side in self.original]
         if not all(0 <= place < side for place, side in zip(at, self.original, strict=True)):
-            raise ToolError(
-                f"--pixel {at[0]} {at[1]} is outside of the picture of {_by(self.original)} pixels: give a row from 0 "
-                f"to {self.original[0] - 1} and a column from 0 to {self.original[1] - 1}."
+            raise UserError(
+                f"--pixel {at[0]} {at[1]} is outside the picture of {size_text(self.original)} pixels: give a row "
+                f"from 0 to {self.original[0] - 1} and a column from 0 to {self.original[1] - 1}."
             )
         sides = zip(at, self.original, self.size, strict=True)
         y, x = (int((place + 0.5) * to / side) for place, side, to in sides)
         return y, x
 
 
-def read_picture(file: Path, loaded: Loaded, size: Sequence[int] | None = None) -> Picture:
+def read_picture(file: Path, loaded: OpenModel, size: Sequence[int] | None = None) -> Picture:
     """The image in `file` for a model.
 
     Args:
@@ -65,30 +65,26 @@ def read_picture(file: Path, loaded: Loaded, size: Sequence[int] | None = None) 
             shape stays, unless the model takes one size only.
 
     Raises:
-        ToolError: there is no such file, it is no picture, or the model takes something else than pictures.
+        UserError: there is no such file, it is no picture, or the model takes something else than pictures.
     """
     config = loaded.config
     channels, *usual = config["input_size"]
     if channels not in (1, 3):
-        raise ToolError(f"{loaded.name} takes images of {channels} channels: zoo-look shows grey and RGB ones.")
+        raise UserError(f"{loaded.name} takes images of {channels} channels: zoo-look shows grey and RGB ones.")
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError:
-        raise ToolError(f"there is no file {file}: give a picture.") from None
+        raise UserError(f"there is no file {file}: give a picture.") from None
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ToolError(f"{file} can't be read as a picture: {reason(error)}.") from error
+        raise UserError(f"{file} can't be read as a picture: {one_line(error, 600)}.") from error
     original = picture.height, picture.width
     if size is None:
         scale = min(usual) / min(original)
-        size = usual if loaded.fixed else [round(side * scale) for side in original]
+        size = usual if loaded.one_size else [round(side * scale) for side in original]
     resized = picture.resize((size[1], size[0]), str_to_pil_interp(config["interpolation"]))
     values = torch.tensor(np.asarray(resized if channels == 3 else resized.convert("L"))).view(*size, -1)
     values = values.permute(2, 0, 1)
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     picture.thumbnail((SHOWN, SHOWN))
     return Picture(np.asarray(picture), ((values / 255 - mean) / std)[None], original)
-
-
-def _by(sides: Sequence[int]) -> str:
-    return "x".join(map(str, sides))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 from collections.abc import Iterable
@@ -16,8 +15,8 @@ from urllib.parse import urlsplit
 
 import zoo
 from zoo.manifest import counts, manifest
+from zoo.messages import UserError, did_you_mean, size_text
 from zoo.tools import cli
-from zoo.tools.cli import ToolError
 
 DESCRIPTION = """\
 List the models of zoo and the weights that were published for them; with the name of one, everything about it.
@@ -103,7 +102,7 @@ def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str |
     """The names that the patterns choose, or the one model that is named in full.
 
     Raises:
-        ToolError: a pattern chooses none.
+        UserError: a pattern chooses none.
     """
     names, models = [entry["name"] for entry in entries], {entry["model"] for entry in entries}
     if len(options.names) == 1 and options.names[0] in {*names, *models}:
@@ -111,7 +110,7 @@ def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str |
     families = sorted({entry["family"] for entry in entries})
     for family in options.family or ():
         if family not in families:
-            raise ToolError(f"there is no family {family!r}: there are {', '.join(families)}.")
+            raise UserError(f"there is no family {family!r}: there are {', '.join(families)}.")
     chosen: list[str] = []
     for pattern in options.names:
         # models for tests are not listed unless a pattern says so
@@ -123,9 +122,8 @@ def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str |
         ]
         if not found:
             known = [*models, *names] if "." in pattern else models
-            near = difflib.get_close_matches(pattern.strip("*"), sorted(known), n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"families are {', '.join(families)}."
-            raise ToolError(f"there is no model {pattern!r}: {hint}")
+            hint = did_you_mean(pattern.strip("*"), sorted(known), count=3) or f"families are {', '.join(families)}."
+            raise UserError(f"there is no model {pattern!r}: {hint}")
         chosen += found
     chosen = chosen if options.names else [entry["name"] for entry in entries if entry["tag"]]
     return [e["name"] for e in entries if e["name"] in chosen and e["family"] in (options.family or families)]
@@ -135,7 +133,7 @@ def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[di
     """The table's rows that pass the filters, sorted.
 
     Raises:
-        ToolError: none does.
+        UserError: none does.
     """
     licences = sorted({entry["licence"] for entry in entries if "licence" in entry})
     entries = [
@@ -152,7 +150,7 @@ def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[di
         and (options.max_macs is None or row["multiply_adds"] <= options.max_macs)
     ]
     if not rows:
-        raise ToolError(f"no model passes all of these filters; licences among those named are {', '.join(licences)}.")
+        raise UserError(f"no model passes all of these filters; licences among those named are {', '.join(licences)}.")
     field, falling = SORTS[options.sort]
     have = [row for row in rows if row[field] is not None]
     have.sort(key=lambda row: row[field], reverse=falling)
@@ -282,7 +280,7 @@ def _print_table(rows: list[dict[str, Any]], dense: bool) -> None:
             row["name"],
             f"{row['parameters'] / 1e6:.1f}",
             f"{row['multiply_adds'] / 1e9:.2f}",
-            _by(row["input_size"]),
+            size_text(row["input_size"]),
             f"{row['top1']:.1f} {sources[row['top1_source']]}" if row["top1"] else "",
             _host(row),
             row["licence"] or "",
@@ -327,9 +325,9 @@ def _print_one(report: dict[str, Any]) -> None:
         "paper": report["paper"] and f"{report['paper']}, {report['paper_id']}",
         "origin": report["origin"],
         "parameters": f"{report['parameters'] / 1e6:.2f} M, with a classifier of 1000 classes",
-        "mult-adds": f"{report['multiply_adds'] / 1e9:.2f} G at {_by(report['input_size'])}",
+        "mult-adds": f"{report['multiply_adds'] / 1e9:.2f} G at {size_text(report['input_size'])}",
         "features": features,
-        "images": f"{_by(report['input_size'])}, crop {shown['crop_pct']} ({shown['crop_mode']}), "
+        "images": f"{size_text(report['input_size'])}, crop {shown['crop_pct']} ({shown['crop_mode']}), "
         f"{shown['interpolation']}, mean {tuple(shown['mean'])}, std {tuple(shown['std'])}",
     }
     for label, text in rows.items():
@@ -339,7 +337,7 @@ def _print_one(report: dict[str, Any]) -> None:
         console.print(f"\nweights {row['name']}", style="bold", markup=False)
         classes = f"{row['weights_classes']} classes" if row["weights_classes"] else "no classifier"
         facts = {
-            "trained on": f"{row['dataset']}, {classes}, {_by(row['input_size'])}",
+            "trained on": f"{row['dataset']}, {classes}, {size_text(row['input_size'])}",
             "top-1": row["top1"] and f"{row['top1']} % ({row['top1_source']})",
             "licence": " ".join(filter(None, (row["licence"], row["licence_note"]))),
             "from": row["url"],
@@ -357,10 +355,6 @@ def _print_one(report: dict[str, Any]) -> None:
     console.print(*(f"  {line}" for line in report["python"]), sep="\n", markup=False)
     console.print("\ncommands", style="bold")
     console.print(*(f"  {line}" for line in report["commands"]), sep="\n", markup=False)
-
-
-def _by(size: Iterable[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def _host(row: dict[str, Any]) -> str:

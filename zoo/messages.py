@@ -1,13 +1,33 @@
 """The wording that messages share, and the error that commands print. Only the standard library is imported."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["UserError", "did_you_mean", "first_few", "nearest", "one_line", "size_text"]
+__all__ = [
+    "OptionError",
+    "UserError",
+    "did_you_mean",
+    "first_few",
+    "nearest",
+    "one_line",
+    "similar_path",
+    "size_text",
+    "unknown_model",
+]
 
 
 class UserError(Exception):
     """A mistake that the user can correct, described in one sentence. Commands print it without a traceback."""
+
+    exit_code = 1
+
+
+class OptionError(UserError):
+    """An option that is not allowed, or options that contradict each other."""
+
+    exit_code = 2  # as argparse's
 
 
 def one_line(message: object, limit: int | None = None) -> str:
@@ -51,6 +71,29 @@ def did_you_mean(word: str, words: Iterable[str], count: int = 1, cutoff: float 
         return ""
     *others, last = suggestions
     return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"
+
+
+def similar_path(path: Path) -> str:
+    """The end of a sentence that says that `path` does not exist: what the user may have meant.
+
+    It names the nearest entry beside the first part of `path` that does not exist.
+    """
+    parts = [*reversed(path.absolute().parents), path.absolute()]
+    missing = next((part for part in parts if not os.path.exists(part)), None)
+    if missing is None:  # it exists, and is of another kind than was asked for
+        return "."
+    try:
+        names = os.listdir(missing.parent)
+    except OSError:
+        return "."
+    suggestion = did_you_mean(missing.name, names, prefix=f"{missing.parent}{os.sep}")
+    return f": {suggestion}" if suggestion else f": {missing.parent} has no {missing.name!r}."
+
+
+def unknown_model(name: str, names: Iterable[str]) -> str:
+    """The sentence for a model `name` that is not one of `names`."""
+    lists = "zoo-models lists the models of zoo, timm.list_models() lists all."
+    return f"there is no model {name!r}: {did_you_mean(name, names, cutoff=0.5) or lists}"
 
 
 def first_few(items: Iterable[object], limit: int = 5) -> str:

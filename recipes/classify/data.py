@@ -23,6 +23,7 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import Compose, Grayscale
 
+from zoo.messages import similar_path
 from zoo.recipes import distributed
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
@@ -34,7 +35,6 @@ from zoo.recipes.files import (
     is_text,
     read_classes,
     reason,
-    similar_path,
 )
 from zoo.recipes.images import ENDINGS, MAX_PIXELS, MODES, ImageError, as_read, open_image
 from zoo.recipes.logs import log
@@ -530,7 +530,7 @@ def next_batch(batches: Iterator[Any]) -> Any:
     try:
         return next(batches)
     except RunError as error:
-        raise RunError(str(error).rpartition("RunError: ")[2].strip()) from error
+        raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from error
 
 
 def _start_worker(_: int) -> None:

@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from timm.data import resolve_model_data_config
-from timm.models import split_model_name_tag
 from torch import nn
 
 import zoo
-from zoo import checkpoints
+from zoo.opening import open_model
 from zoo.recipes import atomic_files, reading, run_checkpoints
-from zoo.recipes.config import Config, DataConfig, nearest
+from zoo.recipes.config import Config, DataConfig
 from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
-
-
-def check_model_name(name: str) -> None:
-    """Refuse a name that timm does not know.
-
-    Raises:
-        RunError: with the nearest names.
-    """
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return
-    architecture, tag = split_model_name_tag(name)
-    if not timm.is_model(architecture):
-        guess = nearest(architecture, timm.list_models())
-        hint = f"did you mean {guess!r}? " if guess else ""
-        raise RunError(f"there is no model {architecture!r}; {hint}timm.list_models() lists all, after `import zoo`.")
-    tags = [split_model_name_tag(full)[1] for full in timm.list_models(f"{architecture}*", include_tags=True)
-            if split_model_name_tag(full)[0] == architecture]  # fmt: skip
-    if tag and tag not in tags:
-        raise RunError(f"{architecture} has no weights {tag!r}; it has {', '.join(map(repr, filter(None, tags)))}.")
 
 
 def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = None) -> nn.Module:
@@ -53,62 +31,11 @@ def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = Non
         in_chans: Channels of the input, if not the model's own.
 
     Raises:
-        RunError: no such model, keyword, file or weights.
+        RunError: There is no such model, keyword, file or weights.
     """
-    check_model_name(cfg.model)
-    kwargs: dict[str, Any] = dict(cfg.model_kwargs)
-    if num_classes is not None:
-        kwargs["num_classes"] = num_classes
-    if in_chans is not None:
-        kwargs["in_chans"] = in_chans
-    pretrained = cfg.pretrained
-    if isinstance(pretrained, str):
-        file = weights_file(Path(pretrained))
-        overlay, classes = _overlay(cfg.model, file)
-        kwargs["pretrained_cfg_overlay"] = overlay
-        if classes is not None and num_classes is None:
-            kwargs["num_classes"] = classes
-    if cfg.data.img_size and _takes_img_size(cfg.model):
-        kwargs.setdefault("img_size", cfg.data.img_size)
-    try:
-        checkpoints.check_network(cfg.model, pretrained is True)
-        return timm.create_model(cfg.model, pretrained=bool(pretrained), **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError, OSError) as error:
-        reason = " ".join(str(error).split())
-        reason = reason if len(reason) < 600 else reason[:600] + " ..."
-        if pretrained and not isinstance(error, TypeError):
-            source = pretrained if isinstance(pretrained, str) else "the published weights"
-            raise RunError(f"{cfg.model} can't be created with {source}: {reason}") from error
-        raise RunError(f"{cfg.model} can't be created with model_kwargs={dict(cfg.model_kwargs)}: {reason}") from error
-
-
-def weights_file(path: Path) -> Path:
-    """The file that `pretrained=<path>` means: the path itself, or the weights of a run folder.
-
-    Raises:
-        RunError: there is none.
-    """
-    if os.path.isdir(path):
-        for name in ("model.safetensors", "best.safetensors"):
-            if (path / name).is_file():
-                return path / name
-        raise RunError(f"pretrained={path} has no model.safetensors or best.safetensors: is it the folder of a run?")
-    if not os.path.exists(path):  # unlike pathlib's, for every name that there can't be
-        raise RunError(f"pretrained={path} does not exist: give true, false, a checkpoint or the folder of a run.")
-    return path
-
-
-def _overlay(model: str, file: Path) -> tuple[dict[str, Any], int | None]:
-    """How timm is to load `file`, and how many classes its classifier has (None where it has no classifier)."""
-    try:
-        return checkpoints.file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(model)[0]))
-    except (ValueError, OSError) as error:
-        raise RunError(f"pretrained={file} can't be read as a checkpoint: {error}") from error
-
-
-def _takes_img_size(model: str) -> bool:
-    config = None if ":" in model else timm.get_pretrained_cfg(split_model_name_tag(model)[0])
-    return bool(config and config.fixed_input_size)
+    given = {"num_classes": num_classes, "in_chans": in_chans}
+    kwargs = dict(cfg.model_kwargs) | {name: value for name, value in given.items() if value is not None}
+    return open_model(cfg.model, cfg.pretrained, size=cfg.data.img_size, **kwargs).model.train()
 
 
 def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:

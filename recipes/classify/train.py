@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
 from torch.utils.data import Dataset
 
+from zoo.opening import check_name
 from zoo.recipes import atomic_files, config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
 from zoo.recipes.batchnorm import check_batchnorm
@@ -35,7 +36,7 @@ from zoo.recipes.classify.data import (
     next_batch,
     open_data,
 )
-from zoo.recipes.classify.model import build_model, check_model_name, input_config, save_weights
+from zoo.recipes.classify.model import build_model, input_config, save_weights
 from zoo.recipes.classify.train_state import TrainState, autocast
 from zoo.recipes.corrupt import CorruptImages
 from zoo.recipes.logs import log
@@ -55,7 +56,7 @@ def train(cfg: DictConfig, resume_command: str | None = None) -> dict[str, Any]:
         Stopped: a signal arrived; the state is saved.
     """
     config.check(cfg)
-    check_model_name(cfg.model)
+    check_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg.data, cfg.seed)

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from zoo.messages import similar_path
 from zoo.recipes import distributed, scenes
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
 from zoo.recipes.errors import RunError
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_classes, read_text, reason, similar_path
+from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_classes, read_text, reason
 from zoo.recipes.images import ENDINGS, image_size
 from zoo.recipes.logs import log
 from zoo.recipes.progress import track

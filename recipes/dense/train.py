@@ -20,9 +20,10 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 
+from zoo.opening import check_name
 from zoo.recipes import atomic_files, distributed, logs, records, run_checkpoints, run_folder
 from zoo.recipes.base_run import BaseRun, command_to_resume, of_few
-from zoo.recipes.classify.model import check_model_name, save_weights
+from zoo.recipes.classify.model import save_weights
 from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
 from zoo.recipes.dense import configure, pictures
@@ -53,7 +54,7 @@ def train(cfg: DictConfig) -> dict[str, Any]:
         Stopped: a signal arrived; the state is saved.
     """
     configure.check(cfg)
-    check_model_name(cfg.model)
+    check_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg)

@@ -135,7 +135,7 @@ WRONG = {
     "-m seed=interval(0,1)": "does not support sweep type",
     "--cfg all-of-it": "invalid choice: 'all-of-it'",
     "--config-name zzz": "Cannot find primary config 'zzz'",
-    "model=van_b9": "there is no model 'van_b9'; did you mean 'van_b",
+    "model=van_b9": "there is no model 'van_b9': did you mean van_b",
     "model=": "there is no model ''",
     "data=imagefolder": "data.root is not set",
     "data=imagefolder data.root=nowhere": "data.root=nowhere does not exist",

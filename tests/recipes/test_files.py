@@ -4,6 +4,7 @@ import codecs
 
 import pytest
 
+from zoo.messages import similar_path
 from zoo.recipes import files
 from zoo.recipes.errors import RunError
 
@@ -57,4 +58,4 @@ def test_says_why_a_file_cannot_be_read(tmp_path):
 
 
 def test_nothing_is_similar_to_a_path_that_exists(tmp_path):
-    assert files.similar_path(tmp_path) == "."
+    assert similar_path(tmp_path) == "."

@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 import zoo  # noqa: F401
 from zoo import checkpoints
+from zoo.messages import UserError
 from zoo.tools import convert as tool
-from zoo.tools.cli import ToolError
 
 ZOO = Path(__file__).parents[1] / "zoo"
 _spec = importlib.util.spec_from_file_location("golden", ZOO / "golden.py")
@@ -425,18 +425,18 @@ def test_ambiguous_weights_are_refused(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fil.pth"], "there is no file fil.pth: did you mean file.pth?"),
-        (["elsewhere/x.pth"], "there is no file elsewhere/x.pth."),
+        (["fil.pth"], "there is no file fil.pth: did you mean HERE/file.pth?"),
+        (["elsewhere/x.pth"], "there is no file elsewhere/x.pth: HERE has no 'elsewhere'."),
         (["."], ".: this is a folder, not a checkpoint file"),
         (["file.pth", "--model", "van_b9"], "there is no model 'van_b9' in zoo: did you mean van_b"),
         (["file.pth", "--model", "van_b0.in22k"], "there is no model 'van_b0.in22k' in zoo: did you mean van_b0.in1k?"),
-        (["file.pth", "--model", "qqq"], "there is no model 'qqq' in zoo: zoo-models lists those that there are."),
+        (["file.pth", "--model", "qqq"], "there is no model 'qqq' in zoo: zoo-models lists its models."),
         (["file.pth", "-o", "file.pth"], "file.pth is a file: give a folder with -o"),
     ],
 )
 def test_mistakes_in_the_command_line(arguments, message, state_dict, capsys):
     save(state_dict)
-    assert refused(capsys, *arguments).startswith(message)
+    assert refused(capsys, *arguments).startswith(message.replace("HERE", os.getcwd()))
 
 
 # ---- the command line
@@ -462,5 +462,5 @@ def test_unknown_option_is_an_error_of_one_line(capsys):
 
 
 def test_errors_are_raised_for_callers():
-    with pytest.raises(ToolError, match="there is no file"):
+    with pytest.raises(UserError, match="there is no file"):
         tool.convert(Path("nothing.pth"))

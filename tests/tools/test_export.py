@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import zoo  # noqa: F401
+from zoo.opening import open_model
 from zoo.tools import export
-from zoo.tools.model import load as load_model
 
 FAMILIES = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
 SMALL = "test_resnet"  # of timm, and exported in a second
@@ -177,7 +177,7 @@ def test_best_weights_of_a_run_folder(folder):
     best = {name: value * 0.5 if value.is_floating_point() else value for name, value in model.state_dict().items()}
     save_file(best, path / "best.safetensors")
     for checkpoint, want in (("last", model.state_dict()), ("best", best)):
-        loaded = load_model(str(path), checkpoint=checkpoint)
+        loaded = open_model(str(path), checkpoint=checkpoint)
         assert loaded.weights == f"its {checkpoint} weights"
         assert all(torch.equal(value, want[name]) for name, value in loaded.model.state_dict().items())
 
@@ -268,27 +268,35 @@ def test_export_that_fails(capsys, tmp_path, monkeypatch):
 
 
 BAD = [
-    ("test_vam", 1, "there is no model test_vam: did you mean test_van?"),
-    ("xyzzyqq", 1, "there is no model xyzzyqq: zoo-models lists zoo's, timm.list_models() all."),
-    ("van_b0.imagenet", 1, "van_b0 has no weights imagenet: it has "),
-    ("runs/none", 1, "there is no folder runs/none: give the folder of a finished run, or a model's name."),
+    ("test_vam", 1, "there is no model 'test_vam': did you mean test_van?"),
+    ("xyzzyqq", 1, "there is no model 'xyzzyqq': zoo-models lists the models of zoo, timm.list_models() lists all."),
+    ("van_b0.imagenet", 1, "van_b0 has no weights 'imagenet': it has "),
+    ("runs/none", 1, "there is no folder runs/none: "),
     ("empty", 1, "empty has no config.json and model.safetensors: give the folder of a classifier's finished run."),
-    ("run --pretrained", 2, "got --pretrained with a run folder, which has its own weights and classes: leave it out."),
+    ("run --pretrained", 2, "run is a run folder, with its own weights and classes: leave out the pretrained weights."),
     ("run --checkpoint best", 1, "run has no best.safetensors: its last weights are its only ones."),
-    ("test_van --checkpoint best", 2, "got --checkpoint best with test_van, which is no run folder: leave it out."),
-    ("run --num-classes 3", 2, "got --num-classes with a run folder"),
-    ("test_van --pretrained none.pth", 1, "there is no file none.pth: --pretrained takes a checkpoint"),
+    (
+        "test_van --checkpoint best",
+        2,
+        "test_van is not a run folder, so it has no best weights: leave out the checkpoint.",
+    ),
+    (
+        "run --num-classes 3",
+        2,
+        "run is a run folder, with its own weights and classes: leave out the number of classes.",
+    ),
+    ("test_van --pretrained none.pth", 1, "there is no checkpoint none.pth: "),
     ("test_van --pretrained text.pth", 1, "text.pth can't be read as a checkpoint: "),
-    ("test_dinat --pretrained run/model.safetensors", 1, "test_dinat can't be made with run/model.safetensors: "),
-    ("hf-hub:me/x --pretrained a.pth", 2, "got --pretrained a.pth with hf-hub:me/x, which has its own weights"),
+    ("test_dinat --pretrained run/model.safetensors", 1, "test_dinat can't be created with run/model.safetensors: "),
+    ("hf-hub:me/x --pretrained a.pth", 2, "hf-hub:me/x has its own weights: leave out a.pth."),
     ("test_van --size 16 16", 1, "test_van can't run on images of 16x16 pixels: Got images of 16 x 16 pixels"),
     ("test_van --size 64", 2, "--size: expected 2 arguments"),
     ("test_van --size 64 0", 2, "--size: got '0'; give a whole number of 1 or more"),
     ("test_van --num-classes -1", 2, "--num-classes: got '-1'; give a whole number of 0 or more"),
     ("test_van --num-classes x", 2, "--num-classes: got 'x'; give a whole number of 0 or more"),
     ("test_van --format tflite", 2, "invalid choice: 'tflite'"),
-    ("test_van -o model.pth", 2, "Got -o model.pth; its name has to end in .pt2 or .onnx."),
-    ("test_van -o model.pt2 --format onnx", 2, "Got -o model.pt2; --format onnx writes .onnx files."),
+    ("test_van -o model.pth", 2, "got -o model.pth: its name has to end in .pt2 or .onnx."),
+    ("test_van -o model.pt2 --format onnx", 2, "got -o model.pt2: --format onnx writes .onnx files."),
     ("test_van -o there.onnx", 1, "there.onnx exists; --force replaces it."),
     ("test_van -o text.pth/model.pt2", 1, "text.pth is not a folder that you may write to; choose another with -o."),
     ("", 2, "required: MODEL"),
@@ -335,7 +343,7 @@ def test_interrupt(capsys, tmp_path, monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_build", interrupt)
+    monkeypatch.setattr(export, "_load", interrupt)
     assert run("test_van", "-o", tmp_path / "model.pt2") == 130
     assert capsys.readouterr().err.endswith("zoo-export: interrupted\n")
 

@@ -249,7 +249,7 @@ def test_all_models_and_tags_are_listed(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dinat_mni"], "there is no model 'dinat_mni': did you mean dinat_mini or "),
+        (["dinat_mni"], "there is no model 'dinat_mni': did you mean dinat_mini, "),
         (["van_b0.in22k"], "there is no model 'van_b0.in22k': did you mean van_b0.in1k"),
         (["qqqq*"], "there is no model 'qqqq*': families are biformer, cswin, gc_vit, litv2, maxvit, nat, van."),
         (["--family", "vans"], "there is no family 'vans': there are biformer, cswin, "),

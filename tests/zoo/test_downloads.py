@@ -19,11 +19,11 @@ import torch
 from timm.models import set_pretrained_check_hash
 
 from zoo import checkpoint_files, downloads, pretrained
+from zoo.messages import UserError
+from zoo.opening import open_model
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
 from zoo.recipes.errors import RunError
-from zoo.tools import model
-from zoo.tools.cli import ToolError
 
 CONTENT = bytes(range(256)) * 4
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -330,9 +330,9 @@ def test_timms_own_downloads_without_network(name, silent, tmp_path, monkeypatch
     ):
         build_model(Config(model=name, pretrained=True), num_classes=5)
     with pytest.raises(
-        ToolError, match=r"model\.safetensors of timm/resnet18\.a1_in1k, .*\(no answer in 0\.3 seconds\)"
+        UserError, match=r"model\.safetensors of timm/resnet18\.a1_in1k, .*\(no answer in 0\.3 seconds\)"
     ):
-        model.load(name, pretrained=True)
+        open_model(name, pretrained=True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""Opening a model by its name, its tag, a checkpoint file or the folder of a run, with errors that help the user."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import resolve_model_data_config
+from timm.models import split_model_name_tag
+from torch import nn
+
+from zoo.messages import OptionError, UserError, one_line, similar_path, unknown_model
+from zoo.pretrained import check_network, file_overlay
+
+__all__ = ["OpenModel", "check_name", "open_model", "takes_one_size", "weights_file"]
+
+
+@dataclass
+class OpenModel:
+    """A model in eval mode.
+
+    Attributes:
+        model: The model.
+        name: Its name, for captions.
+        weights: What its weights are, for captions.
+        config: timm's data configuration of it: `input_size`, `mean`, `std`, ...
+        one_size: Whether it takes images of one size only.
+    """
+
+    model: nn.Module
+    name: str
+    weights: str
+    config: dict[str, Any]
+    one_size: bool
+
+
+def open_model(
+    name: str,
+    pretrained: bool | str = False,
+    *,
+    size: int | Sequence[int] | None = None,
+    checkpoint: str = "last",
+    **kwargs: Any,
+) -> OpenModel:
+    """Create the model `name`.
+
+    Args:
+        name: A name that `timm.create_model` takes, with or without tag or source ("hf-hub:..."), or the folder of a
+            classifier's finished run.
+        pretrained: Whether to load the published weights; or a checkpoint, or the folder of a run, to load instead.
+            Without `num_classes`, the classifier gets as many classes as the checkpoint has.
+        size: Side of the images, or height and width. Only models that take one size are made for it.
+        checkpoint: Which weights of a run folder `name` to load: `last` or `best`.
+        **kwargs: Further arguments of `timm.create_model`.
+
+    Raises:
+        OptionError: The arguments contradict each other.
+        UserError: There is no such model, file or weights, or they do not fit together.
+    """
+    folder, given = Path(name), dict(kwargs)
+    source, label, weights = name, name.rpartition("/")[2], "random weights"
+    if folder.is_dir() and not timm.is_model(name):
+        given |= _run_weights(folder, checkpoint)
+        for option, text in ((pretrained, "pretrained weights"), ("num_classes" in kwargs, "number of classes")):
+            if option:
+                raise OptionError(f"{name} is a run folder, with its own weights and classes: leave out the {text}.")
+        source, label, weights = f"local-dir:{name}", folder.resolve().name, f"its {checkpoint} weights"
+        one_size = _read_config(folder / "config.json").get("fixed_input_size", False)
+    elif checkpoint != "last":
+        raise OptionError(f"{name} is not a run folder, so it has no {checkpoint} weights: leave out the checkpoint.")
+    else:
+        check_name(name)
+        if ":" in name and isinstance(pretrained, str):
+            raise OptionError(f"{name} has its own weights: leave out {pretrained}.")
+        one_size = takes_one_size(name)
+    if pretrained is True:
+        given["pretrained"], weights = True, "published weights"
+    elif pretrained:
+        file = weights_file(Path(pretrained))
+        given = _file_weights(name, file) | given
+        weights = f"weights of {Path(pretrained).name}"
+    if one_size and size:
+        given.setdefault("img_size", size)
+    try:
+        check_network(source, pretrained is True)
+        model = timm.create_model(source, **given).eval()
+    except MemoryError:
+        raise
+    except Exception as error:  # timm, a download or a file can raise anything
+        if pretrained and not isinstance(error, TypeError):
+            using = f" with {pretrained if isinstance(pretrained, str) else 'the published weights'}"
+        else:
+            using = f" with {', '.join(f'{key}={value!r}' for key, value in kwargs.items())}" if kwargs else ""
+        raise UserError(f"{name} can't be created{using}: {one_line(error, 600)}.") from error
+    return OpenModel(model, label, weights, resolve_model_data_config(model), one_size)
+
+
+def check_name(name: str) -> None:
+    """Raise UserError if timm knows neither the model nor the tag. Names with a source, such as "hf-hub:", pass."""
+    if ":" in name:
+        return
+    if "/" in name or name.startswith("."):
+        hint = similar_path(Path(name))
+        raise UserError(f"there is no folder {name}{hint} Give the folder of a finished run, or the name of a model.")
+    architecture, tag = split_model_name_tag(name)
+    if not timm.is_model(architecture):
+        raise UserError(unknown_model(architecture, timm.list_models()))
+    names = map(split_model_name_tag, timm.list_models(f"{architecture}*", include_tags=True))
+    tags = [other for model, other in names if model == architecture and other]
+    if tag and tag not in tags:
+        raise UserError(f"{architecture} has no weights {tag!r}: it has {', '.join(tags) or 'none'}.")
+
+
+def takes_one_size(name: str) -> bool:
+    """Whether timm's model `name` takes images of one size only, the one that its argument `img_size` sets."""
+    config = None if ":" in name else timm.get_pretrained_cfg(split_model_name_tag(name)[0])
+    return bool(config and config.fixed_input_size)
+
+
+def weights_file(path: Path) -> Path:
+    """The checkpoint that `path` names: the file itself, or the weights in the folder of a run.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not os.path.lexists(path):  # pathlib raises an error for some names that no file can have
+        raise UserError(f"there is no checkpoint {path}{similar_path(path)}")
+    if not os.path.isdir(path):
+        return path
+    for name in ("model.safetensors", "best.safetensors"):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path} has no model.safetensors or best.safetensors: is it the folder of a run?")
+
+
+def _file_weights(name: str, file: Path) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that load `file`, with as many classes as the file has."""
+    try:
+        overlay, classes = file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(name)[0]))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{file} can't be read as a checkpoint: {one_line(error, 600)}.") from error
+    found = {} if classes is None else {"num_classes": classes}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay, **found}
+
+
+def _run_weights(folder: Path, checkpoint: str) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that load the weights of a run."""
+    if not all((folder / file).is_file() for file in ("config.json", "model.safetensors")):
+        raise UserError(
+            f"{folder} has no config.json and model.safetensors: give the folder of a classifier's finished run."
+        )
+    if checkpoint == "last":
+        return {"pretrained": True}
+    best = folder / "best.safetensors"
+    if not best.is_file():
+        raise UserError(f"{folder} has no best.safetensors: its last weights are its only ones.")
+    overlay = {"source": "", "file": str(best), "custom_load": False}
+    return {"pretrained": True, "pretrained_cfg_overlay": overlay}
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    """The `pretrained_cfg` in a run's config.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({one_line(error, 600)}): train the model again.") from error
+    config = content.get("pretrained_cfg") if isinstance(content, dict) else None
+    if not isinstance(config, dict) or not isinstance(content.get("architecture"), str):
+        raise UserError(f"{path} does not describe a model: it has no architecture and pretrained_cfg.")
+    return config
