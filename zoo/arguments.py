@@ -4,9 +4,11 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
-__all__ = ["check", "check_choice", "check_name", "check_stages", "is_list", "is_number", "shown"]
+__all__ = ["as_tuple", "check", "check_choice", "check_name", "check_stages", "is_list", "is_number", "shown"]
+
+T = TypeVar("T")
 
 # What numbers an argument takes, both ends included; for those of stages, each of them.
 WHOLE = {
@@ -100,14 +102,20 @@ def check_name(name: str, value: Any, known: Iterable[str], owner: str) -> None:
         raise TypeError(f"Got {name}={shown(value)}, which {owner} does not take; {hint}")
 
 
-def is_list(value: Any) -> bool:
+def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
     """Whether `value` is a list, a tuple or another sequence of single values."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def as_tuple(value: T | Sequence[T], count: int) -> tuple[T, ...]:
+    """A list as a tuple, a single value as a tuple of `count` equal ones."""
+    single: Any = value
+    return tuple(value) if is_list(value) else (single,) * count
+
+
 def is_number(value: Any, least: float, most: float, whole: bool = True) -> bool:
     """Whether `value` is a number of this range, and a whole one if asked to be."""
-    kind = Integral if whole else Real
+    kind: type = Integral if whole else Real
     return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
 
 

@@ -116,13 +116,13 @@ class Backbone(nn.Module):
         self.stem = stem
         self.stages = nn.Sequential(*stages)
         strides = [4 * 2**i for i in range(len(dims))] if strides is None else strides
-        self.feature_info = [
+        self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
         ]
         self.num_features = self.head_hidden_size = dims[-1]
         self.norm = nn.Identity() if norm is None or output_norm else norm
-        self.output_norms = None
+        self.output_norms: nn.ModuleList | None = None
         if output_norm:
             normed, dd = range(len(dims)) if output_norm is True else output_norm, get_device_dtype(self)
             self.output_norms = nn.ModuleList(
@@ -164,6 +164,7 @@ class Backbone(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory: recompute blocks in backward. Batch norm then updates its statistics twice a step."""
         self.grad_checkpointing = enable
+        stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -186,7 +187,7 @@ class Backbone(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -220,7 +221,7 @@ class Backbone(nn.Module):
         return (self.norm(x) if last == final or not stop_early else x), intermediates
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the stages after the last of `indices`; with any of them, or as asked, the last norm and the head.
 

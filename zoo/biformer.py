@@ -58,7 +58,7 @@ def _biformer(embed_dim: int, depths: tuple[int, ...], mlp_ratio: int = 3, **set
 
 
 # The paper's table 1, and its ablation in the layout of Swin-T.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "biformer_tiny": _biformer(64, (2, 2, 8, 2)),
     "biformer_small": _biformer(64, (4, 4, 18, 4)),
     "biformer_base": _biformer(96, (4, 4, 18, 4)),
@@ -148,8 +148,12 @@ class RoutedAttention(nn.Module):
         image = torch.arange(query.shape[0], device=device)[:, None, None]
         choice, token = divmod_open(torch.arange(self.topk * tokens, device=device), tokens)
         key, value = (x[image, routes[:, :, choice], token] for x in (key, value))
-        heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for x in (query, key, value))
-        x = dot_product_attention(*heads, self.scale).unflatten(0, (-1, side**2))  # (B, regions, tokens, dim)
+        query, key, value = (
+            x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for x in (query, key, value)
+        )
+        x = dot_product_attention(query, key, value, self.scale).unflatten(
+            0, (-1, side**2)
+        )  # (B, regions, tokens, dim)
 
         down, row = divmod_open(torch.arange(side * rows, device=device)[:, None], rows)
         right, column = divmod_open(torch.arange(side * columns, device=device), columns)
@@ -167,18 +171,18 @@ class GrowingRoutedAttention(RoutedAttention):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         height, width = sizes(x)[1:3]
-        region = tuple(max(side // self.num_regions, 1) for side in (height, width))
-        grid = tuple(-(-side // extent) for side, extent in zip((height, width), region, strict=True))
+        region = (max(height // self.num_regions, 1), max(width // self.num_regions, 1))
+        grid = (-(-height // region[0]), -(-width // region[1]))
         query, key, value = linear(self.qkv, x).chunk(3, dim=-1)
         routes = self.route(*(self.real_means(x, region) for x in (query, key)))
         # The operator wants as many regions down as across: more of them, which nobody is routed to.
         regions = max(grid)
         routes = (routes // grid[1] * regions + routes % grid[1]).unflatten(1, grid)
         routes = F.pad(routes, (0, 0, 0, regions - grid[1], 0, regions - grid[0])).flatten(1, 2)
-        size = tuple(regions * extent for extent in region)
-        padded = (pad_tokens(x, *size) for x in (query, key, value))
-        x = routed_attention(*padded, routes, num_heads=self.num_heads, regions=regions, scale=self.scale)
-        return linear(self.proj, crop_tokens(x, height, width) + self.lepe(value))
+        lepe = self.lepe(value)
+        query, key, value = (pad_tokens(x, regions * region[0], regions * region[1]) for x in (query, key, value))
+        x = routed_attention(query, key, value, routes, num_heads=self.num_heads, regions=regions, scale=self.scale)
+        return linear(self.proj, crop_tokens(x, height, width) + lepe)
 
     @staticmethod
     def real_means(x: Tensor, region: tuple[int, int]) -> Tensor:
@@ -218,9 +222,9 @@ class Block(TransformerBlock):
         super().__init__(dim, attn, mlp, drop_path, norm_eps=1e-6, device=device, dtype=dtype)
         self.pos_embed = DepthwiseConv(dim, 3, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        return super().forward(x + self.pos_embed(x))
+        return super().forward(x + self.pos_embed(x), *context)
 
 
 class ConvStem(nn.Module):
@@ -342,8 +346,9 @@ class BiFormer(Backbone):
         drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
         for i, (dim, heads, topk) in enumerate(zip(embed_dims, num_heads, topks, strict=True)):
-            blocks = []
+            blocks: list[nn.Module] = []
             for drop_path in drop_path_rates[i]:
+                attn: nn.Module
                 if topk == FULL:
                     attn = GlobalAttention(dim, heads, lepe_of, **dd)
                 else:

@@ -7,6 +7,7 @@ which take effect only if the module itself is called.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ __all__ = ["by_image", "has_hooks", "is_plain", "linear"]
 
 WIDE = 16 * 2**20  # bytes
 
+Kind = TypeVar("Kind", bound=nn.Module)
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs more than its `forward`, or another `forward` than that of its class."""
@@ -26,7 +29,7 @@ def has_hooks(module: nn.Module) -> bool:
     return "forward" in own or torch_module._has_any_global_hook()
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether calling `module` does what a `kind` does with its weight and bias, and nothing else."""
     return type(module) is kind and not has_hooks(module)
 

@@ -13,6 +13,7 @@ the tests compare outputs of cswin_tiny. What differs:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.layers import LayerNorm2d, register_notrace_module
@@ -41,7 +42,7 @@ def _cswin(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], 
 
 
 # The paper's table 1, and its stripes of 12 tokens for 384 pixels.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "cswin_tiny": _cswin(64, (1, 2, 21, 1), (2, 4, 8, 16)),
     "cswin_small": _cswin(64, (2, 4, 32, 2), (2, 4, 8, 16)),
     "cswin_base": _cswin(96, (2, 4, 32, 2), (4, 8, 16, 32)),
@@ -140,20 +141,20 @@ class CrossShapedAttention(nn.Module):
         """(B, H, W, 3, C) -> (B, H, W, C), in vertical stripes."""
         width = sizes(qkv)[2]
         qkv, stripes, left = to_stripes(qkv, self.split_size)
+        _, height, columns, *_ = sizes(qkv)  # of a stripe
         if torch.compiler.is_exporting():
             # The same attention: torch.export can't prove the operator's reshapes if sizes are symbolic.
             x = global_attention(qkv, self.num_heads)
         else:
-            x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=sizes(qkv)[1:3])
-        lepe, value = self.lepe[branch], qkv[..., 2, :]
+            x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=(height, columns))
+        conv, value = self.lepe[branch], qkv[..., 2, :]
         if branch == 0:
-            lepe = lepe(value)
-        elif is_plain(lepe, DepthwiseConv):  # rows of tokens are columns there, and the kernel is cheaper to turn
-            lepe = depthwise_conv2d_nhwc(value, lepe.weight.transpose(2, 3), lepe.bias)
+            lepe = conv(value)
+        elif is_plain(conv, DepthwiseConv):  # the map is transposed, and the kernel is cheaper to transpose
+            lepe = depthwise_conv2d_nhwc(value, conv.weight.transpose(2, 3), conv.bias)
         else:
-            lepe = lepe(value.transpose(1, 2)).transpose(1, 2)
-        x = x + lepe
-        return from_stripes(x, stripes, left, width)
+            lepe = conv(value.transpose(1, 2)).transpose(1, 2)
+        return from_stripes(x + lepe, stripes, left, width)
 
 
 class Stem(nn.Module):
@@ -245,8 +246,9 @@ class CSWin(Backbone):
         drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
         for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):
-            blocks = []
+            blocks: list[nn.Module] = []
             for drop_path in drop_path_rates[i]:
+                attn: nn.Module
                 if i < len(depths) - 1:
                     attn = CrossShapedAttention(dim, heads, split_sizes[i], **dd)
                 else:

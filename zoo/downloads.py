@@ -1,11 +1,13 @@
-"""Checkpoint files by their address: from the cache, or downloaded, continued where one broke off, and checked.
+"""Checkpoint files by their address: from the cache, or downloaded, resumed after a broken connection, and checked.
 
-Files of the Hugging Face hub come by huggingface_hub, into its cache and by its settings (`HF_HOME`, `HF_HUB_OFFLINE`,
-`HF_ENDPOINT`, ...); all others lie where torch.hub puts its own (`TORCH_HOME`), under the same names. Proxies are those
-of the environment (`https_proxy`, `no_proxy`). `HF_HUB_DISABLE_PROGRESS_BARS` turns the progress bars off. A server
-has 4 seconds for its first answer, or `HF_HUB_ETAG_TIMEOUT` of them: then there is no network. Once it has answered,
-slow networks have all the time that they need.
+huggingface_hub downloads files of the Hugging Face hub, into its own cache and with its settings (`HF_HOME`,
+`HF_HUB_OFFLINE`, `HF_ENDPOINT`, ...). All others go where torch.hub stores its files (`TORCH_HOME`), under the same
+names. The environment sets the proxies (`https_proxy`, `no_proxy`). `HF_HUB_DISABLE_PROGRESS_BARS` turns the progress
+bars off. A server that has not answered after 4 seconds, or `HF_HUB_ETAG_TIMEOUT` seconds, is reported as unreachable.
+Once it has answered, a slow network has no time limit.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -26,15 +28,17 @@ import torch
 from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import WeakFileLock, get_session, tqdm
 
+from zoo.messages import one_line
+
 __all__ = ["check_hub", "fetch"]
 
 _HUB = re.compile(r"https://huggingface\.co/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<filename>[^?]+)")
 _BY_HAND = (
-    "or get the file by other means and give it: pretrained=<file> to zoo-train and zoo-eval, --pretrained <file> to "
+    "or get the file by other means and pass it: pretrained=<file> to zoo-train and zoo-eval, --pretrained <file> to "
     "zoo-export and zoo-look, pretrained_cfg_overlay=dict(file=...) in Python"
 )
 _TIMEOUT = 30  # seconds without an answer
-_PATIENCE = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds for the first one
+_FIRST_TIMEOUT = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds without the first answer
 
 T = TypeVar("T")
 
@@ -45,20 +49,21 @@ def fetch(
     sha256: str = "",
     check: Callable[[Path], Any] = lambda path: None,
 ) -> Path:
-    """The file that `url` (http or https) is the address of, from the cache if it is there.
+    """The file at the address `url` (http or https), from the cache if it is there.
 
-    A download has to be as long as the server says, to pass `check`, and to have the right sha256: the one given; or
-    the one of an earlier download, which is kept beside the file in `<name>.download.json`; or the hub's. Only then it
-    gets its name. Of several processes one downloads, and the others wait. What is in the cache is taken as it is.
+    A download gets its final name only if it has the length that the server announced, passes `check`, and has the
+    right sha256: the one given, or that of an earlier download, which is stored beside the file in
+    `<name>.download.json`, or the hub's. If several processes ask for a file, one downloads it and the others wait. A
+    file in the cache is not checked again.
 
     Args:
         url: the address.
-        folder: of the cache; the usual ones if None.
-        sha256: of the file, in hexadecimal digits, or their beginning; empty if it is not known.
-        check: raises ValueError, with a sentence that says why, if a file just downloaded is of no use.
+        folder: the cache; None for the usual ones.
+        sha256: the file's hash in hexadecimal digits, or its first digits; "" if it is not known.
+        check: raises ValueError, with the reason in a sentence, if a new download is of no use.
 
     Raises:
-        RuntimeError: it can't be downloaded, or is not what it should be; nothing of such a file stays in the cache.
+        RuntimeError: the file can't be downloaded or is not the right one. Nothing of it stays in the cache.
         OSError: it can't be written.
     """
     if found := _HUB.fullmatch(url.partition("?")[0]):
@@ -69,7 +74,7 @@ def fetch(
         return path
     folder.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(folder / f".{_name(url)}.lock"):
-        path = _place(url, folder)  # meanwhile another process may have brought it, or another file of this name
+        path = _place(url, folder)  # another process may have stored it meanwhile, or another file of this name
         if not path.exists():
             partial = folder / f"{_name(url)}.{_digits(url)}.partial"
             _download(url, partial)
@@ -95,7 +100,7 @@ def _digits(url: str) -> str:
 
 
 def _place(url: str, folder: Path) -> Path:
-    """Where torch.hub would put the file; under a name of its own if a file of another address has that one."""
+    """The path that torch.hub would use, or one with a hash in its name if a file of another address has that path."""
     path = folder / _name(url)
     if _record(path).get("url", url) == url:
         return path
@@ -107,7 +112,7 @@ def _record_file(path: Path) -> Path:
 
 
 def _record(path: Path) -> dict[str, str]:
-    """What is known of a downloaded file; nothing if it came by other means."""
+    """The address and hash of a downloaded file; empty if it was not downloaded here."""
     try:
         return json.loads(_record_file(path).read_text())
     except (FileNotFoundError, ValueError):
@@ -115,34 +120,35 @@ def _record(path: Path) -> dict[str, str]:
 
 
 def _download(url: str, partial: Path) -> None:
-    """Add to `partial` what it lacks: as long as the connection breaks off but has brought something new, again."""
+    """Complete `partial`. After a broken connection, resume as long as every attempt has added something."""
     before = -1
     while True:
-        complete, total = _receive(url, partial, _PATIENCE if before < 0 else _TIMEOUT)
+        complete, total = _receive(url, partial, _FIRST_TIMEOUT if before < 0 else _TIMEOUT)
         if complete:
             return
         if _size(partial) <= before:
             of = "" if total is None else f" of {total:,}"
             raise RuntimeError(
-                f"{url} broke off after {_size(partial):,}{of} bytes; run the same again, which continues, {_BY_HAND}."
+                f"{url} broke off after {_size(partial):,}{of} bytes; run the same again to resume, {_BY_HAND}."
             )
         before = _size(partial)
 
 
-def _receive(url: str, partial: Path, patience: float) -> tuple[bool, int | None]:
-    """Add to `partial` what one answer of the server brings: whether that was all, and the file's length if known.
+def _receive(url: str, partial: Path, timeout: float) -> tuple[bool, int | None]:
+    """Append one answer of the server to `partial`. Returns whether the file is complete, and its length if known.
 
-    The answer has to begin within `patience` seconds.
+    The answer has to begin within `timeout` seconds.
     """
     start = _size(partial)
     try:
-        answer = _within(patience, lambda: _ask(url, partial, start) or _ask(url, partial, 0))
+        answer = _within(timeout, lambda: _ask_for_rest(url, partial, start) or _ask(url))
     except HTTPError as error:
         why = f"{error.code} {error.reason}"
         raise RuntimeError(f"{url} gives no file ({why}); check the address, {_BY_HAND}.") from error
     except (OSError, HTTPException) as error:
-        why = _one_line(getattr(error, "reason", error))
+        why = one_line(getattr(error, "reason", error), 200)
         raise RuntimeError(f"{url} can't be reached ({why}); check connection and proxy, {_BY_HAND}.") from error
+    total: int | None
     if start and answer.status == 206:
         total = int(answer.headers["Content-Range"].rpartition("/")[2])
     else:
@@ -159,27 +165,40 @@ def _receive(url: str, partial: Path, patience: float) -> tuple[bool, int | None
         return total is None or file.tell() >= total, total
 
 
-def _ask(url: str, partial: Path, start: int) -> HTTPResponse | None:
-    """The answer to a request for the file from byte `start` on; None if the server has no such rest of it."""
-    headers = {"User-Agent": "zoo", "Accept-Encoding": "identity"}  # a packed file has another length
-    if start:
-        headers["Range"] = f"bytes={start}-"
-        headers["If-Unmodified-Since"] = formatdate(partial.stat().st_mtime, usegmt=True)
+def _ask(url: str, **headers: str) -> HTTPResponse:
+    """The answer to a request for the file."""
+    # Uncompressed, since the length of a compressed answer is not that of the file.
+    return urlopen(
+        Request(url, headers={"User-Agent": "zoo", "Accept-Encoding": "identity", **headers}), timeout=_TIMEOUT
+    )
+
+
+def _ask_for_rest(url: str, partial: Path, start: int) -> HTTPResponse | None:
+    """The answer to a request for the file from byte `start` on; None if the server can't resume there.
+
+    A server without support for ranges answers with the whole file.
+    """
+    if not start:
+        return None
+    unmodified = formatdate(partial.stat().st_mtime, usegmt=True)
     try:
-        answer = urlopen(Request(url, headers=headers), timeout=_TIMEOUT)
+        answer = _ask(url, **{"Range": f"bytes={start}-", "If-Unmodified-Since": unmodified})
     except HTTPError as error:
-        if start and error.code in (412, 416):  # it was modified since, or has no more bytes
+        if error.code in (412, 416):  # the file was modified since, or has no more bytes
             return None
         raise
     part = answer.headers.get("Content-Range", "")
-    if start and answer.status == 206 and not re.fullmatch(rf"bytes {start}-\d+/\d+", part):
+    if answer.status == 206 and not re.fullmatch(rf"bytes {start}-\d+/\d+", part):
         answer.close()
         return None
     return answer
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
-    """What `function` returns or raises; TimeoutError after so many seconds, in which even a name may not resolve."""
+    """The result or error of `function`; TimeoutError after so many seconds.
+
+    It runs in a thread, since the lookup of a host name has no time limit of its own.
+    """
     results: list[T] = []
     errors: list[Exception] = []
 
@@ -207,12 +226,12 @@ def _verify(path: Path, url: str, sha256: str, source: str, check: Callable[[Pat
     """The sha256 of `path`.
 
     Raises:
-        RuntimeError: it is another than that which `source` names, or the file does not pass `check`.
+        RuntimeError: it is not `sha256`, which `source` describes, or the file does not pass `check`.
     """
     try:
         check(path)
     except ValueError as error:
-        raise RuntimeError(f"{url} gave {_size(path):,} bytes which were not kept: {error}") from error
+        raise RuntimeError(f"{url} gave {_size(path):,} bytes that were not kept: {error}") from error
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(sha256):
@@ -231,16 +250,17 @@ def _from_hub(
     sha256: str,
     check: Callable[[Path], Any],
 ) -> Path:
-    known = try_to_load_from_cache(repo, filename, cache_dir=folder, revision=revision)
+    cache_dir = None if folder is None else Path(folder)
+    known = try_to_load_from_cache(repo, filename, cache_dir=cache_dir, revision=revision)
     if not known:
         check_hub(repo, filename, revision)
     try:
-        path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=folder))
-    except Exception as error:  # of huggingface_hub, of its HTTP library, of the system
+        path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir))
+    except Exception as error:  # from huggingface_hub, its HTTP library or the system
         raise _not_from_hub(repo, filename, error) from error
     if str(path) == known:
         return path
-    # huggingface_hub checks the length. In its cache a large file is named by its sha256, with a link to it.
+    # huggingface_hub checks the length. In its cache a large file has its sha256 as its name, and a link leads to it.
     blob = Path(os.readlink(path)) if path.is_symlink() else path
     source = "is published"
     if not sha256 and re.fullmatch("[0-9a-f]{64}", blob.name):
@@ -255,25 +275,19 @@ def _from_hub(
 
 
 def check_hub(repo: str, filename: str, revision: str | None = None) -> None:
-    """Raise RuntimeError if the Hugging Face hub doesn't answer; huggingface_hub tries again for half a minute."""
+    """Raise RuntimeError if the Hugging Face hub does not answer; huggingface_hub itself tries for half a minute."""
     if constants.HF_HUB_OFFLINE:
-        return  # it says so at once
+        return  # huggingface_hub reports it at once
     address = hf_hub_url(repo, filename, revision=revision)
     try:
-        _within(_PATIENCE, lambda: get_session().head(address, timeout=_TIMEOUT))
+        _within(_FIRST_TIMEOUT, lambda: get_session().head(address, timeout=_TIMEOUT))
     except Exception as error:
         raise _not_from_hub(repo, filename, error) from error
 
 
 def _not_from_hub(repo: str, filename: str, error: Exception) -> RuntimeError:
-    why = _one_line(error.__cause__ or error)
+    why = one_line(error.__cause__ or error, 200)
     return RuntimeError(
         f"{filename} of {repo}, on the Hugging Face hub, can't be downloaded ({why}); check the connection and "
         f"HF_HUB_OFFLINE, {_BY_HAND}."
     )
-
-
-def _one_line(error: object) -> str:
-    """The beginning of what `error` says."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 200 else f"{text[:200]} ...").rstrip(".")

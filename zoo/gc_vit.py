@@ -47,7 +47,7 @@ def _gc_vit(embed_dim: int, depths: tuple[int, ...], mlp_ratio: int, layer_scale
 
 
 # The official repository's variants; the windows are (w, w, 2 w, w).
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "gc_vit_xxtiny": _gc_vit(64, (2, 2, 6, 2), 3, None, 7),
     "gc_vit_xtiny": _gc_vit(64, (3, 4, 6, 5), 3, None, 7),
     "gc_vit_tiny": _gc_vit(64, (3, 4, 19, 5), 3, None, 7),
@@ -281,14 +281,14 @@ class GCViT(Backbone):
         arguments.check_stages(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio, window_size=window_size
         )
-        windows = tuple(window_size) if arguments.is_list(window_size) else (window_size,) * len(depths)
+        windows = arguments.as_tuple(window_size, len(depths))
         dd = {"device": device, "dtype": dtype}
         stem = Stem(in_chans, embed_dims[0], **dd)
         drop_path_rates = stage_rates(drop_path_rate, depths)
         pooled = pooled_stages(windows)
         stages = []
         for i, (dim, depth, heads, window) in enumerate(zip(embed_dims, depths, num_heads, windows, strict=True)):
-            blocks = []
+            blocks: list[nn.Module] = []
             for j, drop_path in enumerate(drop_path_rates[i]):
                 attn = WindowAttention(dim, heads, window, use_global_query=j % 2 == 1, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
@@ -311,19 +311,21 @@ class GCViT(Backbone):
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
 KEY_MAP = [
-    (r"\.relative_position_index$", None),  # a constant, which window attention knows
+    (r"\.relative_position_index$", None),  # a constant, which window attention computes
     (r"^patch_embed\.proj\.", "stem.conv."),
+    (r"^patch_embed\.conv_down\.conv\.", "stem.downsample.mbconv."),
     (r"^patch_embed\.conv_down\.", "stem.downsample."),
+    (r"^levels\.(\d)\.blocks\.", r"stages.\1.blocks."),
+    (r"^levels\.(\d)\.q_global_gen\.to_q_global\.(\d)\.conv\.", r"stages.\1.query.mbconvs.\2."),
     (r"^levels\.0\.downsample\.", "stages.1.downsample."),
     (r"^levels\.1\.downsample\.", "stages.2.downsample."),
     (r"^levels\.2\.downsample\.", "stages.3.downsample."),
-    (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"^levels\.(\d+)\.q_global_gen\.to_q_global\.", r"stages.\1.query.mbconvs."),
-    (r"\.downsample\.conv\.", ".downsample.mbconv.conv."),
-    (r"\.conv\.0\.", ".dw_conv."),
-    (r"\.conv\.2\.fc\.0\.", ".se.fc1."),
-    (r"\.conv\.2\.fc\.2\.", ".se.fc2."),
-    (r"\.conv\.3\.", ".pw_conv."),
+    (r"^(stages\.\d\.downsample)\.conv\.", r"\1.mbconv."),
+    # the layers of every MBConv
+    (r"\.(mbconv|mbconvs\.\d)\.0\.", r".\1.dw_conv."),
+    (r"\.(mbconv|mbconvs\.\d)\.2\.fc\.0\.", r".\1.se.fc1."),
+    (r"\.(mbconv|mbconvs\.\d)\.2\.fc\.2\.", r".\1.se.fc2."),
+    (r"\.(mbconv|mbconvs\.\d)\.3\.", r".\1.pw_conv."),
     (r"^norm([0-3])\.", r"output_norms.\1."),  # of the detection backbone
     (r"\.relative_position_bias_table$", ".bias_table"),
     (r"\.gamma([12])$", r".ls\1.gamma"),

@@ -85,6 +85,8 @@ class PatchStem(nn.Module):
 class DepthwiseConv(nn.Conv2d):
     """Depth-wise convolution of tokens (B, H, W, dim), with zeros around the map."""
 
+    bias: nn.Parameter
+
     def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
 
@@ -167,8 +169,8 @@ def init_transformer(module: nn.Module) -> None:
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-    elif hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    elif (reset_parameters := getattr(module, "reset_parameters", None)) is not None:
+        reset_parameters()
 
 
 def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

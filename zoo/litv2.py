@@ -43,7 +43,7 @@ from zoo.layers import (
 __all__ = ["LITv2"]
 
 # The official variants.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "litv2_small": {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2)},
     "litv2_medium": {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2)},
     "litv2_base": {"embed_dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2)},
@@ -240,8 +240,8 @@ class DeformableMerging(nn.Module):
 
     def reset_parameters(self) -> None:
         """Start as an ordinary convolution."""
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         # In bfloat16, offsets would be multiples of 1/32 pixels from 4 pixels on.
@@ -313,7 +313,7 @@ class LITv2(Backbone):
                 f"Got {head_dim=} for {embed_dims=}; the channels from the third stage on have to be multiples of it."
             )
         last = len(depths) - 1
-        listed = output_norm if arguments.is_list(output_norm) else ()
+        listed: Sequence[Any] = output_norm if arguments.is_list(output_norm) else ()
         if not (isinstance(output_norm, bool) or all(arguments.is_number(i, 0, last) for i in listed or [None])):
             given = arguments.shown(output_norm)
             raise ValueError(f"Got output_norm={given}; it has to be True, False or a list of stages from 0 to {last}.")
@@ -322,7 +322,7 @@ class LITv2(Backbone):
         drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
         for i, dim in enumerate(embed_dims):
-            blocks = []
+            blocks: list[nn.Module] = []
             for drop_path in drop_path_rates[i]:
                 mlp = ConvMlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
                 if i < 2:

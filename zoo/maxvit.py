@@ -15,6 +15,7 @@ of that code; the tests compare outputs. What differs:
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from timm.layers import DropPath, SqueezeExcite, register_notrace_module
@@ -38,7 +39,7 @@ SMALL = {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 5, 2), "stem_dim": 
 BASE = {"embed_dims": (96, 192, 384, 768), "depths": (2, 6, 14, 2), "stem_dim": 64}
 LARGE = {"embed_dims": (128, 256, 512, 1024), "depths": (2, 6, 14, 2), "stem_dim": 128}
 XLARGE = {"embed_dims": (192, 384, 768, 1536), "depths": (2, 6, 14, 2), "stem_dim": 192}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "maxvit_tiny": {**TINY, "window_size": 7},
     "maxvit_tiny_384": {**TINY, "window_size": 12},
     "maxvit_tiny_512": {**TINY, "window_size": 16},
@@ -66,6 +67,7 @@ VARIANTS = {
 }
 
 Gelu = partial(nn.GELU, approximate="tanh")
+Layout = Literal["block", "grid"]
 
 
 def same_padding(n: int) -> tuple[int, int]:
@@ -200,7 +202,7 @@ class WindowAttention(nn.Module):
     A map that the window does not divide is padded at the bottom and the right, and the padding is attended to by none.
     """
 
-    def __init__(self, dim: int, num_heads: int, window_size: tuple[int, int], layout: str, device=None, dtype=None):
+    def __init__(self, dim: int, num_heads: int, window_size: tuple[int, int], layout: Layout, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
@@ -263,6 +265,7 @@ class Block(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv = MBConv(in_dim, dim, stride, drop_path, norm_layer, **dd)
+        layouts: tuple[Layout, Layout] = ("block", "grid")
         self.block_attn, self.grid_attn = (
             TransformerBlock(
                 dim,
@@ -271,7 +274,7 @@ class Block(nn.Module):
                 drop_path,
                 **dd,
             )
-            for layout in ("block", "grid")
+            for layout in layouts
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -350,23 +353,34 @@ class MaxViT(Backbone):
         arguments.check_stages(embed_dims=embed_dims, depths=depths)
         if any(dim % head_dim for dim in embed_dims):
             raise ValueError(f"Got {head_dim=} for {embed_dims=}; the channels of each stage have to be a multiple.")
-        sides = tuple(window_size) if arguments.is_list(window_size) else (window_size,) * 2
+        sides = arguments.as_tuple(window_size, 2)
         if len(sides) != 2:
             raise ValueError(f"Got {window_size=}; give one number for rows and columns, or two.")
         for side in sides:
             arguments.check(window_size=side)
+        rows, columns = sides
         dd = {"device": device, "dtype": dtype}
         norm_layer = partial(nn.BatchNorm2d, eps=1e-3, momentum=norm_momentum)
         stem = Stem(in_chans, stem_dim, norm_layer, **dd)
         dims, total_depth = (stem_dim, *embed_dims), sum(depths)
         stages = []
         for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):
-            blocks = []
+            blocks: list[nn.Module] = []
             for j in range(depth):
                 in_dim, stride = (dim, 1) if j else (dims[i], 2)
                 drop_path = drop_path_rate * (sum(depths[:i]) + j) / total_depth
                 blocks.append(
-                    Block(in_dim, dim, stride, dim // head_dim, sides, proj_drop_rate, drop_path, norm_layer, **dd)
+                    Block(
+                        in_dim,
+                        dim,
+                        stride,
+                        dim // head_dim,
+                        (rows, columns),
+                        proj_drop_rate,
+                        drop_path,
+                        norm_layer,
+                        **dd,
+                    )
                 )
             stages.append(Stage(blocks))
         super().__init__(
@@ -386,8 +400,8 @@ class MaxViT(Backbone):
             nn.init.normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif (reset_parameters := getattr(module, "reset_parameters", None)) is not None:
+            reset_parameters()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -54,7 +54,7 @@ def _isotropic(dim: int, **settings) -> dict:
 # Tables of the papers: NAT 1, DiNAT 2 and 3 (DiNAT_s), the isotropic models of DiNAT's appendix.
 DILATED, DILATED_384 = {"dilations": (8, 4, 2, 1)}, {"dilations": (13, 6, 3, 1)}
 SWIN = {"layout": "swin", **DILATED}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "nat_mini": _nat(64, (3, 4, 6, 5), 2, 3),
     "nat_tiny": _nat(64, (3, 4, 18, 5), 2, 3),
     "nat_small": _nat(96, (3, 4, 18, 5), 3, 2, layer_scale=1e-5),
@@ -148,12 +148,12 @@ class GlobalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        size = sizes(x)[1:3]
+        _, height, width, _ = sizes(x)
         x = window_attention(
             linear(self.qkv, x),
             num_heads=self.num_heads,
-            window_size=size,
-            bias_table=checkpoints.resize_table(self.bias_table, tuple(2 * side - 1 for side in size)),
+            window_size=(height, width),
+            bias_table=checkpoints.resize_table(self.bias_table, (2 * height - 1, 2 * width - 1)),
             bias_sign="key_minus_query",
         )
         return linear(self.proj, x)
@@ -207,13 +207,12 @@ class PatchMerging(nn.Module):
 
 def block_dilations(dilations: int | Sequence[int], depth: int) -> list[int]:
     """The dilation of each block of a stage: d for every second one, or a pattern that repeats."""
-    listed = arguments.is_list(dilations)
-    pattern = tuple(dilations) if listed else (1, dilations)
-    if (listed and not 0 < len(pattern) <= depth) or not all(arguments.is_number(d, 1, 2**10) for d in pattern):
+    pattern: tuple[Any, ...] = tuple(dilations) if arguments.is_list(dilations) else (1, dilations)
+    fits = 0 < len(pattern) <= depth or not arguments.is_list(dilations)
+    if not fits or not all(arguments.is_number(dilation, 1, 2**10) for dilation in pattern):
         raise ValueError(
-            f"Got dilations={arguments.shown(dilations)} for a stage of {depth} blocks; "
-            f"give the dilation of every second block, or a pattern "
-            f"of 1 to {depth} dilations."
+            f"Got dilations={arguments.shown(dilations)} for a stage of {depth} blocks; give the dilation of every "
+            f"second block, or a pattern of 1 to {depth} dilations."
         )
     return [pattern[i % len(pattern)] for i in range(depth)]
 
@@ -294,8 +293,9 @@ class NAT(Backbone):
         drop_path_rates = stage_rates(drop_path_rate, depths)
         stages = []
         for i, (dim, depth, heads) in enumerate(zip(embed_dims, depths, num_heads, strict=True)):
-            blocks = []
+            blocks: list[nn.Module] = []
             for drop_path, dilation in zip(drop_path_rates[i], block_dilations(dilations[i], depth), strict=True):
+                attn: nn.Module
                 if kernel_size is None:
                     attn = GlobalAttention(dim, heads, **dd)
                 else:
@@ -320,17 +320,17 @@ class NAT(Backbone):
 
 # Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
 KEY_MAP = [
-    (r"\.relative_position_index$", None),  # ViT-rpb: a constant, which window attention knows
-    (r"^levels\.", "layers."),  # DiNAT_s's word for NAT's
-    (r"^layers\.0\.downsample\.", "stages.1.downsample."),
-    (r"^layers\.1\.downsample\.", "stages.2.downsample."),
-    (r"^layers\.2\.downsample\.", "stages.3.downsample."),
-    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    # the isotropic models: twelve layers, here in four stages of three
-    *((rf"^layers\.{i}\.", f"stages.{i // 3}.blocks.{i % 3}.") for i in range(12)),
+    (r"\.relative_position_index$", None),  # ViT-rpb: a constant, which window attention computes
     (r"^patch_embed\.proj\.0\.", "stem.conv1."),
     (r"^patch_embed\.proj\.1\.", "stem.conv2."),
     (r"^patch_embed\.", "stem."),
+    # NAT and DiNAT: levels of several blocks; DiNAT_s calls them layers
+    (r"^(?:levels|layers)\.(\d)\.blocks\.", r"stages.\1.blocks."),
+    (r"^(?:levels|layers)\.0\.downsample\.", "stages.1.downsample."),
+    (r"^(?:levels|layers)\.1\.downsample\.", "stages.2.downsample."),
+    (r"^(?:levels|layers)\.2\.downsample\.", "stages.3.downsample."),
+    # the isotropic models: twelve layers of one block, here four stages of three
+    *((rf"^layers\.{i}\.(?=norm|attn|mlp|gamma)", f"stages.{i // 3}.blocks.{i % 3}.") for i in range(12)),
     (r"^norm([0-3])\.", r"output_norms.\1."),  # of the detection and segmentation backbones
     (r"\.attn\.rpb$", ".attn.bias_table"),
     (r"\.gamma([12])$", r".ls\1.gamma"),

@@ -24,7 +24,7 @@ from zoo.manifest import manifest
 
 __all__ = ["check_network", "file_overlay", "published_cfg", "resolve_num_classes", "with_checked_file"]
 
-FilterFn = Callable[[Mapping[str, Any], Any], dict[str, Tensor]]
+FilterFn = Callable[..., dict[str, Tensor]]
 
 
 def resolve_num_classes(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from zoo.layers import check_images, stage_rates
 __all__ = ["VAN"]
 
 # The paper's variants (b4 to b6: its version of July 2022). The stage-3 width of b6 does break the pattern.
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "van_b0": {"embed_dims": (32, 64, 160, 256), "depths": (3, 3, 5, 2)},
     "van_b1": {"embed_dims": (64, 128, 320, 512), "depths": (2, 2, 4, 2)},
     "van_b2": {"embed_dims": (64, 128, 320, 512), "depths": (3, 3, 12, 3)},
@@ -88,7 +88,7 @@ class LargeKernelAttention(nn.Module):
         convs = self.dw_conv, self.dw_dilated_conv, self.pw_conv
         if not all(is_plain(conv, nn.Conv2d) for conv in convs):
             return x * self.pw_conv(self.dw_dilated_conv(self.dw_conv(x)))
-        weights = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
+        weights: list[Any] = [tensor for conv in convs for tensor in (conv.weight, conv.bias)]
         weights[4] = weights[4].flatten(1)  # the 1 x 1 convolution as a matrix
         return large_kernel_attention(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
 
@@ -243,7 +243,8 @@ def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -129,7 +129,7 @@ def broken_off(server):
 
 def test_next_call_continues(server, folder):
     message = broken_off(server)
-    assert f"{server.url}/model.pth broke off after 300 of 1,024 bytes; run the same again, which continues" in message
+    assert f"{server.url}/model.pth broke off after 300 of 1,024 bytes; run the same again to resume, " in message
     assert not (folder / "model.pth").exists()
     assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == CONTENT
     assert [asked for _, asked in server.requests] == ["bytes=300-"]
@@ -187,7 +187,7 @@ def test_later_download_has_to_have_the_hash_of_the_first(server, folder):
 
 def test_web_page_is_refused(server, folder):
     server.content = b"\n<!DOCTYPE html><html>Sign in</html>"
-    with pytest.raises(RuntimeError, match=r"/model\.pth gave 36 bytes which were not kept: this is a web page"):
+    with pytest.raises(RuntimeError, match=r"/model\.pth gave 36 bytes that were not kept: this is a web page"):
         downloads.fetch(f"{server.url}/model.pth", check=checkpoint_files.read)
     assert kept(folder) == []
 
@@ -214,7 +214,7 @@ def test_without_network(server, folder):
 @pytest.fixture
 def silent(monkeypatch):
     """The address of a server that takes connections and never says a word."""
-    monkeypatch.setattr(downloads, "_PATIENCE", 0.3)
+    monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
@@ -228,7 +228,7 @@ def test_server_that_never_answers(silent, folder):
 
 @pytest.mark.timeout(20)
 def test_name_that_never_resolves(monkeypatch, folder):
-    monkeypatch.setattr(downloads, "_PATIENCE", 0.3)
+    monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.3)
     monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: threading.Event().wait(60))
     with pytest.raises(RuntimeError, match=r"can't be reached \(no answer in 0\.3 seconds\)"):
         downloads.fetch("http://example.invalid/model.pth")
@@ -240,7 +240,7 @@ def test_name_that_there_is_not(folder):
 
 
 def test_slow_network_has_time_after_the_first_answer(server, folder, monkeypatch):
-    monkeypatch.setattr(downloads, "_PATIENCE", 0.5)
+    monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.5)
     server.cuts, server.wait = [300, 300, 300], 0.8
     assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == CONTENT
 
