@@ -115,8 +115,10 @@ def as_tuple(value: T | Sequence[T], count: int) -> tuple[T, ...]:
 
 def is_number(value: Any, least: float, most: float, whole: bool = True) -> bool:
     """Whether `value` is a number of this range, and a whole one if asked to be."""
-    kind: type = Integral if whole else Real
-    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        return False
+    number: Any = value
+    return bool(least <= number <= most)
 
 
 def shown(value: Any) -> str:

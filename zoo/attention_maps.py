@@ -6,6 +6,7 @@ layer `proj` at its end. Parameters `lepe.*` are those of a convolution of the v
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def info(module: nn.Module) -> AttentionInfo | None:
     return describe() if callable(describe) else None
 
 
-def attention(module: nn.Module, args: Sequence[Tensor], tokens: Sequence[tuple[int, int]]) -> Tensor:
+def attention(module: Any, args: Sequence[Tensor], tokens: Sequence[tuple[int, int]]) -> Tensor:
     """The weights with which chosen tokens attend to the keys, from the module's own output.
 
     The input of the last linear layer is the weighted sum of the values. So its derivative by a value is the weight,
@@ -93,7 +94,7 @@ def attention(module: nn.Module, args: Sequence[Tensor], tokens: Sequence[tuple[
 
 
 @torch.no_grad()
-def attention_matrix(module: nn.Module, args: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+def attention_matrix(module: Any, args: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """The weights with which all tokens attend to all, averaged over heads: (H W, H W), queries by keys.
 
     They are those of `attention` for all tokens, computed much faster. The values are set to one at a single token,
@@ -118,12 +119,12 @@ def attention_matrix(module: nn.Module, args: Sequence[Tensor], size: tuple[int,
     return torch.cat(parts, -1).flatten(0, 1)
 
 
-def attended(module: nn.Module, token: tuple[int, int], *args: Tensor) -> tuple[Tensor, ...]:
+def attended(module: Any, token: tuple[int, int], *args: Tensor) -> tuple[Tensor, ...]:
     """For each group of heads, the keys that a token attends to: maps (h, w) with 1 for them and 0 for the others."""
     return tuple((weights > 0).float() for weights in attention(module, args, [token])[0])
 
 
-def _weighted_sum(module: nn.Module, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
+def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
     """The input of the last linear layer, with the output of the first one replaced by `change` of it.
 
     The last channels of that output are the values. LePE is left out.

@@ -45,23 +45,23 @@ def dense_kwargs(model: str, task: str) -> dict[str, Any]:
     The dictionary is empty if the code changes nothing, for the small test models of most families, and for other
     models.
     """
-    family = family_of(model)
-    return family.dense_kwargs(split_model_name_tag(model)[0], task) if hasattr(family, "dense_kwargs") else {}
+    function = getattr(family_of(model), "dense_kwargs", None)
+    return function(split_model_name_tag(model)[0], task) if function else {}
 
 
 def tag_kwargs(model: str) -> dict[str, Any]:
     """Keywords that go with the published weights of `model`, a name with its tag; usually none."""
-    family = family_of(model)
-    return family.tag_kwargs(split_model_name_tag(model)[1]) if hasattr(family, "tag_kwargs") else {}
+    function = getattr(family_of(model), "tag_kwargs", None)
+    return function(split_model_name_tag(model)[1]) if function else {}
 
 
 def feature_side(model: str, side: int, reduction: int) -> int:
     """The side of a feature map of stride `reduction` for images of `side` pixels: rounded up in most families."""
-    family = family_of(model)
-    return family.feature_side(side, reduction) if hasattr(family, "feature_side") else -(-side // reduction)
+    function = getattr(family_of(model), "feature_side", None)
+    return function(side, reduction) if function else -(-side // reduction)
 
 
 def timm_name(model: str) -> str | None:
     """The name of the same architecture in timm; None if timm does not have it."""
-    family = family_of(model)
-    return family.timm_name(split_model_name_tag(model)[0]) if hasattr(family, "timm_name") else None
+    function = getattr(family_of(model), "timm_name", None)
+    return function(split_model_name_tag(model)[0]) if function else None
