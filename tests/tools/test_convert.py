@@ -5,7 +5,6 @@ import collections
 import hashlib
 import importlib.util
 import json
-import lzma
 import os
 import re
 import subprocess
@@ -18,8 +17,8 @@ import timm
 import torch
 from safetensors import safe_open
 
-import zoo  # noqa: F401
-from zoo import checkpoints
+import zoo
+from zoo import checkpoints, families
 from zoo.messages import UserError
 from zoo.tools import convert as tool
 
@@ -27,19 +26,7 @@ ZOO = Path(__file__).parents[1] / "zoo"
 _spec = importlib.util.spec_from_file_location("golden", ZOO / "golden.py")
 golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
-OFFICIAL = json.loads(lzma.decompress((ZOO / "official.json.xz").read_bytes()))
-
-# golden -> our model; where the weights alone can't tell, the word that they need
-CLASSIFIERS = {
-    "van_b0": "van_b0",
-    "dinat_mini": "dinat_mini",
-    "cswin_tiny_224": "cswin_tiny",
-    "maxvit_tiny_224": "maxvit_tiny",
-    "biformer_tiny": "biformer_tiny",
-    "gcvit_xxtiny": "gc_vit_xxtiny",
-    "litv2_small": "litv2_small",
-}
-AMBIGUOUS = {"dinat_mini": ["dinat_mini", "nat_mini"]}
+OFFICIAL = golden.official()
 
 
 def prefixed(prefix, weights):
@@ -64,14 +51,10 @@ WRAPPINGS = {
 }
 
 
-def official(name, record=None):
-    record = record or {}
-    if "keys" in record:
-        shapes = {key: tuple(shape) for key, (shape, _) in record["keys"].items()}
-    else:
-        shapes = {key: tuple(shape) for key, shape in OFFICIAL[name]["keys"].items()}
-    weights = golden.weights(shapes, record.get("gain", {}))
-    return {key: value for key, value in weights.items() if key not in record.get("kept", ())}
+def word(state_dict, model):
+    """The option that says what the file is, if the weights alone can't tell."""
+    names, _ = checkpoints.closest_models(checkpoints.unwrap(state_dict))
+    return ["--model", model] if len(names) > 1 else []
 
 
 @pytest.fixture(autouse=True)
@@ -124,12 +107,12 @@ def evaluate(report, line, **kwargs):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", CLASSIFIERS)
-def test_official_classifier_gives_the_golden(name, capsys):
-    record, model = golden.read(name), CLASSIFIERS[name]
-    save({"model": official(model, record)})
-    word = ["--model", model] if model in AMBIGUOUS else []
-    code, out, _ = run(capsys, "file.pth", "--json", "-o", "out", *word)
+@pytest.mark.parametrize("model", golden.classifiers())
+def test_official_classifier_gives_the_golden(model, capsys):
+    record = golden.read(model)
+    weights = golden.official_weights(model, record)
+    save({"model": weights})
+    code, out, _ = run(capsys, "file.pth", "--json", "-o", "out", *word(weights, model))
     assert code == 0
     report = json.loads(out)
     assert report["model"] == model
@@ -141,39 +124,34 @@ def test_official_classifier_gives_the_golden(name, capsys):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["van_b0_seg", "dinat_mini_det"])
-def test_official_dense_backbone_gives_the_golden(name, capsys):
-    record, model = golden.read(name), name.rpartition("_")[0]
-    save(detector({key: value for key, value in official(model, record).items() if not key.startswith("head.")}))
-    word = ["--model", model] if model in AMBIGUOUS else []
-    _, out, _ = run(capsys, "file.pth", "--json", "-o", "out", *word)
+@pytest.mark.parametrize(("model", "task"), golden.backbones())
+def test_official_dense_backbone_gives_the_golden(model, task, capsys):
+    record = golden.read(model, task)
+    weights = {k: v for k, v in golden.official_weights(model, record).items() if not k.startswith("head.")}
+    save(detector(weights))
+    _, out, _ = run(capsys, "file.pth", "--json", "-o", "out", *word(weights, model))
     report = json.loads(out)
     assert report["left_out"] == {"neck": 1, "rpn_head": 1}
     assert report["num_classes"] == 0
-    settings = {"norm_eps": 1e-5}
-    if name == "dinat_mini_det":
-        assert report["output_norms"]
-        settings = {"dilations": [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]}
+    assert report["output_norms"] == any(key.startswith("norm0.") for key in weights)
     for line in (0, 1):
-        features = evaluate(report, line, dtype=torch.float64, **settings)(golden.image(**record["input"]))
-        for got, want in zip(features, record["outputs"], strict=True):
+        backbone = evaluate(report, line, dtype=torch.float64, **families.dense_kwargs(model, task))
+        for got, want in zip(backbone(golden.image(**record["input"])), record["outputs"], strict=True):
             assert golden.difference(got, want) < 1e-6
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in CLASSIFIERS.values() else pytest.param(name, marks=pytest.mark.slow) for name in OFFICIAL]
+    "name", [name if name in golden.classifiers() else pytest.param(name, marks=pytest.mark.slow) for name in OFFICIAL]
 )
 def test_official_names_and_shapes_are_recognised(name):
     weights = {key: torch.empty(shape, device="meta") for key, shape in OFFICIAL[name]["keys"].items()}
-    variant, _, alpha = name.partition("_alpha")
     names, share = checkpoints.closest_models(checkpoints.unwrap(detector(weights)))
     assert share == 1
-    expected = f"{variant}.in1k_alpha{alpha}" if alpha and alpha != "_09" else variant
-    assert expected in names
+    assert (name if families.tag_kwargs(name) else name.partition(".")[0]) in names
     assert len({model.removeprefix("di").removesuffix("_384").removesuffix("_nchw") for model in names}) == 1
 
 
-SMALL = [f"test_{family}" for family in ("biformer", "cswin", "dinat", "gc_vit", "litv2", "maxvit", "van")]
+SMALL = [name for family in zoo.FAMILIES for name in timm.list_models("test_*", module=family)]
 
 
 def cases():
@@ -189,8 +167,7 @@ def test_every_wrapping_of_every_family_converts(model, wrapping, capsys):
     torch.manual_seed(0)
     weights = timm.create_model(model).state_dict()
     save(WRAPPINGS[wrapping](weights))
-    word = ["--model", model] if model == "test_dinat" else []
-    code, out, errors = run(capsys, "file.pth", "-o", "out", "--json", *word)
+    code, out, errors = run(capsys, "file.pth", "-o", "out", "--json", *word(weights, model))
     assert (code, errors) == (0, "")
     report = json.loads(out)
     assert report["model"] == model
@@ -249,7 +226,7 @@ def test_wrong_hash_is_refused(published, capsys):
 @pytest.mark.parametrize("name", ["van_b0.in1k", "gc_vit_xxtiny.in1k"])
 def test_published_file_is_known_by_its_name(name, capsys):
     entry = next(e for e in tool._manifest() if f"{e['model']}.{e['tag']}" == name)
-    weights = {key: value.float() for key, value in official(entry["model"]).items()}
+    weights = {key: value.float() for key, value in golden.official_weights(entry["model"]).items()}
     file = save({"state_dict": weights}, entry["url"].rpartition("/")[2])
     code, out, _ = run(capsys, file)
     assert code == 0
@@ -262,7 +239,7 @@ def test_published_file_is_known_by_its_name(name, capsys):
 
 
 def test_word_for_the_model_gives_its_facts(capsys):
-    save({"state_dict": {key: value.float() for key, value in official("van_b0").items()}})
+    save({"state_dict": {key: value.float() for key, value in golden.official_weights("van_b0").items()}})
     assert json.loads(run(capsys, "file.pth", "--json", "-o", "a")[1])["licence"] is None
     report = json.loads(run(capsys, "file.pth", "--json", "-o", "b", "--model", "van_b0.in1k")[1])
     assert (report["tag"], report["licence"]) == ("in1k", "apache-2.0")
@@ -295,14 +272,27 @@ def test_backbone_without_classifier_converts(state_dict, capsys):
         assert len(model(torch.zeros(1, 3, 64, 64))) == 4
 
 
+# For each family that has any, published weights whose tag changes the model.
+TAGGED = {
+    family: name
+    for family in zoo.FAMILIES
+    for name in timm.list_models(module=family, pretrained=True)
+    if families.tag_kwargs(name)
+}
+
+
 @pytest.mark.slow
-def test_alpha_of_litv2_is_kept(capsys):
-    model = timm.create_model("litv2_small.in1k_alpha_02", depths=(2, 2, 6, 2))
+@pytest.mark.parametrize("name", TAGGED.values())
+def test_keywords_of_a_tag_are_kept(name, capsys):
+    model = timm.create_model(name)
     save({"model": model.state_dict()})
     report = json.loads(run(capsys, "file.pth", "--json")[1])
-    assert (report["model"], report["tag"], report["licence"]) == ("litv2_small", "in1k_alpha_02", None)
+    assert (f"{report['model']}.{report['tag']}", report["licence"]) == (name, None)
     for line in (0, 1):
-        assert evaluate(report, line).stages[2].blocks[0].attn.lofi.num_heads == 2
+        loaded = evaluate(report, line).state_dict()
+        assert {key: value.shape for key, value in loaded.items()} == {
+            k: v.shape for k, v in model.state_dict().items()
+        }
 
 
 def test_nothing_is_overwritten_unasked(state_dict, capsys):

@@ -1,13 +1,19 @@
 """Deterministic weights and inputs, and the comparison with what an official implementation made of them.
 
-`goldens/*.json` hold summaries of its outputs in float64: shape, mean, standard deviation and up to 256 values at
-evenly spaced flat indices. A tensor of the weights depends on its official key and shape alone.
+`goldens/<model>.json` holds summaries of a classifier's outputs in float64, `goldens/<model>.<task>.json` those of a
+backbone for the task "detect" or "segment": shape, mean, standard deviation and up to 256 values at evenly spaced flat
+indices. A tensor of the weights depends on its official key and shape alone.
+
+`official/<family>.json.xz` holds the names and shapes of the official state dicts, and their numbers of parameters, by
+our names; a model whose tag changes its shapes has the tag.
 """
 
 import json
+import lzma
 import math
 import re
 import zlib
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,11 +21,41 @@ import torch
 _TABLE = re.compile(r"(bias_table|rpb|pos_embed|position_embed|relative_position|pos_emb|rel_height|rel_width)")
 _SCALE = re.compile(r"(layer_?scale|gamma\d*$|ls\d?$)")
 
+FOLDER = Path(__file__).parent
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read(name: str) -> dict:
-    return json.loads((Path(__file__).parent / "goldens" / f"{name}.json").read_text())
+def classifiers() -> list[str]:
+    """The models that have a golden."""
+    return sorted(path.stem for path in (FOLDER / "goldens").glob("*.json") if "." not in path.stem)
+
+
+def backbones() -> list[tuple[str, str]]:
+    """The models and tasks that have a golden of dense prediction."""
+    return sorted(tuple(path.stem.split(".")) for path in (FOLDER / "goldens").glob("*.*.json"))
+
+
+def read(model: str, task: str | None = None) -> dict:
+    """The golden of a model as a classifier, or for a task."""
+    return json.loads((FOLDER / "goldens" / f"{model}{f'.{task}' if task else ''}.json").read_text())
+
+
+@cache
+def official() -> dict[str, dict]:
+    """By model: `keys`, the shapes of the official state dict by name, and `params_M`."""
+    paths = sorted((FOLDER / "official").glob("*.json.xz"))
+    return {name: entry for path in paths for name, entry in json.loads(lzma.decompress(path.read_bytes())).items()}
+
+
+def official_weights(model: str, record: dict | None = None) -> dict[str, torch.Tensor]:
+    """The weights that a golden was made with; the usual ones without a record."""
+    record = record or {}
+    if "keys" in record:
+        shapes = {key: tuple(shape) for key, (shape, _) in record["keys"].items()}
+    else:
+        shapes = {key: tuple(shape) for key, shape in official()[model]["keys"].items()}
+    found = weights(shapes, record.get("gain", {}))
+    return {key: value for key, value in found.items() if key not in record.get("kept", ())}
 
 
 def weights(shapes: Shapes, gain: dict[str, float]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from zoo import families
 from zoo.biformer import FULL, VARIANTS, BiFormer, GlobalAttention, GrowingRoutedAttention, RoutedAttention
 
 from .attended import check_keys, patterns, product
+from .test_parity import multiply_adds
 
 LAYOUTS = ("biformer", "stl", "stl_nchw")
 SIZES = [(8, 8), (5, 9), (13, 7), (3, 1)]  # of maps for 4 x 4 regions
@@ -358,3 +359,8 @@ def test_pattern():
     assert len(chosen) == 4
     whole = product(range(28), range(28))
     assert regions == {(row, column) for row, column in whole if (row // 4, column // 4) in chosen}
+
+
+@torch.no_grad()
+def test_multiply_adds_are_the_papers():
+    assert multiply_adds("biformer_tiny") == pytest.approx(2.2, rel=0.02)

@@ -11,6 +11,7 @@ from zoo.checkpoints import convert
 from zoo.cswin import KEY_MAP, VARIANTS, CrossShapedAttention, GlobalAttention
 
 from .attended import check_keys, patterns, product
+from .test_parity import multiply_adds
 
 
 @pytest.fixture
@@ -179,3 +180,9 @@ def test_keys_are_those_of_the_operator():
 
 def test_pattern():
     assert patterns("cswin")[1] == {"CSWin": [product(range(28), (16, 17)), product((10, 11), range(28))]}
+
+
+@torch.no_grad()
+def test_multiply_adds_are_the_papers():
+    # That of cswin_large is off, as the official model is.
+    assert multiply_adds("cswin_tiny") == pytest.approx(4.3, rel=0.02)

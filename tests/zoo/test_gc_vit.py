@@ -13,7 +13,7 @@ from zoo.gc_vit import VARIANTS, GCViT, GlobalQuery, WindowAttention, pooled_sta
 
 from . import golden
 from .attended import check_keys, patterns, product, window
-from .test_parity import TOLERANCE, deviation, load
+from .test_parity import TOLERANCE, deviation, load, multiply_adds
 
 
 def tokens(*shape):
@@ -112,7 +112,7 @@ def test_third_stage_pools_unless_its_window_is_the_whole_map(windows, third_poo
 
 @torch.no_grad()
 def test_detection_backbone_matches_official():
-    record = golden.read("gcvit_xxtiny")
+    record = golden.read("gc_vit_xxtiny")
     backbone = load("gc_vit_xxtiny", record, features_only=True, window_size=24)
     assert deviation(backbone(golden.image(**record["detection_input"])), record["detection_features"]) < TOLERANCE
 
@@ -260,3 +260,9 @@ def test_keys_are_those_of_the_operator():
 def test_pattern():
     own, whole = product(range(7, 14), range(14, 21)), product(range(28), range(28))
     assert patterns("gc_vit")[1] == {"GC ViT": [own, whole]}
+
+
+@torch.no_grad()
+def test_multiply_adds_are_the_papers():
+    # Of some other variants it is off, as the official models are.
+    assert multiply_adds("gc_vit_tiny") == pytest.approx(4.7, rel=0.02)

@@ -20,6 +20,7 @@ from zoo.litv2 import (
 )
 
 from .attended import check_keys, patterns, product, window
+from .test_parity import multiply_adds
 
 
 def test_every_variant_is_registered():
@@ -278,3 +279,8 @@ def test_keys_are_those_of_the_operator():
 
 def test_pattern():
     assert patterns("litv2")[1] == {"LITv2": [product((10, 11), (16, 17)), product(range(14), range(14))]}
+
+
+@torch.no_grad()
+def test_multiply_adds_are_the_papers():
+    assert multiply_adds("litv2_small") == pytest.approx(3.7, rel=0.02)

@@ -11,6 +11,7 @@ import zoo
 from zoo.maxvit import VARIANTS, MaxViT, MBConv, StridedConv2d, WindowAttention, mask_padding
 
 from .attended import check_keys, patterns, product, window
+from .test_parity import multiply_adds
 
 
 def randomize(model):
@@ -219,3 +220,8 @@ def test_keys_are_those_of_the_operator():
 def test_pattern():
     block, grid = product(range(7, 14), range(14, 21)), product(range(3, 28, 4), range(0, 28, 4))
     assert patterns("maxvit")[1] == {"MaxViT": [block, grid]}
+
+
+@torch.no_grad()
+def test_multiply_adds_are_the_papers():
+    assert multiply_adds("maxvit_tiny") == pytest.approx(5.6, rel=0.02)

@@ -1,10 +1,12 @@
 """NAT's and DiNAT's dilations for dense prediction. A second."""
 
 import pytest
+import torch
 
 from zoo import families
 
 from .attended import check_keys, patterns, product
+from .test_parity import multiply_adds
 
 DET = [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]
 SEG = [[1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]]
@@ -64,3 +66,8 @@ def test_patterns():
     _, got = patterns("nat")
     assert got["NAT"] == [product(range(8, 15), range(13, 20)), product(range(21, 28), range(7))]
     assert got["DiNAT"] == [product(range(2, 21, 3), range(7, 26, 3))]
+
+
+@torch.no_grad()
+def test_multiply_adds_are_the_papers():
+    assert multiply_adds("dinat_tiny") == pytest.approx(4.3, rel=0.02)

@@ -1,12 +1,10 @@
 """Every variant against the official implementation: key names and shapes, parameter counts, stored outputs. 60 s.
 
-`official.json.xz` holds the names and shapes of the official state dicts, and their numbers of parameters; the goldens
-what the official code makes of weights and images that are functions of names and shapes.
+The goldens hold what the official code makes of weights and images that are functions of names and shapes; see
+`golden.py`.
 """
 
-import json
-import lzma
-from pathlib import Path
+import inspect
 
 import pytest
 import timm
@@ -14,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from zoo import families
 from zoo.checkpoints import remap
 from zoo.kernels import implementation
 
@@ -22,66 +21,25 @@ from . import golden
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-6  # of the output's standard deviation; another GELU or epsilon shows as 2e-5
-OFFICIAL = json.loads(lzma.decompress(Path(__file__).with_name("official.json.xz").read_bytes()))
-OURS = {name: entry for name, entry in OFFICIAL.items() if timm.is_model(name.split("_alpha")[0])}
-
-# Billions for an image of 224 x 224, one model a family; of all others that the papers give, those of cswin_large and
-# of some GC ViTs are off, as the official models are too.
-PAPERS_MULTIPLY_ADDS = {
-    "van_b1": 2.5,
-    "dinat_tiny": 4.3,
-    "cswin_tiny": 4.3,
-    "maxvit_tiny": 5.6,
-    "biformer_tiny": 2.2,
-    "gc_vit_tiny": 4.7,
-    "litv2_small": 3.7,
-}
-
-# golden -> model, official state dict, arguments of a dense-prediction backbone
-CLASSIFIERS = {
-    "van_b0": "van_b0",
-    "dinat_mini": "dinat_mini",
-    "maxvit_tiny_224": "maxvit_tiny",
-    "gcvit_xxtiny": "gc_vit_xxtiny",
-    "biformer_tiny": "biformer_tiny",
-    "litv2_small": "litv2_small",
-    "cswin_tiny_224": "cswin_tiny",
-}
-BACKBONES = {
-    "van_b0_seg": ("van_b0", {"norm_eps": 1e-5}),
-    "dinat_mini_det": (
-        "dinat_mini",
-        {"output_norm": True, "dilations": [[1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]]},
-    ),
-}
-
-
-# The smallest model of each family.
-SMALLEST = ("van_b0", "nat_mini", "cswin_tiny", "maxvit_tiny", "biformer_tiny", "gc_vit_xxtiny", "litv2_small")
-
-
-def build(name, **kwargs):
-    entry = OFFICIAL[name]
-    return timm.create_model(name.split("_alpha")[0], **entry.get("kwargs", {}), **kwargs)
-
-
-def family(name):
-    return getattr(zoo, timm.model_entrypoint(name.split("_alpha")[0]).__module__.removeprefix("zoo."))
+OFFICIAL = golden.official()
 
 
 def shapes(name):
     return {key: tuple(shape) for key, shape in OFFICIAL[name]["keys"].items()}
 
 
-def official_weights(name, record):
-    keys = {key: tuple(shape) for key, (shape, _) in record["keys"].items()} if "keys" in record else shapes(name)
-    weights = golden.weights(keys, record.get("gain", {}))
-    return {key: weight for key, weight in weights.items() if key not in record.get("kept", ())}
-
-
 def load(name, record, **kwargs):
-    overlay = {"state_dict": official_weights(name, record)}
-    return build(name, pretrained=True, pretrained_cfg_overlay=overlay, dtype=torch.float64, **kwargs).eval()
+    overlay = {"state_dict": golden.official_weights(name, record)}
+    kwargs |= {"pretrained": True, "pretrained_cfg_overlay": overlay, "dtype": torch.float64}
+    return timm.create_model(name, **kwargs).eval()
+
+
+def multiply_adds(name):
+    """Billions of multiply-adds for an image of 224 x 224."""
+    model = timm.create_model(name, device="meta").eval()
+    with implementation("reference"), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device="meta"))
+    return counter.get_total_flops() / 2e9
 
 
 def deviation(outputs, wanted):
@@ -93,48 +51,40 @@ def inputs(record):
 
 
 def test_every_family_is_here():
-    families = {timm.model_entrypoint(name.split("_alpha")[0]).__module__ for name in OURS}
-    assert families == {f"zoo.{family}" for family in zoo.FAMILIES}
+    assert {path.name.partition(".")[0] for path in golden.FOLDER.glob("official/*.xz")} == set(zoo.FAMILIES)
+    assert {families.family_of(name) for name in golden.classifiers()} == {*map(families.load, zoo.FAMILIES)}
+    assert {families.family_of(name) for name in OFFICIAL} == {*map(families.load, zoo.FAMILIES)}
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_parameter_count_is_official(name):
-    count = sum(parameter.numel() for parameter in build(name, device="meta").parameters())
+    count = sum(parameter.numel() for parameter in timm.create_model(name, device="meta").parameters())
     assert count / 1e6 == pytest.approx(OFFICIAL[name]["params_M"], abs=6e-4)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", PAPERS_MULTIPLY_ADDS)
-def test_multiply_adds_are_the_papers(name):
-    model = timm.create_model(name, device="meta").eval()
-    with implementation("reference"), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, 224, 224, device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(PAPERS_MULTIPLY_ADDS[name], rel=0.02)
-
-
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_key_map_covers_every_official_key_once(name):
     official = {key: torch.empty(shape, device="meta") for key, shape in shapes(name).items()}
-    model = build(name, device="meta")
-    dropped = [key for key in official if not remap({key: official[key]}, family(name).KEY_MAP)]
+    model = timm.create_model(name, device="meta")
+    dropped = [key for key in official if not remap({key: official[key]}, families.family_of(name).KEY_MAP)]
     assert all(key.endswith("relative_position_index") for key in dropped)
-    assert len(remap(official, family(name).KEY_MAP)) == len(official) - len(dropped)
-    converted = family(name).checkpoint_filter_fn(official, model)
+    assert len(remap(official, families.family_of(name).KEY_MAP)) == len(official) - len(dropped)
+    converted = families.family_of(name).checkpoint_filter_fn(official, model)
     ours = model.state_dict()
     assert {key: value.shape for key, value in converted.items()} == {key: value.shape for key, value in ours.items()}
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", OFFICIAL)
 def test_key_map_leaves_our_own_keys_alone(name):
-    ours = build(name, device="meta").state_dict()
-    assert list(remap(ours, family(name).KEY_MAP)) == list(ours)
+    ours = timm.create_model(name, device="meta").state_dict()
+    assert list(remap(ours, families.family_of(name).KEY_MAP)) == list(ours)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", CLASSIFIERS)
+@pytest.mark.parametrize("name", golden.classifiers())
 def test_classifier_matches_official(name):
     record = golden.read(name)
-    model = load(CLASSIFIERS[name], record)
+    model = load(name, record)
     raw = {}
     if model.stages[0].norm.__class__ is not torch.nn.Identity:  # VAN: the record is of what its stages' norms get
         for i, stage in enumerate(model.stages):
@@ -152,31 +102,24 @@ def test_classifier_matches_official(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", BACKBONES)
-def test_dense_backbone_matches_official(name):
-    record = golden.read(name)
-    model, kwargs = BACKBONES[name]
-    backbone = load(model, record, features_only=True, **kwargs)
+@pytest.mark.parametrize(("name", "task"), golden.backbones())
+def test_dense_backbone_matches_official(name, task):
+    record, kwargs = golden.read(name, task), families.dense_kwargs(name, task)
+    normed = "output_norm" in inspect.signature(type(timm.create_model(name, device="meta"))).parameters
+    backbone = load(name, record, features_only=True, **{"output_norm": True} if normed else {}, **kwargs)
     for prefix in inputs(record):
         features = backbone(golden.image(**record[f"{prefix}input"]))
         assert deviation(features, record[f"{prefix}outputs"]) < TOLERANCE
+    if normed:
+        raw = load(name, record, features_only=True, **kwargs)
+        assert deviation(raw(golden.image(**record["input"])), record["features"]) < TOLERANCE
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", [name for name, (_, kwargs) in BACKBONES.items() if "output_norm" in kwargs])
-def test_raw_features_of_a_dense_checkpoint_match_official(name):
-    record = golden.read(name)
-    model, kwargs = BACKBONES[name]
-    backbone = load(model, record, features_only=True, **{k: v for k, v in kwargs.items() if k != "output_norm"})
-    features = backbone(golden.image(**record["input"]))
-    assert deviation(features, record["features"]) < TOLERANCE
-
-
-@pytest.fixture(scope="module", params=SMALLEST)
+@pytest.fixture(scope="module", params=golden.classifiers())
 def official_file(request, tmp_path_factory):
     """A model, and a file as its authors publish them."""
     path = tmp_path_factory.mktemp("official") / f"{request.param}.pth"
-    weights = {key: value.float() for key, value in official_weights(request.param, {}).items()}
+    weights = {key: value.float() for key, value in golden.official_weights(request.param).items()}
     torch.save({"model": weights}, path)
     yield request.param, path
     path.unlink()

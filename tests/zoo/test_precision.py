@@ -4,17 +4,21 @@ import pytest
 import timm
 import torch
 
-from .test_parity import OFFICIAL, OURS, family
+from zoo import families
+
+from . import golden
+
+OFFICIAL = golden.official()
 
 pytestmark = pytest.mark.slow
 
 
 def extremes():
     """The smallest and the largest model of every family, among those that are made for 224 pixels."""
-    models = [name for name in OURS if timm.is_model(name) and timm.get_pretrained_cfg(name).input_size[1] == 224]
+    models = [name for name in OFFICIAL if timm.is_model(name) and timm.get_pretrained_cfg(name).input_size[1] == 224]
     models.sort(key=lambda name: OFFICIAL[name]["params_M"])
-    largest = {family(name): name for name in models}
-    smallest = {family(name): name for name in reversed(models)}
+    largest = {families.family_of(name): name for name in models}
+    smallest = {families.family_of(name): name for name in reversed(models)}
     return sorted({*smallest.values(), *largest.values()})
 
 

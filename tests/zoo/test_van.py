@@ -9,6 +9,7 @@ from zoo import families
 from zoo.van import VAN, VARIANTS
 
 from .attended import check_keys, patterns, product
+from .test_parity import multiply_adds
 
 
 def test_the_tiny_model_is_tiny():
@@ -94,3 +95,8 @@ def test_pattern():
         rows[y + tap - 2 : y + tap + 3] += 1
         columns[x + tap - 2 : x + tap + 3] += 1
     torch.testing.assert_close(panels["VAN"].maps[0], rows[:, None] * columns / 4)
+
+
+@torch.no_grad()
+def test_multiply_adds_are_the_papers():
+    assert multiply_adds("van_b1") == pytest.approx(2.5, rel=0.02)
