@@ -8,8 +8,9 @@ ZOO_KERNELS choose.
 
 from pkgutil import iter_modules
 
+from zoo.kernels.checks import certain, sizes
 from zoo.kernels.depthwise_conv import depthwise_conv2d_nhwc, large_kernel_attention
-from zoo.kernels.dispatch import implementation, set_implementation, use
+from zoo.kernels.dispatch import as_given, implementation, set_implementation, use
 from zoo.kernels.neighborhood_attention import neighborhood_attention
 from zoo.kernels.routed_attention import routed_attention
 from zoo.kernels.window_attention import window_attention
@@ -17,14 +18,19 @@ from zoo.kernels.window_attention import window_attention
 # Every operator has a folder, in which tests, benchmarks and documents find the rest.
 OPERATORS = tuple(sorted(folder.name for folder in iter_modules(__path__) if folder.ispkg))
 
-__all__ = [  # the functions of all operators, and the choice of their implementation
+# The functions of all operators, the choice of their implementation, and what modules around them need as well:
+# `as_given` (autocast), `certain` and `sizes` (sizes that are symbolic or traced).
+__all__ = [
     "OPERATORS",
+    "as_given",
+    "certain",
     "depthwise_conv2d_nhwc",
     "implementation",
     "large_kernel_attention",
     "neighborhood_attention",
     "routed_attention",
     "set_implementation",
+    "sizes",
     "use",
     "window_attention",
 ]

@@ -26,8 +26,7 @@ from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import linear
-from zoo.kernels import routed_attention
-from zoo.kernels.checks import sizes
+from zoo.kernels import routed_attention, sizes
 from zoo.layers import (
     DepthwiseConv,
     Mlp,

@@ -25,8 +25,7 @@ from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import is_plain, linear
-from zoo.kernels import depthwise_conv2d_nhwc, window_attention
-from zoo.kernels.checks import certain, sizes
+from zoo.kernels import certain, depthwise_conv2d_nhwc, sizes, window_attention
 from zoo.layers import DepthwiseConv, Mlp, TransformerBlock, check_images, global_attention, stage_rates, sym_max
 
 __all__ = ["CSWin"]

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.cpu import linear
-from zoo.kernels import depthwise_conv2d_nhwc
-from zoo.kernels.checks import sizes
+from zoo.kernels import depthwise_conv2d_nhwc, sizes
 
 __all__ = [
     "DepthwiseConv",

@@ -27,9 +27,7 @@ from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import by_image, linear
-from zoo.kernels import window_attention
-from zoo.kernels.checks import sizes
-from zoo.kernels.dispatch import as_given
+from zoo.kernels import as_given, sizes, window_attention
 from zoo.layers import (
     DepthwiseConv,
     PatchStem,

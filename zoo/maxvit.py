@@ -27,8 +27,7 @@ from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import by_image, linear
-from zoo.kernels import window_attention
-from zoo.kernels.checks import certain, sizes
+from zoo.kernels import certain, sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens
 
 __all__ = ["MaxViT"]

@@ -23,8 +23,7 @@ from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import linear
-from zoo.kernels import neighborhood_attention, window_attention
-from zoo.kernels.checks import sizes
+from zoo.kernels import neighborhood_attention, sizes, window_attention
 from zoo.layers import Mlp, PatchStem, TransformerBlock, check_images, crop_tokens, pad_tokens, stage_rates, sym_max
 
 __all__ = ["NAT"]
