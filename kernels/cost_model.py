@@ -134,8 +134,8 @@ def simulate(
         raise ValueError(f"Got {kind=}; it has to be 'dynamic' or 'static'.")
     _check(size, kernel_size, dilation, stride)
     rows, columns = (
-        axis_visits(*axis, kind)
-        for axis in zip(size, kernel_size, dilation, stride, is_causal, query_tile, key_tile, strict=True)
+        axis_visits(size[i], kernel_size[i], dilation[i], stride[i], is_causal[i], query_tile[i], key_tile[i], kind)
+        for i in (0, 1)
     )
     down, right = (_axis_pairs(*axis) for axis in zip(size, kernel_size, dilation, stride, is_causal, strict=True))
     dense = [
@@ -204,7 +204,7 @@ def best_tiles(
     The map's size does not count, so that one compiled kernel serves all sizes; query tiles are not more than four
     times as long as wide, for small maps. Among equals, the squarest query tile and the key tile nearest to 4 x 16.
     """
-    size = tuple(128 * _ceil(kernel, 64) for kernel in kernel_size)
+    size = (128 * _ceil(kernel_size[0], 64), 128 * _ceil(kernel_size[1], 64))
 
     def visits(tiles: tuple[Pair, Pair]) -> int:
         return simulate(

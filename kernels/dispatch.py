@@ -181,7 +181,7 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Under torch.autocast the tensors in its type, else as they are; float64 stays float64, as autocast has it."""
     device = next(x for x in tensors if x is not None).device.type
     if not _autocasting(device):
@@ -236,6 +236,7 @@ def composite_gradients(
     wanted = [x is not None and x.requires_grad for x in inputs]
     with torch.enable_grad():
         out = function(*inputs)
-        found = torch.autograd.grad(out, [x for x, w in zip(inputs, wanted, strict=True) if w], grad, create_graph=True)
+        by = [x for x in inputs if x is not None and x.requires_grad]
+        found = torch.autograd.grad(out, by, grad, create_graph=True)
     left = iter(found)
     return tuple(next(left) if w else None for w in wanted)

@@ -105,7 +105,8 @@ def attention_matrix(module: Any, args: Sequence[Tensor], size: tuple[int, int])
         args: its inputs for one image, as for `attention`.
         size: the sides of the map of tokens, H and W, without padding.
     """
-    heads, head_dim = module.num_heads, args[0].shape[-1] // module.num_heads
+    heads: int = module.num_heads
+    head_dim = args[0].shape[-1] // heads
     parts = []
     for keys in torch.arange(size[0] * size[1]).split(head_dim):
 

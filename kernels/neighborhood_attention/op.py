@@ -75,7 +75,7 @@ def neighborhood_attention(
     checks.shape(qkv, "qkv", (None,) * 4, "(B, H, W, channels)")
     batch, *size, channels = checks.sizes(qkv)
     head_dim = checks.split_heads(channels, 3, num_heads, "qkv")
-    checks.map_size(*size, "qkv")
+    checks.map_size(size[0], size[1], "qkv")
     for name, length, k, d, s in zip(("rows", "columns"), size, kernel, dilations, strides, strict=True):
         if checks.certain(k * d > length):
             raise ValueError(

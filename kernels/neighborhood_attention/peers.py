@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -69,10 +69,15 @@ def _unfold(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, sca
     return (scores.softmax(-1) @ value)[..., 0, :]
 
 
+def _axis_neighbors(axis: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    length, kernel, dilation, stride, causal = axis
+    return neighbors(length, kernel, dilation, stride, causal, device)
+
+
 @cache
 def _neighbor_index(axes: Any, device: torch.device) -> tuple[Tensor, ...]:
     """For each position, by row and then by column: its neighbours, their entries in the table, which count."""
-    (rows, down, row_valid), (columns, right, column_valid) = (neighbors(*axis, device) for axis in axes)
+    (rows, down, row_valid), (columns, right, column_valid) = (_axis_neighbors(axis, device) for axis in axes)
     index = rows[:, None, :, None] * axes[1][0] + columns[None, :, None, :]
     down = (down + axes[0][1] - 1)[:, None, :, None].expand_as(index)
     right = (right + axes[1][1] - 1)[None, :, None, :].expand_as(index)
@@ -85,10 +90,10 @@ def _flex_neighborhoods(
 ) -> Tensor:
     flex_can(query)
     block_mask, down, right = _flex_mask(axes, query.device)
-    width = axes[1][0]
+    width, entries = axes[1][0], cast(Tensor, table)
 
     def added(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score + table[h, down[q // width, k // width], right[q % width, k % width]]
+        return score + entries[h, down[q // width, k // width], right[q % width, k % width]]
 
     bias = None if table is None else added
     return compiled_flex()(query, key, value, score_mod=bias, block_mask=block_mask, scale=scale)
@@ -97,8 +102,9 @@ def _flex_neighborhoods(
 @cache
 def _flex_mask(axes: Any, device: torch.device) -> tuple[Any, Tensor, Tensor]:
     allowed, offsets = [], []
-    for length, kernel, *rest in axes:
-        found, offset, valid = neighbors(length, kernel, *rest, device)
+    for axis in axes:
+        length, kernel, *_ = axis
+        found, offset, valid = _axis_neighbors(axis, device)
         takes = torch.zeros(length, length, dtype=torch.bool, device=device)
         query = torch.arange(length, device=device)[:, None].expand_as(found)
         takes[query[valid], found[valid]] = True
@@ -112,7 +118,8 @@ def _flex_mask(axes: Any, device: torch.device) -> tuple[Any, Tensor, Tensor]:
         return rows[q // width, k // width] & columns[q % width, k % width]
 
     block_mask = create_block_mask(seen, None, None, height * width, height * width, device=device)
-    return block_mask, *offsets
+    down, right = offsets
+    return block_mask, down, right
 
 
 def _natten(**given: Any) -> Tensor:

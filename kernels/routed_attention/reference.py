@@ -24,7 +24,8 @@ def routed_attention(
     key, value = (x[image, routes].flatten(2, 3) for x in (key, value))  # (B, R, K T, N, D)
     weights = (scale * torch.einsum("brind,brjnd->brnij", query, key)).softmax(-1)
     out = torch.einsum("brnij,brjnd->brind", weights, value).flatten(-2)
-    return unpartition(out, region_size(q, regions), checks.sizes(q)[1:3], "block").to(q.dtype)
+    _, height, width, _ = checks.sizes(q)
+    return unpartition(out, region_size(q, regions), (height, width), "block").to(q.dtype)
 
 
 def region_size(x: Tensor, regions: int) -> tuple[int, int]:

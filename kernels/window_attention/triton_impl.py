@@ -8,6 +8,7 @@ window.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -653,7 +654,7 @@ def _arguments(
     }
 
 
-def _at_least_one(number: int) -> int:
+def _at_least_one(number: int) -> Any:  # an int, or a SymInt of torch.compile
     return torch.sym_max(number, 1)
 
 
@@ -724,16 +725,20 @@ def backward(
     arguments |= {"grad_ptr": grad.contiguous(), "num_stages": 1}
     # Without a shared query all windows are one group; else an image's are, to add up the query's gradient over.
     groups, windows = (1, lse.shape[0]) if q is None else (qkv.shape[0], plan.geometry["windows_per_image"])
-    table_grad = torch.empty_like(bias_table, memory_format=torch.contiguous_format) if bias_grad else qkv.new_empty(0)
+    table_grad = qkv.new_empty(0)
+    if bias_table is not None and bias_grad:
+        table_grad = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
     gradients = _backward_large if plan.pack == 0 else _backward_small
     q_partial = gradients(plan, arguments, groups, windows, qkv_grad, out, table_grad)
-    q_grad = qkv.new_empty(0) if q is None else q_partial.sum(1).reshape(q.shape).to(q.dtype)
+    q_grad = qkv.new_empty(0)
+    if q is not None and q_partial is not None:
+        q_grad = q_partial.sum(1).reshape(q.shape).to(q.dtype)
     return qkv_grad, q_grad, table_grad
 
 
 def _backward_small(
     plan: _Plan,
-    arguments: dict[str, object],
+    arguments: dict[str, Any],
     groups: int,
     windows: int,
     qkv_grad: Tensor,
@@ -780,7 +785,7 @@ def _backward_small(
 
 def _backward_large(
     plan: _Plan,
-    arguments: dict[str, object],
+    arguments: dict[str, Any],
     groups: int,
     windows: int,
     qkv_grad: Tensor,
