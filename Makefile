@@ -33,11 +33,11 @@ gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: tests and timings, written t
 docs: $(VENV)/dev.stamp  ## the documentation as a site, build/docs/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -c docs . build/docs
 
-lint: $(VENV)/dev.stamp  ## ruff: errors and format
+lint: types  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/dev.stamp  ## mypy on zoo and zoo.kernels
+types: $(VENV)/dev.stamp  ## mypy over zoo and zoo.kernels
 	rm -rf build/types && mkdir -p build/types/zoo
 	cd build/types/zoo && ln -s ../../../zoo/* ../../../kernels ../../../recipes ../../../tools .
 	ln -s ../../../checkpoints build/types/zoo/manifest
