@@ -1,4 +1,4 @@
-"""The wheel: its files, its requirements, and the commands without their extra. About a minute."""
+"""The wheel: its files and requirements; commands without their extra. A minute and a half, quick tests a second."""
 
 import importlib
 import os
@@ -126,12 +126,15 @@ def test_commands_check_what_they_import(folder, modules):
     assert imported & set(extras.MODULES["train"]) == modules
 
 
+def without(modules, folder):
+    """An environment whose processes cannot import `modules`."""
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({modules}))\n")
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
 @pytest.fixture(scope="module")
 def core_only(tmp_path_factory):
-    """An environment in which no process can import what the extras install."""
-    folder = tmp_path_factory.mktemp("core")
-    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({NOT_CORE}))\n")
-    return {**os.environ, "PYTHONPATH": str(folder)}
+    return without(NOT_CORE, tmp_path_factory.mktemp("core"))
 
 
 @pytest.mark.slow
@@ -149,6 +152,22 @@ def test_command_names_its_extra(core_only, name, words):
     result = subprocess.run(command, env=core_only, capture_output=True, text=True)
     modules = ", ".join(extras.MODULES["train"]) if "recipes" in COMMANDS[name] else "matplotlib, rich"
     expected = f"{name}: error: {name} needs {modules}: run pip install 'backbone-zoo[train]'.\n"
+    assert (result.stdout, result.stderr, result.returncode) == ("", expected, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "user", "extra"),
+    [("zoo-train task=detect", "task=detect", "dense"), ("zoo-export test_van --format onnx", "--format onnx", "onnx")],
+)
+def test_option_names_its_extra(tmp_path, command, user, extra):
+    name, *words = command.split()
+    modules = extras.MODULES[extra]
+    program = str(Path(sys.executable).with_name(name))
+    result = subprocess.run(
+        [program, *words], env=without(modules, tmp_path), cwd=tmp_path, capture_output=True, text=True
+    )
+    expected = f"{name}: error: {user} needs {', '.join(modules)}: run pip install 'backbone-zoo[{extra}]'.\n"
     assert (result.stdout, result.stderr, result.returncode) == ("", expected, 1)
 
 
