@@ -9,9 +9,11 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+import zoo
 from zoo.recipes import cli, config, tasks
 from zoo.recipes.errors import RunError
 
@@ -538,18 +540,6 @@ def test_recipe_builds_its_model(compose, recipe):
         assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PUBLISHED[recipe], abs=0.7)
 
 
-SMALL = {
-    "nat": "test_dinat",
-    "dinat": "test_dinat",
-    "cswin": "test_cswin",
-    "biformer": "test_biformer",
-    "gc": "test_gc_vit",
-    "litv2": "test_litv2",
-    "van": "test_van",
-    "maxvit": "test_maxvit",
-}
-
-
 @pytest.fixture(scope="module")
 def scenes_data(compose, digit_scenes):
     """The digit scenes as data of either task."""
@@ -562,13 +552,17 @@ def scenes_data(compose, digit_scenes):
     return get
 
 
+MODELS = [name for family in zoo.FAMILIES for name in timm.list_models(module=family)]
+
+
 def _one_of_each() -> list[str]:
     """The first recipe of each task, method and family."""
     found: dict[tuple, str] = {}
     for recipe in RECIPES:
         folder, _, name = recipe.partition("/")
         method = next(method for method in (*config.DETECTORS, *config.SEGMENTORS) if name.startswith(method))
-        family = next((family for family in SMALL if f"_{family}_" in name), None)
+        model = max((model for model in MODELS if f"_{model}" in name), key=len, default=None)
+        family = model and timm.model_entrypoint(model).__module__
         found.setdefault((folder, method, family), recipe)
     return list(found.values())
 
@@ -578,9 +572,10 @@ def _one_of_each() -> list[str]:
 def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
     """One update and one prediction of its small version."""
     full = compose(f"recipe={recipe}")
+    small = timm.list_models("test_*", module=timm.model_entrypoint(full.model.partition(".")[0]).__module__[4:])[0]
     size = 96 if full.dense.method == "dino" else 64  # its encoder has to have more places than queries
     words = [
-        *(f"recipe={recipe}", f"model={SMALL[full.model.partition('_')[0]]}", "pretrained=false"),
+        *(f"recipe={recipe}", f"model={small}", "pretrained=false"),
         *("trainer.batch_size=2", "trainer.effective_batch_size=2", "trainer.amp=none", "data.num_workers=0"),
         *("dense.small=true", f"dense.scales=[{size}]", f"dense.max_size={size}", "dense.size_divisor=32"),
     ]

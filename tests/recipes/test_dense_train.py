@@ -10,10 +10,12 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import zoo
 from zoo.recipes import tasks
 from zoo.recipes.errors import RunError
 
@@ -484,7 +486,7 @@ def test_digits_do_not_come_before_pretrained_weights(fit_dense, tmp_path, monke
 # Every family, in short.
 
 MODELS = (
-    *("test_van", "test_cswin", "test_maxvit", "test_biformer", "test_gc_vit", "test_litv2"),
+    *(timm.list_models("test_*", module=family)[0] for family in zoo.FAMILIES),
     *("convnext_atto", "davit_tiny"),
 )
 

@@ -153,7 +153,7 @@ def figure():
 
 
 CLOSE = {
-    **{"swin_tiny_patch4_window7_224": 1.0, "litv2_small": 0.49, "dinat_mini": 0.5, "nat_mini": 0.51},
+    **{"swin_tiny_patch4_window7_224": 1.0, "van_b2": 0.49, "dinat_mini": 0.5, "nat_mini": 0.51},
     **{"gc_vit_tiny": 0.88, "gcvit_tiny": 1.2, "gc_vit_xxtiny": 0.48, "biformer_tiny": 0.52},
 }
 

@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
-import zoo  # noqa: F401
+import zoo
+from zoo import manifest
 from zoo.opening import open_model
 from zoo.tools import export
 
-FAMILIES = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
+FAMILIES = [name for family in zoo.FAMILIES for name in timm.list_models("test_*", module=family)]
 SMALL = "test_resnet"  # of timm, and exported in a second
 
 
@@ -78,8 +79,9 @@ def test_family_agrees_at_any_size(capsys, tmp_path, name, form):
 
 
 @torch.no_grad()
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["van_b0", "litv2_small", "gc_vit_xxtiny"])
+@pytest.mark.parametrize("name", [manifest.examples(family)[-1] for family in zoo.FAMILIES])
 def test_published_architecture_in_onnx(capsys, tmp_path, name):
     said = record(capsys, name, "-o", tmp_path / "model.onnx")
     assert [check["shape"][2:] for check in said["checks"]] == [[224, 224], [256, 320]]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo import manifest
+from zoo import families, manifest
 from zoo.kernels import implementation
 from zoo.tools import models as tool
 
@@ -102,11 +102,19 @@ def _settings(block: torch.nn.Module) -> tuple:
     )
 
 
-# The smallest of each family and of each of its layouts, and the largest.
-COUNTED = ("van_b1", "litv2_small", "biformer_tiny", "gc_vit_xxtiny", "maxvit_tiny", "maxvit_tiny_384", "cswin_tiny")
-COUNTED += ("dinat_mini", "nat_mini", "dinat_isotropic_small", "vitrpb_small", "biformer_stl", "biformer_stl_nchw")
-COUNTED += ("van_b6", "litv2_base", "biformer_base", "gc_vit_large_512", "maxvit_xlarge_512", "cswin_large_384")
-COUNTED += ("dinat_large_384_11x11", "dinat_s_large_384", "nat_base")
+def _extremes():
+    """The smallest and the largest model of each family and of each kind of its variants, by the settings they have."""
+    kinds = {}
+    for name, count in manifest.counts().items():
+        model = name.partition(".")[0]
+        if not model.startswith("test_") and not families.tag_kwargs(name):
+            settings = families.family_of(model).VARIANTS[model]
+            kind = (count["family"], settings.get("layout"), frozenset(settings))
+            kinds.setdefault(kind, []).append((count["parameters"], model))
+    return sorted({model for found in kinds.values() for _, model in (min(found), max(found))})
+
+
+COUNTED = _extremes()
 
 
 @pytest.mark.parametrize("name", [*COUNTED[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in COUNTED[2:])])
@@ -128,7 +136,8 @@ def counted(name):
 
 
 COUNTS = Path(__file__).parents[2] / "checkpoints" / "counts.json"
-SOME = ["van_b0.in1k", "litv2_small.in1k_alpha_05", "test_dinat", "test_biformer"]
+TAGGED = [name for name in manifest.counts() if families.tag_kwargs(name)]
+SOME = ["van_b0.in1k", *TAGGED[:1], "test_dinat", "test_biformer"]
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -179,9 +188,10 @@ def test_row_has_the_manifests_facts(capsys):
 
 
 def test_weights_of_other_sizes_and_settings_are_counted_as_they_are(capsys):
-    litv2 = {row["tag"]: row for row in rows(capsys, "litv2_*")}
-    assert litv2["in1k_384"]["input_size"] == [384, 384]
-    assert litv2["in1k_alpha_0"]["parameters"] != litv2["in1k_alpha_09"]["parameters"]
+    found = {row["name"]: row for row in rows(capsys)}
+    assert found["dinat_large_384_11x11.in22k"]["input_size"] == [224, 224]
+    assert found["dinat_large_384_11x11.in22k_ft_in1k_384"]["input_size"] == [384, 384]
+    assert len({found[name]["parameters"] for name in TAGGED}) > 1
 
 
 def test_every_recipe_has_figures_and_a_model():
@@ -223,7 +233,7 @@ def test_dense_figures_are_with_the_weights_they_start_from(capsys):
 def test_filters(capsys):
     assert names(capsys, "van*", "--max-params", "5M") == ["van_b0.in1k", "van_b0.in1k_mmseg"]
     assert names(capsys, "van_b?", "--max-macs", "0.9G", "--min-top1", "70") == ["van_b0.in1k"]
-    assert names(capsys, "*_tiny", "--family", "gc_vit", "litv2") == ["gc_vit_tiny.in1k"]
+    assert names(capsys, "*_tiny", "--family", "gc_vit", "van") == ["gc_vit_tiny.in1k"]
     assert names(capsys, "*tiny", "--licence", "cc-by-nc-sa-4.0", "--max-params", "15000000") == ["gc_vit_xxtiny.in1k"]
 
 
@@ -251,7 +261,7 @@ def test_all_models_and_tags_are_listed(capsys):
     [
         (["dinat_mni"], "there is no model 'dinat_mni': did you mean dinat_mini, "),
         (["van_b0.in22k"], "there is no model 'van_b0.in22k': did you mean van_b0.in1k"),
-        (["qqqq*"], "there is no model 'qqqq*': families are biformer, cswin, gc_vit, litv2, maxvit, nat, van."),
+        (["qqqq*"], f"there is no model 'qqqq*': families are {', '.join(zoo.FAMILIES)}."),
         (["--family", "vans"], "there is no family 'vans': there are biformer, cswin, "),
         (
             ["van*", "--max-params", "1K"],
