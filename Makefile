@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
 
-.PHONY: demo test test-all check browser bench gpu docs lint types clean
+.PHONY: demo test test-all check browser bench gpu docs tables lint types clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -32,6 +32,10 @@ gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: tests and timings, written t
 
 docs: $(VENV)/dev.stamp  ## the documentation as a site, build/docs/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -c docs . build/docs
+
+tables: $(VENV)/dev.stamp  ## write counts.json and the tables of README and docs
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/tools/test_models.py::test_all_counts_are_right
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
 
 lint: types  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -5,10 +5,10 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["counts", "examples", "families", "manifest"]
+__all__ = ["about", "counts", "examples", "families", "manifest"]
 
-# Fields of a family that say nothing about a checkpoint.
-_OF_THE_FAMILY = ("examples",)
+# The fields that describe the family itself, not its checkpoints.
+_OF_THE_FAMILY = ("names", "attends_to", "examples", "measured")
 
 
 @cache
@@ -17,9 +17,14 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(_content("manifest.json")))
 
 
+def about(family: str) -> dict[str, Any]:
+    """What the manifest says about `family` itself; the fields are in `checkpoints/README.md`."""
+    return {key: value for key, value in _content("manifest.json")[family].items() if key in _OF_THE_FAMILY}
+
+
 def examples(family: str) -> tuple[str, ...]:
     """The models that stand for `family` in benchmarks and documents, the usual one first."""
-    return tuple(_content("manifest.json")[family]["examples"])
+    return tuple(about(family)["examples"])
 
 
 @cache

@@ -42,14 +42,9 @@ guides/onnx
 ```{toctree}
 :hidden:
 :caption: Models
+:glob:
 families/index
-families/van
-families/nat
-families/cswin
-families/maxvit
-families/biformer
-families/gc_vit
-families/litv2
+families/*
 /checkpoints/README
 ```
 ```{toctree}

@@ -3,22 +3,17 @@ three minutes. ZOO_SNAPSHOT=1 writes the tables.
 """
 
 import itertools
-import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from contextlib import redirect_stdout
-from importlib import import_module
-from io import StringIO
 
 import pytest
 
 import zoo
-from zoo.tools import models
 
-from . import pages
+from . import pages, tables
 from .pages import ROOT
 
 DOCS = ROOT / "docs"
@@ -84,69 +79,19 @@ def test_install_names_extras_that_there_are():
     assert named <= set(extras)
 
 
-@pytest.fixture(scope="module")
-def rows():
-    """What zoo-models says of each model with known weights."""
-    printed = StringIO()
-    with redirect_stdout(printed):
-        models.main(["--json"])
-    return json.loads(printed.getvalue())
-
-
-def _sizes(family):
-    """The variants in the papers' order, from small to large."""
-    return list(import_module(f"zoo.{family}").VARIANTS)
-
-
-def _variants(rows, family):
-    yield "| model | parameters | multiply-adds | input | top-1, published | trained on |"
-    yield "|---|---|---|---|---|---|"
-    sources = []
-    order = _sizes(family)
-    for row in sorted((row for row in rows if row["family"] == family), key=lambda row: order.index(row["model"])):
-        top1 = "" if row["top1"] is None else f"{row['top1']} %"
-        if top1 and row["top1_source"] != "README of the origin":
-            if row["top1_source"] not in sources:
-                sources.append(row["top1_source"])
-            top1 += f" ({sources.index(row['top1_source']) + 1})"
-        height, width = row["input_size"]
-        yield (
-            f"| `{row['name']}` | {row['parameters'] / 1e6:.1f} M | {row['multiply_adds'] / 1e9:.2f} G "
-            f"| {height}x{width} | {top1} | {row['dataset']} |"
-        )
-    notes = [f"({number}) {source.rstrip('.')}." for number, source in enumerate(sources, 1)]
-    yield "\n" + " ".join(["Accuracies are those of the authors' README.", *notes])
-
-
-def _recipes(rows, family):
-    names = {row["model"] for row in rows if row["family"] == family}
-    yield "| recipe | published |"
-    yield "|---|---|"
-    found = [(recipe["model"].partition(".")[0], recipe) for recipe in models.recipes()]
-    order = _sizes(family)
-
-    def place(item):
-        """By task and method, then by size; what is not called after its model comes last."""
-        model, recipe = item
-        return recipe["recipe"].partition(model)[0], order.index(model)
-
-    for _, recipe in sorted((item for item in found if item[0] in names), key=place):
-        name = recipe["recipe"]
-        yield f"| [{name}](../../recipes/conf/recipe/{name}.yaml) | {recipe['expected']} |"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FAMILIES, ids=_name)
-@pytest.mark.parametrize("kind", ["variants", "recipes"])
-def test_table_is_up_to_date(path, kind, rows):
-    make = {"variants": _variants, "recipes": _recipes}[kind]
-    table = f"<!-- {kind} -->\n" + "\n".join(make(rows, path.stem)) + "\n<!-- end -->"
-    page = path.read_text()
-    right = re.sub(rf"<!-- {kind} -->\n.*?<!-- end -->", table.replace("\\", r"\\"), page, count=1, flags=re.DOTALL)
-    assert table in right
-    if os.environ.get("ZOO_SNAPSHOT") == "1":
-        path.write_text(right)
-    assert path.read_text() == right, "run ZOO_SNAPSHOT=1 pytest tests/test_docs.py -k table, and read the difference"
+def test_tables_are_up_to_date():
+    """`make tables` writes them."""
+    stale = []
+    for (path, name), make in tables.tables().items():
+        text = path.read_text()
+        assert text.count(f"<!-- {name} -->") == 1, f"{path} has no place for the table {name!r}"
+        right = tables.with_table(text, name, make())
+        if os.environ.get("ZOO_SNAPSHOT") == "1":
+            path.write_text(right)
+        elif text != right:
+            stale.append(f"{name} in {path.relative_to(ROOT)}")
+    assert not stale, "run make tables, and read the difference"
 
 
 @pytest.mark.slow
