@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not gpu and not browser"
 
-.PHONY: demo test test-all check browser bench gpu docs tables lint types clean
+.PHONY: demo test test-all check browser bench gpu recipes docs tables lint types clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -29,6 +29,9 @@ bench: $(VENV)/user.stamp  ## time the operators on this machine's CPU
 
 gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: tests and timings, written to docs/results
 	PYTHON=$(BIN)/python tools/gpu_session.sh
+
+recipes: $(VENV)/dev.stamp  ## write the recipes of recipes/conf/recipe from recipes/tables
+	$(BIN)/python recipes/tables/write.py
 
 docs: $(VENV)/dev.stamp  ## the documentation as a site, build/docs/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -c docs . build/docs

@@ -145,7 +145,7 @@ class BaseRun:
         changed = [
             f"{key}={value} (was {before.get(key)})"
             for key, value in composition.flat(OmegaConf.to_container(self.cfg, resolve=True))
-            if before.get(key) != value and key not in ("run", "resume") and not key.startswith("log.")
+            if before.get(key) != value and key not in ("run", "resume") and not key.startswith(("log.", "published."))
         ]
         self.changed = ", ".join(changed)
 

@@ -88,6 +88,7 @@ class Like:
 
 SHARE = Between(0, 1)
 COUNT = Between(1)
+PERCENT = Between(0, 100)
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -345,6 +346,19 @@ class DenseConfig:
 
 
 @dataclass
+class PublishedConfig:
+    """What others report of a recipe's model and settings. Training does not read it; reports show it beside a run."""
+
+    model: str | None = option(None, "model that the published figures are of")
+    top1: float | None = option(None, "top-1 accuracy on ImageNet-1k in percent, as published", PERCENT)
+    box_ap: float | None = option(None, "box AP on COCO, as published", PERCENT)
+    mask_ap: float | None = option(None, "mask AP on COCO, as published", PERCENT)
+    miou: float | None = option(None, "mIoU on ADE20K at one scale, as published", PERCENT)
+    miou_multi_scale: float | None = option(None, "mIoU on ADE20K at several scales with flips, as published", PERCENT)
+    source: str | None = option(None, "source of the published figures, such as README or paper")
+
+
+@dataclass
 class LogConfig:
     """What is written beside the checkpoints."""
 
@@ -376,6 +390,7 @@ class Config:
     dense: DenseConfig = field(default_factory=DenseConfig)
     mm: dict[str, Any] = option(dict, "MMEngine configuration: whatever is given here changes what the recipe made")
     log: LogConfig = field(default_factory=LogConfig)
+    published: PublishedConfig = field(default_factory=PublishedConfig)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from zoo.recipes.tasks import task
 
 # Keys and groups of training, which say nothing to an evaluation.
 _OF_TRAINING = (
-    *("augment", "optim", "schedule", "log", "recipe", "resume", "trainer", "dense", "mm"),
+    *("augment", "optim", "schedule", "log", "recipe", "resume", "trainer", "dense", "mm", "published"),
     *("data.train_", "data.num_samples", "data.max_corrupt"),
 )
 _OF_BOTH = (

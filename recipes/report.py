@@ -43,6 +43,13 @@ _PICTURES = {  # file -> title, and what one sees
     "predictions.png": ("Sample predictions", ""),
 }
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
+_PUBLISHED = {  # keys of `published` -> their names for people
+    "top1": "top-1",
+    "mask_ap": "mask AP",
+    "box_ap": "box AP",
+    "miou": "mIoU",
+    "miou_multi_scale": "mIoU, several scales",
+}
 _OWN = ("run", "resume")  # keys that say nothing about what is trained
 _MOST_CELLS = 40  # classes of a confusion matrix
 _MOST_ROWS = 20  # classes that keep the data's order; of more, the worst come first
@@ -285,6 +292,11 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     if record.best:
         value, epoch = record.best
         tiles.insert(1, (f"best {names[record.main]}", _percent(value, record.task), f"epoch {_number(epoch)}"))
+    # The figures of a recipe are those of its model: another model=... on the command line does not have them.
+    if record.settings.get("published.model") == record.settings["model"]:
+        source = record.settings.get("published.source") or ""
+        figures = ((name, record.settings.get(f"published.{key}")) for key, name in _PUBLISHED.items())
+        tiles += [(f"published {name}", _percent(value, record.task), source) for name, value in figures if value]
     summary = record.summary or {}
     params = summary.get("params") or record.facts.get("params")
     if params:
@@ -369,7 +381,8 @@ def _changes(record: Record) -> list[tuple[str, Any, Any]]:
 def _is_known(key: str, settings: Sequence[dict[str, Any]]) -> bool:
     """Whether `key` can be compared: where a folder of an older version lacks it, its value is not known."""
     named_by_users = key.startswith(("model_kwargs.", "mm."))
-    return key not in _OWN and (named_by_users or all(key in values for values in settings))
+    decides = key not in _OWN and not key.startswith("published.")
+    return decides and (named_by_users or all(key in values for values in settings))
 
 
 def _pictures(folder: Path) -> list[dict[str, Any]]:

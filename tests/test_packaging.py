@@ -53,7 +53,7 @@ def test_wheel_holds_every_file(wheel):
     expected = {"zoo/kernels/new_operator/__init__.py", "zoo/recipes/new_task/__init__.py"}
     for folder, package in FOLDERS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in KINDS:
+            if path.suffix in KINDS and path.parent.name != "tables":  # `make recipes` reads these
                 expected.add(f"{package}/{path.relative_to(ROOT / folder)}")
     assert held == expected
 

@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "first_few",
     "nearest",
     "one_line",
+    "published_figures",
     "similar_path",
     "size_text",
     "unknown_model",
@@ -105,3 +106,25 @@ def first_few(items: Iterable[object], limit: int = 5) -> str:
 def size_text(sides: Iterable[int]) -> str:
     """The sides of an image or a window, such as "224x224"."""
     return "x".join(map(str, sides))
+
+
+def published_figures(figures: Mapping[str, float | None], source: str | None) -> str:
+    """Published figures in words, such as "49.8 mIoU at one scale, 50.8 at several with flips, the README's figures".
+
+    Args:
+        figures: Any of `top1`, `box_ap`, `mask_ap`, `miou` and `miou_multi_scale`; None where there is none.
+        source: Where they are from, such as "README" or "paper (quoted from memory)".
+    """
+    top1, box, mask, one, several = (
+        figures.get(key) for key in ("top1", "box_ap", "mask_ap", "miou", "miou_multi_scale")
+    )
+    words = [f"{value} {unit}" for value, unit in ((top1, "% top-1"), (box, "box AP"), (mask, "mask AP")) if value]
+    if one and several:
+        words += [f"{one} mIoU at one scale", f"{several} at several with flips"]
+    elif one or several:
+        words.append(f"{one} mIoU" if one else f"{several} mIoU at several scales with flips")
+    if source:
+        origin, space, qualifier = source.partition(" (")
+        several_figures = sum(value is not None for value in figures.values()) > 1
+        words.append(f"the {origin}'s figure{'s' * several_figures}{space}{qualifier}")
+    return ", ".join(words)

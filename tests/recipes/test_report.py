@@ -95,6 +95,26 @@ def _page(folder):
 # A run's page.
 
 
+PUBLISHED = {"model": "test_van", "mask_ap": 40.8, "box_ap": 44.9, "source": "README"}
+
+
+def test_page_shows_the_published_figures_of_the_recipe(tmp_path):
+    text = _page(_write_run(tmp_path / "run", "detect", published=PUBLISHED)).text
+    assert "published mask AP 40.8 README published box AP 44.9 README" in text
+
+
+def test_page_shows_no_published_figures_of_another_model(tmp_path):
+    text = _page(_write_run(tmp_path / "run", "detect", published=PUBLISHED, model="van_b0")).text
+    assert "published mask AP" not in text
+
+
+def test_published_figures_are_not_listed_as_changed_settings(tmp_path):
+    run = _write_run(tmp_path / "run", published=PUBLISHED, recipe={"model": "test_van", "published": {"top1": 75.4}})
+    assert report._changes(report.read(run)) == []
+    other = _write_run(tmp_path / "other", published={**PUBLISHED, "mask_ap": 1.0})
+    assert not any("published" in row[0] for row in report._setting_table([report.read(run), report.read(other)]))
+
+
 @pytest.mark.parametrize(
     ("task", "shown"),
     [

@@ -285,6 +285,17 @@ def test_changed_settings_are_said(fit, images, copied):
     assert "trainer.epochs=4 (was 3)" in (copied / "train.log").read_text()
 
 
+def test_a_run_from_before_published_figures_were_settings_continues(fit, images, copied):
+    state = torch.load(copied / "last.pt", weights_only=True)
+    del state["config"]["published"]
+    torch.save(state, copied / "last.pt")
+    lines = (copied / "config.yaml").read_text().split("published:")
+    (copied / "config.yaml").write_text(lines[0])
+    result = fit(copied, images, *LONGER)
+    assert result["epochs"] == 4
+    assert "published" not in (copied / "train.log").read_text()
+
+
 @pytest.mark.parametrize("updates", [1, 3, 4], ids=lambda n: f"{n} of 6 updates")
 def test_longer_run_equals_an_undisturbed_one(fit, images, tmp_path, updates, same):
     args = ("trainer.epochs=2", "augment=strong", "trainer.ema_decay=0.9")

@@ -204,17 +204,17 @@ def test_every_recipe_has_figures_and_a_model():
         assert all(20 < value < 100 for value in recipe.values() if isinstance(value, float))
 
 
-@pytest.mark.parametrize(
-    ("sentence", "figures"),
-    [
-        ("53.9 box AP, 46.4 mask AP, the README's figures", {"box_ap": 53.9, "mask_ap": 46.4}),
-        ("51.0 mIoU at one scale, 51.7 at several with flips, the x", {"miou": 51.0, "miou_multi_scale": 51.7}),
-        ("41.1 mIoU at several scales with flips, the README's figure", {"miou_multi_scale": 41.1}),
-        ("87.4 % top-1, the README's figure", {"top1": 87.4}),
-    ],
-)
-def test_figures_of_a_recipe(sentence, figures):
-    assert tool._figures(sentence) == {"expected": sentence, **figures}
+def test_figures_of_a_recipe():
+    (recipe,) = (recipe for recipe in tool.recipes() if recipe["recipe"] == "coco/mask_rcnn_litv2_small")
+    assert recipe == {
+        "recipe": "coco/mask_rcnn_litv2_small",
+        "task": "coco",
+        "model": "litv2_small",
+        "expected": "44.9 box AP, 40.8 mask AP, the README's figures",
+        "source": "README",
+        "box_ap": 44.9,
+        "mask_ap": 40.8,
+    }
 
 
 def test_dense_figures_are_with_the_weights_they_start_from(capsys):
@@ -297,7 +297,7 @@ def test_table(capsys):
     assert "a  README of the origin\n" in out
     assert "b  paper's figure from memory" in out
     assert "*  read its note first" in out
-    assert re.search(r"van_b0.in1k +ade20k/semantic_fpn_van_b0 +38.5 +the README's figure", out)
+    assert re.search(r"van_b0.in1k +ade20k/semantic_fpn_van_b0 +38.5 +README", out)
 
 
 @pytest.mark.parametrize("name", ["van_b0", "van_b4", "dinat_large.in22k", "test_gc_vit"])

@@ -1,0 +1,470 @@
+"""The recipes: up to date with their tables, whole, and as papers and code say. 15 s, a minute with the slow ones.
+
+The settings and figures below are written from the papers, their code and their READMEs, not from the tables.
+"""
+
+import functools
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from omegaconf import OmegaConf
+from timm.layers import LayerNorm2d
+from torch import nn
+
+import zoo
+from zoo.manifest import manifest
+from zoo.nat import block_dilations
+from zoo.recipes import cli, config
+
+CONF = Path(cli.CONF)
+RECIPES = cli.options("recipe")
+
+
+@pytest.fixture(scope="module")
+def recipes(compose):
+    """The configuration of every recipe; not to be changed."""
+    return {name: compose(f"recipe={name}") for name in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def recipe_config(compose):
+    """The configuration of a recipe; composed once, so not to be changed."""
+    return functools.cache(lambda recipe: compose(f"recipe={recipe}"))
+
+
+def _text(recipe: str) -> str:
+    return (CONF / "recipe" / f"{recipe}.yaml").read_text()
+
+
+def _flat(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# What `make recipes` writes.
+
+
+@pytest.fixture(scope="module")
+def writer():
+    """The names of recipes/tables/write.py."""
+    return runpy.run_path(str(CONF.parent / "tables" / "write.py"))
+
+
+def test_recipes_are_what_their_tables_make(writer):
+    wanted = writer["recipes"]()
+    assert sorted(wanted) == RECIPES
+    assert [name for name in RECIPES if _text(name) != wanted[name]] == [], "run make recipes, and read the difference"
+
+
+def test_a_table_with_an_unknown_key_is_refused(writer):
+    with pytest.raises(SystemExit, match=r"imagenet/x has the key 'lr' in a table"):
+        writer["recipe"]("imagenet/x", "", "van", [{"lr": "1"}], {})
+
+
+@pytest.mark.slow
+def test_a_recipe_shows_every_setting_that_is_not_the_default(recipes):
+    """As a value, or in the comment on what an option sets."""
+    usual = dict(_flat(OmegaConf.to_container(OmegaConf.structured(config.Config))))
+    hidden = []
+    for name, cfg in recipes.items():
+        text = _text(name)
+        shown = {key for key, _ in _flat(yaml.safe_load(text))} | {"log.wandb", "trainer.device"}  # those of `compose`
+        comments = re.sub(r"\n# ", " ", text)
+        for section, listing in re.findall(r" (\w+)=\w+ sets (.*?)\.\n", comments):
+            shown |= {f"{section}.{key}" for key in re.findall(r"(\w+): ", listing)}
+        shown |= {"task", "dense.method"} if "override /dense" in text else set()
+        hidden += [
+            f"{name}: {key}"
+            for key, value in _flat(OmegaConf.to_container(cfg))
+            if value != usual.get(key) and key not in shown
+        ]
+    assert hidden == []
+
+
+@pytest.mark.slow
+def test_every_recipe_composes_for_its_task_with_the_keys_of_the_schema(recipes):
+    keys = {name for name, help in dict(config.keys()).items() if help and name not in ("model_kwargs", "mm")}
+    for name, cfg in recipes.items():
+        folder, _, short = name.partition("/")
+        config.check(cfg)
+        assert {key for key, _ in _flat(OmegaConf.to_container(cfg))} - {"model_kwargs", "mm"} >= keys, name
+        if folder == "imagenet":
+            assert (cfg.task, cfg.data.name, cfg.dense.method) == ("classify", "", ""), name
+            continue
+        assert (cfg.task, cfg.data.name) == (("detect", "coco") if folder == "coco" else ("segment", "masks")), name
+        methods = config.DETECTORS if folder == "coco" else config.SEGMENTORS
+        assert cfg.dense.method == next(method for method in methods if short.startswith(method)), name
+        assert cfg.augment.hflip == 0.5, name
+        assert cfg.augment.mixup == cfg.augment.cutmix == cfg.augment.smoothing == 0, name
+
+
+@pytest.mark.slow
+def test_every_recipe_is_for_a_model_with_the_weights_that_it_starts_from(recipes):
+    for name, cfg in recipes.items():
+        model, _, tag = cfg.model.partition(".")
+        assert timm.is_model(model), name
+        assert cfg.pretrained is True or name.startswith("imagenet/"), name
+        if cfg.pretrained is True:
+            weights = timm.models.get_pretrained_cfg(cfg.model)
+            assert weights.has_weights, name
+            assert not tag or weights.tag == tag, name
+        if isinstance(cfg.pretrained, str):
+            assert f"imagenet/{cfg.pretrained.removeprefix('runs/')}" in RECIPES, name
+        if cfg.published.model:
+            backbone = re.sub(r"_(384|512)(_11x11)?$", "", model)
+            assert re.search(rf"(^|[/_]){backbone}(_|$)", name), name
+
+
+def test_every_recipe_states_its_source_and_its_command():
+    for name in RECIPES:
+        text = _text(name)
+        assert re.search(r"^# Source: ", text, re.M), name
+        assert re.search(rf"recipe={name} .*data\.root=", re.sub(r" \\\n# +", " ", text)), name
+        if "published:" in text:
+            assert re.search(r"\(arXiv \d{4}\.\d{5}\)\. Expected: [\d.]+ ", re.sub(r"\n# ", " ", text)), name
+
+
+# What was published. Drop path and the figures; of COCO box and mask AP, of ADE20K at one scale and at several.
+
+REPORTED = {
+    "imagenet/litv2_medium": (0.3, {"top1": 83.3}),
+    "imagenet/gc_vit_tiny2": (0.25, {"top1": 83.7}),
+    "imagenet/dinat_s_large_ft384": (0.35, {"top1": 87.4}),
+    "imagenet/cswin_base_ft384": (0.7, {"top1": 85.5}),
+    "imagenet/maxvit_base_512": (0.4, {"top1": 86.66}),
+    "imagenet/van_b3": (0.2, {"top1": 83.9}),
+    "imagenet/biformer_small": (0.15, {"top1": 83.8}),
+    "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
+    "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
+    "coco/mask2former_dinat_large": (0.3, {"mask_ap": 50.8}),
+    "coco/mask_rcnn_1x_cswin_tiny": (0.2, {"box_ap": 46.7, "mask_ap": 42.2}),
+    "coco/cascade_mask_rcnn_cswin_small": (0.4, {"box_ap": 53.7, "mask_ap": 46.4}),
+    "coco/retinanet_biformer_base": (0.3, {"box_ap": 47.1}),
+    "coco/dino_gc_vit_large": (0.2, {"box_ap": 58.3}),
+    "coco/cascade_mask_rcnn_gc_vit_base": (0.5, {"box_ap": 52.9, "mask_ap": 45.8}),
+    "coco/mask_rcnn_litv2_base": (0.3, {"box_ap": 47.3, "mask_ap": 42.6}),
+    "coco/mask_rcnn_van_b3": (0.2, {"box_ap": 48.3, "mask_ap": 43.4}),
+    "coco/cascade_mask_rcnn_maxvit_base": (0.4, {"box_ap": 53.4, "mask_ap": 45.7}),
+    "ade20k/upernet_dinat_s_base": (0.3, {"miou": 49.4, "miou_multi_scale": 50.2}),
+    "ade20k/mask2former_dinat_large": (0.3, {"miou_multi_scale": 58.1}),
+    "ade20k/upernet_cswin_large": (0.6, {"miou": 53.4, "miou_multi_scale": 55.7}),
+    "ade20k/semantic_fpn_biformer_small": (0.15, {"miou": 48.9}),
+    "ade20k/upernet_gc_vit_base": (0.5, {"miou": 49.2}),
+    "ade20k/semantic_fpn_litv2_medium": (0.2, {"miou": 45.7}),
+    "ade20k/upernet_van_b4_in22k": (0.4, {"miou_multi_scale": 53.5}),
+    "ade20k/semantic_fpn_van_b3": (0.3, {"miou": 48.1}),
+}
+
+
+@pytest.mark.parametrize("recipe", REPORTED)
+def test_drop_path_and_figures_are_the_published_ones(recipe):
+    content = yaml.safe_load(_text(recipe))
+    published = content["published"]
+    rate, figures = REPORTED[recipe]
+    assert content["model_kwargs"]["drop_path_rate"] == rate
+    assert {key: value for key, value in published.items() if key not in ("model", "source")} == figures
+    assert published["model"] == content["model"]
+    assert re.match("(official )?README|paper", published["source"])
+
+
+def test_top1_of_a_recipe_is_the_manifests_for_the_weights_that_it_trains():
+    known = {
+        entry["model"]: entry["top1"]["value"]
+        for family in zoo.FAMILIES
+        for entry in manifest(family)
+        if entry["tag"] == "in1k" and entry.get("top1", {}).get("source") == "README of the origin"
+    }
+    found = {}
+    for name in RECIPES:
+        content = yaml.safe_load(_text(name))
+        if name.startswith("imagenet/") and "pretrained" not in content:
+            found[content["model"]] = content["published"]["top1"]
+    common = found.keys() & known.keys()
+    assert len(common) > 30
+    assert {model: found[model] for model in common} == {model: known[model] for model in common}
+
+
+# What the sources say of training from nothing on ImageNet: learning rate, weight decay, epochs, images per update,
+# mixup, cutmix, erasing, cool-down.
+PAPERS = {
+    r"van_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"(di)?nat(_s|_isotropic)?_(mini|tiny|small|base)|vitrpb_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"cswin_(tiny|small)": (2e-3, 0.05, 300, 2048, 0.8, 1.0, 0.25, 10),
+    r"cswin_base": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"maxvit_(tiny|small|base|large)": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0),
+    r"biformer_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
+    r"gc_vit_(small|small2|base|large)": (5e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"litv2_(small|medium|base)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+}
+
+NORM, TABLES, FULL = ["norm"], ["norm", "bias_table"], []  # FULL: everything is decayed
+OWN = None  # vectors and what the model names
+QUERIES = ["norm", ".bn", ".gn", "bias_table", "query_embed", "query_feat", "level_embed"]
+
+# COCO: learning rate, weight decay, exempt from it, epochs, drops, warm-up, precision.
+COCO = {
+    r"mask_rcnn_1x": (1e-4, 0.05, OWN, 12, [8, 11], 500, "none"),
+    r"(cascade_)?mask_rcnn_3x": (1e-4, 0.05, OWN, 36, [27, 33], 500, "none"),
+    r"retinanet_1x": (1e-4, 1e-4, OWN, 12, [8, 11], 500, "none"),
+    r"dino_1x": (1e-4, 1e-4, FULL, 12, [11], 0, "none"),
+    r"mask2former_50e": (1e-4, 0.05, QUERIES, 50, [44.444, 48.148], 0, "none"),
+    r"(cascade_)?mask_rcnn_((di)?nat|dinat_s)_(mini|tiny|small)": (1e-4, 0.05, TABLES, 36, [27, 33], 500, "fp16"),
+    r"cascade_mask_rcnn_nat_base": (1e-4, 0.05, TABLES, 36, [27, 33], 500, "fp16"),
+    r"cascade_mask_rcnn_dinat(_s)?_base": (7.5e-5, 0.05, TABLES, 36, [27, 33], 500, "fp16"),
+    r"cascade_mask_rcnn_dinat_large": (7.5e-5, 0.05, TABLES, 36, [27, 33], 500, "none"),
+    r"cascade_mask_rcnn_dinat_s_large": (5e-5, 0.05, TABLES, 36, [27, 33], 500, "fp16"),
+    r"mask2former_dinat_large": (1e-4, 0.05, QUERIES, 100, [88.889, 96.296], 0, "none"),
+    r"(cascade_)?mask_rcnn_cswin_\w+": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
+    r"mask_rcnn_1x_cswin_\w+": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
+    r"mask_rcnn_biformer_\w+": (1e-4, 0.05, NORM, 12, [8, 11], 500, "fp16"),
+    r"retinanet_biformer_\w+": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
+    r"mask_rcnn_gc_vit_tiny": (1e-4, 0.05, NORM, 36, [27, 33], 2500, "none"),
+    r"cascade_mask_rcnn_gc_vit_\w+": (1e-4, 0.05, TABLES, 36, [27, 33], 2500, "none"),
+    r"dino_gc_vit_large": (1e-4, 1e-4, FULL, 36, [27, 33], 0, "none"),
+    r"mask_rcnn_litv2_\w+": (2e-4, 1e-4, NORM, 12, [8, 11], 500, "fp16"),
+    r"retinanet_litv2_\w+": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
+    r"mask_rcnn_van_b[23]": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
+    r"mask_rcnn_3x_van_b2": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
+    r"retinanet_van_b[23]": (1e-4, 1e-4, NORM, 12, [8, 11], 500, "none"),
+    r"cascade_mask_rcnn_maxvit_\w+": (1e-4, 0.05, OWN, 36, [27, 33], 500, "none"),
+}
+
+# ADE20K: learning rate, weight decay, exempt from it, updates, images an update, schedule and power, lowest learning
+# rate, warm-up and its start, crop, evaluated size, test divisor, precision.
+U160 = (160_000, 16, "poly", 1.0, 0.0, 1500, 1e-6)
+ADE = {
+    r"upernet_160k": (6e-5, 0.01, OWN, *U160, 512, 512, None, "none"),
+    r"semantic_fpn_80k": (1e-4, 1e-4, OWN, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
+    r"mask2former_160k": (1e-4, 0.05, QUERIES, 160_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
+    r"mask2former_dinat_large": (1e-4, 0.05, QUERIES, 160_000, 16, "poly", 0.9, 0.0, 0, None, 640, 640, None, "none"),
+    r"upernet_(nat_\w+|dinat_(mini|tiny|small|base)|dinat_s_\w+)": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "fp16"),
+    r"upernet_dinat_large": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
+    r"upernet_cswin_(tiny|small|base)": (6e-5, 0.01, NORM, *U160, 512, 512, None, "none"),
+    r"upernet_cswin_large": (6e-5, 0.01, NORM, *U160, 640, 640, None, "none"),
+    r"semantic_fpn_cswin_\w+": (1e-4, 1e-4, NORM, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
+    r"upernet_biformer_\w+": (6e-5, 0.01, NORM, *U160, 512, 512, None, "fp16"),
+    r"semantic_fpn_biformer_\w+": (2e-4, 1e-4, FULL, 80_000, 32, "cosine", None, 0.0, 1000, 0.1, 512, 512, 32, "fp16"),
+    r"upernet_gc_vit_\w+": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
+    r"semantic_fpn_litv2_\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 1e-6, 0, None, 512, 512, None, "none"),
+    r"upernet_van_b[012356]": (6e-5, 0.01, NORM, *U160, 512, 512, 32, "none"),
+    r"upernet_van_b4(_in22k)?": (6e-5, 0.01, NORM, 160_000, 32, *U160[2:], 512, 512, 32, "none"),
+    r"semantic_fpn_van_b[0-3]": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
+}
+
+
+def _row(table: dict[str, tuple], recipe: str) -> tuple:
+    rows = [row for pattern, row in table.items() if re.fullmatch(pattern, recipe.partition("/")[2])]
+    assert len(rows) == 1, f"one row of the table, and only one, is about {recipe}"
+    return rows[0]
+
+
+def _optional(values) -> list | None:
+    return None if values is None else list(values)
+
+
+def _of(recipes, folder):
+    return {name: cfg for name, cfg in recipes.items() if name.startswith(f"{folder}/")}
+
+
+@pytest.mark.slow
+def test_training_from_nothing_follows_the_paper(recipes):
+    for name, cfg in _of(recipes, "imagenet").items():
+        optim, trainer, augment = cfg.optim, cfg.trainer, cfg.augment
+        assert optim.opt == "adamw", name
+        if cfg.pretrained:  # fine-tuning: shorter and gentler
+            assert trainer.epochs <= 40, name
+            assert optim.lr <= 3e-4, name
+            continue
+        found = (optim.lr, optim.weight_decay, trainer.epochs, trainer.effective_batch_size)
+        found += (augment.mixup, augment.cutmix, augment.re_prob, cfg.schedule.cooldown_epochs)
+        assert found == _row(PAPERS, name), name
+
+
+@pytest.mark.slow
+def test_detection_follows_the_paper(recipes):
+    for name, cfg in _of(recipes, "coco").items():
+        optim, schedule, trainer, dense = cfg.optim, cfg.schedule, cfg.trainer, cfg.dense
+        found = (optim.lr, optim.weight_decay, _optional(dense.no_decay), trainer.epochs)
+        found += (list(schedule.decay_milestones), dense.warmup_updates, trainer.amp)
+        assert found == _row(COCO, name), name
+        assert (optim.opt, optim.layer_decay, schedule.sched, schedule.decay_rate) == ("adamw", None, "multistep", 0.1)
+        assert (trainer.effective_batch_size, dense.updates, dense.warmup_factor) == (16, None, 1e-3), name
+        assert dense.backbone_lr == (0.1 if dense.method in ("dino", "mask2former") else 1.0), name
+        assert optim.clip_grad == {"dino": 0.1, "mask2former": 0.01}.get(dense.method), name
+
+
+@pytest.mark.slow
+def test_images_of_detection_follow_the_paper(recipes):
+    several = list(range(480, 801, 32))
+    for name, cfg in _of(recipes, "coco").items():
+        dense = cfg.dense
+        if "maxvit" in name:
+            wanted = ([896], 896, False, None, None)
+        elif dense.method == "mask2former":
+            wanted = ([800], 1333, False, [1024, 1024], [0.1, 2.0])
+        elif dense.method == "dino" or cfg.trainer.epochs == 36:
+            wanted = (several, 1333, True, None, None)
+        else:
+            wanted = ([800], 1333, False, None, None)
+        crop, ratio_range = _optional(dense.crop), _optional(dense.ratio_range)
+        assert (list(dense.scales), dense.max_size, dense.detr_crop, crop, ratio_range) == wanted, name
+        assert (dense.photometric, dense.frozen_stages, dense.small) == (False, -1, False), name
+        assert dense.norm_eval == bool(re.search("biformer|maxvit", name)), name
+
+
+@pytest.mark.slow
+def test_segmentation_follows_the_paper(recipes):
+    for name, cfg in _of(recipes, "ade20k").items():
+        optim, schedule, trainer, dense = cfg.optim, cfg.schedule, cfg.trainer, cfg.dense
+        found = (
+            *(optim.lr, optim.weight_decay, _optional(dense.no_decay), dense.updates, trainer.effective_batch_size),
+            *(schedule.sched, schedule.decay_rate if schedule.sched == "poly" else None, schedule.min_lr),
+            *(dense.warmup_updates, dense.warmup_factor if dense.warmup_updates else None),
+            *(dense.crop[0], dense.scales[-1], dense.test_divisor, trainer.amp),
+        )
+        assert found == _row(ADE, name), name
+        assert (optim.opt, optim.layer_decay, dense.photometric, dense.norm_eval) == ("adamw", None, True, False), name
+        assert (cfg.data.num_classes, cfg.data.reduce_zero_label, dense.small) == (150, True, False), name
+        size = dense.crop[0]
+        if dense.method == "mask2former":
+            assert sorted(dense.scales) == [int(tenths * 0.1 * size) for tenths in range(5, 21)], name
+            wanted = (size, 4 * size, None, 0.1, 0.01)
+        else:
+            assert list(dense.scales) == [size], name
+            wanted = (size, 4 * size, [0.5, 2.0], 1.0, None)
+        ratio_range = _optional(dense.ratio_range)
+        assert (dense.crop[1], dense.max_size, ratio_range, dense.backbone_lr, optim.clip_grad) == wanted, name
+
+
+@pytest.mark.slow
+def test_large_dinats_start_from_22k_weights(recipes):
+    large = [cfg.model for name, cfg in recipes.items() if re.search("dinat_(s_)?large", name)]
+    assert len(large) > 8
+    assert all(model.endswith(".in22k") for model in large)
+
+
+@pytest.mark.slow
+def test_detectors_and_segmentors_with_van_take_the_mean_of_imagenet_unlike_its_classifiers(recipes):
+    found = {name: cfg for name, cfg in recipes.items() if "van" in name and not name.startswith("imagenet/")}
+    assert len(found) > 15
+    for name, cfg in found.items():
+        assert list(cfg.data.mean) == [0.485, 0.456, 0.406], name
+        assert list(cfg.data.std) == [0.229, 0.224, 0.225], name
+        assert timm.models.get_pretrained_cfg(cfg.model).mean == (0.5, 0.5, 0.5), name
+
+
+@pytest.mark.parametrize("recipe", ["coco/mask2former_dinat_large", "ade20k/mask2former_dinat_large"])
+def test_mask2former_has_dilations_of_its_own(recipe_config, recipe):
+    cfg = recipe_config(recipe)
+    assert cfg.model == "dinat_large_384_11x11.in22k"
+    stage_3 = [1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 2, 1, 3, 1, 3]
+    found = [block_dilations(list(d), n) for d, n in zip(cfg.model_kwargs.dilations, (3, 4, 18, 5), strict=True)]
+    assert found == [[1, 14, 1], [1, 4, 1, 7], stage_3, [1] * 5]
+
+
+def test_mask2former_on_coco_has_200_queries_as_for_swin_large(recipe_config):
+    assert recipe_config("coco/mask2former_dinat_large").mm == {"model": {"panoptic_head": {"num_queries": 200}}}
+
+
+NORMS = (nn.LayerNorm, nn.BatchNorm2d, LayerNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [
+        ("coco/mask_rcnn_dinat_mini", "test_dinat"),
+        ("coco/cascade_mask_rcnn_dinat_s_tiny", "dinat_s_tiny"),
+        ("ade20k/upernet_nat_mini", "test_nat"),
+        ("ade20k/upernet_cswin_tiny", "test_cswin"),
+        ("coco/cascade_mask_rcnn_gc_vit_tiny", "test_gc_vit"),
+        ("coco/mask_rcnn_litv2_small", "test_litv2"),
+        ("ade20k/upernet_van_b0", "test_van"),
+        ("coco/mask2former_50e", "test_dinat"),
+    ],
+)
+def test_no_decay_matches_norms_and_bias_tables_and_nothing_else(recipe_config, recipe, model):
+    with torch.device("meta"):
+        backbone = timm.create_model(model, num_classes=0)
+    keys = recipe_config(recipe).dense.no_decay
+    norms = {
+        f"{path}.{name}"
+        for path, module in backbone.named_modules()
+        if isinstance(module, NORMS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    tables = {name for name, _ in backbone.named_parameters() if name.endswith("bias_table")}
+    exempt = {name for name, _ in backbone.named_parameters() if any(key in name for key in keys)}
+    assert exempt == norms | (tables if "bias_table" in keys else set())
+
+
+def test_no_decay_of_biformer_leaves_the_norms_between_stages_decayed_as_published(recipe_config):
+    with torch.device("meta"):
+        backbone = timm.create_model("test_biformer", num_classes=0)
+    (key,) = recipe_config("coco/mask_rcnn_biformer_small").dense.no_decay
+    downsampling = dict(backbone.stages[1].downsample.named_parameters(prefix="stages.1.downsample"))
+    assert len(downsampling) == 4  # a convolution's and a BatchNorm's
+    assert not any(key in name for name in downsampling)
+
+
+# With other words on the command line.
+
+
+@pytest.mark.parametrize("task", [[], ["task=detect"]])
+def test_recipe_with_and_without_its_task(compose, task):
+    cfg = compose(*task, "recipe=coco/retinanet_1x")
+    assert (cfg.task, cfg.data.name, cfg.dense.method, cfg.model) == ("detect", "coco", "retinanet", "dinat_tiny")
+
+
+def test_generic_recipe_takes_any_model(compose):
+    cfg = compose("recipe=ade20k/upernet_160k", "model=convnext_atto", "+model_kwargs.drop_path_rate=0.1")
+    assert (cfg.model, cfg.model_kwargs, cfg.optim.lr) == ("convnext_atto", {"drop_path_rate": 0.1}, 6e-5)
+
+
+def test_option_and_value_beat_the_recipe(compose):
+    cfg = compose("recipe=coco/mask_rcnn_3x", "dense=cascade_mask_rcnn", "trainer.epochs=1")
+    assert (cfg.dense.method, cfg.trainer.epochs, cfg.dense.detr_crop) == ("cascade_mask_rcnn", 1, True)
+
+
+@pytest.mark.parametrize("recipe", ["coco/mask_rcnn_litv2_small", "imagenet/van_b0"])
+def test_other_options_do_not_change_what_a_recipe_writes_out(compose, recipe):
+    before, after = compose(f"recipe={recipe}"), compose(f"recipe={recipe}", "schedule=constant", "trainer=digits")
+    assert (after.schedule, after.trainer.epochs) == (before.schedule, before.trainer.epochs)
+    assert after.trainer.effective_batch_size == before.trainer.effective_batch_size
+
+
+def test_coco_by_itself_has_the_1x_schedule(compose):
+    cfg = compose("task=detect", "data=coco")
+    assert (cfg.schedule.sched, cfg.schedule.decay_milestones) == ("multistep", [8, 11])
+    assert (cfg.trainer.epochs, cfg.trainer.batch_size, cfg.trainer.effective_batch_size) == (12, 2, 16)
+
+
+OWN = """\
+defaults:
+  - config
+  - /recipe/coco/mask_rcnn_litv2_small
+  - override /dense: cascade_mask_rcnn
+  - _self_
+
+model: van_b0
+optim:
+  lr: 3.0e-4
+"""
+
+
+def test_a_file_of_the_users_own_builds_on_a_recipe(run_cli, tmp_path):
+    (tmp_path / "mine.yaml").write_text(OWN)
+    code, output = run_cli("--config-dir", ".", "--config-name", "mine", "--cfg", "job", cwd=tmp_path)
+    assert code == 0, output
+    cfg = OmegaConf.create(output)
+    assert (cfg.model, cfg.dense.method, cfg.data.name) == ("van_b0", "cascade_mask_rcnn", "coco")
+    assert (cfg.optim.lr, cfg.optim.weight_decay, cfg.trainer.epochs) == (3e-4, 1e-4, 12)
+    assert cfg.published.model == "litv2_small"  # so that a report does not show its figures for van_b0
