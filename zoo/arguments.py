@@ -1,16 +1,19 @@
-"""What the arguments of models may be, in one place: a mistake is a sentence, before any memory is taken."""
+"""The ranges of models' arguments. A mistake raises an error of one sentence before any memory is allocated."""
 
-import difflib
+from __future__ import annotations
+
 import reprlib
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
+from zoo.messages import did_you_mean
+
 __all__ = ["as_tuple", "check", "check_choice", "check_name", "check_stages", "is_list", "is_number", "shown"]
 
 T = TypeVar("T")
 
-# What numbers an argument takes, both ends included; for those of stages, each of them.
+# The range of each argument, both ends included. For arguments per stage, it is that of every value.
 WHOLE = {
     "in_chans": (1, 2**14),
     "num_classes": (0, 10**7),
@@ -36,13 +39,13 @@ REAL = {
     "layer_scale": (-1000, 1000),
     "layer_scale_init": (-1000, 1000),
 }
-OPTIONAL = ("layer_scale", "kernel_size")  # None does without
-ONE_FOR_ALL = ("mlp_ratio", "window_size")  # stages, if it is a single number
+OPTIONAL = ("layer_scale", "kernel_size")  # may be None
+ONE_FOR_ALL = ("mlp_ratio", "window_size")  # may be a single number for all stages
 CHOICES = {"global_pool": ("avg", ""), "output_norm": (True, False)}
 
 
 def check(**settings: Any) -> None:
-    """Raise ValueError unless each argument is what WHOLE, REAL or CHOICES say: one number, or one word."""
+    """Raise ValueError unless each argument is a number or choice that WHOLE, REAL or CHOICES allow."""
     for name, value in settings.items():
         if name in CHOICES:
             check_choice(name, value, CHOICES[name])
@@ -52,10 +55,10 @@ def check(**settings: Any) -> None:
 
 
 def check_stages(**settings: Any) -> None:
-    """Raise ValueError unless all settings are lists of one value per stage, of what WHOLE or REAL say.
+    """Raise ValueError unless all settings are lists with one value per stage that WHOLE or REAL allow.
 
-    A single `mlp_ratio` or `window_size` is for all stages. Heads have to divide the channels of their stage, and MLPs
-    to have hidden channels.
+    A single `mlp_ratio` or `window_size` applies to all stages. The number of heads has to divide the channels of its
+    stage, and MLPs need at least one hidden channel.
     """
     lists = {}
     for name, values in settings.items():
@@ -66,7 +69,7 @@ def check_stages(**settings: Any) -> None:
             raise ValueError(f"Got {name}={shown(values)}; give a list with one value per stage.")
         if name in (*WHOLE, *REAL) and not all(
             _fits(name, value) and isinstance(value, int | float)
-            for value in values  # and not NumPy's
+            for value in values  # but not NumPy's numbers
         ):
             kind = "whole numbers" if name in WHOLE else "numbers"
             raise ValueError(f"Got {name}={shown(values)}; it has to be {kind} {_range(name)}, one per stage.")
@@ -94,11 +97,10 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_name(name: str, value: Any, known: Iterable[str], owner: str) -> None:
-    """Raise TypeError unless the argument `name` of `owner` is one of the `known`; says which it may have been."""
+    """Raise TypeError unless `owner` takes the argument `name`, one of the `known`. The message suggests a name."""
     known = list(known)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        hint = did_you_mean(name, known) or f"it takes {', '.join(known)}."
         raise TypeError(f"Got {name}={shown(value)}, which {owner} does not take; {hint}")
 
 
@@ -114,7 +116,7 @@ def as_tuple(value: T | Sequence[T], count: int) -> tuple[T, ...]:
 
 
 def is_number(value: Any, least: float, most: float, whole: bool = True) -> bool:
-    """Whether `value` is a number of this range, and a whole one if asked to be."""
+    """Whether `value` is a number in this range, and an integer if `whole`."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return False
     number: Any = value
@@ -122,7 +124,7 @@ def is_number(value: Any, least: float, most: float, whole: bool = True) -> bool
 
 
 def shown(value: Any) -> str:
-    """`value` for a sentence."""
+    """`value` on one line and shortened, for messages."""
     return " ".join(reprlib.repr(value).split())
 
 

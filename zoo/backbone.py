@@ -30,9 +30,9 @@ class Stage(nn.Module):
 
     Args:
         blocks: modules from tokens to tokens.
-        downsample: from the output of the stage before to this one's channels and size, both NCHW; none if None.
-        norm: of the stage's output, NCHW; none if None.
-        channels_last: whether the blocks work on NHWC.
+        downsample: from the output of the previous stage to this stage's channels and size, both NCHW; None for none.
+        norm: applied to the stage's output, NCHW; None for none.
+        channels_last: whether the blocks take and return NHWC.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Stage(nn.Module):
         return self.norm(x)
 
     def forward_blocks(self, x: Tensor, *context: Tensor) -> Tensor:
-        """Run the blocks, with what else their attention takes."""
+        """Run the blocks, with any further arguments of their attention."""
         for block in self.blocks:
             x = checkpoint(block, x, *context) if self.grad_checkpointing else block(x, *context)
         return x
@@ -77,7 +77,7 @@ class Backbone(nn.Module):
         dims: channels of each stage's output.
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none.
+        global_pool: "avg" for average pooling, or "" for none.
         drop_rate: dropout before the classifier.
         strides: pixels per feature, for each stage; 4, 8, 16, ... if None.
         norm: applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
@@ -146,15 +146,15 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """None by name; timm leaves vectors (norms, biases, layer scales) undecayed anyway."""
+        """None by name. timm does not decay vectors (norms, biases, layer scales) in any case."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Timm's parameter groups, for layer-wise decay: a group per block, or per stage if `coarse`."""
+        """Parameter groups for timm's layer-wise decay: one per block, or one per stage if `coarse`."""
         blocks = [
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", (99999,)),  # timm's mark for: with the group before
+            (r"^stages\.(\d+)\.norm", (99999,)),  # timm's number for: belongs to the previous group
             (r"^stages\.(\d+)\.", (0,)),
         ]
         last = (r"^(?:norm|output_norms)\.", (99999,))
@@ -162,7 +162,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade time for memory: recompute blocks in backward. Batch norm then updates its statistics twice a step."""
+        """Recompute blocks in backward passes to save memory. Batch norm then updates its statistics twice per step."""
         self.grad_checkpointing = enable
         stage: Any
         for stage in self.stages:
@@ -170,11 +170,11 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The linear classifier, or an identity without one."""
+        """The linear classifier, or an identity if there is none."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one (none if `num_classes` is 0), and the pooling unless it is None."""
+        """Replace the classifier with a new one (none if `num_classes` is 0), and the pooling unless it is None."""
         arguments.check(num_classes=num_classes)
         if global_pool is not None:
             arguments.check(global_pool=global_pool)
@@ -193,18 +193,18 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of chosen stages, with those of `forward_features` unless `intermediates_only`.
+        """Features of chosen stages, after those of `forward_features` unless `intermediates_only`.
 
         Args:
             x: images (B, in_chans, H, W).
-            indices: stages to take; the last n if an int, all if None.
-            norm: apply the norm that follows the last stage to its features.
-            stop_early: stop after the last chosen stage.
+            indices: the stages; the last n for an int, all for None.
+            norm: whether to apply the final norm to the features of the last stage.
+            stop_early: whether to stop after the last chosen stage.
             output_fmt: "NCHW".
-            intermediates_only: return the list alone.
+            intermediates_only: whether to return the list of features only.
         """
         if output_fmt != "NCHW":
-            raise ValueError(f"Got {output_fmt=}; the models here have 'NCHW': permute their features instead.")
+            raise ValueError(f"Got {output_fmt=}; only 'NCHW' is supported: permute the features instead.")
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
         final = len(self.stages) - 1
@@ -223,9 +223,15 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last of `indices`; with any of them, or as asked, the last norm and the head.
+        """Remove the stages after the last of `indices`, and the final norm and the head if any stage is removed.
 
-        Returns the absolute indices.
+        Args:
+            indices: the stages to keep; the last n for an int.
+            prune_norm: whether to remove the final norm in any case.
+            prune_head: whether to remove the head in any case.
+
+        Returns:
+            The indices as non-negative numbers.
         """
         take, last = feature_take_indices(len(self.stages), indices)
         shortened = last + 1 < len(self.stages)
@@ -241,7 +247,7 @@ class Backbone(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, num_features, H', W'), normalised."""
+        """(B, in_chans, H, W) -> (B, num_features, H', W'), after the final norm."""
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -313,13 +319,13 @@ def create(
 
 
 def _check_indices(indices: Any, stages: int) -> None:
-    """Raise ValueError unless these are stages, or how many of the last ones."""
+    """Raise ValueError unless `indices` lists stages or is a number of last stages."""
     if arguments.is_list(indices):
         good = len(indices) > 0 and all(arguments.is_number(index, -stages, stages - 1) for index in indices)
     else:
         good = arguments.is_number(indices, 1, stages)
     if not good:
         raise ValueError(
-            f"Got out_indices={arguments.shown(indices)}; it has to be a list of stages from 0 to {stages - 1}, or a "
-            f"number of the last ones from 1 to {stages}."
+            f"Got out_indices={arguments.shown(indices)}; it has to be a list of stages from 0 to {stages - 1}, or the "
+            f"number of the last ones, from 1 to {stages}."
         )

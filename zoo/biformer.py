@@ -1,16 +1,20 @@
 """BiFormer: Vision Transformer with Bi-Level Routing Attention (Zhu et al., CVPR 2023, https://arxiv.org/abs/2303.08810).
 
-The map is cut into 7 x 7 regions, however large it is. Every region is routed to the few regions whose mean keys answer
-its mean query best, and its tokens attend to all tokens of those. The last stage attends to the whole map.
+A map of any size is cut into 7 x 7 regions. Every region is routed to the few regions whose mean keys match its mean
+query best, and its tokens attend to all tokens of these. The last stage attends to the whole map.
 
 Official code, MIT: https://github.com/rayleizhu/BiFormer. Written from the paper and the facts of that code; the tests
-compare outputs of biformer_tiny. What differs:
-- Any size, by the rules of the official `auto_pad`, its detection code's. Its classifier and biformer_stl refuse maps
-  that do not divide; biformer_stl_nchw, the refactored one, has rules of its own, extended here to maps under 7 x 7.
-- Dense prediction has more regions and the same weights: `num_regions=16` for COCO, 8 for ADE20K.
-- The downsampling before an official stage begins it here too, so that a stage's output is its feature.
-- Left out is what no published model uses: pooled keys and values, soft routing, layer scale, norms after the branches.
+compare outputs of biformer_tiny. Differences:
+- Images can have any size, by the rules of the official `auto_pad` of the detection code. The official classifier and
+  biformer_stl refuse maps whose sides the regions do not divide. biformer_stl_nchw, of the refactored code, has its own
+  rules, extended here to maps smaller than 7 x 7.
+- Dense prediction uses more regions with the same weights: `num_regions=16` for COCO, 8 for ADE20K.
+- The downsampling before an official stage belongs to the stage here, so that a stage's output is its feature.
+- Options that no published model uses are left out: pooled keys and values, soft routing, layer scale, norms after the
+  branches.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,21 +53,21 @@ def _biformer(embed_dim: int, depths: tuple[int, ...], mlp_ratio: int = 3, **set
     return {
         "embed_dims": tuple(embed_dim * 2**i for i in range(4)),
         "depths": depths,
-        # Full attention has 8 heads, whatever its width.
+        # Attention to the whole map has 8 heads in all variants.
         "num_heads": (*(embed_dim * 2**i // 32 for i in range(3)), 8),
         "mlp_ratio": mlp_ratio,
         **settings,
     }
 
 
-# The paper's table 1, and its ablation in the layout of Swin-T.
+# Table 1 of the paper, and its ablation in the layout of Swin-T.
 VARIANTS: dict[str, dict[str, Any]] = {
     "biformer_tiny": _biformer(64, (2, 2, 8, 2)),
     "biformer_small": _biformer(64, (4, 4, 18, 4)),
     "biformer_base": _biformer(96, (4, 4, 18, 4)),
     "biformer_stl": _biformer(96, (2, 2, 6, 2), 4, layout="stl"),
     "biformer_stl_nchw": _biformer(96, (2, 2, 6, 2), 4, layout="stl_nchw"),
-    # ours, for tests and for small images on a CPU
+    # our own, for tests and small images on a CPU
     "test_biformer": {
         "embed_dims": (16, 32, 64, 128),
         "depths": (2, 2, 2, 2),
@@ -75,7 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def divmod_open(number: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Quotient and remainder by `size`, without the operator % that ONNX lacks for sizes that are open."""
+    """Quotient and remainder by `size`, without the operator %, which ONNX lacks for symbolic sizes."""
     quotient = number // size
     return quotient, number - quotient * size
 
@@ -84,9 +88,9 @@ def divmod_open(number: Tensor, size: int) -> tuple[Tensor, Tensor]:
 class RoutedAttention(nn.Module):
     """Bi-level routing attention of tokens (B, H, W, dim), plus LePE, between linear layers.
 
-    One routing serves all heads: mean queries times mean keys over all channels. It is a choice, without a gradient.
-    Maps that do not divide are padded with zeros at the bottom and the right, before the linear layer: the padding
-    takes part in the means, in attention and in LePE, as query, key and value that are the layer's bias.
+    One routing serves all heads: mean queries times mean keys over all channels. It has no gradient. Maps whose sides
+    the regions do not divide are padded with zeros at the bottom and the right, before the linear layer. The padding
+    takes part in the means, in attention and in LePE; its query, key and value are the layer's bias.
     """
 
     def __init__(self, dim: int, num_heads: int, num_regions: int, topk: int, device=None, dtype=None):
@@ -95,7 +99,7 @@ class RoutedAttention(nn.Module):
         self.num_heads = num_heads
         self.num_regions = num_regions
         self.topk = topk
-        self.scale = dim**-0.5  # of all channels, in attention too: not of a head's
+        self.scale = dim**-0.5  # by all channels, not by those of a head; in attention too
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -125,15 +129,15 @@ class RoutedAttention(nn.Module):
         return x.detach().unflatten(2, split).unflatten(1, split).mean(dim=(2, 4)).flatten(1, 2)
 
     def route(self, query: Tensor, key: Tensor) -> Tensor:
-        """The regions that each region attends to: means (B, regions, dim) twice -> (B, regions, topk)."""
+        """The regions that each region attends to: two means (B, regions, dim) -> (B, regions, topk)."""
         logits = self.scale * query @ key.transpose(1, 2)
         return logits.topk(min(self.topk, sizes(logits)[2]), dim=2).indices
 
     def attend_by_index(self, query: Tensor, key: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
-        """Routing and attention for sizes that are open, as in torch.export, which cannot prove that regions divide.
+        """Routing and attention for symbolic sizes: torch.export can't prove that the regions divide the map.
 
-        So no reshape touches a side of the map: tokens come and go by their numbers. Nor may a region have a side of
-        1, which torch.export takes for another case: there its tokens come twice, which changes neither mean nor sum.
+        Tokens are therefore gathered and returned by index, without a reshape of the map. torch.export treats a side of
+        1 as another case, so such a region takes its tokens twice, which changes neither mean nor weighted sum.
         """
         side, device = self.num_regions, query.device
         across = sym_max(columns, 2)
@@ -150,9 +154,8 @@ class RoutedAttention(nn.Module):
         query, key, value = (
             x.unflatten(-1, (self.num_heads, -1)).transpose(2, 3).flatten(0, 1) for x in (query, key, value)
         )
-        x = dot_product_attention(query, key, value, self.scale).unflatten(
-            0, (-1, side**2)
-        )  # (B, regions, tokens, dim)
+        x = dot_product_attention(query, key, value, self.scale)
+        x = x.unflatten(0, (-1, side**2))  # (B, regions, tokens, dim)
 
         down, row = divmod_open(torch.arange(side * rows, device=device)[:, None], rows)
         right, column = divmod_open(torch.arange(side * columns, device=device), columns)
@@ -161,10 +164,10 @@ class RoutedAttention(nn.Module):
 
 @register_notrace_module
 class GrowingRoutedAttention(RoutedAttention):
-    """The same as the official refactored code has it, where a map that does not divide gets more regions.
+    """Bi-level routing attention as in the official refactored code: other maps have more regions, not larger ones.
 
-    Their sides are those of the map over `num_regions`, rounded down, and what is left over makes regions of its own.
-    Those are padded after the linear layer: the padding takes part as keys and values of zeros, and nowhere else.
+    The sides of a region are those of the map over `num_regions`, rounded down. The remaining tokens form regions of
+    their own. These are padded after the linear layer: the padding takes part as keys and values of zeros only.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ class GrowingRoutedAttention(RoutedAttention):
         grid = (-(-height // region[0]), -(-width // region[1]))
         query, key, value = linear(self.qkv, x).chunk(3, dim=-1)
         routes = self.route(*(self.real_means(x, region) for x in (query, key)))
-        # The operator wants as many regions down as across: more of them, which nobody is routed to.
+        # The operator needs equally many regions along both axes. No region is routed to the additional ones.
         regions = max(grid)
         routes = (routes // grid[1] * regions + routes % grid[1]).unflatten(1, grid)
         routes = F.pad(routes, (0, 0, 0, regions - grid[1], 0, regions - grid[0])).flatten(1, 2)
@@ -185,7 +188,7 @@ class GrowingRoutedAttention(RoutedAttention):
 
     @staticmethod
     def real_means(x: Tensor, region: tuple[int, int]) -> Tensor:
-        """(B, H, W, dim) -> (B, regions, dim), where the last regions may be smaller."""
+        """(B, H, W, dim) -> (B, regions, dim). The last regions may be smaller."""
         x = x.detach().permute(0, 3, 1, 2)
         return F.avg_pool2d(x, region, ceil_mode=True, count_include_pad=False).flatten(2).transpose(1, 2)
 
@@ -215,7 +218,7 @@ class GlobalAttention(nn.Module):
 
 
 class Block(TransformerBlock):
-    """A transformer block that first adds a depth-wise 3 x 3 convolution of the tokens, which tells positions apart."""
+    """A transformer block that first adds a depth-wise 3 x 3 convolution of the tokens, which encodes positions."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
         super().__init__(dim, attn, mlp, drop_path, norm_eps=1e-6, device=device, dtype=dtype)
@@ -249,7 +252,7 @@ class FlooringPatchStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        # Both stems' first modules have the same official names, and so the same names here.
+        # The first modules of both stems have the same official names, and so the same names here.
         self.conv1 = nn.Conv2d(in_chans, dim, 4, 4, **dd)
         self.norm1 = nn.BatchNorm2d(dim, **dd)
 
@@ -273,27 +276,27 @@ def patch_downsample(in_dim: int, dim: int, device=None, dtype=None) -> nn.Seque
 class BiFormer(Backbone):
     """BiFormer: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32, sizes rounded up, in the layouts "stl" and "stl_nchw" rounded down.
+    Features are NCHW at strides 4, 8, 16, 32. Sizes are rounded up, in the layouts "stl" and "stl_nchw" down.
 
     Args:
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none.
+        global_pool: "avg" for average pooling, or "" for none.
         embed_dims, depths, num_heads: channels, blocks and heads of each stage.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
         num_regions: regions along each side of a map.
-        topks: for each stage, how many regions a region attends to; -2 for attention to the whole map.
-        layout: "biformer", convolutional stem and downsampling, and a depth-wise convolution in each block; "stl",
-            Swin's, patches of 4 pixels and downsampling that do not overlap; "stl_nchw", the same in the official
-            refactored code: LePE of full attention is of the values, not of the input, and maps that do not divide
-            have more regions, not larger ones.
+        topks: for each stage, the number of regions that a region attends to; -2 for attention to the whole map.
+        layout: "biformer" for a convolutional stem and downsampling, and a depth-wise convolution in each block; "stl"
+            for Swin's patches of 4 pixels and downsampling, which do not overlap; "stl_nchw" for "stl" as in the
+            official refactored code: LePE of global attention reads the values, not the input, and maps that the
+            regions do not divide have more regions, not larger ones.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument, or the shape of the images, is out of range.
+        ValueError: an argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -373,7 +376,7 @@ class BiFormer(Backbone):
         self.layout = layout
 
 
-# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+# Official names -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
     (r"^downsample_layers\.0\.0\.", "stem.conv1."),
     (r"^downsample_layers\.0\.1\.", "stem.norm1."),
@@ -392,9 +395,9 @@ KEY_MAP = [
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`."""
     converted = checkpoints.convert(state_dict, model, KEY_MAP)
-    # The two STL models have the same layers and compute different things; only the official names tell them apart.
+    # The two STL models have the same layers but compute different functions. Only the official names differ.
     for layout, other, name in (("stl", "stl_nchw", ".attn.qkv_linear."), ("stl_nchw", "stl", ".attn.qkv.qkv.")):
         if model.layout == layout and any(name in key for key in checkpoints.unwrap(state_dict)):
             raise RuntimeError(
@@ -407,7 +410,7 @@ default_cfgs = checkpoints.default_cfgs("biformer", first_conv="stem.conv1")
 
 
 def _create_biformer(variant: str, pretrained: bool, cache_dir: str | Path | None = None, **kwargs) -> BiFormer:
-    # Downloads are cached under the last part of their address, and that of all official ones is "content".
+    # Downloads are cached under the last part of their address, which is "content" for all official files.
     cache_dir = Path(cache_dir or Path(torch.hub.get_dir()) / "checkpoints") / variant
     settings = VARIANTS[variant]
     return create(BiFormer, variant, settings, pretrained, checkpoint_filter_fn, cache_dir=cache_dir, **kwargs)

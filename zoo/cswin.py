@@ -1,16 +1,18 @@
 """CSWin Transformer: cross-shaped windows (Dong et al., CVPR 2022, https://arxiv.org/abs/2107.00652).
 
-Half of the heads attend within vertical stripes of the map, half within horizontal ones; the last stage attends to the
-whole map. A depth-wise convolution of the values, LePE, tells positions apart, so no parameter depends on the size.
+Half of the heads attend within vertical stripes of the map, half within horizontal stripes. The last stage attends to
+the whole map. A depth-wise convolution of the values, LePE, encodes positions: no parameter depends on the image size.
 
 Official code, MIT: https://github.com/microsoft/CSWin-Transformer. Written from the paper and the facts of that code;
-the tests compare outputs of cswin_tiny. What differs:
-- One class serves classification and dense prediction and takes any size, with the official segmentation code's
-  padding. The official classifier takes one square size; there the two agree.
+the tests compare outputs of cswin_tiny. Differences:
+- One class serves classification and dense prediction and takes images of any size, with the padding of the official
+  segmentation code. The official classifier takes one square size, for which the two agree.
 - CSWin-L has 24 heads in its last stage, as in the code and its weights; the paper's table says 48.
-- The convolution that ends an official stage begins the next one here, so that a stage's output is its feature.
-- `drop_rate` is dropout before the classifier, as everywhere in timm; the official one is `proj_drop_rate` here.
+- The convolution at the end of an official stage begins the next one here, so that a stage's output is its feature.
+- `drop_rate` is the dropout before the classifier, as in all of timm; the official dropout is `proj_drop_rate` here.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +42,7 @@ def _cswin(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], 
     }
 
 
-# The paper's table 1, and its stripes of 12 tokens for 384 pixels.
+# Table 1 of the paper, and its stripes of 12 tokens for 384 pixels.
 VARIANTS: dict[str, dict[str, Any]] = {
     "cswin_tiny": _cswin(64, (1, 2, 21, 1), (2, 4, 8, 16)),
     "cswin_small": _cswin(64, (2, 4, 32, 2), (2, 4, 8, 16)),
@@ -48,25 +50,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cswin_base_384": _cswin(96, (2, 4, 32, 2), (4, 8, 16, 32), 12),
     "cswin_large": _cswin(144, (2, 4, 32, 2), (6, 12, 24, 24)),
     "cswin_large_384": _cswin(144, (2, 4, 32, 2), (6, 12, 24, 24), 12),
-    # ours, for tests and for small images on a CPU: 3 does not divide the map of stage 3, which is padded
+    # our own, for tests and small images on a CPU: 3 does not divide the map of stage 3, which is padded
     "test_cswin": _cswin(16, (2, 2, 2, 2), (2, 4, 8, 8), 3),
 }
 
 
 def to_stripes(x: Tensor, split_size: int) -> tuple[Tensor, int, int]:
-    """Cut tokens (B, H, W, ...) into vertical stripes (stripes * B, H, split_size, ...), small maps of their own.
+    """Cut tokens (B, H, W, ...) into vertical stripes (stripes * B, H, split_size, ...).
 
-    Columns of zeros on both sides, an odd one on the right, make the width a multiple of `split_size`.
+    Columns of zeros on both sides make the width a multiple of `split_size`. If their number is odd, the right side has
+    one more.
 
     Returns:
-        The stripes, how many an image has, and how many columns of zeros are on the left.
+        The stripes, their number per image, and the number of columns of zeros on the left.
     """
     height, width = sizes(x)[1:3]
     stripes = (width + split_size - 1) // split_size
     left, bottom = (stripes * split_size - width) // 2, 0
     if not (isinstance(height, int) and isinstance(width, int)):
-        # For sizes that are open, torch.export has to prove that reshapes are possible: it can where a side is a
-        # maximum, not a sum that it multiplies out, and never 1. A second stripe, all zeros, is cropped again.
+        # If sizes are symbolic, torch.export has to prove that reshapes are possible. It can if a side is a maximum,
+        # not a sum that it multiplies out, and is never 1. A second stripe of zeros is cropped again.
         stripes, bottom = sym_max(stripes, 2), sym_max(height, 1) - height
     right = stripes * split_size - width - left
     if not certain(left + right + bottom == 0):
@@ -79,7 +82,7 @@ def from_stripes(x: Tensor, stripes: int, left: int, width: int) -> Tensor:
     x = x.unflatten(0, (stripes, -1)).movedim(0, 2).flatten(2, 3)
     if isinstance(left, int) and isinstance(width, int):
         return x[:, :, left : left + width]
-    # A slice would have torch.export prove that it is within the map; an index need not be proved.
+    # torch.export has to prove that a slice is within the map; for an index it does not.
     return x.index_select(2, torch.arange(width, device=x.device) + left)
 
 
@@ -109,15 +112,16 @@ class GlobalAttention(nn.Module):
 class CrossShapedAttention(nn.Module):
     """Attention within stripes of tokens (B, H, W, dim), plus LePE within them, between linear layers.
 
-    The first half of the channels of query, key and value, and so of the heads, has stripes of `split_size` columns,
-    the second half of as many rows. Maps that do not divide are padded with zeros on both sides, after the linear
-    layer: the padding takes part, with logits and values of 0, as in the official segmentation code.
+    The first half of the heads, and so of the channels of query, key and value, has stripes of `split_size` columns,
+    the second half has stripes of `split_size` rows. A map whose sides are not multiples of `split_size` is padded with
+    zeros on both sides, after the linear layer. As in the official segmentation code, tokens attend to the padding,
+    with logits and values of 0.
     """
 
     def __init__(self, dim: int, num_heads: int, split_size: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads // 2  # of a branch
+        self.num_heads = num_heads // 2  # of each branch
         self.split_size = split_size
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = nn.ModuleList(DepthwiseConv(dim // 2, 3, **dd) for _ in range(2))
@@ -186,24 +190,25 @@ class Downsample(nn.Module):
 class CSWin(Backbone):
     """CSWin Transformer: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32. Sides are (n + 1) // 4 after the stem, then halved and rounded up.
+    Features are NCHW at strides 4, 8, 16, 32. A side of n pixels has (n + 1) // 4 tokens after the stem; every later
+    stage halves it and rounds up.
 
     Args:
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none.
+        global_pool: "avg" for average pooling, or "" for none.
         embed_dims, depths, num_heads: channels, blocks and heads of each stage.
-        split_sizes: columns or rows of a stripe in each stage. The last stage attends to the whole map whatever its
-            value, which stands in the paper's table for the whole map of 7 x 7.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        split_sizes: columns or rows of a stripe in each stage. The last value has no effect, since the last stage
+            attends to the whole map; in the paper's table it stands for the map of 7 x 7.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument, or the shape of the images, is out of range.
+        ValueError: an argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -268,7 +273,7 @@ class CSWin(Backbone):
         )
 
 
-# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+# Official names -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
     (r"^stage1_conv_embed\.0\.", "stem.conv."),
     (r"^stage1_conv_embed\.2\.", "stem.norm."),
@@ -289,7 +294,7 @@ KEY_MAP = [
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`."""
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 

@@ -1,17 +1,19 @@
 """GC ViT: Global Context Vision Transformer (Hatamizadeh et al., ICML 2023, https://arxiv.org/abs/2206.09959).
 
-Windows as in Swin, without shifts: every second block attends within its windows, and the blocks between them ask each
-window with a global query instead, a summary of the whole map that all windows of an image share.
+Windows as in Swin, without shifts. Every second block attends within its windows. The blocks between them use a global
+query instead of the window's own: a summary of the whole map that all windows of an image share.
 
 Official code, https://github.com/NVlabs/GCVit, for research or evaluation only: nothing here comes from it. Written
 from the paper and the facts of that code; the tests compare outputs. The published weights are CC-BY-NC-SA-4.0: not for
-commercial use. What differs:
-- Any size, by the rules of the official detection code: maps are padded to whole windows, with zeros that take part as
-  keys, and a global query of another size than the window's is resized (bicubic). Its classification code takes 224 x
-  224 only.
-- Windows of another size (`window_size=24` is its detection) resize the tables (bicubic) when weights are loaded.
-- The downsampling that ends an official level begins the next stage here, so that a stage's output is its feature.
+commercial use. Differences:
+- Images can have any size, by the rules of the official detection code: maps are padded to whole windows, tokens attend
+  to the padding, and a global query of another size than the window is resized (bicubic). The official classification
+  code takes 224 x 224 only.
+- The tables are resized (bicubic) when weights are loaded for windows of another size; detection has `window_size=24`.
+- The downsampling at the end of an official level begins the next stage here, so that a stage's output is its feature.
 """
+
+from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
@@ -57,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gc_vit_large": _gc_vit(192, (3, 4, 19, 5), 2, 1e-5, 7),
     "gc_vit_large_384": _gc_vit(192, (3, 4, 19, 5), 2, 1e-5, 12),
     "gc_vit_large_512": _gc_vit(192, (3, 4, 19, 5), 2, 1e-5, 16),
-    # ours, for tests and for small images on a CPU
+    # our own, for tests and small images on a CPU
     "test_gc_vit": {
         "embed_dims": (16, 32, 64, 96),
         "depths": (2, 2, 2, 2),
@@ -128,13 +130,13 @@ class Stem(nn.Module):
 
 @register_notrace_module
 class GlobalQuery(nn.Module):
-    """A map of an image as the queries of a window of w x w: (B, dim, H, W) -> (B, w * w, dim).
+    """The map of an image, reduced to the queries of one window of w x w: (B, dim, H, W) -> (B, w * w, dim).
 
     Args:
         dim: channels.
         window_size: w.
-        num_convs: how many MBConvs there are.
-        pool: whether each of them is followed by max pooling, 3 x 3 with stride 2.
+        num_convs: number of MBConvs.
+        pool: whether max pooling, 3 x 3 with stride 2, follows each of them.
         device, dtype: of the parameters.
     """
 
@@ -150,7 +152,7 @@ class GlobalQuery(nn.Module):
             if self.pool:
                 x = F.max_pool2d(x, 3, 2, 1)
         height, width = sizes(x)[2:]
-        # Sizes that are still open in torch.export are resized in any case; from w x w that changes nothing.
+        # If sizes are symbolic in torch.export, the map is always resized. This does not change a map of w x w.
         if not (isinstance(height, int) and isinstance(width, int) and height == width == self.window_size):
             x = F.interpolate(x, size=(self.window_size,) * 2, mode="bicubic", align_corners=False)
         return x.flatten(2).transpose(1, 2)
@@ -158,10 +160,10 @@ class GlobalQuery(nn.Module):
 
 @register_notrace_module
 class WindowAttention(nn.Module):
-    """Attention of tokens (B, H, W, dim) in windows, between linear layers; with the image's global query if asked to.
+    """Attention of tokens (B, H, W, dim) in windows, between linear layers, optionally with the image's global query.
 
-    The map is padded with zeros at the bottom and the right to whole windows. The padding takes part as keys and
-    values, those of the qkv layer's bias, as in the official detection code.
+    The map is padded with zeros at the bottom and the right to whole windows. As in the official detection code, tokens
+    attend to the padding, whose keys and values are the bias of the qkv layer.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, use_global_query: bool, device=None, dtype=None):
@@ -184,7 +186,7 @@ class WindowAttention(nn.Module):
         return AttentionInfo((f"window of {self.window_size} x {self.window_size}{query}",), values=self.qkv)
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        """(B, H, W, dim), and the queries (B, w * w, dim) that only global attention reads, to (B, H, W, dim)."""
+        """Tokens (B, H, W, dim) to tokens. `query` (B, w * w, dim) is ignored without `use_global_query`."""
         _, height, width, _ = sizes(x)
         w = self.window_size
         x = pad_tokens(x, (height + w - 1) // w * w, (width + w - 1) // w * w)
@@ -200,7 +202,7 @@ class WindowAttention(nn.Module):
 
 
 class GlobalContextStage(Stage):
-    """A stage whose blocks get the global query of its input, made once; none if `query` is None."""
+    """A stage that computes the global query of its input once and passes it to its blocks, unless `query` is None."""
 
     def __init__(self, query: GlobalQuery | None, blocks: Sequence[nn.Module], downsample: nn.Module | None = None):
         super().__init__(blocks, downsample)
@@ -214,12 +216,12 @@ class GlobalContextStage(Stage):
 
 
 def pooled_stages(window_sizes: Sequence[int]) -> list[bool]:
-    """For each stage, whether the maps of its global query are pooled: not where a window is all of the map.
+    """For each stage, whether the maps of its global query are pooled. They are not if one window covers the map.
 
-    This is about the size that the windows are made for, at which one window of the last stage is the whole map, and
-    the map of each stage before is twice as large: 56, 28, 14 and 7 tokens for windows of 7, 7, 14 and 7. It covers
-    the official cases: the third stage pools with windows of 24 throughout (detection), and does not in classification,
-    at 384 and 512 pixels neither.
+    This refers to the image size that the windows are made for, at which a window of the last stage covers the map, and
+    the map of every earlier stage is twice as large as that of the next: 56, 28, 14 and 7 tokens for windows of 7, 7,
+    14 and 7. The rule covers the official cases: the third stage pools in detection (windows of 24 in all stages), and
+    does not in classification, at 224, 384 and 512 pixels.
     """
     last = len(window_sizes) - 1
     return [window < window_sizes[-1] * 2 ** (last - i) for i, window in enumerate(window_sizes)]
@@ -228,25 +230,25 @@ def pooled_stages(window_sizes: Sequence[int]) -> list[bool]:
 class GCViT(Backbone):
     """Global Context Vision Transformer: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32, sizes rounded up.
+    Features are NCHW at strides 4, 8, 16, 32, with sizes rounded up.
 
     Args:
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none.
+        global_pool: "avg" for average pooling, or "" for none.
         embed_dims, depths, num_heads: channels, blocks and heads of each stage. Every second block is global.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
-        window_size: side of the windows, in tokens; one number, or one per stage. A stage's global query is made of
-            maps that are pooled as often as `pooled_stages` says for them.
-        layer_scale: initial factor of the residual branches; none if None.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
+        window_size: side of the windows, in tokens; one number, or one per stage. It also decides whether the global
+            query of a stage pools its maps, see `pooled_stages`.
+        layer_scale: initial factor of the residual branches; None for no layer scale.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument, or the shape of the images, is out of range.
+        ValueError: an argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -292,7 +294,7 @@ class GCViT(Backbone):
                 attn = WindowAttention(dim, heads, window, use_global_query=j % 2 == 1, **dd)
                 mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop_rate, **dd)
                 blocks.append(TransformerBlock(dim, attn, mlp, drop_path, layer_scale, **dd))
-            # A stage of a single block, a local one, has no use for a query.
+            # A stage with a single block, which is local, needs no query.
             query = GlobalQuery(dim, window, max(len(depths) - 1 - i, 1), pooled[i], **dd) if depth > 1 else None
             stages.append(GlobalContextStage(query, blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
         super().__init__(
@@ -308,7 +310,7 @@ class GCViT(Backbone):
         )
 
 
-# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+# Official names -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
     (r"\.relative_position_index$", None),  # a constant, which window attention computes
     (r"^patch_embed\.proj\.", "stem.conv."),
@@ -332,7 +334,7 @@ KEY_MAP = [
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`."""
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 

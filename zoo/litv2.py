@@ -1,18 +1,21 @@
 """LITv2: a fast vision transformer with HiLo attention (Pan et al., NeurIPS 2022, https://arxiv.org/abs/2205.13213).
 
-HiLo gives some heads the high frequencies and the others the low ones: Hi-Fi heads attend within small windows, Lo-Fi
-heads to averages of windows. The first two stages have no attention at all, and between stages a deformable convolution
-merges tokens (Deformable Token Merging, of LIT: Pan et al., AAAI 2022, https://arxiv.org/abs/2105.14217).
+HiLo splits attention into high and low frequencies: Hi-Fi heads attend within small windows, Lo-Fi heads attend to
+averages of windows. The first two stages have no attention. Between stages, a deformable convolution merges tokens
+(Deformable Token Merging of LIT: Pan et al., AAAI 2022, https://arxiv.org/abs/2105.14217).
 
 Official code, Apache-2.0: https://github.com/ziplab/LITv2. Written from the paper and the facts of that code; the tests
-compare outputs of litv2_small. What differs:
-- One class serves classification and dense prediction and takes any size, with the official detection code's padding.
-  The official classifier takes one square size; there the two agree. `window_size=4` is its detection's other setting.
-- The merging that ends an official stage begins the next one here, so that a stage's output is its feature.
-- Deformable sampling is torch's `grid_sample` in front of an ordinary convolution, not an operator of its own: the same
-  numbers up to rounding, two to six times as fast as torchvision's on CPUs, and known to ONNX. Sampling is in float32
-  or more, as there; the convolution follows autocast.
+compare outputs of litv2_small. Differences:
+- One class serves classification and dense prediction and takes images of any size, with the padding of the official
+  detection code. The official classifier takes one square size, for which the two agree. `window_size=4` is the other
+  setting of official detection.
+- The merging at the end of an official stage begins the next one here, so that a stage's output is its feature.
+- Deformable sampling is torch's `grid_sample` before an ordinary convolution, not torchvision's `deform_conv2d`.
+  Outputs are the same up to rounding, it is two to six times as fast on CPUs, and ONNX supports it. Sampling is in
+  float32 or float64, as in torchvision; the convolution follows autocast.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,12 +43,12 @@ from zoo.layers import (
 
 __all__ = ["LITv2"]
 
-# The official variants.
+# The variants of the official code.
 VARIANTS: dict[str, dict[str, Any]] = {
     "litv2_small": {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2)},
     "litv2_medium": {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 18, 2)},
     "litv2_base": {"embed_dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2)},
-    # ours, for tests and for small images on a CPU: windows of 3 do not divide the map of stage 3, which is padded
+    # our own, for tests and small images on a CPU: windows of 3 do not divide the map of stage 3, which is padded
     "test_litv2": {
         "embed_dims": (16, 32, 64, 96),
         "depths": (2, 2, 2, 2),
@@ -56,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Published weights whose model has another alpha than the 0.9 of the variants: their tags.
+# Tags of published weights whose model has another alpha than the 0.9 of the variants.
 TAG_ALPHAS = {
     "in1k_alpha_0": 0.0,
     "in1k_alpha_02": 0.2,
@@ -69,7 +72,7 @@ TAG_ALPHAS = {
 
 @register_notrace_module
 class HiFiAttention(nn.Module):
-    """Attention within windows of tokens: (B, H, W, dim), whole windows, to (B, H, W, num_heads * head_dim)."""
+    """Attention within whole windows of tokens: (B, H, W, dim) -> (B, H, W, num_heads * head_dim)."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, window_size: int, device=None, dtype=None):
         super().__init__()
@@ -91,7 +94,7 @@ class HiFiAttention(nn.Module):
 
 @register_notrace_module
 class LoFiAttention(nn.Module):
-    """Attention of all tokens to the averages of windows, or to one another if windows are single tokens."""
+    """Attention of all tokens to the averages of windows, or to all tokens if windows are single tokens."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, window_size: int, device=None, dtype=None):
         super().__init__()
@@ -109,7 +112,7 @@ class LoFiAttention(nn.Module):
         return AttentionInfo((means,), values=self.kv, key_size=size)
 
     def forward(self, x: Tensor, windows: Tensor) -> Tensor:
-        """(B, H, W, dim), and the same padded to whole windows, to (B, H, W, num_heads * head_dim)."""
+        """Tokens (B, H, W, dim), and the same padded to whole windows, to (B, H, W, num_heads * head_dim)."""
         if self.window_size > 1:
             windows = F.avg_pool2d(windows.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
         query = linear(self.q, x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T, D)
@@ -122,15 +125,15 @@ class LoFiAttention(nn.Module):
 
 @register_notrace_module
 class HiLoAttention(nn.Module):
-    """Hi-Fi and Lo-Fi attention side by side, on tokens (B, H, W, dim): the channels of Hi-Fi heads come first.
+    """Hi-Fi and Lo-Fi attention in parallel, on tokens (B, H, W, dim). The channels of the Hi-Fi heads come first.
 
-    The map is padded with zeros at the bottom and the right to whole windows. In Hi-Fi the padding takes part as keys
-    and values, those of the qkv layer's bias; averages of Lo-Fi count it as zeros. So has it the official code.
+    The map is padded with zeros at the bottom and the right to whole windows. As in the official code, Hi-Fi attends to
+    the padding, whose keys and values are the bias of the qkv layer, and the averages of Lo-Fi include it as zeros.
 
     Args:
         dim: channels.
         head_dim: channels of a head.
-        window_size: side of the windows, in tokens; 1 makes it ordinary attention, whatever `alpha` says.
+        window_size: side of the windows, in tokens; 1 for ordinary attention, regardless of `alpha`.
         alpha: share of Lo-Fi heads; their number is rounded down.
         device, dtype: of the parameters.
     """
@@ -159,7 +162,7 @@ class HiLoAttention(nn.Module):
 
 @register_notrace_module
 class ConvMlp(nn.Module):
-    """Linear, depth-wise 3 x 3 convolution, GELU, Linear on tokens (B, H, W, dim). The convolution knows positions."""
+    """Linear, depth-wise 3 x 3 convolution, which encodes positions, GELU, Linear on tokens (B, H, W, dim)."""
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
         super().__init__()
@@ -173,7 +176,7 @@ class ConvMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def reset_parameters(self) -> None:
-        """Initialise the convolution by its 3 x 3 taps."""
+        """Initialise the depth-wise convolution for a fan-out of 3 x 3."""
         nn.init.normal_(self.dw_conv.weight, std=(2 / 9) ** 0.5)
         nn.init.zeros_(self.dw_conv.bias)
 
@@ -200,24 +203,24 @@ class MlpBlock(nn.Module):
 
 
 def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
-    """The map (B, C, H, W) at the taps of 2 x 2 patches, each of them moved: (B, C, 2 h, 2 w).
+    """The map (B, C, H, W) at the displaced pixels of 2 x 2 patches: (B, C, 2 h, 2 w).
 
     Args:
-        x: read bilinearly; outside of it there are zeros.
-        offset: (B, 8, h, w), the rows and columns by which each patch's four taps move; they are in the order 2 (2 i +
-            j) for the rows and 2 (2 i + j) + 1 for the columns of the tap in row i and column j.
+        x: the map, interpolated bilinearly, with zeros outside.
+        offset: (B, 8, h, w), the displacement of each patch's four pixels. Channel 2 (2 i + j) has the rows, channel
+            2 (2 i + j) + 1 the columns, of the pixel in row i and column j.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     height, width = sizes(x)[2:]
     batch, (_, _, down, across) = offset.shape[0], sizes(offset)
     offset = offset.to(dtype).unflatten(1, (2, 2, 2)).permute(0, 4, 1, 5, 2, 3)  # (B, h, i, w, j, 2)
-    # From one dimension, as torch.export cannot prove of sizes that are still open that h and 2 make 2 h.
+    # By way of one dimension, since torch.export can't prove that symbolic sizes h and 2 make 2 h.
     offset = offset.flatten().view(batch, 2 * down, 2 * across, 2)
     rows = offset[..., 0] + torch.arange(2 * down, dtype=dtype, device=x.device)[:, None]
     columns = offset[..., 1] + torch.arange(2 * across, dtype=dtype, device=x.device)
-    # The form of grid_sample: the map from edge to edge is -1 to 1. Training starts from offsets of zero, at which the
-    # derivative by a coordinate jumps. It has to be that to the right and below, as in the official code: more than
-    # what rounding takes away from a coordinate is added.
+    # Coordinates of grid_sample: the map extends from -1 to 1. Training starts from offsets of zero, where the
+    # derivative with respect to a coordinate is discontinuous. As in the official code, it has to be the one towards
+    # the right and the bottom, so slightly more is added than rounding can subtract from a coordinate.
     grid = torch.stack(((2 * columns + 1) / width, (2 * rows + 1) / height), dim=-1) - (1 - 4 * torch.finfo(dtype).eps)
     return F.grid_sample(x.to(dtype), grid, align_corners=False)
 
@@ -226,7 +229,7 @@ def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
 class DeformableMerging(nn.Module):
     """Deformable 2 x 2 convolution with stride 2, batch norm, GELU: (B, C, H, W) -> (B, dim, H // 2, W // 2).
 
-    The last row or column of an odd map is read through offsets only.
+    The last row or column of an odd side is only read if offsets point to it.
     """
 
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
@@ -237,43 +240,44 @@ class DeformableMerging(nn.Module):
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def reset_parameters(self) -> None:
-        """Start as an ordinary convolution."""
+        """Initialise all offsets to zero, for an ordinary convolution."""
         for parameter in self.offset.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        # In bfloat16, offsets would be multiples of 1/32 pixels from 4 pixels on.
+        # In bfloat16, offsets of 4 pixels and more would be multiples of 1/32 pixels.
         with as_given(x):
             patches = sample_patches(x, self.offset(x.to(next(self.offset.parameters()).dtype)))
         x = F.gelu(self.norm(self.proj(patches.to(x.dtype))))
-        # The stage's tokens shall lie as NHWC; said like this, vmap can do it too.
+        # The tokens of the stage are contiguous as NHWC. vmap supports this form, but not memory formats.
         return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 class LITv2(Backbone):
     """LITv2: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32: ceil(H / 4), and half of that, rounded down, from stage to stage.
+    Features are NCHW at strides 4, 8, 16, 32. The first have ceil(H / 4) rows; every later stage halves them and rounds
+    down.
 
     Args:
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none.
+        global_pool: "avg" for average pooling, or "" for none.
         embed_dims, depths: channels and blocks of each stage. The first two stages have no attention, the last one has
-            ordinary attention, those between have HiLo.
+            ordinary attention, and those between have HiLo.
         head_dim: channels of an attention head.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
         alpha: share of Lo-Fi heads in HiLo; their number is rounded down.
         window_size: side of HiLo's windows, in tokens: Hi-Fi attends within them, Lo-Fi to their averages.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        output_norm: a LayerNorm on each feature, as segmentation has it, or on those of the stages listed: (1, 2, 3)
-            for detection, whose first feature has none. Without classifier only.
+        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: apply a LayerNorm to each feature, for segmentation, or to those of the stages in a list, such as
+            (1, 2, 3) for detection. Only without a classifier.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument, or the shape of the images, is out of range.
+        ValueError: an argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -342,7 +346,7 @@ class LITv2(Backbone):
         )
 
 
-# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+# Official names -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
     (r"^patch_embed\.", "stem."),
     (r"^layers\.0\.downsample\.", "stages.1.downsample."),
@@ -361,17 +365,17 @@ KEY_MAP = [
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`.
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`.
 
     Raises:
-        RuntimeError: it does not fit; says which `alpha` it would fit, if that is the reason.
+        RuntimeError: the checkpoint does not fit. If `alpha` is the reason, the message says which value fits.
     """
     _check_alpha(checkpoints.remap(checkpoints.unwrap(state_dict), KEY_MAP), model.state_dict())
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 
 def _check_alpha(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    """Raise RuntimeError if `theirs` has other numbers of Hi-Fi and Lo-Fi channels, of as many together."""
+    """Raise RuntimeError if `theirs` splits the same number of channels differently between Hi-Fi and Lo-Fi."""
     attn = "stages.2.blocks.0.attn"
     low, our_low, high, our_high = (
         len(weights.get(f"{attn}.{part}.proj.bias", ())) for part in ("lofi", "hifi") for weights in (theirs, ours)

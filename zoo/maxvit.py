@@ -1,16 +1,19 @@
 """MaxViT: Multi-Axis Vision Transformer (Tu et al., ECCV 2022, https://arxiv.org/abs/2204.01697).
 
-Every block is an inverted-residual convolution (MBConv), then attention within windows of neighbouring tokens, then
-attention within groups of as many tokens spread evenly over the whole map (grid): near and far at linear cost.
+Every block is an inverted-residual convolution (MBConv), then attention within windows of neighbouring tokens (block),
+then attention within groups of equally many tokens that are spread evenly over the map (grid): local and global
+attention at linear cost.
 
 Official code, Apache-2.0: https://github.com/google-research/maxvit (TensorFlow). Written from the paper and the facts
-of that code; the tests compare outputs. What differs:
-- Any size: the official code refuses maps that its windows do not divide, and sets the window to 1/32 of the image.
-  Here `window_size` stays as it is; maps are padded at the bottom and the right, in both attentions, and no token
-  attends to the padding. Sizes that the official code takes give its numbers.
+of that code; the tests compare outputs. Differences:
+- Images can have any size. The official code refuses maps that its windows do not divide, and sets the window to 1/32
+  of the image. Here `window_size` is fixed. Both kinds of attention pad maps at the bottom and the right, and no token
+  attends to the padding. For sizes that the official code accepts, outputs are the same.
 - Query, key and value are one linear layer, as in timm's conversion of the official weights, whose names `KEY_MAP`
   translates.
 """
+
+from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -32,7 +35,7 @@ from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tok
 
 __all__ = ["MaxViT"]
 
-# Table 1 of the paper. Windows are 1/32 of the images that a model was trained on: 224, 384 or 512 pixels.
+# Table 1 of the paper. The window is 1/32 of the training images' side of 224, 384 or 512 pixels.
 TINY = {"embed_dims": (64, 128, 256, 512), "depths": (2, 2, 5, 2), "stem_dim": 64}
 SMALL = {"embed_dims": (96, 192, 384, 768), "depths": (2, 2, 5, 2), "stem_dim": 64}
 BASE = {"embed_dims": (96, 192, 384, 768), "depths": (2, 6, 14, 2), "stem_dim": 64}
@@ -54,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "maxvit_xlarge": {**XLARGE, "window_size": 7},
     "maxvit_xlarge_384": {**XLARGE, "window_size": 12},
     "maxvit_xlarge_512": {**XLARGE, "window_size": 16},
-    # ours, for tests and for small images on a CPU
+    # our own, for tests and small images on a CPU
     "test_maxvit": {
         "embed_dims": (16, 32, 48, 64),
         "depths": (2, 2, 2, 2),
@@ -70,11 +73,11 @@ Layout = Literal["block", "grid"]
 
 
 def same_padding(n: int) -> tuple[int, int]:
-    """Zeros before and behind n pixels of which a convolution of 3 with stride 2 makes ceil(n / 2), as TensorFlow does.
+    """Zeros before and after n pixels, such that a 3 x 3 convolution with stride 2 gives ceil(n / 2), as in TensorFlow.
 
-    An even side gets one, at its end; PyTorch's padding of 1 would shift the output by half a pixel.
+    An even side gets one zero, at its end. PyTorch's padding of 1 would shift the output by one pixel of the input.
     """
-    # The end gets 1. Said like this, torch.export sees that 2 * ceil(n / 2) + 1 rows become ceil(n / 2).
+    # The end always gets 1. In this form torch.export can prove that 2 * ceil(n / 2) + 1 rows become ceil(n / 2).
     return n % 2, 2 * ((n + 1) // 2) + 1 - n - n % 2
 
 
@@ -92,9 +95,10 @@ class StridedConv2d(nn.Conv2d):
 
 @register_notrace_module
 class TurnedConv2d(nn.Conv2d):
-    """The same for each channel by itself, on maps turned by 180 degrees: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
+    """A depth-wise `StridedConv2d` on maps rotated by 180 degrees: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
 
-    Zeros are at their beginning then, where PyTorch's padding of 1 has them, so that no map is copied to pad it.
+    The rotated map needs its zeros at the beginning, where PyTorch's padding of 1 has them, so no map is copied to pad
+    it.
     """
 
     def __init__(self, dim: int, device=None, dtype=None):
@@ -102,7 +106,7 @@ class TurnedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, padding = self.weight.flip(2, 3), 1
-        if torch.compiler.is_exporting():  # it cannot prove that the size is the same
+        if torch.compiler.is_exporting():  # torch.export can't prove that the size is the same
             height, width = sizes(x)[2:]
             x, padding = F.pad(x, (*same_padding(width)[::-1], *same_padding(height)[::-1])), 0
         return F.conv2d(x, weight, None, 2, padding, 1, self.groups)
@@ -110,12 +114,12 @@ class TurnedConv2d(nn.Conv2d):
 
 @register_notrace_module
 class HalfPool2d(nn.Module):
-    """Mean of 2 x 2 pixels, or of what there is at the end of an odd side: (B, C, H, W) to half, rounded up."""
+    """Mean of 2 x 2 pixels, of fewer at the end of an odd side: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
 
     def forward(self, x: Tensor) -> Tensor:
         right, bottom = (2 * ((n + 1) // 2) - n for n in sizes(x)[:1:-1])
         if not (certain(right == 0) and certain(bottom == 0)):
-            x = F.pad(x, (0, right, 0, bottom), mode="replicate")  # a pixel and its copy have the pixel as mean
+            x = F.pad(x, (0, right, 0, bottom), mode="replicate")  # the mean of a pixel and its copy is the pixel
         return F.avg_pool2d(x, 2)
 
 
@@ -141,7 +145,7 @@ class Stem(nn.Module):
 class MBConv(nn.Module):
     """Inverted residual with squeeze and excitation on tokens: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), dim).
 
-    Batch norm comes first, without activation; the shortcut goes around it. `dim`, not C, sets the hidden width.
+    Batch norm comes first, without an activation. The shortcut bypasses it. The hidden width is 4 times `dim`, not C.
     """
 
     def __init__(
@@ -181,10 +185,10 @@ class MBConv(nn.Module):
         return by_image(self, self.forward_images, x, self.widening)
 
     def forward_images(self, x: Tensor) -> Tensor:
-        """The same for all images at once, as the statistics of batch norm need it."""
+        """(B, H, W, C) -> (B, ceil(H/s), ceil(W/s), dim), all images at once, as batch norm in training requires."""
         x = x.permute(0, 3, 1, 2)
         branch = self.norm(x)
-        if self.turned:  # where there are the fewest channels
+        if self.turned:  # rotated here because there are fewer channels than after the expansion
             branch = branch.flip(2, 3)
         branch = self.act(self.norm1(self.expand(branch)))
         branch = self.act(self.norm2(self.dw_conv(branch)))
@@ -198,7 +202,7 @@ class MBConv(nn.Module):
 class WindowAttention(nn.Module):
     """Attention within the windows of a map (B, H, W, dim), "block" or "grid", between linear layers.
 
-    A map that the window does not divide is padded at the bottom and the right, and the padding is attended to by none.
+    A map that the window does not divide is padded at the bottom and the right. No token attends to the padding.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: tuple[int, int], layout: Layout, device=None, dtype=None):
@@ -226,7 +230,7 @@ class WindowAttention(nn.Module):
         padded = [(n + side - 1) // side * side for n, side in zip(size, self.window_size, strict=True)]
         divides = certain(padded[0] == size[0]) and certain(padded[1] == size[1])
         x = window_attention(
-            pad_tokens(linear(self.qkv, x), *padded),  # after the layer, which has nothing to do for the padding
+            pad_tokens(linear(self.qkv, x), *padded),  # after the layer, to spare it the padding
             num_heads=self.num_heads,
             window_size=self.window_size,
             layout=self.layout,
@@ -238,7 +242,7 @@ class WindowAttention(nn.Module):
 
 
 def mask_padding(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, height, width), True for what is a token of `x` (B, H, W, C) when it is padded to that size."""
+    """(B, height, width): which tokens of `x` (B, H, W, C), padded to this size, are not padding."""
     _, given_height, given_width, _ = sizes(x)
     rows = torch.arange(height, device=x.device) < given_height
     columns = torch.arange(width, device=x.device) < given_width
@@ -297,28 +301,27 @@ class PreLogits(nn.Module):
 class MaxViT(Backbone):
     """Multi-Axis Vision Transformer: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32, sizes rounded up, each the plain output of its stage: there is no norm
-    before the pooling.
+    Features are NCHW at strides 4, 8, 16, 32, with sizes rounded up. There is no norm before the pooling: features are
+    the plain outputs of the stages.
 
     Args:
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none.
+        global_pool: "avg" for average pooling, or "" for none.
         embed_dims, depths: channels and blocks of each stage.
         stem_dim: channels of the stem.
         head_dim: channels of an attention head.
-        window_size: tokens of a window along rows and columns, of the block and of the grid. The authors have 1/32 of
-            the image; weights for other windows are adapted as they load, the tables by bilinear interpolation.
+        window_size: tokens of a window along each axis, for block and grid. The authors use 1/32 of the image. Tables
+            of weights for other windows are resized (bilinear) when the weights are loaded.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth; block b of N is left out with this rate times b / N, each of its five
-            branches by itself.
-        norm_momentum: weight of a batch in the running statistics of batch norm. The authors' (0.99 as Keras counts)
-            needs several hundred updates until they hold, so short trainings from nothing want more.
+        drop_path_rate: stochastic depth. Each of the five branches of block b of N has this rate times b / N.
+        norm_momentum: weight of a batch in the running statistics of batch norm. With the authors' value (0.99 in
+            Keras) they need several hundred updates to converge, so short trainings from scratch need more.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument, or the shape of the images, is out of range.
+        ValueError: an argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -357,7 +360,7 @@ class MaxViT(Backbone):
             raise ValueError(f"Got {window_size=}; give one number for rows and columns, or two.")
         for side in sides:
             arguments.check(window_size=side)
-        rows, columns = sides
+        window = (sides[0], sides[1])
         dd = {"device": device, "dtype": dtype}
         norm_layer = partial(nn.BatchNorm2d, eps=1e-3, momentum=norm_momentum)
         stem = Stem(in_chans, stem_dim, norm_layer, **dd)
@@ -369,17 +372,7 @@ class MaxViT(Backbone):
                 in_dim, stride = (dim, 1) if j else (dims[i], 2)
                 drop_path = drop_path_rate * (sum(depths[:i]) + j) / total_depth
                 blocks.append(
-                    Block(
-                        in_dim,
-                        dim,
-                        stride,
-                        dim // head_dim,
-                        (rows, columns),
-                        proj_drop_rate,
-                        drop_path,
-                        norm_layer,
-                        **dd,
-                    )
+                    Block(in_dim, dim, stride, dim // head_dim, window, proj_drop_rate, drop_path, norm_layer, **dd)
                 )
             stages.append(Stage(blocks))
         super().__init__(
@@ -408,7 +401,7 @@ class MaxViT(Backbone):
         return {name for name, _ in self.named_parameters() if name.endswith("bias_table")}
 
 
-# Names of timm's conversions -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+# Names of timm's conversions -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
     (r"^stem\.norm1\.", "stem.norm."),
     (r"\.conv\.pre_norm\.", ".conv.norm."),
@@ -425,7 +418,7 @@ KEY_MAP = [
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`."""
     return checkpoints.convert(state_dict, model, KEY_MAP, resize="bilinear")
 
 

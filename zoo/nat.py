@@ -1,15 +1,17 @@
 """NAT and DiNAT: (Dilated) Neighborhood Attention Transformers (Hassani et al., CVPR 2023; Hassani and Shi, 2022).
 
 https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001. Every token attends to the kernel_size x kernel_size
-tokens around it; in DiNAT every second block spreads them over the map by a dilation. DiNAT_s has Swin's layout, the
-isotropic models ViT's, and ViT-rpb is their counterpart with attention to all tokens.
+tokens around it. In DiNAT, every second block has a dilation that spreads them over the map. DiNAT_s has Swin's layout,
+the isotropic models have ViT's, and ViT-rpb is their counterpart with attention to all tokens.
 
 Official code, MIT: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer. Written from the papers and the
-facts of that code; the tests compare outputs. What differs:
-- The downsampling that ends an official level begins the next stage here, so that a stage's output is its feature.
-- ViT-rpb takes any size: its table is resized (bicubic) for maps other than 14 x 14.
-- Dense prediction has other dilations and the same weights: `dilations=[[1, 28, 1], [1, 7, 1, 14], ...]`.
+facts of that code; the tests compare outputs. Differences:
+- The downsampling at the end of an official level begins the next stage here, so that a stage's output is its feature.
+- ViT-rpb takes images of any size: its table is resized (bicubic) for maps other than 14 x 14.
+- Dense prediction uses other dilations with the same weights: `dilations=[[1, 28, 1], [1, 7, 1, 14], ...]`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +52,7 @@ def _isotropic(dim: int, **settings) -> dict:
     }
 
 
-# Tables of the papers: NAT 1, DiNAT 2 and 3 (DiNAT_s), the isotropic models of DiNAT's appendix.
+# Table 1 of NAT; tables 2 and 3 (DiNAT_s) of DiNAT, and the isotropic models of its appendix.
 DILATED, DILATED_384 = {"dilations": (8, 4, 2, 1)}, {"dilations": (13, 6, 3, 1)}
 SWIN = {"layout": "swin", **DILATED}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -72,12 +74,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dinat_s_large_384": _nat(192, (2, 2, 18, 2), 6, 4, **SWIN | DILATED_384),
     "nat_isotropic_small": _isotropic(384),
     "nat_isotropic_base": _isotropic(768),
-    # Stages of three blocks: the second and fourth begin with a dilated one.
+    # Stages of three blocks; the second and the fourth begin with a dilated one.
     "dinat_isotropic_small": _isotropic(384, dilations=((1, 2, 1), (2, 1, 2), (1, 2, 1), (2, 1, 2))),
     "dinat_isotropic_base": _isotropic(768, dilations=((1, 2, 1), (2, 1, 2), (1, 2, 1), (2, 1, 2))),
     "vitrpb_small": _isotropic(384, kernel_size=None),
     "vitrpb_base": _isotropic(768, kernel_size=None),
-    # ours, for tests and for small images on a CPU
+    # our own, for tests and small images on a CPU
     "test_nat": _nat(16, (2, 2, 2, 2), 1, 2, kernel_size=3),
     "test_dinat": _nat(16, (2, 2, 2, 2), 1, 2, kernel_size=3, dilations=(4, 2, 1, 1)),
 }
@@ -87,8 +89,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 class NeighborhoodAttention(nn.Module):
     """Neighborhood attention on tokens (B, H, W, dim), between linear layers.
 
-    Maps smaller than kernel_size * dilation are padded with zeros at the bottom and the right. The padding takes part
-    as keys and values, those of the qkv layer's bias, as in the official code.
+    Maps smaller than kernel_size * dilation are padded with zeros at the bottom and the right. As in the official code,
+    tokens attend to the padding, whose keys and values are the bias of the qkv layer.
     """
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int, dilation: int, device=None, dtype=None):
@@ -188,7 +190,7 @@ class ConvDownsample(nn.Module):
 
 @register_notrace_module
 class PatchMerging(nn.Module):
-    """Swin's: 2 x 2 patches side by side, LayerNorm, Linear. Odd sides are padded with zeros."""
+    """Patch merging of Swin: concatenated 2 x 2 patches, LayerNorm, Linear. Odd sides are padded with zeros."""
 
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
         super().__init__()
@@ -205,7 +207,7 @@ class PatchMerging(nn.Module):
 
 
 def block_dilations(dilations: int | Sequence[int], depth: int) -> list[int]:
-    """The dilation of each block of a stage: d for every second one, or a pattern that repeats."""
+    """The dilation of each block of a stage, from the dilation of every second block or from a repeated pattern."""
     pattern: tuple[Any, ...] = tuple(dilations) if arguments.is_list(dilations) else (1, dilations)
     fits = 0 < len(pattern) <= depth or not arguments.is_list(dilations)
     if not fits or not all(arguments.is_number(dilation, 1, 2**10) for dilation in pattern):
@@ -219,27 +221,27 @@ def block_dilations(dilations: int | Sequence[int], depth: int) -> list[int]:
 class NAT(Backbone):
     """(Dilated) Neighborhood Attention Transformer: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32 (all of them 16 in an isotropic model), sizes rounded up.
+    Features are NCHW at strides 4, 8, 16, 32 (at stride 16 in an isotropic model). Their sizes are rounded up.
 
     Args:
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none.
+        global_pool: "avg" for average pooling, or "" for none.
         embed_dims, depths, num_heads: channels, blocks and heads of each stage.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's.
-        kernel_size: neighbours of a token along an axis; None for attention to all.
-        dilations: for each stage the dilation of every second block, or those of its blocks, a pattern that repeats.
-        layout: "nat", convolutional stem and downsampling; "swin", patches of 4 pixels and patch merging; "isotropic",
-            patches of 16 pixels, without downsampling.
-        layer_scale: initial factor of the residual branches; none if None.
+        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
+        kernel_size: neighbours of a token along each axis; None for attention to all tokens.
+        dilations: for each stage, the dilation of every second block, or a pattern that its blocks repeat.
+        layout: "nat" for a convolutional stem and downsampling, "swin" for patches of 4 pixels and patch merging,
+            "isotropic" for patches of 16 pixels and no downsampling.
+        layer_scale: initial factor of the residual branches; None for no layer scale.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        output_norm: a LayerNorm on each feature, as dense prediction has it; without classifier only.
+        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument, or the shape of the images, is out of range.
+        ValueError: an argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -317,7 +319,7 @@ class NAT(Backbone):
         )
 
 
-# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+# Official names -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
     (r"\.relative_position_index$", None),  # ViT-rpb: a constant, which window attention computes
     (r"^patch_embed\.proj\.0\.", "stem.conv1."),
@@ -337,11 +339,11 @@ KEY_MAP = [
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`."""
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 
-# by model: the first convolution, and the stride of the last features
+# Models with another first convolution or another stride of the last features: both.
 _EXCEPTIONS = {
     name: ("stem.proj", 16 if settings["layout"] == "isotropic" else 32)
     for name, settings in VARIANTS.items()

@@ -1,17 +1,19 @@
 """VAN: Visual Attention Network (Guo et al., CVMJ 2023, https://arxiv.org/abs/2202.09741).
 
-A convolutional pyramid whose attention is a gate: large-kernel attention (LKA) multiplies the features by what stands
-for a 21 x 21 convolution of themselves: depth-wise ones of 5 x 5 and of 7 x 7 with dilation 3, which reach 23 x 23
-pixels together, and a 1 x 1 one.
+A convolutional pyramid whose attention is a gate: large-kernel attention (LKA) multiplies the features by an
+approximated 21 x 21 convolution of themselves. It consists of depth-wise convolutions of 5 x 5 and of 7 x 7 with
+dilation 3, which together reach 23 x 23 pixels, and a 1 x 1 convolution.
 
 Official code, Apache-2.0: https://github.com/Visual-Attention-Network/VAN-Classification and VAN-Segmentation. Written
-from the paper and the facts of that code; the tests compare outputs of van_b0. What differs:
-- One class serves classification and dense prediction. In both, the LayerNorm that ends a stage is part of the trunk:
-  the next stage, and whoever asks for features, gets its output. The official segmentation code has `norm_eps=1e-5`.
-- Features stay NCHW between the blocks, which are convolutions and batch norm throughout.
+from the paper and the facts of that code; the tests compare outputs of van_b0. Differences:
+- One class serves classification and dense prediction. In both, the LayerNorm at the end of a stage belongs to the
+  stage: the next stage and feature extraction get its output. The official segmentation code uses `norm_eps=1e-5`.
+- Features stay NCHW between the blocks, which consist of convolutions and batch norm.
 - Modules have the paper's names; `KEY_MAP` translates official checkpoints.
-- `drop_rate` is dropout before the classifier, as everywhere in timm; the official one is `proj_drop_rate` here.
+- `drop_rate` is the dropout before the classifier, as in all of timm; the official dropout is `proj_drop_rate` here.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -31,7 +33,7 @@ from zoo.layers import check_images, stage_rates
 
 __all__ = ["VAN"]
 
-# The paper's variants (b4 to b6: its version of July 2022). The stage-3 width of b6 does break the pattern.
+# The paper's variants (b4 to b6: its version of July 2022). The width of stage 3 in b6 does not follow the pattern.
 VARIANTS: dict[str, dict[str, Any]] = {
     "van_b0": {"embed_dims": (32, 64, 160, 256), "depths": (3, 3, 5, 2)},
     "van_b1": {"embed_dims": (64, 128, 320, 512), "depths": (2, 2, 4, 2)},
@@ -40,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "van_b4": {"embed_dims": (64, 128, 320, 512), "depths": (3, 6, 40, 3)},
     "van_b5": {"embed_dims": (96, 192, 480, 768), "depths": (3, 3, 24, 3)},
     "van_b6": {"embed_dims": (96, 192, 384, 768), "depths": (6, 6, 90, 6)},
-    # ours, for tests and for small images on a CPU
+    # our own, for tests and small images on a CPU
     "test_van": {"embed_dims": (16, 32, 64, 96), "depths": (2, 2, 2, 2)},
 }
 
@@ -59,7 +61,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stem(PatchEmbed):
-    """The first patch embedding, 7 x 7 with stride 4: every way into the model leads through it, so it checks input."""
+    """The first patch embedding, 7 x 7 with stride 4. It checks the images."""
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
         super().__init__(in_chans, dim, kernel_size=7, stride=4, device=device, dtype=dtype)
@@ -71,7 +73,7 @@ class Stem(PatchEmbed):
 
 @register_notrace_module
 class LargeKernelAttention(nn.Module):
-    """x * Conv1x1(DWConv7x7, dilation 3 (DWConv5x5(x))): a receptive field of 23 x 23 as a gate, without a sigmoid."""
+    """x * Conv1x1(DWConv7x7, dilation 3 (DWConv5x5(x))): a gate that reads 23 x 23 pixels, without a sigmoid."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
@@ -94,7 +96,7 @@ class LargeKernelAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """LKA between two 1 x 1 convolutions, with a shortcut of its own."""
+    """LKA between two 1 x 1 convolutions, with its own shortcut."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
@@ -105,7 +107,7 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The shortcut adds the block's normalised input: layer scale and drop path act on it as well.
+        # The shortcut adds the block's normalised input, so layer scale and drop path act on it as well.
         return x + self.proj_out(self.lka(self.act(self.proj_in(x))))
 
 
@@ -171,19 +173,20 @@ class VAN(Backbone):
     Args:
         in_chans: channels of the images.
         num_classes: classes of the linear classifier; 0 for none.
-        global_pool: "avg", or "" for none: the model then returns its last feature map, and has no classifier.
+        global_pool: "avg" for average pooling, or "" for none: without a classifier, the model then returns its last
+            feature map.
         embed_dims: channels of each stage.
         depths: blocks of each stage.
         mlp_ratios: hidden channels of each stage's MLPs, as multiples of `embed_dims`.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-        norm_eps: of the LayerNorm that ends each stage; 1e-5 in the official segmentation code.
+        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        norm_eps: epsilon of the LayerNorm at the end of each stage; 1e-5 in the official segmentation code.
         layer_scale_init: initial value of the layer scales.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: an argument, or the shape of the images, is out of range.
+        ValueError: an argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -255,7 +258,7 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.constant_(module.layer_scale2, module.layer_scale_init)
 
 
-# Official names -> ours; see zoo.checkpoints.remap. Names that are already ours match no pattern.
+# Official names -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
     (r"^patch_embed1\.", "stem."),
     (r"^patch_embed2\.", "stages.1.downsample."),
@@ -280,7 +283,7 @@ KEY_MAP = [
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """An official checkpoint, or one of ours, as a state dict of `model`; see `zoo.checkpoints.convert`."""
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`."""
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 

@@ -108,7 +108,7 @@ def test_unknown_arguments_have_a_hint(name):
         TypeError, match=f"^Got drop_pathrate=0.1, which {name} does not take; did you mean drop_path_rate?"
     ):
         timm.create_model(name, drop_pathrate=0.1)
-    with pytest.raises(TypeError, match=f"^Got xyz=1, which {name} does not take; there are in_chans, num_classes, "):
+    with pytest.raises(TypeError, match=f"^Got xyz=1, which {name} does not take; it takes in_chans, num_classes, "):
         timm.create_model(name, xyz=1)
 
 
