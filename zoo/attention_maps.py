@@ -20,10 +20,10 @@ class AttentionInfo:
     """What a module attends to, and where its weights come from.
 
     Attributes:
-        groups: for each group of heads, in the order of their channels, what its queries attend to, in words.
-        values: the linear layer whose output ends with the values; None for a module without attention weights.
-        kernel: for such a module, the function from its input (B, C, H, W) to the gate that it multiplies it with.
-        key_size: side of a key, in tokens; above 1 where the keys are means of windows.
+        groups: For each group of heads, in the order of their channels, what its queries attend to, in words.
+        values: The linear layer whose output ends with the values; None for a module without attention weights.
+        kernel: For such a module, the function from its input (B, C, H, W) to the gate that it multiplies it with.
+        key_size: Side of a key, in tokens; above 1 where the keys are means of windows.
     """
 
     groups: tuple[str, ...]
@@ -37,10 +37,10 @@ class Pattern:
     """A panel of `zoo-look patterns`: what one token attends to.
 
     Attributes:
-        title: what is shown.
-        lines: two lines of text. Each describes a map and has its colour, unless there is one map.
-        maps: one or two maps (H, W), or of keys that are means (h, w), from 0 to 1.
-        queries: rows and columns of the tokens.
+        title: What is shown.
+        lines: Two lines of text. Each describes a map and has its colour, unless there is one map.
+        maps: One or two maps (H, W), or of keys that are means (h, w), from 0 to 1.
+        queries: Rows and columns of the tokens.
     """
 
     title: str
@@ -63,9 +63,9 @@ def attention(module: Any, args: Sequence[Tensor], tokens: Sequence[tuple[int, i
     is set to zero for this.
 
     Args:
-        module: an attention module with `attention_info`.
-        args: its inputs for one image: tokens (1, H, W, C), or (1, C, H, W) if it has a kernel; and any others.
-        tokens: rows and columns of the Q queries.
+        module: An attention module with `attention_info`.
+        args: Its inputs for one image: tokens (1, H, W, C), or (1, C, H, W) if it has a kernel; and any others.
+        tokens: Rows and columns of the Q queries.
 
     Returns:
         (Q, G, h, w), averaged over the heads of each of G groups. The map of keys is that of the tokens, with its
@@ -101,9 +101,9 @@ def attention_matrix(module: Any, args: Sequence[Tensor], size: tuple[int, int])
     another one in each channel of a head: then the weighted sum is the weights of as many keys as a head has channels.
 
     Args:
-        module: an attention module with a single group of heads, whose keys are its tokens.
-        args: its inputs for one image, as for `attention`.
-        size: the sides of the map of tokens, H and W, without padding.
+        module: An attention module with a single group of heads, whose keys are its tokens.
+        args: Its inputs for one image, as for `attention`.
+        size: The sides of the map of tokens, H and W, without padding.
     """
     heads: int = module.num_heads
     head_dim = args[0].shape[-1] // heads

@@ -29,10 +29,10 @@ class Stage(nn.Module):
     """Downsampling, blocks, norm: (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        blocks: modules from tokens to tokens.
-        downsample: from the output of the previous stage to this stage's channels and size, both NCHW; None for none.
-        norm: applied to the stage's output, NCHW; None for none.
-        channels_last: whether the blocks take and return NHWC.
+        blocks: Modules from tokens to tokens.
+        downsample: Module from the previous stage's output to this stage's channels and size, NCHW; None for none.
+        norm: Applied to the stage's output, NCHW; None for none.
+        channels_last: Whether the blocks take and return NHWC.
     """
 
     def __init__(
@@ -72,21 +72,21 @@ class Backbone(nn.Module):
     constructor last: it initialises all parameters.
 
     Args:
-        stem: from images to the input of the first stage, NCHW. It checks the images.
-        stages: from the features of the stage before to their own.
-        dims: channels of each stage's output.
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        stem: Module from images to the input of the first stage, NCHW. It checks the images.
+        stages: The stages, each from the features of the previous one to its own.
+        dims: Channels of each stage's output.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none.
-        drop_rate: dropout before the classifier.
-        strides: pixels per feature, for each stage; 4, 8, 16, ... if None.
-        norm: applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
-        pre_logits: between pooling and classifier.
-        output_norm: a LayerNorm on each output in `forward_intermediates`, or on those of the stages listed.
-        output_norm_eps: epsilon of these norms.
+        drop_rate: Dropout before the classifier.
+        strides: Pixels per feature, for each stage; 4, 8, 16, ... if None.
+        norm: Applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
+        pre_logits: Module between pooling and classifier.
+        output_norm: A LayerNorm on each output in `forward_intermediates`, or on those of the stages listed.
+        output_norm_eps: Epsilon of these norms.
 
     Raises:
-        ValueError: an argument is out of range, or there is an `output_norm` together with a classifier.
+        ValueError: An argument is out of range, or there is an `output_norm` together with a classifier.
     """
 
     def __init__(
@@ -196,12 +196,12 @@ class Backbone(nn.Module):
         """Features of chosen stages, after those of `forward_features` unless `intermediates_only`.
 
         Args:
-            x: images (B, in_chans, H, W).
-            indices: the stages; the last n for an int, all for None.
-            norm: whether to apply the final norm to the features of the last stage.
-            stop_early: whether to stop after the last chosen stage.
+            x: Images (B, in_chans, H, W).
+            indices: The stages; the last n for an int, all for None.
+            norm: Whether to apply the final norm to the features of the last stage.
+            stop_early: Whether to stop after the last chosen stage.
             output_fmt: "NCHW".
-            intermediates_only: whether to return the list of features only.
+            intermediates_only: Whether to return the list of features only.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"Got {output_fmt=}; only 'NCHW' is supported: permute the features instead.")
@@ -226,9 +226,9 @@ class Backbone(nn.Module):
         """Remove the stages after the last of `indices`, and the final norm and the head if any stage is removed.
 
         Args:
-            indices: the stages to keep; the last n for an int.
-            prune_norm: whether to remove the final norm in any case.
-            prune_head: whether to remove the head in any case.
+            indices: The stages to keep; the last n for an int.
+            prune_norm: Whether to remove the final norm in any case.
+            prune_head: Whether to remove the head in any case.
 
         Returns:
             The indices as non-negative numbers.
@@ -278,16 +278,16 @@ def create(
     """A registered model, built by timm.
 
     Args:
-        model_cls: the family's class.
-        variant: the model's name.
-        settings: the variant's arguments of `model_cls`.
-        pretrained: whether to load weights.
-        filter_fn: the family's `checkpoint_filter_fn`.
-        kwargs: the caller's arguments, of `model_cls` and of timm's `build_model_with_cfg`.
+        model_cls: The family's class.
+        variant: The model's name.
+        settings: The variant's arguments of `model_cls`.
+        pretrained: Whether to load weights.
+        filter_fn: The family's `checkpoint_filter_fn`.
+        kwargs: The caller's arguments, of `model_cls` and of timm's `build_model_with_cfg`.
 
     Raises:
-        TypeError: an argument does not exist.
-        ValueError: an argument is out of range, or the weights can't be used.
+        TypeError: An argument does not exist.
+        ValueError: An argument is out of range, or the weights can't be used.
     """
     own = list(inspect.signature(model_cls.__init__).parameters)[1:]
     timms = [

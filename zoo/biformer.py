@@ -279,24 +279,24 @@ class BiFormer(Backbone):
     Features are NCHW at strides 4, 8, 16, 32. Sizes are rounded up, in the layouts "stl" and "stl_nchw" down.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none.
-        embed_dims, depths, num_heads: channels, blocks and heads of each stage.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
-        num_regions: regions along each side of a map.
-        topks: for each stage, the number of regions that a region attends to; -2 for attention to the whole map.
+        embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
+        mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
+        num_regions: Regions along each side of a map.
+        topks: For each stage, the number of regions that a region attends to; -2 for attention to the whole map.
         layout: "biformer" for a convolutional stem and downsampling, and a depth-wise convolution in each block; "stl"
             for Swin's patches of 4 pixels and downsampling, which do not overlap; "stl_nchw" for "stl" as in the
             official refactored code: LePE of global attention reads the values, not the input, and maps that the
             regions do not divide have more regions, not larger ones.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
-        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
-        device, dtype: of the parameters.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: Apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
+        device, dtype: Device and type of the parameters.
 
     Raises:
-        ValueError: an argument is out of range, or images have a wrong shape.
+        ValueError: An argument is out of range, or images have a wrong shape.
     """
 
     def __init__(

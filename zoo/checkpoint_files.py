@@ -67,8 +67,8 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
     Objects that official files hold beside their tensors are read, but not restored.
 
     Raises:
-        ValueError: it is not such a file, is damaged, or asks to run code; one sentence without the file's name.
-        OSError: it can't be opened.
+        ValueError: It is not such a file, is damaged, or asks to run code; one sentence without the file's name.
+        OSError: It can't be opened.
     """
     _check_file(path)
     with open(path, "rb") as file:
@@ -143,7 +143,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     under `backbone.`, a Lightning module those of its model under `model.` or `net.`.
 
     Raises:
-        ValueError: nothing in the file is a tensor, or a tensor does not hold plain numbers.
+        ValueError: Nothing in the file is a tensor, or a tensor does not hold plain numbers.
     """
     return _split(checkpoint)[0]
 

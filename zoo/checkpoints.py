@@ -54,8 +54,8 @@ def convert(
     configuration says the weights have, and the first convolution if the number of input channels differs.
 
     Raises:
-        ValueError: the file holds no tensors, a name twice, or values that are NaN or infinite.
-        RuntimeError: a tensor is missing, unexpected or of another shape. The message says which model the file looks
+        ValueError: The file holds no tensors, a name twice, or values that are NaN or infinite.
+        RuntimeError: A tensor is missing, unexpected or of another shape. The message says which model the file looks
             like.
     """
     want = model.state_dict()

@@ -67,11 +67,11 @@ def by_image(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor,
     A larger map does not fit in the cache, and the C library requests its memory from the system at every call.
 
     Args:
-        module: the module that `function` belongs to. If it or one of its submodules has hooks, they see all images at
+        module: The module that `function` belongs to. If it or one of its submodules has hooks, they see all images at
             once.
-        function: from maps to maps, each image independent of the others.
-        x: maps of images, (B, ...).
-        widening: the size of the largest map inside `function`, as a multiple of the size of `x`.
+        function: Function from maps to maps, each image independent of the others.
+        x: Maps of images, (B, ...).
+        widening: The size of the largest map inside `function`, as a multiple of the size of `x`.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or x.device.type != "cpu":
         return function(x)

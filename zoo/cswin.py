@@ -194,21 +194,21 @@ class CSWin(Backbone):
     stage halves it and rounds up.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none.
-        embed_dims, depths, num_heads: channels, blocks and heads of each stage.
-        split_sizes: columns or rows of a stripe in each stage. The last value has no effect, since the last stage
+        embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
+        split_sizes: Columns or rows of a stripe in each stage. The last value has no effect, since the last stage
             attends to the whole map; in the paper's table it stands for the map of 7 x 7.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
-        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
-        device, dtype: of the parameters.
+        mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout inside the MLPs.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: Apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
+        device, dtype: Device and type of the parameters.
 
     Raises:
-        ValueError: an argument is out of range, or images have a wrong shape.
+        ValueError: An argument is out of range, or images have a wrong shape.
     """
 
     def __init__(

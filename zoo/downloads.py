@@ -57,14 +57,14 @@ def fetch(
     file in the cache is not checked again.
 
     Args:
-        url: the address.
-        folder: the cache; None for the usual ones.
-        sha256: the file's hash in hexadecimal digits, or its first digits; "" if it is not known.
-        check: raises ValueError, with the reason in a sentence, if a new download is of no use.
+        url: The address.
+        folder: The cache; None for the usual ones.
+        sha256: The file's hash in hexadecimal digits, or its first digits; "" if it is not known.
+        check: Raises ValueError, with the reason in a sentence, if a new download is of no use.
 
     Raises:
-        RuntimeError: the file can't be downloaded or is not the right one. Nothing of it stays in the cache.
-        OSError: it can't be written.
+        RuntimeError: The file can't be downloaded or is not the right one. Nothing of it stays in the cache.
+        OSError: It can't be written.
     """
     if found := _HUB.fullmatch(url.partition("?")[0]):
         return _from_hub(**found.groupdict(), folder=folder, sha256=sha256, check=check)
@@ -226,7 +226,7 @@ def _verify(path: Path, url: str, sha256: str, source: str, check: Callable[[Pat
     """The sha256 of `path`.
 
     Raises:
-        RuntimeError: it is not `sha256`, which `source` describes, or the file does not pass `check`.
+        RuntimeError: It is not `sha256`, which `source` describes, or the file does not pass `check`.
     """
     try:
         check(path)

@@ -24,10 +24,10 @@ def default_cfgs(
     """Timm's configurations of every known checkpoint of `family`, and of its models for tests.
 
     Args:
-        family: its name in the manifest.
-        first_conv: name of the convolution that reads the images.
-        tests: the models for tests; `test_<family>` if None.
-        exceptions: models with another `first_conv`, or whose last features have a stride other than 32, with both.
+        family: Its name in the manifest.
+        first_conv: Name of the convolution that reads the images.
+        tests: The models for tests; `test_<family>` if None.
+        exceptions: Models with another `first_conv`, or whose last features have a stride other than 32, with both.
     """
     small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     known = {f"{entry['model']}.{entry['tag']}": timm_cfg(entry) for entry in manifest(family)}

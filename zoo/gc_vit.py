@@ -133,11 +133,11 @@ class GlobalQuery(nn.Module):
     """The map of an image, reduced to the queries of one window of w x w: (B, dim, H, W) -> (B, w * w, dim).
 
     Args:
-        dim: channels.
-        window_size: w.
-        num_convs: number of MBConvs.
-        pool: whether max pooling, 3 x 3 with stride 2, follows each of them.
-        device, dtype: of the parameters.
+        dim: Channels.
+        window_size: The side w of the window, in tokens.
+        num_convs: Number of MBConvs.
+        pool: Whether max pooling, 3 x 3 with stride 2, follows each of them.
+        device, dtype: Device and type of the parameters.
     """
 
     def __init__(self, dim: int, window_size: int, num_convs: int, pool: bool, device=None, dtype=None):
@@ -233,22 +233,22 @@ class GCViT(Backbone):
     Features are NCHW at strides 4, 8, 16, 32, with sizes rounded up.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none.
-        embed_dims, depths, num_heads: channels, blocks and heads of each stage. Every second block is global.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
-        window_size: side of the windows, in tokens; one number, or one per stage. It also decides whether the global
+        embed_dims, depths, num_heads: Channels, blocks and heads of each stage. Every second block is global.
+        mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
+        window_size: Side of the windows, in tokens; one number, or one per stage. It also decides whether the global
             query of a stage pools its maps, see `pooled_stages`.
-        layer_scale: initial factor of the residual branches; None for no layer scale.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
-        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
-        device, dtype: of the parameters.
+        layer_scale: Initial factor of the residual branches; None for no layer scale.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout inside the MLPs.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: Apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
+        device, dtype: Device and type of the parameters.
 
     Raises:
-        ValueError: an argument is out of range, or images have a wrong shape.
+        ValueError: An argument is out of range, or images have a wrong shape.
     """
 
     def __init__(

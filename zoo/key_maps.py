@@ -25,7 +25,7 @@ def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor
     """`state_dict` under the names that `key_map` gives.
 
     Raises:
-        ValueError: two keys get the same name.
+        ValueError: Two keys get the same name.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state_dict.items():

@@ -99,11 +99,11 @@ class Mlp(nn.Module):
     """Linear, GELU, Linear on tokens (..., dim), with dropout after both.
 
     Args:
-        dim: channels of the tokens.
-        hidden_dim: channels between the layers.
-        drop: probability of both dropouts.
-        approximate: of the GELU: "none", or "tanh" for its approximation.
-        device, dtype: of the parameters.
+        dim: Channels of the tokens.
+        hidden_dim: Channels between the layers.
+        drop: Probability of both dropouts.
+        approximate: "none" for the exact GELU, "tanh" for its approximation.
+        device, dtype: Device and type of the parameters.
     """
 
     def __init__(
@@ -126,13 +126,13 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), with drop path, and with layer scale if it is given.
 
     Args:
-        dim: channels of the tokens (B, H, W, dim).
-        attn: a module from tokens, and any further arguments of `forward`, to tokens.
-        mlp: a module from tokens to tokens.
-        drop_path: probability that a branch is left out for an image in training.
-        layer_scale: initial factor of both branches; none if None.
-        norm_eps: epsilon of the LayerNorms.
-        device, dtype: of the parameters.
+        dim: Channels of the tokens (B, H, W, dim).
+        attn: A module from tokens, and any further arguments of `forward`, to tokens.
+        mlp: A module from tokens to tokens.
+        drop_path: Probability that a branch is left out for an image in training.
+        layer_scale: Initial factor of both branches; none if None.
+        norm_eps: Epsilon of the LayerNorms.
+        device, dtype: Device and type of the parameters.
     """
 
     def __init__(

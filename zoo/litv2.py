@@ -131,11 +131,11 @@ class HiLoAttention(nn.Module):
     the padding, whose keys and values are the bias of the qkv layer, and the averages of Lo-Fi include it as zeros.
 
     Args:
-        dim: channels.
-        head_dim: channels of a head.
-        window_size: side of the windows, in tokens; 1 for ordinary attention, regardless of `alpha`.
-        alpha: share of Lo-Fi heads; their number is rounded down.
-        device, dtype: of the parameters.
+        dim: Channels.
+        head_dim: Channels of a head.
+        window_size: Side of the windows, in tokens; 1 for ordinary attention, regardless of `alpha`.
+        alpha: Share of Lo-Fi heads; their number is rounded down.
+        device, dtype: Device and type of the parameters.
     """
 
     def __init__(self, dim: int, head_dim: int, window_size: int, alpha: float, device=None, dtype=None):
@@ -206,7 +206,7 @@ def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
     """The map (B, C, H, W) at the displaced pixels of 2 x 2 patches: (B, C, 2 h, 2 w).
 
     Args:
-        x: the map, interpolated bilinearly, with zeros outside.
+        x: The map, interpolated bilinearly, with zeros outside.
         offset: (B, 8, h, w), the displacement of each patch's four pixels. Channel 2 (2 i + j) has the rows, channel
             2 (2 i + j) + 1 the columns, of the pixel in row i and column j.
     """
@@ -260,24 +260,24 @@ class LITv2(Backbone):
     down.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none.
-        embed_dims, depths: channels and blocks of each stage. The first two stages have no attention, the last one has
+        embed_dims, depths: Channels and blocks of each stage. The first two stages have no attention, the last one has
             ordinary attention, and those between have HiLo.
-        head_dim: channels of an attention head.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
-        alpha: share of Lo-Fi heads in HiLo; their number is rounded down.
-        window_size: side of HiLo's windows, in tokens: Hi-Fi attends within them, Lo-Fi to their averages.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
-        output_norm: apply a LayerNorm to each feature, for segmentation, or to those of the stages in a list, such as
+        head_dim: Channels of an attention head.
+        mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
+        alpha: Share of Lo-Fi heads in HiLo; their number is rounded down.
+        window_size: Side of HiLo's windows, in tokens: Hi-Fi attends within them, Lo-Fi to their averages.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout inside the MLPs.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: Apply a LayerNorm to each feature, for segmentation, or to those of the stages in a list, such as
             (1, 2, 3) for detection. Only without a classifier.
-        device, dtype: of the parameters.
+        device, dtype: Device and type of the parameters.
 
     Raises:
-        ValueError: an argument is out of range, or images have a wrong shape.
+        ValueError: An argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
@@ -368,7 +368,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`.
 
     Raises:
-        RuntimeError: the checkpoint does not fit. If `alpha` is the reason, the message says which value fits.
+        RuntimeError: The checkpoint does not fit. If `alpha` is the reason, the message says which value fits.
     """
     _check_alpha(checkpoints.remap(checkpoints.unwrap(state_dict), KEY_MAP), model.state_dict())
     return checkpoints.convert(state_dict, model, KEY_MAP)

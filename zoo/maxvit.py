@@ -305,23 +305,23 @@ class MaxViT(Backbone):
     the plain outputs of the stages.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none.
-        embed_dims, depths: channels and blocks of each stage.
-        stem_dim: channels of the stem.
-        head_dim: channels of an attention head.
-        window_size: tokens of a window along each axis, for block and grid. The authors use 1/32 of the image. Tables
+        embed_dims, depths: Channels and blocks of each stage.
+        stem_dim: Channels of the stem.
+        head_dim: Channels of an attention head.
+        window_size: Tokens of a window along each axis, for block and grid. The authors use 1/32 of the image. Tables
             of weights for other windows are resized (bilinear) when the weights are loaded.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth. Each of the five branches of block b of N has this rate times b / N.
-        norm_momentum: weight of a batch in the running statistics of batch norm. With the authors' value (0.99 in
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout inside the MLPs.
+        drop_path_rate: Stochastic depth. Each of the five branches of block b of N has this rate times b / N.
+        norm_momentum: Weight of a batch in the running statistics of batch norm. With the authors' value (0.99 in
             Keras) they need several hundred updates to converge, so short trainings from scratch need more.
-        device, dtype: of the parameters.
+        device, dtype: Device and type of the parameters.
 
     Raises:
-        ValueError: an argument is out of range, or images have a wrong shape.
+        ValueError: An argument is out of range, or images have a wrong shape.
     """
 
     def __init__(

@@ -224,24 +224,24 @@ class NAT(Backbone):
     Features are NCHW at strides 4, 8, 16, 32 (at stride 16 in an isotropic model). Their sizes are rounded up.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none.
-        embed_dims, depths, num_heads: channels, blocks and heads of each stage.
-        mlp_ratio: hidden channels of the MLPs, as a multiple of the stage's channels.
-        kernel_size: neighbours of a token along each axis; None for attention to all tokens.
-        dilations: for each stage, the dilation of every second block, or a pattern that its blocks repeat.
+        embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
+        mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
+        kernel_size: Neighbours of a token along each axis; None for attention to all tokens.
+        dilations: For each stage, the dilation of every second block, or a pattern that its blocks repeat.
         layout: "nat" for a convolutional stem and downsampling, "swin" for patches of 4 pixels and patch merging,
             "isotropic" for patches of 16 pixels and no downsampling.
-        layer_scale: initial factor of the residual branches; None for no layer scale.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
-        output_norm: apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
-        device, dtype: of the parameters.
+        layer_scale: Initial factor of the residual branches; None for no layer scale.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout inside the MLPs.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: Apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
+        device, dtype: Device and type of the parameters.
 
     Raises:
-        ValueError: an argument is out of range, or images have a wrong shape.
+        ValueError: An argument is out of range, or images have a wrong shape.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class OpenModel:
         model: The model.
         name: Its name, for captions.
         weights: What its weights are, for captions.
-        config: timm's data configuration of it: `input_size`, `mean`, `std`, ...
+        config: Timm's data configuration of it: `input_size`, `mean`, `std`, ...
         one_size: Whether it takes images of one size only.
     """
 

@@ -147,15 +147,15 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
     """The `pretrained_cfg_overlay` with which timm loads a file into any model, and the file's number of classes.
 
     Args:
-        file: the checkpoint.
-        cfg: the model's pretrained configuration, which names its classifier.
+        file: The checkpoint.
+        cfg: The model's pretrained configuration, which names its classifier.
 
     Returns:
         The overlay; and the size of the classifier, None if the file has none by that name.
 
     Raises:
-        ValueError: the file can't be used; one sentence without its name.
-        OSError: it can't be opened.
+        ValueError: The file can't be used; one sentence without its name.
+        OSError: It can't be opened.
     """
     state_dict = unwrap(read(file))
     check_values(state_dict)

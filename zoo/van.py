@@ -171,22 +171,22 @@ class VAN(Backbone):
     Features are NCHW at strides 4, 8, 16, 32 (sizes rounded up), each after its stage's LayerNorm.
 
     Args:
-        in_chans: channels of the images.
-        num_classes: classes of the linear classifier; 0 for none.
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
         global_pool: "avg" for average pooling, or "" for none: without a classifier, the model then returns its last
             feature map.
-        embed_dims: channels of each stage.
-        depths: blocks of each stage.
-        mlp_ratios: hidden channels of each stage's MLPs, as multiples of `embed_dims`.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth rate of the last block. It grows linearly from 0 at the first block.
-        norm_eps: epsilon of the LayerNorm at the end of each stage; 1e-5 in the official segmentation code.
-        layer_scale_init: initial value of the layer scales.
-        device, dtype: of the parameters.
+        embed_dims: Channels of each stage.
+        depths: Blocks of each stage.
+        mlp_ratios: Hidden channels of each stage's MLPs, as multiples of `embed_dims`.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout inside the MLPs.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        norm_eps: Epsilon of the LayerNorm at the end of each stage; 1e-5 in the official segmentation code.
+        layer_scale_init: Initial value of the layer scales.
+        device, dtype: Device and type of the parameters.
 
     Raises:
-        ValueError: an argument is out of range, or images have a wrong shape.
+        ValueError: An argument is out of range, or images have a wrong shape.
     """
 
     def __init__(
