@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import os
 import re
@@ -29,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo import commands
 from zoo.commands import default_sigpipe, fail, versions
-from zoo.messages import UserError
+from zoo.messages import UserError, did_you_mean, nearest
 from zoo.recipes import config, sweep
 from zoo.recipes.errors import RunError, Stopped, of_the_system
 
@@ -138,14 +137,27 @@ def _recipes() -> str:
 # Words.
 
 
-def run(command: str, config_name: str, schema: type, job: Callable[[DictConfig], Any]) -> None:
-    """Check the command line, and do `job` with the configuration that it gives; in a sweep with one after another.
+def run(
+    command: str,
+    config_name: str,
+    schema: type,
+    job: Callable[[DictConfig], Any],
+    words: Sequence[str] | None = None,
+) -> None:
+    """Check the command line and call `job` with each configuration that it describes: several in a sweep, else one.
 
-    In a sweep, a job that fails says so, and the others go on.
+    In a sweep, an error ends one job, is printed, and the next job starts.
+
+    Args:
+        command: The name of the command, for messages.
+        config_name: The file in `conf` that holds the defaults.
+        schema: The dataclass of the configuration.
+        job: What the command does.
+        words: The words of the command line, those of this process if None.
     """
-    given = sys.argv[1:]
-    prepare(command, schema)
-    words = sys.argv[1:]
+    given = sys.argv[1:] if words is None else words
+    prepared = prepare(command, schema, given)
+    rewrite_argv(prepared)
 
     def work(cfg: DictConfig) -> Any:
         with friendly_errors(command):
@@ -155,11 +167,11 @@ def run(command: str, config_name: str, schema: type, job: Callable[[DictConfig]
                 raise RunError(f"{_line(error)}.") from error
             job_config = HydraConfig.get()
             if job_config.mode != RunMode.MULTIRUN:
-                sys.argv[1:] = given  # for what is written of the run
+                rewrite_argv(given)
                 return job(cfg)
             try:
-                folder = sweep.name_folder(cfg, words)
-                sys.argv[1:] = [*job_config.overrides.task, *folder]  # of this run alone, which may be continued
+                folder = sweep.name_folder(cfg, prepared)
+                rewrite_argv([*job_config.overrides.task, *folder])  # the words that continue this run alone
                 return job(cfg)
             except Stopped:
                 raise
@@ -176,9 +188,17 @@ def run(command: str, config_name: str, schema: type, job: Callable[[DictConfig]
         hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(work)()
 
 
-def prepare(command: str, schema: type) -> None:
-    """Check the words of the command line, and put into `sys.argv` what Hydra understands as the user meant it."""
-    words = sys.argv[1:]
+def rewrite_argv(words: Sequence[str]) -> None:
+    """Replace the words of the command line in `sys.argv`.
+
+    Hydra reads `sys.argv`, and its API for calls from Python supports neither `-m` nor `--cfg`. So it has to find there
+    the words as its grammar wants them, and a run then has to find there the words that repeat it, to record them.
+    """
+    sys.argv[1:] = words
+
+
+def prepare(command: str, schema: type, words: Sequence[str]) -> list[str]:
+    """Check the words of a command line, and return them in Hydra's grammar."""
     parser = get_args_parser()
     parser.error = lambda message: fail(command, f"{message}; --help shows what there is.", 2)
     names = [name for name, help in config.keys(schema) if help]
@@ -191,8 +211,8 @@ def prepare(command: str, schema: type) -> None:
     overrides = [word for word in words if word in {*arguments.overrides, *rest}]
     flags = [word for word in words if word not in overrides]  # Hydra wants them before or after all others
     _refuse_loose_words(command, overrides, names)
-    sys.argv[1:] = [*flags, *(literal(word, arguments.multirun) for word in overrides)]
-    check_overrides(command, schema, arguments.multirun)
+    literals = [literal(word, arguments.multirun) for word in overrides]
+    return [*flags, *check_overrides(command, schema, literals, arguments.multirun)]
 
 
 def refuse_flags(command: str, words: Sequence[str], names: Sequence[str], flags: Sequence[str] | set[str]) -> None:
@@ -203,7 +223,7 @@ def refuse_flags(command: str, words: Sequence[str], names: Sequence[str], flags
         key, sign, value = word.lstrip("-").partition("=")
         key = key.replace("-", "_")
         leaves = [name for name in names if name.rpartition(".")[2] == key]
-        meant = key if key in names else leaves[0] if leaves else config.nearest(key, list(names))
+        [meant] = ([key] if key in names else leaves[:1] or nearest(key, names, cutoff=0.5)) or [None]
         if not meant or os.path.lexists(word):
             fail(command, f"there is no option {word}: settings are written key=value, and --help lists them.")
         takes_next = not sign and following and not following.startswith("-") and "=" not in following
@@ -266,13 +286,19 @@ def _for_shell(word: str) -> str:
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
-def check_overrides(command: str, schema: type, sweep: bool = True) -> None:
-    """End the process if an override on the command line names no key of `schema` and no configuration group.
+def check_overrides(command: str, schema: type, words: Sequence[str], sweep: bool = True) -> list[str]:
+    """End the process if one of `words` names no key of `schema` and no configuration group.
 
-    Hydra would refuse it too, but without saying what may have been meant.
+    Hydra would refuse it too, but without a suggestion.
+
+    Returns:
+        The words, with a sign where Hydra wants one.
     """
     known = {name for name, _ in config.keys(schema)}
-    for word in [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]:
+    checked = list(words)
+    for position, word in enumerate(words):
+        if "=" not in word:
+            continue
         try:
             [override] = OverridesParser.create().parse_overrides([word])
         except OverrideParseException as error:
@@ -293,8 +319,8 @@ def check_overrides(command: str, schema: type, sweep: bool = True) -> None:
                     _check_option(command, key, str(option))
         elif key.partition(".")[0] in _free(schema):
             if override.type == OverrideType.CHANGE:
-                # Hydra wants a sign at keys that it does not know; ++ suits new ones and those that are there.
-                sys.argv[sys.argv.index(override.input_line)] = f"++{override.input_line}"
+                # Hydra wants a sign in front of keys that it does not know; ++ adds or replaces.
+                checked[position] = f"++{word}"
         elif key.startswith("hydra") or key in known:
             continue
         else:
@@ -304,6 +330,7 @@ def check_overrides(command: str, schema: type, sweep: bool = True) -> None:
             listing = f" {group or 'The top level'} has {', '.join(names)}." if names else ""
             hint = f": did you mean {guess}?" if guess else "."
             fail(command, f"there is no key {key!r}{hint}{listing}")
+    return checked
 
 
 def _free(schema: type) -> list[str]:
@@ -315,15 +342,11 @@ def _check_option(command: str, group: str, option: str) -> None:
     names = options(group)
     if option in names:
         return
-    guess = config.nearest(option, names)
-    hint = f"did you mean {group}={guess}? " if guess else ""
-    if len(names) <= _MOST_OPTIONS:
-        fail(command, f"there is no {group}={option}: {hint}There are {', '.join(names)}.")
-    # Of many names, those that end in the word, and those that look like it.
-    near = [name for name in names if name.rpartition("/")[2] == option.rpartition("/")[2]]
-    near = list(dict.fromkeys(near + difflib.get_close_matches(option, names, n=5, cutoff=0.4)))[:5]
-    listing = f"near it are {', '.join(near)}; " if near else ""
-    fail(command, f"there is no {group}={option}: {listing}--help {group} lists all {len(names)}.")
+    few = len(names) <= _MOST_OPTIONS
+    listing = f"There are {', '.join(names)}." if few else f"--help {group} lists all {len(names)}."
+    same = [name for name in names if name.rpartition("/")[2] == option.rpartition("/")[2]]  # in another folder
+    hint = did_you_mean(option, same or names, count=1 if few else 5, cutoff=0 if same else 0.5, prefix=f"{group}=")
+    fail(command, " ".join(filter(None, (f"there is no {group}={option}:", hint, listing))))
 
 
 def options(group: str) -> list[str]:

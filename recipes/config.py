@@ -1,12 +1,10 @@
 """The schema of `zoo-train` and `zoo-eval`: every key, its type, its default and what it means.
 
-Hydra holds every configuration file and every override against these dataclasses. The first words of a key's help are
-its name written out; `nearest_key` compares misspelt keys with both.
+Hydra checks every configuration file and every override against these dataclasses.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.messages import similarity
 from zoo.recipes.errors import RunError
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet", "dino", "mask2former")
@@ -92,9 +91,18 @@ PERCENT = Between(0, 100)
 FILTERS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
-def option(default: Any, help: str, allowed: Between | OneOf | Like | None = None) -> Any:
-    """A dataclass field with its help text and the values that it takes; a callable default makes the value."""
-    metadata = {"help": help, "allowed": allowed}
+def option(
+    default: Any, help: str, allowed: Between | OneOf | Like | None = None, aliases: tuple[str, ...] = ()
+) -> Any:
+    """A dataclass field with its metadata.
+
+    Args:
+        default: The default value, or a function that returns it.
+        help: What the key means, for `--help`.
+        allowed: The values that the key takes, where its type does not say it.
+        aliases: Other names that users may write, from which `nearest_key` finds the key.
+    """
+    metadata = {"help": help, "allowed": allowed, "aliases": aliases}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -136,6 +144,7 @@ class DataConfig:
         None,
         "standard deviation of each channel, 0-1; the model's own if null",
         Between(0, 1, above=True, numbers="a list of numbers,"),
+        aliases=("standard_deviation",),
     )
     interpolation: str | None = option(None, "interpolation when resizing; the model's own if null", OneOf(FILTERS))
     crop_pct: float | None = option(
@@ -157,8 +166,14 @@ class DataConfig:
         "check files before training: how many are looked at for text saved as an image; 0 none, -1 all",
         Between(-1),
     )
-    train_ann: str | None = option(None, "training annotations (detect): COCO JSON, absolute or below data.root")
-    val_ann: str | None = option(None, "validation annotations (detect): COCO JSON, absolute or below data.root")
+    train_ann: str | None = option(
+        None, "training annotations (detect): COCO JSON, absolute or below data.root", aliases=("training_annotations",)
+    )
+    val_ann: str | None = option(
+        None,
+        "validation annotations (detect): COCO JSON, absolute or below data.root",
+        aliases=("validation_annotations",),
+    )
     train_images: str | None = option(None, "training images' folder, absolute or below data.root; found if null")
     val_images: str | None = option(None, "validation images' folder, absolute or below data.root; found if null")
     train_labels: str | None = option(None, "training labels' folder of PNGs (segment), absolute or below data.root")
@@ -185,8 +200,8 @@ class AugmentConfig:
         "ratio of width to height of the random resized crop",
         Between(0, 1e3, above=True, numbers="two rising numbers", lengths=(2,), rising=True),
     )
-    hflip: float = option(0.5, "horizontal flip probability", SHARE)
-    vflip: float = option(0.0, "vertical flip probability", SHARE)
+    hflip: float = option(0.5, "horizontal flip probability", SHARE, aliases=("horizontal_flip",))
+    vflip: float = option(0.0, "vertical flip probability", SHARE, aliases=("vertical_flip",))
     color_jitter: float = option(0.0, "colour jitter strength, unless auto_augment is set", Between(0, 10))
     auto_augment: str | None = option(None, "automatic augmentation policy, for example rand-m9-mstd0.5-inc1")
     interpolation: str = option(
@@ -198,20 +213,28 @@ class AugmentConfig:
     mixup_switch_prob: float = option(0.5, "mixup switch probability: of cutmix, where both are on", SHARE)
     mixup_mode: str = option("batch", "mixup mode: one draw per batch, pair or elem", OneOf(("batch", "pair", "elem")))
     smoothing: float = option(0.0, "label smoothing", Between(0, 1, below=True))
-    re_prob: float = option(0.0, "random erasing probability", SHARE)
-    re_mode: str = option("pixel", "random erasing mode: const, rand or pixel", OneOf(("const", "rand", "pixel")))
-    re_count: int = option(1, "random erasing count: most areas per image", Between(1, 100))
+    re_prob: float = option(0.0, "random erasing probability", SHARE, aliases=("random_erasing_probability",))
+    re_mode: str = option(
+        "pixel",
+        "random erasing mode: const, rand or pixel",
+        OneOf(("const", "rand", "pixel")),
+        aliases=("random_erasing_mode",),
+    )
+    re_count: int = option(
+        1, "random erasing count: most areas per image", Between(1, 100), aliases=("random_erasing_count",)
+    )
 
 
 @dataclass
 class OptimConfig:
     """timm.optim.create_optimizer_v2."""
 
-    opt: str = option("adamw", "optimizer: any name of timm.optim.list_optimizers()")
+    opt: str = option("adamw", "optimizer: any name of timm.optim.list_optimizers()", aliases=("optimizer",))
     lr: float | None = option(
         None,
         "learning rate for the effective batch size; null: 1e-3, or 2e-4 where training starts from weights",
         Between(0, 1e4, above=True),
+        aliases=("learning_rate",),
     )
     weight_decay: float = option(0.05, "weight decay; biases and vectors are exempt", Between(0, 1e4))
     momentum: float = option(0.9, "momentum of optimizers that have one", Between(0, 1, below=True))
@@ -220,7 +243,7 @@ class OptimConfig:
         "betas of Adam and its kin; the optimizer's own if null",
         Between(0, 1, below=True, numbers="two or three numbers,", lengths=(2, 3)),
     )
-    eps: float | None = option(None, "epsilon of the optimizer; its own if null", Between(0, 1))
+    eps: float | None = option(None, "epsilon of the optimizer; its own if null", Between(0, 1), aliases=("epsilon",))
     layer_decay: float | None = option(
         None, "layer decay: factor of the learning rate from one layer to the one below", Between(0, 1, above=True)
     )
@@ -237,9 +260,11 @@ class ScheduleConfig:
         "schedule: cosine, tanh, step, multistep, poly, wsd, rsqrt, constant or none",
         OneOf(("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")),
     )
-    warmup_epochs: float = option(0.0, "warm-up epochs, part of trainer.epochs", Between(0, 1e6))
-    warmup_lr: float = option(1e-6, "warm-up learning rate at the start", Between(0, 1e4))
-    min_lr: float = option(1e-6, "minimum learning rate", Between(0, 1e4))
+    warmup_epochs: float = option(0.0, "warm-up epochs, part of trainer.epochs", Between(0, 1e6), aliases=("warmup",))
+    warmup_lr: float = option(
+        1e-6, "warm-up learning rate at the start", Between(0, 1e4), aliases=("warmup_learning_rate",)
+    )
+    min_lr: float = option(1e-6, "minimum learning rate", Between(0, 1e4), aliases=("minimum_learning_rate",))
     cooldown_epochs: int = option(0, "cool-down epochs at min_lr, after trainer.epochs", Between(0, 1e6))
     decay_epochs: float | None = option(
         None, "decay epochs: interval (step) or length (wsd, rsqrt)", Between(0, 1e6, above=True)
@@ -270,6 +295,7 @@ class TrainerConfig:
         "none",
         "automatic mixed precision: none (or false), bf16 (or true) or fp16",
         Like("(?i)none|false|bf16|true|fp16", "none, bf16 or fp16"),
+        aliases=("mixed_precision",),
     )
     channels_last: bool = option(False, "channels last memory format")
     compile: bool = option(False, "compile the model with torch.compile")
@@ -306,7 +332,12 @@ class DenseConfig:
     no_decay: list[str] | None = option(
         None, "no weight decay for parameters with one of these in their name; vectors and the model's own if null"
     )
-    backbone_lr: float = option(1.0, "backbone learning rate as a factor of optim.lr", Between(0, 1e4, above=True))
+    backbone_lr: float = option(
+        1.0,
+        "backbone learning rate as a factor of optim.lr",
+        Between(0, 1e4, above=True),
+        aliases=("backbone_learning_rate",),
+    )
     out_indices: list[int] | None = option(
         None,
         "output indices: stages whose features are used; the last four if null",
@@ -422,24 +453,15 @@ def _items(schema: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
             yield from _items(item.default_factory, f"{prefix}{item.name}.")
 
 
-def nearest(word: str, words: list[str]) -> str | None:
-    """The most similar of `words`, or None where none is similar."""
-    found = difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.5)
-    return found[0] if found else None
-
-
 def nearest_key(key: str, schema: type = Config) -> str | None:
-    """The key of `schema` that `key` was meant to be, judged by names and by what the names stand for."""
+    """The key of `schema` that the user probably meant by `key`, judged by the keys' names and aliases."""
     best, score = None, 0.6
-    leaf = key.rpartition(".")[2].replace("_", " ").lower()
-    for name, help in keys(schema):
-        words = help.replace(":", " ").replace(",", " ").replace(";", " ").lower().split()
-        # The written-out name has as many words as the misspelt key, or one more.
-        lengths = (len(leaf.split()), len(leaf.split()) + 1)
-        wordings = [name.rpartition(".")[2].replace("_", " "), *(" ".join(words[:n]) for n in lengths)]
-        ratio = max(difflib.SequenceMatcher(None, leaf, wording).ratio() for wording in wordings)
-        # Between two similar keys the one in the same group is meant.
-        ratio += 0.1 * (name.rpartition(".")[0] == key.rpartition(".")[0])
+    group, _, leaf = key.rpartition(".")
+    for name, item in _items(schema):
+        own_group, _, own_leaf = name.rpartition(".")
+        names = (own_leaf, *item.metadata.get("aliases", ()))
+        ratio = max(similarity(leaf, other) for other in names)
+        ratio += 0.1 * (own_group == group)  # of two similar keys, the one in the same group
         if ratio > score:
             best, score = name, ratio
     return best

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-from zoo.messages import UserError
+from zoo.messages import UserError, one_line
 
 RunError = UserError
 
@@ -30,7 +30,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 def of_the_system(error: BaseException) -> str | None:
     """What a user can do where the system refused files or memory, or killed a process; None for other errors."""
     for cause in causes(error):
-        text = " ".join(str(cause).split())[:200]
+        text = one_line(cause, 200)
         number = getattr(cause, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
             return "no more files may be open at once: raise the limit (ulimit -n 4096), or set data.num_workers=0."

@@ -39,11 +39,16 @@ def main() -> None:
     cli.begin()
     origin = "of a run its own"
     cli.show_help(lambda: cli.print_help(__doc__, config.EvalConfig, origin, _matters), needs_words=True)
-    place = next((i for i, word in enumerate(sys.argv) if i and word not in ("-m", "--multirun")), 0)
-    first = sys.argv[place]
-    if place and not first.startswith("-") and ("=" not in first or os.path.isdir(first)):
-        sys.argv[place] = f"run={first}"
-    cli.run("zoo-eval", "eval", config.EvalConfig, _evaluate)
+    cli.run("zoo-eval", "eval", config.EvalConfig, _evaluate, _with_run_key(sys.argv[1:]))
+
+
+def _with_run_key(words: list[str]) -> list[str]:
+    """`words` with run= in front of a folder that comes first."""
+    place = next((i for i, word in enumerate(words) if word not in ("-m", "--multirun")), 0)
+    first = words[place] if words else "-"
+    if first.startswith("-") or ("=" in first and not os.path.isdir(first)):
+        return words
+    return [*words[:place], f"run={first}", *words[place + 1 :]]
 
 
 def _matters(name: str) -> bool:

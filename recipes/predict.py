@@ -24,7 +24,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.commands import discard_output
-from zoo.recipes import cli, config, early, reading
+from zoo.messages import did_you_mean
+from zoo.recipes import cli, early, reading
 from zoo.recipes.config import option
 from zoo.recipes.errors import RunError
 from zoo.recipes.tasks import task
@@ -89,8 +90,8 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
             except OmegaConfBaseException as error:
                 raise RunError(f"{word}: {str(error).splitlines()[0]}.") from error
         else:
-            guess = config.nearest(key, _KEYS)
-            hint = f": did you mean {guess}?" if guess else "."
+            hint = did_you_mean(key, _KEYS, cutoff=0.5)
+            hint = f": {hint}" if hint else "."
             raise RunError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}; a file is ./{word}.")
     if not cfg.run:
         raise RunError("run is not set: give the folder of a run, run=runs/<folder>.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeGuard, TypeVar
 
-from zoo.messages import did_you_mean
+from zoo.messages import did_you_mean, one_line
 
 __all__ = ["as_tuple", "check", "check_choice", "check_name", "check_stages", "is_list", "is_number", "shown"]
 
@@ -125,7 +125,7 @@ def is_number(value: Any, least: float, most: float, whole: bool = True) -> bool
 
 def shown(value: Any) -> str:
     """`value` on one line and shortened, for messages."""
-    return " ".join(reprlib.repr(value).split())
+    return one_line(reprlib.repr(value))
 
 
 def _fits(name: str, value: Any) -> bool:

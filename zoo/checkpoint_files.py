@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zoo.messages import first_few
+from zoo.messages import first_few, one_line
 
 __all__ = ["check_values", "first_names", "other_tensors", "read", "unwrap"]
 
@@ -119,7 +119,7 @@ def _check_head(head: bytes) -> None:
     if head.lstrip().startswith(b"<"):
         raise ValueError("this is a web page, not a checkpoint: open its address in a browser to see what it says.")
     if all(byte in string.printable.encode() for byte in head):
-        start = " ".join(head.decode().split())[:40]
+        start = one_line(head.decode(), 40)
         raise ValueError(f"this is a text file, not a checkpoint (it begins with {start!r}): download it again.")
 
 

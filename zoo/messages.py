@@ -14,6 +14,7 @@ __all__ = [
     "one_line",
     "published_figures",
     "similar_path",
+    "similarity",
     "size_text",
     "unknown_model",
 ]
@@ -40,6 +41,11 @@ def one_line(message: object, limit: int | None = None) -> str:
     """
     text = " ".join(str(message).split()).removesuffix(".") or type(message).__name__
     return text if limit is None or len(text) <= limit else f"{text[:limit].rstrip()} ..."
+
+
+def similarity(word: str, other: str) -> float:
+    """How similar two words are, from 0 to 1. Case is ignored."""
+    return difflib.SequenceMatcher(None, word.casefold(), other.casefold()).ratio()
 
 
 def nearest(word: str, words: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:

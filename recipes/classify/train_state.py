@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from zoo.messages import one_line
 from zoo.recipes import config, distributed
 from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
@@ -90,7 +91,7 @@ class TrainState:
                 **schedule,
             )
         except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-            raise RunError(f"the schedule can't be made from schedule={schedule}: {_line(error)}") from error
+            raise RunError(f"the schedule can't be made from schedule={schedule}: {one_line(error, 300)}") from error
 
     def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         cfg = self.cfg.optim
@@ -107,7 +108,7 @@ class TrainState:
                 **extra,
             )
         except Exception as error:  # of many optimizers, and packages that some of them need
-            raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {_line(error)}") from error
+            raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Mix and erase normalised images (B, C, H, W) with labels (B,); return the task's `loss` and `output`."""
@@ -217,7 +218,3 @@ def shard(model: nn.Module) -> None:
                 if any(True for _ in block.children()) and any(True for _ in block.parameters()):
                     fully_shard(block)
     fully_shard(model)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -126,7 +126,7 @@ WRONG = {
     "trainer.epochs=abc": "trainer.epochs=abc: Value 'abc' of type 'str' could not be converted to Integer",
     "model_kwargs=3": "model_kwargs=3: Cannot assign int to Dict[str, Any]",
     "seed=${nothing}": "Interpolation key 'nothing' not found",
-    "recipe=van_b0": "near it are imagenet/van_b0, ",
+    "recipe=van_b0": "there is no recipe=van_b0: did you mean recipe=imagenet/van_b0? --help recipe lists all",
     "recipe=zzzzzz": "there is no recipe=zzzzzz: --help recipe lists all",
     "optim=3": "there is no optim=3: There are adamw, sgd",
     "-m --cfg job": "-m, --cfg, --info and --shell-completion can't be combined",

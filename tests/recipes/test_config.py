@@ -179,10 +179,6 @@ def test_nearest_key_knows_the_keys_of_eval():
     assert config.nearest_key("perclass", config.EvalConfig) == "per_class"
 
 
-def test_nearest():
-    assert config.nearest("VAN_B9", ["nat_tiny", "van_b0"]) == "van_b0"
-
-
 # Values that no run can use.
 
 REFUSED = [
@@ -434,15 +430,19 @@ def test_misspelt_key_of_eval(run_cli, tmp_path, module):
         "+model_kwargs.drop_path_rate=0.1",
     ],
 )
-def test_overrides_of_hydra_pass(monkeypatch, words):
-    monkeypatch.setattr("sys.argv", ["zoo-train", *words.split()])
-    cli.check_overrides("zoo-train", config.Config)
+def test_overrides_of_hydra_pass(words):
+    checked = cli.check_overrides("zoo-train", config.Config, words.split())
+    assert [word.lstrip("+") for word in checked] == [word.lstrip("+") for word in words.split()]
 
 
-def test_misspelt_option_in_a_sweep(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["zoo-train", "-m", "augment=none,lihgt"])
+def test_free_keys_get_a_sign():
+    words = ["model_kwargs.a=1", "+model_kwargs.b=2", "seed=3"]
+    assert cli.check_overrides("zoo-train", config.Config, words) == ["++model_kwargs.a=1", *words[1:]]
+
+
+def test_misspelt_option_in_a_sweep(capsys):
     with pytest.raises(SystemExit):
-        cli.check_overrides("zoo-train", config.Config)
+        cli.check_overrides("zoo-train", config.Config, ["augment=none,lihgt"])
     assert "did you mean augment=light?" in capsys.readouterr().err
 
 
