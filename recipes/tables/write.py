@@ -4,7 +4,7 @@ A table has `bases`, which are settings with a name, and `recipes`, whose names 
 `rows`, each row makes a recipe, and its name replaces the * in the recipe's name, title, model and pretrained. A base,
 a recipe and a row may have:
 
-base        bases that it starts from, of any table; what comes later wins: the recipe's own, then the row's
+base        bases that it starts from, of any table (a row's instead of the recipe's); what is set later wins
 options     configuration groups with the option to choose, such as {data: coco}
 title, paper, source, note
             for the head comment; {name}, {method}, {epochs} and {updates} in a title are filled in
@@ -41,7 +41,7 @@ from zoo.recipes import cli, config
 
 TABLES = Path(__file__).parent
 RECIPES = TABLES.parent / "conf" / "recipe"
-COMMON = "common"  # the table of bases that name the source of all that they set
+COMMON = "common"  # a base of this table names the source of all that it is made of
 WIDTH = 120
 
 FIGURES = tuple(item.name for item in dataclasses.fields(config.PublishedConfig) if item.type == "float | None")
@@ -99,9 +99,9 @@ def recipes() -> dict[str, str]:
         shared = {key: content[key] for key in ("paper", "published") if key in content}
         for pattern, entry in content["recipes"].items():
             for row, own in entry.get("rows", {"": {}}).items():
-                layers = [shared, *_ancestors(entry, bases), *_ancestors(own, bases), entry, own]
+                started = _ancestors(own if "base" in own else entry, bases)
                 name = pattern.replace("*", row)
-                found[name] = recipe(name, row, table, layers, content.get("names", {}))
+                found[name] = recipe(name, row, table, [shared, *started, entry, own], content.get("names", {}))
     return found
 
 
@@ -134,17 +134,11 @@ def recipe(name: str, row: str, table: str, layers: list[Entry], names: dict[str
     Args:
         name: Such as coco/mask_rcnn_van_b2.
         row: What replaces a *.
-        table: Where the recipe stands.
+        table: The table that has the recipe.
         layers: Bases, the recipe and the row; later ones win.
         names: What people call the models.
     """
-    words, options, own = {}, {}, {}
-    for layer in layers:
-        if unknown := layer.keys() - {*WORDS, *SECTIONS}:
-            raise SystemExit(f"{name} has the key {min(unknown)!r} in a table, which recipes/tables/write.py lacks.")
-        words |= {key: layer[key] for key in WORDS if key in layer}
-        options |= layer.get("options", {})
-        own |= _flat({section: layer[section] for section in SECTIONS if section in layer})
+    words, options, own = _combined(name, layers)
     for key in {"title", "model", "pretrained"} & words.keys():
         words[key] = type(words[key])(words[key].replace("*", row))
     if "model" not in words:
@@ -156,36 +150,39 @@ def recipe(name: str, row: str, table: str, layers: list[Entry], names: dict[str
         published = {"model": words["model"], **figures, "source": words["published"]}
         own |= {("published", key): value for key, value in published.items()}
 
-    chosen, given = of_options(tuple(options.items()))
-    left = {key: given.pop(key) for key in [*given] if key[0] not in WRITTEN_OUT or key == ("dense", "method")}
-    settings = given | own
-    facts = {
-        "name": names.get(words["model"].partition(".")[0]),
-        "method": METHODS.get(left.get(("dense", "method"))),
-        "epochs": int(settings["trainer", "epochs"]) + int(settings.get(("schedule", "cooldown_epochs"), 0))
-        if ("trainer", "epochs") in settings
-        else None,
-        "updates": f"{int(settings.get(('dense', 'updates'), 0)):,}",
-    }
+    chosen, given = _of_options(tuple(options.items()))
+    method = ("dense", "method")  # that of dense=..., which another option changes
+    settings = {key: given[key] for key in given if key[0] in WRITTEN_OUT and key != method} | own
+    title = words["title"].format(
+        name=names.get(words["model"].partition(".")[0]),
+        method=METHODS.get(given.get(method)),
+        epochs=int(settings.get(("trainer", "epochs"), 0)) + int(settings.get(("schedule", "cooldown_epochs"), 0)),
+        updates=f"{int(settings.get(('dense', 'updates'), 0)):,}",
+    )
 
     lines = ["# @package _global_", f"# Written by `make recipes` from recipes/tables/{table}.yaml: edit that.", "#"]
-    lines += _head(words["title"].format(**facts), words, figures, layers)
+    lines += _head(title, words, figures, layers)
     lines += ["#", *_commands(name, words, settings)]
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in options.items())]
     for section in ("data", "augment"):
-        values = [f"{key[1]}:\xa0{left[key]}" for key in left if key[0] == section and key not in own]
+        values = [f"{key[1]}:\xa0{value}" for key, value in given.items() if key[0] == section and key not in own]
         if values:
             lines += _comment(f"{section}={chosen[section]} sets {', '.join(values)}.")
     lines += ["", f"model: {words['model']}"]
     lines += [f"pretrained: {words['pretrained']}"] if "pretrained" in words else []
-    before: tuple[str, ...] = ()
-    for path in sorted(settings, key=_place):
-        opened = next((i for i, (a, b) in enumerate(zip(path, before, strict=False)) if a != b), len(before))
-        lines += [f"{'  ' * i}{path[i]}:" for i in range(opened, len(path) - 1)]
-        comment = getattr(settings[path], "comment", "")
-        lines.append(f"{'  ' * (len(path) - 1)}{path[-1]}: {settings[path]}" + (f"  {comment}" if comment else ""))
-        before = path
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_body(settings)]) + "\n"
+
+
+def _combined(name: str, layers: list[Entry]) -> tuple[Entry, Entry, Settings]:
+    """What layers say of a recipe: words, options and settings."""
+    words, options, settings = {}, {}, {}
+    for layer in layers:
+        if unknown := layer.keys() - {*WORDS, *SECTIONS}:
+            raise SystemExit(f"{name} has the key {min(unknown)!r} in its table, which recipes/tables/write.py lacks.")
+        words |= {key: layer[key] for key in WORDS if key in layer}
+        options |= layer.get("options", {})
+        settings |= _flat({section: layer[section] for section in SECTIONS if section in layer})
+    return words, options, settings
 
 
 def _flat(values: Entry, path: tuple[str, ...] = ()) -> Settings:
@@ -208,7 +205,8 @@ def _place(path: tuple[str, ...]) -> tuple[int, int]:
 
 
 @cache
-def _composed(options: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], Settings]:
+def _of_options(options: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], Settings]:
+    """The option of every group, and the settings that differ from the schema's defaults with these."""
     config.register()
     with hydra.initialize_config_dir(cli.CONF, version_base="1.3"):
         cfg = hydra.compose("config", [f"{group}={option}" for group, option in options], return_hydra_config=True)
@@ -217,17 +215,22 @@ def _composed(options: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], Set
     return dict(cfg.hydra.runtime.choices), changed
 
 
-def of_options(options: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], Settings]:
-    """The option of every group, and the settings that these set to something else than the schema."""
-    chosen, changed = _composed(options)
-    return chosen, dict(changed)
-
-
 def _spelt(value: Any) -> str:
     if OmegaConf.is_config(value):
         whole = all(float(number).is_integer() for number in value)
         value = [int(number) if whole else number for number in value]
     return yaml.safe_dump(value, default_flow_style=True, width=1000).splitlines()[0]
+
+
+def _body(settings: Settings) -> Iterator[str]:
+    """The lines of the settings, in sections."""
+    before: tuple[str, ...] = ()
+    for path in sorted(settings, key=_place):
+        same = next((i for i, (key, other) in enumerate(zip(path, before, strict=False)) if key != other), len(before))
+        yield from (f"{'  ' * i}{path[i]}:" for i in range(same, len(path) - 1))
+        comment = getattr(settings[path], "comment", "")
+        yield f"{'  ' * (len(path) - 1)}{path[-1]}: {settings[path]}  {comment}".rstrip()
+        before = path
 
 
 def _head(title: str, words: Entry, figures: Entry, layers: list[Entry]) -> Iterator[str]:
