@@ -65,7 +65,7 @@ def test_recipes_are_what_their_tables_make(writer):
 
 
 def test_a_table_with_an_unknown_key_is_refused(writer):
-    with pytest.raises(SystemExit, match="imagenet/x has the key .lr. in its table"):
+    with pytest.raises(SystemExit, match=r"imagenet/x has the key 'lr' in its table"):
         writer["recipe"]("imagenet/x", "", "van", [{"lr": "1"}], {})
 
 
