@@ -1,4 +1,4 @@
-"""Deterministic weights and inputs, and the comparison with what an official implementation made of them.
+"""Deterministic weights and inputs, and the comparison with the outputs of an official implementation.
 
 `goldens/<model>.json` holds summaries of a classifier's outputs in float64, `goldens/<model>.<task>.json` those of a
 backbone for the task "detect" or "segment": shape, mean, standard deviation and up to 256 values at evenly spaced flat
@@ -59,7 +59,7 @@ def official_weights(model: str, record: dict | None = None) -> dict[str, torch.
 
 
 def weights(shapes: Shapes, gain: dict[str, float]) -> dict[str, torch.Tensor]:
-    """A state dict with official keys; tensors whose key ends in a name of `gain` are multiplied by its factor."""
+    """A state dict with official keys. Tensors whose key ends in a name of `gain` are multiplied by its factor."""
     state_dict = {key: _tensor(key, shape) for key, shape in shapes.items()}
     for key, tensor in state_dict.items():
         tensor *= math.prod(factor for name, factor in gain.items() if key.endswith(name))

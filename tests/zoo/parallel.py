@@ -1,4 +1,4 @@
-"""Trains every `test_<family>` in two processes and in one: writes to a file how far they are apart.
+"""Trains every `test_<family>` in two processes and in one, and writes the differences to a file.
 
     python tests/zoo/parallel.py RESULTS.json
 
@@ -47,7 +47,7 @@ def deviation(got, want):
 
 def compare(name, rank):
     torch.manual_seed(0)
-    # In float64, sums of another order make no difference; in eval mode, neither does batch norm's share of the batch.
+    # In float64 the order of sums does not matter, in eval mode batch norm does not depend on the batch.
     model = timm.create_model(name, num_classes=10, dtype=torch.float64).eval()
     images = torch.randn(STEPS, 2 * PROCESSES, 3, 64, 64, dtype=torch.float64)
     own = images[:, rank::PROCESSES]

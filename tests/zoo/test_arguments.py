@@ -1,4 +1,4 @@
-"""Constructor arguments of all families, at random: a model that runs, or a sentence that names the argument. 20 s."""
+"""Random constructor arguments of all families give a model that runs, or a sentence that names the argument. 20 s."""
 
 import inspect
 import random
@@ -29,7 +29,7 @@ def lists(rng):
 
 
 def calls(count):
-    """Seeded calls of all families: a model and one or two wild arguments."""
+    """Seeded calls of all families: a model and one or two random arguments."""
     rng = random.Random(0)
     for number in range(count):
         name = MODELS[number % len(MODELS)]
@@ -67,13 +67,13 @@ def either_runs_or_says_why(name, kwargs):
 
 
 @pytest.mark.parametrize(("name", "kwargs"), calls(120))
-def test_wild_arguments(name, kwargs):
+def test_random_arguments(name, kwargs):
     either_runs_or_says_why(name, kwargs)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_more_wild_arguments():
+def test_more_random_arguments():
     for call in calls(600):
         either_runs_or_says_why(*call.values)
 

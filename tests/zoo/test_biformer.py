@@ -45,7 +45,7 @@ def lepe(attn, x):
 
 
 def plain_attention(attn, query, key, value, rows, columns):
-    """Region by region, of one map (H, W, C); regions that the map's end cuts get keys and values of zeros."""
+    """Region by region, for one map (H, W, C). Beyond the map, keys and values are zeros."""
     height, width, channels = query.shape
     cuts = [
         (slice(top, top + rows), slice(left, left + columns))
@@ -92,7 +92,7 @@ def test_initialisation_is_official():
             assert module.weight.eq(1).all()
 
 
-def test_only_full_attention_lacks_the_bias_of_queries_keys_and_values():
+def test_only_global_attention_lacks_the_bias_of_queries_keys_and_values():
     model = timm.create_model("biformer_tiny", device="meta")
     assert [{block.attn.qkv.bias is None for block in stage.blocks} for stage in model.stages] == [
         {False},
@@ -136,17 +136,17 @@ def test_attention_of_exported_programs_is_the_same(size):
 
 
 @pytest.mark.parametrize("cls", [RoutedAttention, GrowingRoutedAttention])
-def test_images_are_routed_each_by_itself(cls):
+def test_images_are_routed_independently(cls):
     attn, x = attention(cls, 16, 2, 4, 2), tokens(3, 9, 6)
     torch.testing.assert_close(attn(x)[2:], attn(x[2:]))
 
 
-def test_routing_to_all_regions_is_full_attention():
+def test_routing_to_all_regions_is_global_attention():
     routed, x = attention(RoutedAttention, 16, 2, 4, 16), tokens(2, 8, 12)
     full = attention(GlobalAttention, 16, 2, "value")
     full.load_state_dict(routed.state_dict(), strict=False)
     full.qkv = deepcopy(routed.qkv)
-    with torch.no_grad():  # full attention scales by a head's channels
+    with torch.no_grad():  # global attention scales by a head's channels
         for parameter in full.qkv.parameters():
             parameter[:16] *= 16**-0.5 / 8**-0.5
     torch.testing.assert_close(routed(x), full(x))
@@ -154,7 +154,7 @@ def test_routing_to_all_regions_is_full_attention():
 
 @torch.no_grad()
 @pytest.mark.parametrize("lepe_of", ["input", "value"])
-def test_full_attention_is_that_of_the_formula(lepe_of):
+def test_global_attention_follows_the_formula(lepe_of):
     attn, x = attention(GlobalAttention, 16, 2, lepe_of), tokens(2, 3, 5)
     query, key, value = attn.qkv(x).flatten(1, 2).chunk(3, dim=-1)
     heads = []
@@ -218,7 +218,7 @@ def test_every_parameter_gets_a_gradient_on_maps_that_do_not_divide(layout):
 
 
 def official_weights(model):
-    """The state dict of `model` under the official names of its layout, worked out without the key map."""
+    """The state dict of `model` under the official names of its layout, written without the key map."""
     official, layout = {}, model.layout
     for key, value in model.state_dict().items():
         first, *parts = key.split(".")
@@ -304,7 +304,7 @@ def test_bad_argument_is_named(kwargs, message):
 def test_exported_stl_layouts_take_any_batch(layout):
     dim = torch.export.Dim
     shapes = {0: dim("batch", max=64)}
-    if layout == "stl":  # below 64 pixels its last map has a side of 1, which torch.export treats apart
+    if layout == "stl":  # below 64 pixels its last map has a side of 1, which torch.export treats as another case
         shapes |= {2: dim("height", min=64, max=4096), 3: dim("width", min=64, max=4096)}
     model = build(layout=layout).eval()
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(shapes,)).module()
@@ -328,7 +328,7 @@ def test_dense_kwargs_are_the_official_codes(model, task, expected):
 
 
 def best_regions(site, token, size, topk):
-    """The real tokens of the regions, out of 4 x 4, whose mean keys answer the query's region best."""
+    """The tokens, without padding, of the regions out of 4 x 4 whose mean keys match the query's region best."""
     (x,) = site.args
     sides = [-(-side // 4) for side in size]
     padded = torch.zeros(4 * sides[0], 4 * sides[1], x.shape[3])

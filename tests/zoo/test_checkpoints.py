@@ -1,4 +1,4 @@
-"""The manifest, and how checkpoint files of every wrapping and mistake are read. About 10 s."""
+"""The manifest, and checkpoint files with every wrapping and mistake. About 10 s."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def load(name, source, **kwargs):
 
 
 def lightning(prefix, state_dict, **others):
-    """A checkpoint of Lightning's, of a module that holds the model under a prefix, beside other tensors."""
+    """A Lightning checkpoint of a module that holds the model under a prefix, beside other tensors."""
     named = {f"{prefix}{key}": value for key, value in state_dict.items()}
     return {
         "pytorch-lightning_version": "2.5",
@@ -185,14 +185,14 @@ def test_headless_checkpoint_loads(kwargs, state_dict):
     assert torch.equal(next(iter(loaded.values())), next(iter(state_dict.values())))
 
 
-def test_headless_checkpoint_makes_no_trained_classifier(state_dict):
+def test_headless_checkpoint_gives_no_trained_classifier(state_dict):
     with pytest.raises(RuntimeError, match=r"2 missing \(head.weight, head.bias\).*num_classes=0"):
         load("test_van", headless(state_dict))
     tuned = load("test_van", headless(state_dict), overlay={"num_classes": 0}, num_classes=1000)
     assert tuned.num_classes == 1000
 
 
-def test_classifier_of_other_size_needs_a_word(state_dict, images):
+def test_classifier_of_another_size_has_to_be_announced(state_dict, images):
     other = timm.create_model("test_van", num_classes=21).eval().state_dict()
     with pytest.raises(RuntimeError, match=r"head.weight \(21, 96\) for \(1000, 96\).*num_classes=\.\.\."):
         load("test_van", other)
@@ -203,7 +203,7 @@ def test_classifier_of_other_size_needs_a_word(state_dict, images):
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """Downloads of published weights come from here, by URL."""
+    """The content of downloads of published weights, by URL."""
     files = {}
 
     def fetch(url, *_):
@@ -223,7 +223,7 @@ def test_published_backbone_gives_a_model_without_classifier(downloads):
     assert timm.create_model("van_b4", pretrained=True, num_classes=10, **small).num_classes == 10
     backbone = timm.create_model("van_b4", pretrained=True, features_only=True, **small)
     assert torch.equal(backbone.model.stages[3].norm.weight, full["stages.3.norm.weight"])
-    downloads[url] = full  # should the file hold a classifier after all
+    downloads[url] = full  # the file may hold a classifier after all
     assert timm.create_model("van_b4", pretrained=True, **small).num_classes == 0
 
 

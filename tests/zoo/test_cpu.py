@@ -52,7 +52,7 @@ def test_values_and_gradients_are_those_of_a_linear_layer(shape, bias):
     torch.testing.assert_close(found, torch.autograd.grad(want, [x, *parameters], grad), rtol=1e-5, atol=1e-6)
 
 
-def test_inputs_may_lie_in_any_way():
+def test_inputs_may_have_any_strides():
     layer, x = make(), torch.randn(2, 12, 3, 4)
     for moved in (x.permute(0, 2, 3, 1), x[:1, :, ::2].permute(0, 2, 3, 1).expand(3, -1, -1, -1)):
         torch.testing.assert_close(
@@ -61,7 +61,7 @@ def test_inputs_may_lie_in_any_way():
         assert linear(layer, moved).is_contiguous()
 
 
-def test_the_second_derivative_is_right():
+def test_second_derivative():
     layer, x = make(), torch.randn(3, 12, requires_grad=True)
 
     def curvature(out):
@@ -72,7 +72,7 @@ def test_the_second_derivative_is_right():
     torch.testing.assert_close(curvature(linear(layer, x)), want, rtol=1e-4, atol=1e-4)
 
 
-def test_torch_func_goes_through():
+def test_torch_func_works():
     layer, x = make(), torch.randn(3, 4, 12)
     out, tangent = torch.func.jvp(partial(linear, layer), (x,), (x,))
     torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-6)
@@ -102,9 +102,9 @@ def test_an_exported_program_has_a_linear_layer():
     assert names == {"linear.default", "gelu.default", "dropout.default"}
 
 
-def test_a_quantized_weight_stays_its_own_business():
+def test_quantized_weight_computes_its_own_linear_layer():
     class Halves(torch.Tensor):
-        """A weight that knows linear layers only."""
+        """A weight that only supports linear layers."""
 
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -147,7 +147,7 @@ WIDE_MODELS = [
 
 
 @pytest.mark.parametrize("name", WIDE_MODELS)
-def test_an_image_at_a_time_gives_the_same(name, monkeypatch):
+def test_one_image_at_a_time_gives_the_same(name, monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model(name).eval().double()
     x = torch.randn(3, 3, 40, 56, dtype=torch.float64)
@@ -164,7 +164,7 @@ def sizes(x, widening, training=False):
     return seen
 
 
-def test_only_wide_maps_in_inference_come_an_image_at_a_time():
+def test_only_wide_maps_in_inference_are_split_into_images():
     narrow, wide = torch.empty(2, 1024, 1024), torch.empty(2, 1024, 1025)  # of 4 bytes, widened by 2
     assert sizes(narrow, 2) == [2]
     assert sizes(wide, 2) == [1, 1]
@@ -173,8 +173,8 @@ def test_only_wide_maps_in_inference_come_an_image_at_a_time():
     assert sizes(torch.empty(1, 2048, 2048), 2) == [1]
 
 
-def test_batch_norm_that_learns_sees_all_images(monkeypatch):
-    """As it does when only the statistics are renewed: the norms in training, the model not, and no gradients."""
+def test_batch_norm_in_training_sees_all_images(monkeypatch):
+    """Also if only its statistics are updated: the norm is in training mode, the model is not, without gradients."""
     monkeypatch.setattr(cpu, "WIDE", 0)
     model = timm.create_model("test_maxvit").eval()
     norm = model.stages[0].blocks[0].conv.norm2.train()

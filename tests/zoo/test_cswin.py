@@ -1,4 +1,4 @@
-"""CSWin's stripes and their padding against a plain formulation, its arguments, initialisation, key names. 7 s."""
+"""CSWin's stripes and padding against a plain formulation; its arguments, initialisation and key names. 7 s."""
 
 import re
 
@@ -39,7 +39,7 @@ def plain_map(query, key, value, num_heads, lepe):
 
 
 def plain_stripes(attn, x):
-    """Stripe by stripe on one image (H, W, C): no batch, no folding."""
+    """Stripe by stripe on one image (H, W, C), without a batch."""
     height, width, dim = x.shape
     qkv, half, size = attn.qkv(x), dim // 2, attn.split_size
     out = []
@@ -76,7 +76,7 @@ def test_nothing_leaks_into_the_next_stripe():
 
 
 @torch.no_grad()
-def test_full_attention_matches_a_plain_formulation(fused_attn):
+def test_global_attention_matches_a_plain_formulation(fused_attn):
     torch.manual_seed(0)
     attn, x = GlobalAttention(16, 4).double(), tokens(2, 3, 5)
     want = torch.stack([attn.proj(plain_map(*attn.qkv(image).chunk(3, -1), 4, attn.lepe[0])) for image in x])
@@ -87,7 +87,7 @@ def test_full_attention_matches_a_plain_formulation(fused_attn):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(64, 64), (49, 75)], ids=lambda size: f"{size[0]}x{size[1]}")
-def test_images_of_a_padded_batch_do_not_meet(size):
+def test_images_of_a_padded_batch_are_independent(size):
     torch.manual_seed(0)
     model, x = timm.create_model("test_cswin").eval(), torch.randn(2, 3, *size)
     torch.testing.assert_close(model(x), torch.cat([model(x[:1]), model(x[1:])]))
@@ -100,7 +100,7 @@ def test_stem_rounds_as_the_official_one(side, features):
     assert [feature.shape[2] for feature in backbone(torch.zeros(1, 3, side, 64))] == features
 
 
-def test_last_stage_attends_to_the_whole_map_whatever_its_split_size():
+def test_last_stage_ignores_its_split_size():
     model = timm.create_model("test_cswin", split_sizes=(2, 4, 4, 1))
     assert [getattr(stage.blocks[0].attn, "split_size", None) for stage in model.stages] == [2, 4, 4, None]
 
@@ -132,7 +132,7 @@ def test_initialisation_is_official():
     for linear in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2, model.head):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
         assert linear.bias.eq(0).all()
-    # PyTorch's own: uniform within 1 / sqrt(fan in), biases too
+    # PyTorch's default: uniform within 1 / sqrt(fan in), biases too
     for conv, fan_in in ((block.attn.lepe[0], 9), (model.stem.conv, 147), (model.stages[1].downsample.conv, 576)):
         assert conv.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.1)
         assert conv.bias.abs().max().item() == pytest.approx(fan_in**-0.5, rel=0.1)

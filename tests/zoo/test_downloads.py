@@ -1,4 +1,4 @@
-"""Downloads, from a server on this machine: continued, checked, cached; and the roads by which timm asks. About 5 s."""
+"""Downloads from a local server: resumed, checked and cached; and those that timm starts. About 5 s."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ HASH = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves `server.content` under every address, as its attributes say."""
+    """Serves `server.content` at every address, in the way that the server's attributes set."""
 
     def do_GET(self):
         server, content = self.server, self.server.content
@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    """A server that can break off (`cuts`: after how many bytes, answer by answer), ignore ranges, and so on."""
+    """A server that can close connections early (`cuts`: after how many bytes), ignore ranges, and so on."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content, server.cuts, server.requests, server.headers = CONTENT, [], [], {}
         server.ranges, server.status, server.modified, server.shift, server.wait = True, 200, 0, 0, 0
@@ -79,7 +79,7 @@ def server():
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """Of torch.hub's cache."""
+    """The cache of torch.hub."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return tmp_path / "hub/checkpoints"
 
@@ -101,7 +101,7 @@ def test_download_is_cached_where_torch_hub_looks(server, folder):
     assert len(server.requests) == 1
 
 
-def test_file_of_torch_hub_is_taken(server, folder):
+def test_file_in_torch_hubs_cache_is_used(server, folder):
     folder.mkdir(parents=True)
     (folder / "model.pth").write_bytes(b"by torch.hub")
     assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == b"by torch.hub"
@@ -112,7 +112,7 @@ def test_other_folder(server, tmp_path):
     assert downloads.fetch(f"{server.url}/model.pth", tmp_path / "mine") == tmp_path / "mine/model.pth"
 
 
-def test_broken_connection_is_continued(server, folder):
+def test_broken_connection_is_resumed(server, folder):
     server.cuts = [300, 300, 300]
     assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == CONTENT
     assert [asked for _, asked in server.requests] == [None, "bytes=300-", "bytes=600-", "bytes=900-"]
@@ -127,7 +127,7 @@ def broken_off(server):
     return str(raised.value)
 
 
-def test_next_call_continues(server, folder):
+def test_next_call_resumes(server, folder):
     message = broken_off(server)
     assert f"{server.url}/model.pth broke off after 300 of 1,024 bytes; run the same again to resume, " in message
     assert not (folder / "model.pth").exists()
@@ -136,7 +136,7 @@ def test_next_call_continues(server, folder):
     assert kept(folder) == ["model.pth", "model.pth.download.json"]
 
 
-def test_server_without_ranges_starts_anew(server, folder):
+def test_server_without_ranges_starts_again(server, folder):
     broken_off(server)
     server.ranges = False
     assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == CONTENT
@@ -145,7 +145,7 @@ def test_server_without_ranges_starts_anew(server, folder):
 @pytest.mark.parametrize(
     "change", [{"modified": 4e9}, {"content": b"shorter"}, {"shift": 1}], ids=["modified", "shorter", "other-range"]
 )
-def test_what_can_not_be_continued_starts_anew(change, server, folder):
+def test_what_can_not_be_resumed_starts_again(change, server, folder):
     broken_off(server)
     for name, value in change.items():
         setattr(server, name, value)
@@ -193,7 +193,7 @@ def test_web_page_is_refused(server, folder):
 
 
 @pytest.mark.parametrize(("status", "reason"), [(404, "Not Found"), (503, "Service Unavailable")])
-def test_error_of_the_server_is_told(status, reason, server, folder):
+def test_error_of_the_server_is_reported(status, reason, server, folder):
     server.status = status
     with pytest.raises(RuntimeError, match=rf"/model\.pth gives no file \({status} {reason}\); check the address, or"):
         downloads.fetch(f"{server.url}/model.pth")
@@ -213,7 +213,7 @@ def test_without_network(server, folder):
 
 @pytest.fixture
 def silent(monkeypatch):
-    """The address of a server that takes connections and never says a word."""
+    """The address of a server that accepts connections and never answers."""
     monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -234,7 +234,7 @@ def test_name_that_never_resolves(monkeypatch, folder):
         downloads.fetch("http://example.invalid/model.pth")
 
 
-def test_name_that_there_is_not(folder):
+def test_name_that_does_not_exist(folder):
     with pytest.raises(RuntimeError, match=r"can't be reached \(.+\); check connection and proxy"):
         downloads.fetch("http://example.invalid/model.pth")
 
@@ -247,7 +247,7 @@ def test_slow_network_has_time_after_the_first_answer(server, folder, monkeypatc
 
 def test_proxy_of_the_environment(server, folder, monkeypatch):
     monkeypatch.setenv("http_proxy", server.url)
-    monkeypatch.setattr("urllib.request._opener", None)  # it has read the environment
+    monkeypatch.setattr("urllib.request._opener", None)  # the default opener read the environment earlier
     assert downloads.fetch("http://nowhere.invalid/model.pth").read_bytes() == CONTENT
     assert server.requests == [("http://nowhere.invalid/model.pth", None)]
 
@@ -270,7 +270,7 @@ def test_files_of_one_name_are_kept_apart(server, folder):
 
 @pytest.fixture
 def hub(server, monkeypatch):
-    """A hub that has one file, under every name."""
+    """A hub that serves one file under every name."""
     server.headers = {"X-Repo-Commit": "1" * 40, "ETag": f'"{HASH}"'}
     download = partial(huggingface_hub.hf_hub_download, endpoint=server.url, token=False)
     monkeypatch.setattr(downloads, "hf_hub_download", download)
@@ -282,7 +282,7 @@ def hub(server, monkeypatch):
 HUB_URL = "https://huggingface.co/nvidia/GCViT/resolve/main/gcvit.pth.tar?download=true"
 
 
-def test_file_of_the_hub(hub, tmp_path):
+def test_file_from_the_hub(hub, tmp_path):
     path = downloads.fetch(HUB_URL, tmp_path)
     assert path.read_bytes() == CONTENT
     assert path.relative_to(tmp_path).parts[0] == "models--nvidia--GCViT"
@@ -292,7 +292,7 @@ def test_file_of_the_hub(hub, tmp_path):
     assert downloads.fetch(HUB_URL, tmp_path) == path
 
 
-def test_damaged_file_of_the_hub_is_refused(hub, tmp_path):
+def test_damaged_file_from_the_hub_is_refused(hub, tmp_path):
     hub.content = CONTENT[::-1]
     message = rf"gcvit\.pth\.tar of nvidia/GCViT, on the Hugging Face hub, gave .* not {HASH}, which the hub has"
     with pytest.raises(RuntimeError, match=message):
@@ -373,7 +373,7 @@ def create(url, **kwargs):
 
 @pytest.fixture
 def weights(server, tmp_path):
-    """The weights that `server` has, in a file as an official training run leaves it."""
+    """The weights that `server` serves, in a file as official training writes it."""
     state_dict = timm.create_model("test_van").state_dict()
     torch.save({"state_dict": state_dict, "accuracy": torch.ones(1).numpy()[0]}, tmp_path / "saved.pth")
     server.content = (tmp_path / "saved.pth").read_bytes()

@@ -1,4 +1,4 @@
-"""What every family promises, on its `test_<family>` model: timm's methods, any size, export. 10 s, slow ones 3 min."""
+"""What every family guarantees, on `test_<family>`: timm's methods, any size, export. 10 s, slow ones 3 min."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_any_size(name, size):
 
 
 @torch.no_grad()
-def test_images_of_a_batch_do_not_meet(name):
+def test_images_of_a_batch_are_independent(name):
     model, x = build(name), images(2, 48, 64)
     torch.testing.assert_close(model(x)[1:], model(x[1:]))
 
@@ -216,7 +216,7 @@ def test_only_nchw_intermediates(name, norm):
 
 @pytest.fixture(scope="module")
 def parallel(tmp_path_factory):
-    """By model, what two processes made of it: see parallel.py."""
+    """The results of two processes, by model: see parallel.py."""
     results, script = tmp_path_factory.mktemp("parallel") / "results.json", Path(__file__).with_name("parallel.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", script, results]
@@ -259,7 +259,7 @@ def test_compiled_model_agrees(name, training):
 @pytest.mark.slow
 def test_exported_program_takes_any_batch_and_size(name):
     """ONNX files are tested with zoo-export, which writes them."""
-    # torch.export treats dimensions of 1 apart, as which 32 pixels would end at stride 32
+    # torch.export treats a side of 1 as another case, and 32 pixels end as 1 at stride 32
     model, dim, least = build(name), torch.export.Dim, smallest_open(name)
     shapes = {0: dim("batch", max=64), 2: dim("height", min=least, max=4096), 3: dim("width", min=least, max=4096)}
     program = torch.export.export(model, (images(2, 64, 96),), dynamic_shapes=(shapes,)).module()

@@ -1,9 +1,11 @@
 """The facts that the families' files state, found by a model's name. Two seconds."""
 
+from functools import wraps
 from pathlib import Path
 
 import pytest
 import timm
+from timm.models import build_model_with_cfg
 
 import zoo
 from zoo import families, manifest
@@ -43,6 +45,15 @@ def test_usual_facts(name):
     assert families.dense_kwargs(name, "detect") == families.tag_kwargs(f"{name}.in1k") == {}
     assert families.timm_name(name) is None
     assert families.feature_side("resnet50", 33, 32) == 2
+
+
+def test_entry_points_build_their_own_variants(monkeypatch):
+    @wraps(build_model_with_cfg)  # whose arguments are known
+    def built_variant(model_cls, variant, *args, **kwargs):
+        return variant
+
+    monkeypatch.setattr("zoo.backbone.build_model_with_cfg", built_variant)
+    assert [timm.model_entrypoint(name)() for name in MODELS] == MODELS
 
 
 @pytest.mark.parametrize("name", MODELS)

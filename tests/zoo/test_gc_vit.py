@@ -30,7 +30,7 @@ def build(cls, *args, **kwargs):
 
 
 def plain_attention(attn, x, query=None):
-    """Attention of the windows one by one, of images one by one, from the table's definition."""
+    """Attention window by window and image by image, from the definition of the table."""
     batch, height, width, dim = x.shape
     w, heads = attn.window_size, attn.num_heads
     out = torch.empty_like(x)
@@ -149,7 +149,7 @@ def test_tables_are_resized_for_other_windows():
 
 @torch.no_grad()
 @pytest.mark.parametrize("window_size", [2, 5, (2, 2, 4, 2)])
-def test_any_window_takes_any_size_and_images_do_not_meet(window_size):
+def test_any_window_takes_any_size_and_images_are_independent(window_size):
     torch.manual_seed(0)
     model = timm.create_model("test_gc_vit", window_size=window_size).eval()
     x = torch.randn(2, 3, 45, 70)
@@ -176,7 +176,7 @@ def test_initialisation_is_official():
     assert block.ls1.gamma.eq(1e-5).all()
     for tensor in (block.mlp.fc1.weight, block.attn.bias_table, model.stages[3].query.mbconvs[0].se.fc1.weight):
         assert tensor.std().item() == pytest.approx(0.02, rel=0.05)
-    # torch's own for convolutions: uniform within 1 / sqrt(fan in)
+    # PyTorch's default for convolutions: uniform within 1 / sqrt(fan in)
     assert model.stages[3].downsample.reduction.weight.abs().max().item() == pytest.approx((9 * 256) ** -0.5, rel=0.01)
     linear_and_norm = {name: p for name, p in model.named_parameters() if name.endswith("bias") and "conv" not in name}
     assert all(p.eq(0).all() for p in linear_and_norm.values())
@@ -200,7 +200,7 @@ def test_bad_argument_is_named(kwargs, message):
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Models are not made, so that nothing is downloaded; what was said of the licence is forgotten."""
+    """No model is built and nothing is downloaded; the warning about the licence appears again."""
     monkeypatch.setattr("zoo.gc_vit.create", lambda *args, **kwargs: torch.nn.Identity())
     zoo.gc_vit._warn_of_licence.cache_clear()
     yield
@@ -226,14 +226,14 @@ def test_licence_of_published_weights_is_mentioned_once(no_weights):
     ],
     ids=["none", "file", "state_dict"],
 )
-def test_licence_is_no_matter_of_other_weights(no_weights, kwargs):
+def test_other_weights_give_no_warning_about_the_licence(no_weights, kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         timm.create_model("gc_vit_tiny", **kwargs)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("test_")])
-def test_licence_stands_in_every_configuration(name):
+def test_every_configuration_has_the_licence(name):
     assert timm.get_pretrained_cfg(name).license == "cc-by-nc-sa-4.0"
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are no checkpoints: one sentence, soon, on every road by which a file comes. About 10 s."""
+"""Files that are no checkpoints are refused in one sentence and soon, by every command that reads them. About 10 s."""
 
 import collections
 import json
@@ -25,7 +25,7 @@ def weights():
 
 
 def saved(change):
-    """A file of test_van's weights after `change`, which edits them or gives something else."""
+    """A file of test_van's weights after `change`, which edits them or returns something else."""
 
     def make(path, weights):
         weights = dict(weights)
@@ -69,7 +69,7 @@ def quantized(tensor):
 
 
 def rewritten(member, change):
-    """A file of torch's with one of its parts changed."""
+    """A file of torch with one of its members changed."""
 
     def make(path, weights):
         torch.save(dict(weights), path)
@@ -89,7 +89,7 @@ def bomb(path, weights):
 
 
 def deep(content):
-    """Pickled dicts, a hundred thousand in one another."""
+    """A hundred thousand nested dicts, pickled."""
     return b"\x80\x02" + b"}X\x0a\x00\x00\x00state_dict" * 100_000 + b"}" + b"s" * 100_000 + b"."
 
 
@@ -177,7 +177,7 @@ def by_zoo_train(path):  # and zoo-eval
     build_model(Config(model="test_van", pretrained=str(path)), num_classes=1000)
 
 
-ROADS = {
+READERS = {
     "create_model": (by_timm, (ValueError, RuntimeError, OSError)),
     "zoo-convert": (by_zoo_convert, (UserError, OSError)),
     "zoo-export": (by_zoo_export, UserError),
@@ -186,12 +186,12 @@ ROADS = {
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FILES])
-def test_is_refused_in_a_sentence(name, road, tmp_path, weights):
+def test_is_refused_in_a_sentence(name, reader, tmp_path, weights):
     make, message = FILES[name]
     make(tmp_path / "model.pth", weights)
-    load, errors = ROADS[road]
+    load, errors = READERS[reader]
     with pytest.raises(errors, match=message) as raised:
         load(tmp_path / "model.pth")
     assert "\n" not in str(raised.value)
@@ -204,7 +204,7 @@ def test_no_file_can_have_this_name(name):
         weights_file(Path(name))
 
 
-def test_other_models_of_timm_are_refused_the_same(tmp_path):
+def test_files_for_other_models_of_timm_are_refused_too(tmp_path):
     weights = timm.create_model("test_vit").state_dict()
     weights["head.weight"] = weights["head.weight"] * float("nan")
     torch.save(weights, tmp_path / "model.pth")

@@ -1,4 +1,4 @@
-"""Shared layers: the MLP against timm's, and the rates of stochastic depth. A second."""
+"""Shared layers: the MLP against that of timm, and the rates of stochastic depth. A second."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""LITv2's own arguments, initialisation, HiLo's padding, deformable merging and its many alphas. 10 s."""
+"""LITv2's own arguments, initialisation, padding of HiLo, deformable merging and alphas of tags. 10 s."""
 
 import pytest
 import timm
@@ -112,7 +112,7 @@ def test_single_tokens_as_windows_are_ordinary_attention():
     torch.testing.assert_close(attention(x), want)
 
 
-def test_attention_without_the_fused_one_agrees():
+def test_unfused_attention_agrees():
     query, key, value = torch.randn(3, 2, 4, 6, 8, dtype=torch.float64).unbind()
     want = dot_product_attention(query, key[:, :, :5], value[:, :, :5])
     timm.layers.set_fused_attn(False)
@@ -128,7 +128,7 @@ def test_attention_without_the_fused_one_agrees():
 def test_merging_is_a_deformable_convolution(size, offset_scale, dtype):
     torch.manual_seed(0)
     x = torch.randn(2, 5, *size, dtype=dtype, requires_grad=True)
-    offset = offset_scale * torch.randn(2, 8, size[0] // 2, size[1] // 2, dtype=dtype)  # many leave the map
+    offset = offset_scale * torch.randn(2, 8, size[0] // 2, size[1] // 2, dtype=dtype)  # many point outside the map
     offset.requires_grad_()
     weight, bias = torch.randn(7, 5, 2, 2, dtype=dtype), torch.randn(7, dtype=dtype)
     got = F.conv2d(sample_patches(x, offset), weight, bias, stride=2)
@@ -137,7 +137,7 @@ def test_merging_is_a_deformable_convolution(size, offset_scale, dtype):
     torch.testing.assert_close(got, want, **tolerance)
     grad = torch.randn_like(want)
     grads = (torch.autograd.grad(out, (x, offset), grad) for out in (got, want))
-    # At the start, whole pixels, the derivative by an offset jumps: it has to be that of the same side.
+    # At offsets of zero the derivative is discontinuous: it has to be that of the same side as in torchvision.
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, **tolerance)
 
@@ -214,7 +214,7 @@ def test_tag_sets_the_alpha_of_its_weights(tag):
     assert model.pretrained_cfg["url"].endswith(f"alpha_{TAG_ALPHAS[tag]:g}.pth")
 
 
-def test_alpha_of_the_call_beats_that_of_the_tag():
+def test_alpha_of_the_call_takes_precedence_over_that_of_the_tag():
     model = timm.create_model("litv2_small.in1k_alpha_05", alpha=0, device="meta")
     assert model.stages[2].blocks[0].attn.lofi is None
 

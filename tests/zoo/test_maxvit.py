@@ -1,4 +1,4 @@
-"""MaxViT's own arguments, initialisation, padding and windows, and timm's implementation beside it. 10 s."""
+"""MaxViT's own arguments, initialisation, padding and windows, and a comparison with timm. 10 s."""
 
 import pytest
 import timm
@@ -65,7 +65,7 @@ def test_position_tables_are_not_decayed():
 def test_strided_convolution_begins_where_tensorflows_does(size):
     torch.manual_seed(0)
     conv, x = StridedConv2d(2, 3), torch.randn(1, 2, *size)
-    # an even side has its first tap on its first row, an odd one a row before
+    # the first tap is on the first row of an even side, and one row before it of an odd side
     starts = [[(n % 2) * -1 + 2 * i for i in range(-(-n // 2))] for n in size]
     padded = F.pad(x, (1, 2, 1, 2))
     want = torch.stack(
@@ -89,11 +89,11 @@ def test_shortcut_of_an_odd_map_is_a_mean_of_pixels_only():
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["block", "grid"])
 @pytest.mark.parametrize("size", [(6, 8), (7, 9), (2, 11)], ids=lambda size: f"{size[0]}x{size[1]}")
-def test_padding_is_attended_to_by_none(layout, size):
+def test_no_token_attends_to_padding(layout, size):
     (height, width), (wh, ww), heads, dim = size, (3, 4), 2, 8
     attention = randomize(WindowAttention(dim, heads, (wh, ww), layout).double())
     x = torch.randn(2, height, width, dim, dtype=torch.float64)
-    # the plain formulation: a window is the tokens of the map that share a key, wherever the padding may be
+    # the plain formulation: a window consists of the tokens with the same key, whatever the padding
     down, across = -(-height // wh), -(-width // ww)  # of windows; also the distance of a grid's tokens
     windows, places = {}, {}
     for row in range(height):
@@ -162,7 +162,7 @@ def test_agrees_with_timm(img_size, window_size):
 
 
 @pytest.mark.parametrize("window_size", [6, (4, 5)], ids=["6", "4x5"])
-def test_tables_become_those_of_other_windows_bilinearly(window_size):
+def test_tables_are_resized_for_other_windows_bilinearly(window_size):
     state_dict = timm.create_model("test_maxvit").state_dict()
     model = timm.create_model(
         "test_maxvit",
@@ -195,7 +195,7 @@ def test_bad_argument_is_named(kwargs, message):
 
 
 def test_exported_strided_block_takes_any_size():
-    """Exported programs pad ahead of the convolution, which eager ones avoid."""
+    """Exported programs pad before the convolution; eager execution does not."""
     block = MBConv(12, 8, stride=2).double().eval()
     x = torch.randn(2, 13, 18, 12, dtype=torch.float64)
     sizes = {0: Dim("batch"), 1: Dim("height", min=4, max=512), 2: Dim("width", min=4, max=512)}

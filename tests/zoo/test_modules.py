@@ -1,4 +1,4 @@
-"""The models under other people's tools, which hook, prune, parametrize, quantize or replace their modules. 30 s."""
+"""The models with tools that hook, prune, parametrize, quantize or replace their modules. 30 s."""
 
 import copy
 import warnings
@@ -35,7 +35,7 @@ def weighted(model):
 
 
 def kinds(model):
-    """One module of each place in a block or stem, by name."""
+    """One module for each place in a block or stem, by name."""
     return {
         name.rpartition("blocks.")[2].lstrip("0123456789"): (name, module) for name, module in weighted(model).items()
     }
@@ -88,11 +88,11 @@ def test_global_hooks_fire(name):
 
 
 @every_model
-def test_pruned_weights_are_those_that_compute(name):
+def test_pruned_weights_are_used(name):
     model, reference = build(name), build(name)
     for module_name, module in weighted(model).items():
         prune.random_unstructured(module, "weight", 0.3)
-        module.weight_orig.data *= 1.5  # as an update of training; `weight` follows when the module is called
+        module.weight_orig.data *= 1.5  # as in a training step; `weight` is updated when the module is called
         with torch.no_grad():
             reference.get_submodule(module_name).weight.copy_(module.weight_orig * module.weight_mask)
     torch.testing.assert_close(model(images()), reference(images()), rtol=1e-4, atol=1e-4)
@@ -104,7 +104,7 @@ class Scaled(nn.Module):
 
 
 @every_model
-def test_parametrized_weights_are_those_that_compute(name):
+def test_parametrized_weights_are_used(name):
     model, reference = build(name), build(name)
     for module_name, module in weighted(model).items():
         parametrize.register_parametrization(module, "weight", Scaled())
@@ -124,7 +124,7 @@ def test_parametrizations_learn(name, which):
 
 
 class Adapter(nn.Module):
-    """A module in another's place, which has none of its attributes: W x + B A x in the manner of LoRA."""
+    """Replaces a module and has none of its attributes, as LoRA does: W x + B A x."""
 
     def __init__(self, base, scale):
         super().__init__()

@@ -86,7 +86,7 @@ def test_classifier_matches_official(name):
     record = golden.read(name)
     model = load(name, record)
     raw = {}
-    if model.stages[0].norm.__class__ is not torch.nn.Identity:  # VAN: the record is of what its stages' norms get
+    if model.stages[0].norm.__class__ is not torch.nn.Identity:  # VAN: the record holds the inputs of the stages' norms
         for i, stage in enumerate(model.stages):
             stage.norm.register_forward_pre_hook(lambda _, args, i=i: raw.update({i: args[0]}))
     for prefix in inputs(record):
@@ -117,7 +117,7 @@ def test_dense_backbone_matches_official(name, task):
 
 @pytest.fixture(scope="module", params=golden.classifiers())
 def official_file(request, tmp_path_factory):
-    """A model, and a file as its authors publish them."""
+    """A model, and a file as its authors publish it."""
     path = tmp_path_factory.mktemp("official") / f"{request.param}.pth"
     weights = {key: value.float() for key, value in golden.official_weights(request.param).items()}
     torch.save({"model": weights}, path)

@@ -30,7 +30,7 @@ def model(request):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
-def test_autocast_gives_numbers(model, dtype):
+def test_autocast_gives_finite_numbers(model, dtype):
     images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", dtype):
         logits = model(images)

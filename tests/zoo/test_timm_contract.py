@@ -1,4 +1,4 @@
-"""timm's own model tests, of the installed version, run on our models as an outside test. All slow, 3 min.
+"""The model tests of the installed timm, run on our models. All slow, 3 min.
 
 They are neither in timm's wheel nor in this repository: the source distribution is fetched once, into pytest's cache.
 """
@@ -17,8 +17,8 @@ import timm
 
 import zoo
 
-# What timm tests on every model. Left out: torch.jit, which is deprecated (torch.export takes its place), and what
-# needs weights from a hub.
+# The tests that timm runs on every model, except those of torch.jit, which is deprecated in favour of torch.export, and
+# those that need weights from a hub.
 TESTS = {
     "test_model_forward",
     "test_model_backward",
@@ -31,7 +31,7 @@ TESTS = {
     "test_model_backward_fx",
 }
 
-# Beside timm's file: registers our models before timm's parameter lists are made, and selects.
+# Placed beside timm's file: registers our models before timm's lists of parameters are built, and selects tests.
 CONFTEST = """
     import os
 

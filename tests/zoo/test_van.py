@@ -89,7 +89,7 @@ def test_pattern():
     panels, got = patterns("van")
     y, x = panels["VAN"].queries[0]
     assert got["VAN"] == [product(range(y - 11, y + 12), range(x - 11, x + 12))]
-    # Along an axis: how many of 7 taps, 3 apart, and 5 beside each lead to a token.
+    # Along an axis: how many of 7 taps, 3 apart, with 5 taps around each, reach a token.
     rows, columns = torch.zeros(28), torch.zeros(28)
     for tap in range(-9, 10, 3):
         rows[y + tap - 2 : y + tap + 3] += 1
