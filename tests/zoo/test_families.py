@@ -198,7 +198,7 @@ def test_autocast_is_finite(name, dtype):
     [
         ((3, 64, 64), r"\(3, 64, 64\); expected \(batch, 3, height, width\)"),
         ((1, 4, 64, 64), r"\(1, 4, 64, 64\); expected \(batch, 3,"),
-        ((1, 3, 64, 31), r"64 x 31 pixels; enlarge or pad them to 32 x 32"),
+        ((1, 3, 64, 31), r"64 x 31 pixels; enlarge or pad them to at least 32 x 32"),
     ],
     ids=["dims", "channels", "size"],
 )
