@@ -28,7 +28,7 @@ def _name(path):
 
 
 @pytest.mark.parametrize(
-    "path", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW), id=_name(page)) for page in PAGES]
+    "path", [pytest.param(page, marks=[pytest.mark.long] * (page in SLOW), id=_name(page)) for page in PAGES]
 )
 def test_blocks_run(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -94,7 +94,7 @@ def test_tables_are_up_to_date():
     assert not stale, "run make tables, and read the difference"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_site_builds_without_warnings(tmp_path):
     site = tmp_path / "site"
     command = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "-q", "-c", str(DOCS)]

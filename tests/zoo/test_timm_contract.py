@@ -93,7 +93,7 @@ def size(name: str) -> int:
     return sum(parameter.numel() for parameter in timm.create_model(name, device="meta").parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("module", zoo.FAMILIES)
 def test_timms_own_tests_pass_on_a_familys_smallest_models(timm_tests, tmp_path, module):
     models = timm.list_models(module=module)
