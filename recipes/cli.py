@@ -1,4 +1,4 @@
-"""What the command-line entry points share: the words checked and made ready for Hydra, errors in one sentence."""
+"""What the commands of the recipes share: help, arguments checked and prepared for Hydra, errors in one sentence."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from zoo.recipes.errors import RunError, Stopped, of_the_system
 
 CONF = str(Path(__file__).parent / "conf")
 
-# Keys whose values are paths. They are taken as they stand: Hydra's grammar has another use for = , [ ] { } and spaces.
+# Keys whose values are paths. They are taken literally, although = , [ ] { } and spaces mean something to Hydra.
 PATHS = (
     *("run", "out", "pretrained", "data.root", "data.class_map", "data.train_ann", "data.val_ann"),
     *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
 )
-_MOST_OPTIONS = 20  # of a group, that are listed
+_MOST_OPTIONS = 20  # of a group that messages list
 
 Keeps = Callable[[str], bool]
 
@@ -48,7 +48,7 @@ Keeps = Callable[[str], bool]
 
 
 def begin() -> None:
-    """What every command does first: let it print any name, whatever the terminal can show, and answer --version."""
+    """Start a command: let it print names that the terminal cannot show, and answer --version."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if "--version" in sys.argv[1:]:
@@ -57,7 +57,12 @@ def begin() -> None:
 
 
 def show_help(page: Callable[[], None], needs_words: bool) -> None:
-    """Print a page and end: with 0 if it is asked for; on stderr with 2 if the command lacks the words it needs."""
+    """Print the help and end the process, if --help asks for it or a command that needs arguments has none.
+
+    Args:
+        page: Prints the help.
+        needs_words: Whether the command needs arguments. Without them, the help goes to stderr and the exit code is 2.
+    """
     words = sys.argv[1:]
     if {"-h", "--help"} & set(words):
         with default_sigpipe():
@@ -70,12 +75,12 @@ def show_help(page: Callable[[], None], needs_words: bool) -> None:
 
 
 def print_help(description: str, schema: type, origin: str, keeps: Keeps = lambda name: True) -> None:
-    """Print the description, the groups and the keys of `schema`; or all recipes, if that word is on the command line.
+    """Print the description, the groups and the keys of `schema`; or all recipes, if "recipe" is an argument.
 
     Args:
         description: The command's docstring.
         schema: A dataclass of config.py.
-        origin: What else may decide on the defaults.
+        origin: What else sets defaults, the end of the heading.
         keeps: Whether a key or group is shown.
     """
     if "recipe" in sys.argv[1:]:
@@ -92,13 +97,13 @@ def print_help(description: str, schema: type, origin: str, keeps: Keeps = lambd
             print()
         print_entry(f"{name}={default}", help, 34)
     print(
-        "\n--cfg job shows the values that result, -m runs every combination of comma-separated values,\n"
-        "--version shows what is installed."
+        "\n--cfg job prints the resulting values, -m runs every combination of comma-separated values,\n"
+        "--version prints the installed versions."
     )
 
 
 def print_entry(name: str, help: str, column: int) -> None:
-    """Print a line or more of help: the name, and from `column` on what it is."""
+    """Print a name and, from `column` on, its help, on one or more lines."""
     width = shutil.get_terminal_size((120, 24)).columns
     lines = textwrap.wrap(help, max(width - column - 2, 40), break_on_hyphens=False)
     if len(name) >= column:
@@ -108,7 +113,7 @@ def print_entry(name: str, help: str, column: int) -> None:
 
 
 def defaults(schema: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of `schema` in dotted form with its help text and its default, as one would type it."""
+    """Every key of `schema` in dotted form, with its help text and its default as a user would type it."""
     values = schema()
     for item in dataclasses.fields(schema):
         value = getattr(values, item.name)
@@ -127,14 +132,14 @@ def _typed(value: Any) -> str:
 
 
 def _recipes() -> str:
-    """How many recipes there are of each kind."""
+    """The number of recipes of each kind."""
     names = options("recipe")
     kinds = sorted({name.partition("/")[0] for name in names})
     counts = (f"{kind}/<name> ({sum(name.startswith(f'{kind}/') for name in names)})" for kind in kinds)
     return f"{', '.join(counts)}; --help recipe lists them"
 
 
-# Words.
+# Arguments.
 
 
 def run(
@@ -144,16 +149,16 @@ def run(
     job: Callable[[DictConfig], Any],
     words: Sequence[str] | None = None,
 ) -> None:
-    """Check the command line and call `job` with each configuration that it describes: several in a sweep, else one.
+    """Check the arguments and call `job` with the configuration that they describe, or with each one of a sweep.
 
-    In a sweep, an error ends one job, is printed, and the next job starts.
+    In a sweep, an error is printed, and the next job starts.
 
     Args:
         command: The name of the command, for messages.
         config_name: The file in `conf` that holds the defaults.
         schema: The dataclass of the configuration.
         job: What the command does.
-        words: The words of the command line, those of this process if None.
+        words: The arguments; those of this process if None.
     """
     given = sys.argv[1:] if words is None else words
     prepared = prepare(command, schema, given)
@@ -171,7 +176,7 @@ def run(
                 return job(cfg)
             try:
                 folder = sweep.name_folder(cfg, prepared)
-                rewrite_argv([*job_config.overrides.task, *folder])  # the words that continue this run alone
+                rewrite_argv([*job_config.overrides.task, *folder])  # the arguments that resume this run alone
                 return job(cfg)
             except Stopped:
                 raise
@@ -189,18 +194,18 @@ def run(
 
 
 def rewrite_argv(words: Sequence[str]) -> None:
-    """Replace the words of the command line in `sys.argv`.
+    """Replace the arguments in `sys.argv`.
 
-    Hydra reads `sys.argv`, and its API for calls from Python supports neither `-m` nor `--cfg`. So it has to find there
-    the words as its grammar wants them, and a run then has to find there the words that repeat it, to record them.
+    Hydra reads `sys.argv`, and its Python API supports neither `-m` nor `--cfg`. So `sys.argv` has to hold arguments
+    in Hydra's grammar at first, and then those that repeat the run, which `composition.command_line` records.
     """
     sys.argv[1:] = words
 
 
 def prepare(command: str, schema: type, words: Sequence[str]) -> list[str]:
-    """Check the words of a command line, and return them in Hydra's grammar."""
+    """Check the arguments, and return them in Hydra's grammar."""
     parser = get_args_parser()
-    parser.error = lambda message: fail(command, f"{message}; --help shows what there is.", 2)
+    parser.error = lambda message: fail(command, f"{message}; --help lists the keys.", 2)
     names = [name for name, help in config.keys(schema) if help]
     refuse_flags(command, words, [*names, *config.GROUPS], set(parser._option_string_actions) - {"--run", "-r"})
     arguments, rest = parser.parse_known_args(words)
@@ -209,14 +214,14 @@ def prepare(command: str, schema: type, words: Sequence[str]) -> list[str]:
     if arguments.resolve and not arguments.cfg:
         fail(command, "--resolve needs --cfg: --cfg job --resolve.")
     overrides = [word for word in words if word in {*arguments.overrides, *rest}]
-    flags = [word for word in words if word not in overrides]  # Hydra wants them before or after all others
+    flags = [word for word in words if word not in overrides]  # which Hydra expects before or after all overrides
     _refuse_loose_words(command, overrides, names)
     literals = [literal(word, arguments.multirun) for word in overrides]
     return [*flags, *check_overrides(command, schema, literals, arguments.multirun)]
 
 
 def refuse_flags(command: str, words: Sequence[str], names: Sequence[str], flags: Sequence[str] | set[str]) -> None:
-    """End the process if a word is `--key` or `--key=value` and none of `flags`: keys are written key=value."""
+    """End the process if an argument is `--key` or `--key=value`, and not one of `flags`."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         if not word.startswith("-") or word.partition("=")[0] in flags:
             continue
@@ -232,13 +237,13 @@ def refuse_flags(command: str, words: Sequence[str], names: Sequence[str], flags
 
 
 def _refuse_loose_words(command: str, words: Sequence[str], names: Sequence[str]) -> None:
-    """End the process if a word is no key=value."""
+    """End the process if an argument is not of the form key=value."""
     for before, word in zip(["", *words], words, strict=False):
         if word.startswith("~") or ("=" in word and not os.path.isfile(f"{word}/config.yaml")):
             continue
         whole = f"{before} {word}"
         if "=" in before and os.path.lexists(before.partition("=")[2] + f" {word}"):
-            hint = f"quote what has spaces: {_for_shell(whole)}"
+            hint = f"quote a value with spaces: {_for_shell(whole)}"
         elif os.path.isfile(f"{word}/config.yaml"):
             hint = f"did you mean {_for_shell(f'run={word}')}?"
         elif groups := [group for group in config.GROUPS if word in options(group)]:
@@ -247,15 +252,15 @@ def _refuse_loose_words(command: str, words: Sequence[str], names: Sequence[str]
             hint = f"write {word}=<value>"
         else:
             hint = "--help lists the keys; a value with spaces has to be quoted"
-        fail(command, f"{word!r} is no key=value: {hint}{'' if hint.endswith('?') else '.'}")
+        fail(command, f"{word!r} is not of the form key=value: {hint}{'' if hint.endswith('?') else '.'}")
 
 
 def literal(word: str, sweep: bool = False) -> str:
-    """`word`, quoted for Hydra if it gives a path that Hydra would take for something else.
+    """The argument `word`, quoted if its value is a path that Hydra's grammar would read as something else.
 
     Args:
-        word: Such as data.root=/data/a,b.
-        sweep: Whether commas may separate the values of several runs; then they do, unless such a path exists.
+        word: An argument such as data.root=/data/a,b.
+        sweep: Whether commas separate the values of several runs, unless a path with commas exists.
     """
     key, _, value = word.partition("=")
     if key.lstrip("+") not in PATHS or not value:
@@ -272,27 +277,27 @@ def literal(word: str, sweep: bool = False) -> str:
 
 
 def home(path: str) -> str:
-    """`path` with the home folder for a ~ at its beginning: shells leave one behind = to the command."""
+    """`path` with the home folder in place of a leading ~, which shells do not expand after =."""
     return os.path.expanduser(path) if path.startswith("~/") and not os.path.lexists(path) else path
 
 
 def _quoted(value: str) -> str:
-    """`value` as a string of Hydra's grammar, in which backslashes count only before a quote."""
+    """`value` as a string in Hydra's grammar, where only a backslash before a quote is an escape."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (f"\\{found[2]}" if found[2] else ""), value) + "'"
 
 
 def _for_shell(word: str) -> str:
-    """`word` as one types it, within double quotes where it has single ones."""
+    """`word` as a user types it in a shell: within double quotes if it contains single ones."""
     return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def check_overrides(command: str, schema: type, words: Sequence[str], sweep: bool = True) -> list[str]:
-    """End the process if one of `words` names no key of `schema` and no configuration group.
+    """End the process if an override names neither a key of `schema` nor a configuration group.
 
     Hydra would refuse it too, but without a suggestion.
 
     Returns:
-        The words, with a sign where Hydra wants one.
+        The overrides, with ++ where Hydra needs it.
     """
     known = {name for name, _ in config.keys(schema)}
     checked = list(words)
@@ -304,22 +309,22 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
         except OverrideParseException as error:
             key, _, value = word.partition("=")
             way = _for_shell(f"{key}={_quoted(value)}")
-            fail(command, f"{word} can't be read ({_line(error)}): to take it as a text, write {way}.")
+            fail(command, f"{word} can't be read ({_line(error)}): to pass it as a string, write {way}.")
         key = override.key_or_group
         if override.is_discrete_sweep() and not any(True for _ in override.sweep_string_iterator()):
-            fail(command, f"{word} gives not a single value.")
+            fail(command, f"{word} gives no value.")
         if override.is_sweep_override() and not sweep and key in {*known, *config.GROUPS}:
-            lists = f"for a list write {_for_shell(f'{key}=[{override.get_value_string()}]')}, " if "," in word else ""
-            fail(command, f"{word} gives several values: {lists}to run one after another add -m.")
+            lists = f"for a list, write {_for_shell(f'{key}=[{override.get_value_string()}]')}, " if "," in word else ""
+            fail(command, f"{word} gives several values: {lists}to run one after another, add -m.")
         if key in config.GROUPS:
-            # A value that is no list of names (a range, a dictionary) is Hydra's to judge.
+            # Hydra checks other values, such as ranges and dictionaries.
             values = override.value().list if override.is_choice_sweep() else [override.value()]
             for option in values:
                 if isinstance(option, str | int):
                     _check_option(command, key, str(option))
         elif key.partition(".")[0] in _free(schema):
             if override.type == OverrideType.CHANGE:
-                # Hydra wants a sign in front of keys that it does not know; ++ adds or replaces.
+                # Hydra wants a sign in front of keys that it does not know. ++ adds or replaces.
                 checked[position] = f"++{word}"
         elif key.startswith("hydra") or key in known:
             continue
@@ -334,7 +339,7 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
 
 
 def _free(schema: type) -> list[str]:
-    """Keys whose value is a mapping with names of the user's own."""
+    """The keys whose value is a mapping with any names."""
     return [field.name for field in dataclasses.fields(schema) if str(field.type).startswith("dict")]
 
 
@@ -350,7 +355,7 @@ def _check_option(command: str, group: str, option: str) -> None:
 
 
 def options(group: str) -> list[str]:
-    """The names that a configuration group has."""
+    """The names of the options of a configuration group."""
     folder = Path(CONF) / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
@@ -360,11 +365,11 @@ def options(group: str) -> list[str]:
 
 @contextmanager
 def hydra_errors(command: str) -> Iterator[None]:
-    """Print in one line what Hydra and OmegaConf have against a configuration, and end the process."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":  # the user wants to see all of it
+    """Print an error of Hydra or OmegaConf on one line, and end the process."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":  # the user asks for the traceback
         yield
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra prints, over several lines, what it does not raise
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints several lines in place of raising
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -374,14 +379,14 @@ def hydra_errors(command: str) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """What an error of Hydra's says, with that of OmegaConf which led to it, each without the lines on where it was."""
+    """The first line of an error of Hydra, and that of the OmegaConf error that caused it."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [(str(one).strip().splitlines() or [type(one).__name__])[0] for one in (error, cause) if one]
     return ": ".join(line.removeprefix("Error merging override ").rstrip(".") for line in lines)
 
 
 def say(message: str, level: int = logging.ERROR) -> None:
-    """Log a message; before a run has started its log, which brings torch, print it on stderr."""
+    """Log a message. Before a run starts its log, which imports torch, print it on stderr."""
     log = logging.getLogger("zoo")
     if not log.handlers:
         print(message, file=sys.stderr)
@@ -394,7 +399,7 @@ def say(message: str, level: int = logging.ERROR) -> None:
 
 @contextmanager
 def friendly_errors(command: str) -> Iterator[None]:
-    """Print what the user can correct in one line, without a traceback, and end the process."""
+    """End the process with one line in place of a traceback, where the user can correct the error."""
     try:
         with commands.friendly_errors(command, explain=of_the_system, say=say):
             yield

@@ -25,24 +25,34 @@ SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
 
 @dataclass(frozen=True)
 class Between:
-    """Finite numbers from `low` to `high`, or lists of `numbers` of them: one of `lengths`, not falling if `rising`."""
+    """Finite numbers from `low` to `high`, or lists of them.
+
+    Attributes:
+        low: The smallest number.
+        high: The largest number.
+        above: Whether `low` itself is excluded.
+        below: Whether `high` itself is excluded.
+        numbers: How many numbers a list has, in words for messages.
+        lengths: The lengths that a list may have; any if empty.
+        rising: Whether the numbers of a list must not decrease.
+    """
 
     low: float
     high: float = 1e9
-    above: bool = False  # without `low` itself
-    below: bool = False  # without `high` itself
-    numbers: str = ""  # of a list: how many, in words
+    above: bool = False
+    below: bool = False
+    numbers: str = ""
     lengths: tuple[int, ...] = ()
     rising: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether `value`, one number or a list, is one of them."""
+        """Whether `value`, a number or a list, is allowed."""
         if not isinstance(value, int | float):
             numbers = list(value)
             right = len(numbers) in self.lengths if self.lengths else bool(numbers)
             return right and all(map(self.allows, numbers)) and (not self.rising or numbers == sorted(numbers))
         over = value > self.low if self.above else value >= self.low
-        return over and (value < self.high if self.below else value <= self.high)  # NaN is neither
+        return over and (value < self.high if self.below else value <= self.high)  # both are false for NaN
 
     def __str__(self) -> str:
         if self.above and self.below:
@@ -51,14 +61,14 @@ class Between:
             words = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
             if self.below:
                 words += f" and below {self.high:g}"
-            elif self.high <= 100:  # larger limits only keep absurd values out
+            elif self.high <= 100:  # larger limits only exclude absurd values
                 words += f", at most {self.high:g}"
         return f"{self.numbers} {words}".strip()
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some words."""
+    """One of `words`."""
 
     words: tuple[str, ...]
 
@@ -72,13 +82,13 @@ class OneOf:
 
 @dataclass(frozen=True)
 class Like:
-    """Text of a form, a regular expression, that `meaning` puts in words."""
+    """Text that matches the regular expression `form`, which `meaning` describes in messages."""
 
     form: str
     meaning: str
 
     def allows(self, value: Any) -> bool:
-        """Whether `value` has it."""
+        """Whether `value` matches."""
         return re.fullmatch(self.form, str(value)) is not None
 
     def __str__(self) -> str:
@@ -117,53 +127,53 @@ class DataConfig:
         "name of the data set: `digits`, or what timm.data.create_dataset reads: empty (image folders), `tar`, "
         "`hfds/...`, `hfids/...`, `tfds/...`, `wds/...`, `torch/...`",
     )
-    root: str | None = option(None, "root folder of the data; for image folders, with or without train/ and val/")
-    train_split: str = option("train", "training split: its name, or the folder's below the root")
-    val_split: str = option("val", "validation split: its name, or the folder's below the root")
+    root: str | None = option(None, "root folder of the data; image folders may have train/ and val/ in it")
+    train_split: str = option("train", "training split: its name, or its folder below the root")
+    val_split: str = option("val", "validation split: its name, or its folder below the root")
     val_fraction: float = option(
         0.1,
-        "validation fraction: share of every class that is held out where an image folder has no validation split",
+        "validation fraction: share of every class that is held out if an image folder has no validation split",
         Between(0, 1, above=True, below=True),
     )
-    num_classes: int | None = option(None, "number of classes, where the data set does not tell", Between(1, 1e6))
-    class_map: str | None = option(None, "class map: file with one class name a line, in the order of the labels")
-    input_key: str | None = option(None, "input key: the image's field (hfds, wds) or the file endings (folders)")
-    target_key: str | None = option(None, "target key: the label's field (hfds, wds)")
+    num_classes: int | None = option(None, "number of classes, if the data set does not tell it", Between(1, 1e6))
+    class_map: str | None = option(None, "class map: file with one class name per line, in the order of the labels")
+    input_key: str | None = option(None, "input key: field of the image (hfds, wds), or file endings (folders)")
+    target_key: str | None = option(None, "target key: field of the label (hfds, wds)")
     num_samples: int | None = option(
-        None, "number of training samples of a stream (hfids, wds) that does not tell", Between(1, 1e12)
+        None, "number of training samples, if a stream (hfids, wds) does not tell it", Between(1, 1e12)
     )
     val_num_samples: int | None = option(
-        None, "validation number of samples of a stream that does not tell", Between(1, 1e12)
+        None, "number of validation samples, if a stream does not tell it", Between(1, 1e12)
     )
-    download: bool = option(False, "download the data set where the reader can")
-    img_size: int | None = option(None, "image size in pixels; the model's own if null", Between(1, 1e5))
+    download: bool = option(False, "download the data set, if the reader can")
+    img_size: int | None = option(None, "image size in pixels; that of the model if null", Between(1, 1e5))
     mean: list[float] | None = option(
-        None, "mean of each channel, 0-1; the model's own if null", Between(0, 1, numbers="a list of numbers,")
+        None, "mean of each channel, 0-1; that of the model if null", Between(0, 1, numbers="a list of numbers,")
     )
     std: list[float] | None = option(
         None,
-        "standard deviation of each channel, 0-1; the model's own if null",
+        "standard deviation of each channel, 0-1; that of the model if null",
         Between(0, 1, above=True, numbers="a list of numbers,"),
         aliases=("standard_deviation",),
     )
-    interpolation: str | None = option(None, "interpolation when resizing; the model's own if null", OneOf(FILTERS))
+    interpolation: str | None = option(None, "interpolation for resizing; that of the model if null", OneOf(FILTERS))
     crop_pct: float | None = option(
-        None, "crop share of the resized image in evaluation; the model's own if null", Between(0.1, 2)
+        None, "share of the resized image that evaluation crops; that of the model if null", Between(0.1, 2)
     )
     num_workers: int | None = option(
-        None, "number of worker processes that load images; by cores if null", Between(0, 1024)
+        None, "number of worker processes that load images; depends on the cores if null", Between(0, 1024)
     )
     max_corrupt: int = option(
-        100, "maximum of corrupt images: that many are skipped and named, one more stops the run", Between(0)
+        100, "maximum number of corrupt images: they are skipped and named; one more stops the run", Between(0)
     )
     max_pixels: int = option(
         178_956_970,
-        "maximum of an image's pixels: larger ones count as corrupt; the default is where Pillow refuses",
+        "maximum number of pixels of an image: larger images count as corrupt; the default is Pillow's limit",
         Between(1, 2**40 - 1),
     )
     check_files: int = option(
         20000,
-        "check files before training: how many are looked at for text saved as an image; 0 none, -1 all",
+        "number of files that are checked before training for text saved as an image; 0 for none, -1 for all",
         Between(-1),
     )
     train_ann: str | None = option(
@@ -174,21 +184,23 @@ class DataConfig:
         "validation annotations (detect): COCO JSON, absolute or below data.root",
         aliases=("validation_annotations",),
     )
-    train_images: str | None = option(None, "training images' folder, absolute or below data.root; found if null")
-    val_images: str | None = option(None, "validation images' folder, absolute or below data.root; found if null")
-    train_labels: str | None = option(None, "training labels' folder of PNGs (segment), absolute or below data.root")
-    val_labels: str | None = option(None, "validation labels' folder of PNGs (segment), absolute or below data.root")
-    ignore_index: int = option(
-        255, "ignore index (segment): label of the pixels that do not count", Between(-255, 65535)
+    train_images: str | None = option(None, "folder of the training images, absolute or below data.root; found if null")
+    val_images: str | None = option(None, "folder of the validation images, absolute or below data.root; found if null")
+    train_labels: str | None = option(
+        None, "folder of the training labels (segment), PNGs, absolute or below data.root"
     )
+    val_labels: str | None = option(
+        None, "folder of the validation labels (segment), PNGs, absolute or below data.root"
+    )
+    ignore_index: int = option(255, "ignore index (segment): label of pixels that do not count", Between(-255, 65535))
     reduce_zero_label: bool | None = option(
-        None, "reduce zero label (segment): 0 in the PNGs is not a class and the classes count from 1, as in ADE20K"
+        None, "reduce zero label (segment): 0 in the PNGs is not a class, and classes start at 1, as in ADE20K"
     )
 
 
 @dataclass
 class AugmentConfig:
-    """What is done to a training image; names and meanings are timm's."""
+    """Augmentation of training images. Names and meanings are those of timm."""
 
     scale: list[float] = option(
         lambda: [0.35, 1.0],
@@ -209,8 +221,8 @@ class AugmentConfig:
     )
     mixup: float = option(0.0, "mixup alpha; 0 is off", Between(0, 100))
     cutmix: float = option(0.0, "cutmix alpha; 0 is off", Between(0, 100))
-    mixup_prob: float = option(1.0, "mixup probability: of mixing a batch at all", SHARE)
-    mixup_switch_prob: float = option(0.5, "mixup switch probability: of cutmix, where both are on", SHARE)
+    mixup_prob: float = option(1.0, "mixup probability: of mixing a batch", SHARE)
+    mixup_switch_prob: float = option(0.5, "mixup switch probability: of cutmix, if both are on", SHARE)
     mixup_mode: str = option("batch", "mixup mode: one draw per batch, pair or elem", OneOf(("batch", "pair", "elem")))
     smoothing: float = option(0.0, "label smoothing", Between(0, 1, below=True))
     re_prob: float = option(0.0, "random erasing probability", SHARE, aliases=("random_erasing_probability",))
@@ -221,7 +233,7 @@ class AugmentConfig:
         aliases=("random_erasing_mode",),
     )
     re_count: int = option(
-        1, "random erasing count: most areas per image", Between(1, 100), aliases=("random_erasing_count",)
+        1, "random erasing count: largest number of areas per image", Between(1, 100), aliases=("random_erasing_count",)
     )
 
 
@@ -232,7 +244,7 @@ class OptimConfig:
     opt: str = option("adamw", "optimizer: any name of timm.optim.list_optimizers()", aliases=("optimizer",))
     lr: float | None = option(
         None,
-        "learning rate for the effective batch size; null: 1e-3, or 2e-4 where training starts from weights",
+        "learning rate for the effective batch size; null: 1e-3, or 2e-4 for pretrained weights",
         Between(0, 1e4, above=True),
         aliases=("learning_rate",),
     )
@@ -240,10 +252,12 @@ class OptimConfig:
     momentum: float = option(0.9, "momentum of optimizers that have one", Between(0, 1, below=True))
     betas: list[float] | None = option(
         None,
-        "betas of Adam and its kin; the optimizer's own if null",
+        "betas of Adam and similar optimizers; those of the optimizer if null",
         Between(0, 1, below=True, numbers="two or three numbers,", lengths=(2, 3)),
     )
-    eps: float | None = option(None, "epsilon of the optimizer; its own if null", Between(0, 1), aliases=("epsilon",))
+    eps: float | None = option(
+        None, "epsilon of the optimizer; its default if null", Between(0, 1), aliases=("epsilon",)
+    )
     layer_decay: float | None = option(
         None, "layer decay: factor of the learning rate from one layer to the one below", Between(0, 1, above=True)
     )
@@ -253,7 +267,7 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """timm.scheduler.create_scheduler_v2, stepped at every update; lengths in epochs."""
+    """timm.scheduler.create_scheduler_v2, with a step per update. Lengths are in epochs."""
 
     sched: str = option(
         "cosine",
@@ -277,13 +291,13 @@ class ScheduleConfig:
 
 @dataclass
 class TrainerConfig:
-    """How the model is trained, and on what."""
+    """How the model is trained, and on which device."""
 
-    epochs: int = option(30, "epochs, warm-up included, cool-down not", Between(1, 1e6))
+    epochs: int = option(30, "epochs, including warm-up, excluding cool-down", Between(1, 1e6))
     batch_size: int = option(64, "batch size of one forward pass of one process", Between(1, 1e6))
     effective_batch_size: int | None = option(
         None,
-        "effective batch size of one update; reached by accumulating gradients; null: one batch per process",
+        "effective batch size of one update, by accumulating gradients; null: one batch per process",
         COUNT,
     )
     device: str = option(
@@ -297,40 +311,42 @@ class TrainerConfig:
         Like("(?i)none|false|bf16|true|fp16", "none, bf16 or fp16"),
         aliases=("mixed_precision",),
     )
-    channels_last: bool = option(False, "channels last memory format")
+    channels_last: bool = option(False, "channels-last memory format")
     compile: bool = option(False, "compile the model with torch.compile")
     parallel: str = option("ddp", "parallel training under torchrun: ddp or fsdp (FSDP2)", OneOf(("ddp", "fsdp")))
     grad_checkpointing: bool = option(False, "gradient checkpointing: less memory, more time")
     ema_decay: float | None = option(
         None,
-        "EMA decay of the averaged weights, which are then the ones evaluated",
+        "EMA decay of the averaged weights, which are then evaluated",
         Between(0, 1, above=True, below=True),
     )
-    ema_warmup: bool = option(False, "EMA warm-up: let the decay grow to ema_decay")
-    eval_every: int = option(1, "evaluate every so many epochs; the last one always", COUNT)
+    ema_warmup: bool = option(False, "EMA warm-up: increase the decay up to ema_decay")
+    eval_every: int = option(1, "epochs between evaluations; the last epoch is always evaluated", COUNT)
     save_minutes: float = option(
-        10.0, "save minutes: longest time between two checkpoints within an epoch", Between(0, 1e6)
+        10.0, "longest time between two checkpoints within an epoch, in minutes", Between(0, 1e6)
     )
-    max_nonfinite: int = option(20, "maximum of non-finite losses in a row: the next one stops the run", Between(0))
-    max_updates: int | None = option(None, "maximum of updates: stop there, for trying a recipe out", COUNT)
-    deterministic: bool = option(False, "deterministic kernels where torch has them")
+    max_nonfinite: int = option(
+        20, "maximum number of non-finite losses in a row: the next one stops the run", Between(0)
+    )
+    max_updates: int | None = option(None, "maximum number of updates, to try a recipe out", COUNT)
+    deterministic: bool = option(False, "deterministic kernels, where torch has them")
 
 
 @dataclass
 class DenseConfig:
-    """Detection and segmentation, by MMDetection and MMSegmentation: what classification has no use for."""
+    """Settings of detection and segmentation, which MMDetection and MMSegmentation run."""
 
     method: str = option("", f"method: {', '.join(DETECTORS)} (detect); {', '.join(SEGMENTORS)} (segment)")
     digits_first: bool = option(
-        False, "digits first: where nothing is pretrained, the backbone learns to tell single digits apart before"
+        False, "digits first: without pretrained weights, train the backbone on single digits first"
     )
-    small: bool = option(False, "small necks, heads and anchors, for images of some 128 pixels")
-    masks: bool = option(True, "masks: find instance masks besides boxes, where data and method have them")
-    updates: int | None = option(None, "updates: length of the training, in place of trainer.epochs", COUNT)
+    small: bool = option(False, "small necks, heads and anchors, for images of about 128 pixels")
+    masks: bool = option(True, "masks: find instance masks besides boxes, if data and method have them")
+    updates: int | None = option(None, "updates: length of training, in place of trainer.epochs", COUNT)
     warmup_updates: int = option(0, "warm-up updates, linear", Between(0))
     warmup_factor: float = option(1e-3, "warm-up factor of the learning rate at the start", Between(0, 1, above=True))
     no_decay: list[str] | None = option(
-        None, "no weight decay for parameters with one of these in their name; vectors and the model's own if null"
+        None, "no weight decay for parameters whose name contains one of these; vectors and those of the model if null"
     )
     backbone_lr: float = option(
         1.0,
@@ -340,19 +356,19 @@ class DenseConfig:
     )
     out_indices: list[int] | None = option(
         None,
-        "output indices: stages whose features are used; the last four if null",
+        "output indices: the stages whose features are used; the last four if null",
         Between(-100, 100, numbers="a list of numbers,"),
     )
     output_norm: bool | None = option(
-        None, "output norm: LayerNorm on each of the features; as the family's dense-prediction code has it if null"
+        None, "output norm: LayerNorm on each of the features; as in the family's dense-prediction code if null"
     )
     frozen_stages: int = option(
-        -1, "frozen stages: the stem and that many stages are not trained; -1 none at all", Between(-1, 100)
+        -1, "frozen stages: the stem and that many stages are not trained; -1 for none", Between(-1, 100)
     )
-    norm_eval: bool = option(False, "norm evaluation: BatchNorm of the backbone keeps its statistics")
+    norm_eval: bool = option(False, "norm evaluation: BatchNorm in the backbone keeps its statistics")
     scales: list[int] = option(
         lambda: [800],
-        "scales: short sides of training images in pixels, one drawn at random; the last one evaluates",
+        "scales: short sides of training images in pixels, one drawn at random; evaluation uses the last one",
         Between(32, 1e5, numbers="a list of numbers,"),
     )
     max_size: int = option(1333, "maximum size of an image's long side in pixels, after resizing", Between(32, 1e5))
@@ -371,16 +387,16 @@ class DenseConfig:
     size_divisor: int = option(32, "size divisor: images of a batch are padded to a multiple of it", Between(1, 1e4))
     test_divisor: int | None = option(
         None,
-        "test divisor: images are resized to a multiple of it for evaluation (segment); not if null",
+        "test divisor: images are resized to a multiple of it in evaluation (segment); not resized if null",
         Between(1, 1e4),
     )
 
 
 @dataclass
 class PublishedConfig:
-    """What others report of a recipe's model and settings. Training does not read it; reports show it beside a run."""
+    """Published figures of a recipe. Training does not read them; reports show them beside those of a run."""
 
-    model: str | None = option(None, "model that the published figures are of")
+    model: str | None = option(None, "model of the published figures")
     top1: float | None = option(None, "top-1 accuracy on ImageNet-1k in percent, as published", PERCENT)
     box_ap: float | None = option(None, "box AP on COCO, as published", PERCENT)
     mask_ap: float | None = option(None, "mask AP on COCO, as published", PERCENT)
@@ -391,9 +407,9 @@ class PublishedConfig:
 
 @dataclass
 class LogConfig:
-    """What is written beside the checkpoints."""
+    """What is logged during training."""
 
-    every: int = option(50, "every so many updates a plain line, where there is no progress bar", COUNT)
+    every: int = option(50, "updates between lines of the log, where there is no progress bar", COUNT)
     wandb: str = option(
         "offline", "Weights & Biases: offline, online or disabled", OneOf(("offline", "online", "disabled"))
     )
@@ -404,14 +420,16 @@ class LogConfig:
 class Config:
     """`zoo-train`."""
 
-    model: str = option("test_van", "model: any timm name, the zoo's or timm's, with or without a tag")
+    model: str = option("test_van", "model: any name that timm.create_model takes, with or without a tag")
     model_kwargs: dict[str, Any] = option(dict, "model keyword arguments, for example {drop_path_rate: 0.1}")
-    pretrained: Any = option(False, "pretrained weights: false, true (the published ones), or a file or run folder")
+    pretrained: Any = option(
+        False, "pretrained weights: false, true (the published ones), a checkpoint or a run folder"
+    )
     run: str | None = option(None, "run folder; runs/<date>-<model> if null")
     resume: str = option(
-        "auto", "resume: auto (where the run folder has a checkpoint), never, or must", OneOf(("auto", "never", "must"))
+        "auto", "resume: auto (if the run folder has a checkpoint), never, or must", OneOf(("auto", "never", "must"))
     )
-    seed: int = option(0, "seed of everything random", Between(0, 2**32 - 1))
+    seed: int = option(0, "seed of all random numbers", Between(0, 2**32 - 1))
     task: str = option("classify", "task: classify, detect or segment")
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -428,20 +446,20 @@ class Config:
 class EvalConfig(Config):
     """`zoo-eval`: the keys of `zoo-train` that matter, and these."""
 
-    run: str | None = option(None, "run folder whose model is evaluated")
+    run: str | None = option(None, "run folder of the model to evaluate")
     checkpoint: str = option("last", "checkpoint of a run folder: last or best", OneOf(("last", "best")))
-    per_class: bool = option(False, "per-class accuracies, printed and written")
-    out: str | None = option(None, "output folder; <run>/eval, or runs/eval-<date>-<model>, if null")
+    per_class: bool = option(False, "print and write per-class accuracies")
+    out: str | None = option(None, "output folder; <run>/eval or runs/eval-<date>-<model> if null")
 
 
-# Names of trainer.amp -> of torch's type; a YAML true or false arrives as text.
+# Values of trainer.amp -> names of torch's types. true and false in YAML arrive as text.
 AMP = {"none": None, "false": None, "bf16": "bfloat16", "true": "bfloat16", "fp16": "float16"}
 
 GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "dense", "log", "recipe")
 
 
 def keys(schema: type = Config) -> Iterator[tuple[str, str]]:
-    """Every key of `schema` in dotted form with its help text; a group is a key without help."""
+    """Every key of `schema` in dotted form, with its help text. A group is a key with an empty help text."""
     for name, item in _items(schema):
         yield name, item.metadata.get("help", "")
 
@@ -468,10 +486,10 @@ def nearest_key(key: str, schema: type = Config) -> str | None:
 
 
 def check(cfg: Config) -> None:
-    """Refuse values that no run can use.
+    """Raise an error for values that no run can use.
 
     Raises:
-        RunError: names the key, its value and what is allowed.
+        RunError: A value is not allowed. The message names the key, the value and what is allowed.
     """
     for key, item in _items(EvalConfig if "checkpoint" in cfg else Config):
         allowed, value = item.metadata.get("allowed"), OmegaConf.select(cfg, key)
@@ -489,13 +507,13 @@ def check(cfg: Config) -> None:
 
 
 def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:
-    """The configuration `trained` of a run with what the user set in `cfg`: the keys and groups `overridden`.
+    """The configuration `trained` of a run, with the keys and groups `overridden` from `cfg`.
 
     Raises:
-        RunError: the run has keys that this version has not.
+        RunError: The run has keys that this version does not have.
     """
     try:
-        # Hydra lets nothing into a configuration that it composed; a run's has names of the user's own.
+        # A configuration that Hydra composed takes no new keys, but that of a run can have any below its mappings.
         merged = OmegaConf.merge(OmegaConf.structured(EvalConfig), trained)
     except OmegaConfBaseException as error:
         raise RunError(f"{cfg.run} is of another version: {str(error).splitlines()[0]}.") from error
@@ -504,7 +522,7 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
     for key in ("run", "checkpoint", "per_class", "out", *overridden):
         if key.partition(".")[0] in own:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
-    # Other data come with data=<option>, which sets the whole section; what the model looks at stays as it was.
+    # data=<option> sets the whole section, but the model keeps its input.
     for name in ("img_size", "mean", "std", "interpolation", "crop_pct"):
         if f"data.{name}" not in overridden:
             OmegaConf.update(merged, f"data.{name}", data[name])
@@ -513,7 +531,7 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
 
 @cache
 def register() -> None:
-    """Make the schemas known to Hydra as `schema` and `eval_schema`."""
+    """Register the schemas with Hydra as `schema` and `eval_schema`."""
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
     store.store(name="eval_schema", node=EvalConfig)

@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early, and what the system's own errors mean."""
+"""How a run ends early, and what errors of the operating system mean for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RunError = UserError
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal and has saved its state."""
+    """A signal asked the run to stop, and its state is saved."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)
@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """`error`, and what it came from: torch's writer raises an error of its own on top of any that interrupts it."""
+    """`error` and its causes. torch's file writer raises an error of its own on top of any other."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error
@@ -28,19 +28,19 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def of_the_system(error: BaseException) -> str | None:
-    """What a user can do where the system refused files or memory, or killed a process; None for other errors."""
+    """What the user can do if the system refused files or memory, or killed a process. None for other errors."""
     for cause in causes(error):
         text = one_line(cause, 200)
         number = getattr(cause, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
-            return "no more files may be open at once: raise the limit (ulimit -n 4096), or set data.num_workers=0."
+            return "too many files are open: raise the limit (ulimit -n 4096), or set data.num_workers=0."
         if "DataLoader worker" in text:
-            return f"a process that loads images died ({text}), often for want of memory: lower data.num_workers."
+            return f"a process that loads images died ({text}), often because memory is short: lower data.num_workers."
         if number == errno.ENOMEM or isinstance(cause, MemoryError) or any(words in text for words in _NO_MEMORY):
-            return "the memory is too small: lower trainer.batch_size or data.num_workers, or end other programs."
+            return "there is too little memory: lower trainer.batch_size or data.num_workers, or end other programs."
         if "can't start new thread" in text or (number == errno.EAGAIN and isinstance(cause, BlockingIOError)):
             return (
-                "no more processes and threads may be started: raise the limit (ulimit -u), or set data.num_workers=0."
+                "no more processes or threads can be started: raise the limit (ulimit -u), or set data.num_workers=0."
             )
     return None
 

@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line without a traceback, and a console that says what is under way."""
+"""What the tools share: the argument parser, types of options, errors in one line, console and progress."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line that shows its description and examples as they are written, and errors in one line.
+    """An argument parser that keeps the line breaks of its description, and prints an error on one line.
 
-    Without the words that it needs it shows its help, on stderr.
+    Without the arguments that it requires, it also prints the help on stderr.
     """
 
     def __init__(self, **settings):
         super().__init__(**settings, formatter_class=argparse.RawDescriptionHelpFormatter)
-        if " " not in self.prog:  # not of a sub-command
-            self.add_argument("--version", action="version", version=versions(), help="show what is installed")
+        if " " not in self.prog:  # not for a subcommand
+            self.add_argument("--version", action="version", version=versions(), help="print the installed versions")
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse's, which `parse_args` calls."""
+        """The method of argparse that `parse_args` calls."""
         words = sys.argv[1:] if args is None else args
         if not words and any(action.required for action in self._actions):
-            self.print_help(sys.stderr)  # and then the error
+            self.print_help(sys.stderr)  # argparse then adds the error
         with default_sigpipe():
             return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End the process."""
-        self.exit(2, f"{self.prog}: error: {message}; --help shows what there is.\n")
+        """End the process with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}; --help lists the options.\n")
 
 
 def friendly_errors(command: str) -> AbstractContextManager[None]:
@@ -51,21 +51,21 @@ def _explained(error: Exception) -> str | None:
 
 
 def count(text: str) -> int:
-    """An option that is a whole number of 1 or more."""
+    """The type of an option that takes a whole number of 1 or more."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 1 or more")
     return int(text)
 
 
 def index(text: str) -> int:
-    """An option that is a whole number of 0 or more."""
+    """The type of an option that takes a whole number of 0 or more."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 0 or more")
     return int(text)
 
 
 def console() -> Console:
-    """For results: as wide as the terminal, or as the widest line where it is none."""
+    """The console for results. Where stdout is not a terminal, lines are not wrapped."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 240, highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -76,11 +76,11 @@ def progress(label: str, log: bool = False) -> Iterator[Callable[[str], None]]:
     """Show on stderr what the command is doing, in a line that changes.
 
     Args:
-        label: What is shown all the time.
+        label: The text that stays.
         log: Whether to print `label` once where stderr is not a terminal; nothing is shown there otherwise.
 
     Yields:
-        A function that shows a text behind the label.
+        A function that shows a text after the label.
     """
     from rich.console import Console
 

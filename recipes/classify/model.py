@@ -1,4 +1,4 @@
-"""A model by name, for any of timm's ways to name one, with errors that help."""
+"""The model of a classifier: creating it, its input, and its weights on disk."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 import zoo
+from zoo.messages import one_line
 from zoo.opening import open_model
 from zoo.recipes import atomic_files, reading, run_checkpoints
 from zoo.recipes.config import Config, DataConfig
@@ -27,11 +28,11 @@ def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = Non
 
     Args:
         cfg: The configuration.
-        num_classes: Size of the classifier; the weights' own if None.
-        in_chans: Channels of the input, if not the model's own.
+        num_classes: Size of the classifier; that of the weights if None.
+        in_chans: Channels of the input; those of the model if None.
 
     Raises:
-        RunError: There is no such model, keyword, file or weights.
+        RunError: There is no such model, argument, file or tag.
     """
     given = {"num_classes": num_classes, "in_chans": in_chans}
     kwargs = dict(cfg.model_kwargs) | {name: value for name, value in given.items() if value is not None}
@@ -39,22 +40,22 @@ def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = Non
 
 
 def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
-    """timm's data configuration of `model` (input_size, mean, std, ...), with what the data section `cfg` overrides.
+    """timm's data configuration of `model` (input_size, mean, std, ...), with the overrides in the data section `cfg`.
 
     Raises:
-        RunError: the mean or standard deviation is of another number of channels, or the model takes no images of
-            `cfg.img_size`.
+        RunError: The mean or the standard deviation has another number of channels than the model, or the model does
+            not take images of `cfg.img_size`.
     """
     names = ("img_size", "mean", "std", "interpolation", "crop_pct")
     overrides = {name: cfg[name] for name in names if cfg[name] is not None}
     if cfg.name in ("digits", "digit_crops"):
-        overrides.setdefault("crop_pct", 1.0)  # digits reach to the edge
+        overrides.setdefault("crop_pct", 1.0)  # digits reach the edge
     channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
     for name in ("mean", "std"):
         if len(overrides.get(name, [0])) not in (1, channels):
             raise RunError(
                 f"data.{name}={list(overrides[name])} has {len(overrides[name])} numbers, but the model takes "
-                f"{channels} channels: give one number, or one for each."
+                f"{channels} channels: give one number, or one per channel."
             )
     config = resolve_model_data_config(model, args={**overrides, "in_chans": channels})
     config["input_size"] = (channels, *config["input_size"][1:])
@@ -67,20 +68,20 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
 
 
 def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Try the model on an image: some have a smallest size, some a fixed one, and only a forward pass tells."""
+    """Run the model on an image. Only this shows whether a model with a minimum or a fixed size takes it."""
     training, weight = model.training, next(model.parameters())
     try:
         with torch.no_grad():
             model.eval()(weight.new_zeros(1, *input_size))
     except (AssertionError, RuntimeError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RunError(f"data.img_size={input_size[1]} can't be used with this model: {why}.") from error
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise RunError(f"data.img_size={input_size[1]} can't be used with this model: {one_line(first)}.") from error
     finally:
         model.train(training)
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], model: str, classes: Sequence[str]) -> None:
-    """Write `weights` as safetensors with the model's name and the class names in their metadata, atomically."""
+    """Write `weights` as safetensors, atomically. The metadata names the model and the classes."""
     metadata = {"format": "pt", "model": model, "classes": json.dumps(list(classes)), "zoo": zoo.__version__}
     with atomic_files.atomic(path) as file:
         file.write(to_safetensors(weights, metadata))
@@ -91,20 +92,20 @@ class _Weights(TypedDict):
 
 
 class _Training(_Weights, total=False):
-    """Where a checkpoint has weights."""
+    """The weights in a checkpoint."""
 
     ema: dict[str, torch.Tensor] | None
 
 
 def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], list[str], Path]:
-    """The weights of a run, its class names, and the file that they came from.
+    """The weights of a run, the names of its classes, and the file that holds them.
 
     Args:
         folder: The run folder.
-        which: `best`, or `last`: the final weights, or those of the last checkpoint where the run is not finished.
+        which: `best`, or `last`: the final weights, or those of the last checkpoint if the run is not finished.
 
     Raises:
-        RunError: there are none, or they can't be read.
+        RunError: There are no such weights, or they can't be read.
     """
     path = folder / ("best.safetensors" if which == "best" else "model.safetensors")
     if not path.is_file():
@@ -120,4 +121,4 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
             classes = reading.check(json.loads((opened.metadata() or {})["classes"]), list[str], "its list of classes")
         return load_file(path), classes, path
     except (SafetensorError, OSError, RunError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} can't be read ({error}): delete it, the run's last.pt is read instead.") from error
+        raise RunError(f"{path} can't be read ({error}): delete it, and last.pt is read instead.") from error

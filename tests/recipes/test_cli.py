@@ -119,10 +119,10 @@ WRONG = {
     "--run runs/x": "write run=runs/x for --run",
     "-lr 0.1": "write optim.lr=0.1 for -lr",
     "--qqqqqq 3": "there is no option --qqqqqq: settings are written key=value",
-    "digits": "'digits' is no key=value: did you mean data=digits?",
-    "seed": "'seed' is no key=value: write seed=<value>",
+    "digits": "'digits' is not of the form key=value: did you mean data=digits?",
+    "seed": "'seed' is not of the form key=value: write seed=<value>",
     "optim.betas=0.9,0.99": "for a list write 'optim.betas=[0.9,0.99]', to run one after another add -m",
-    "trainer.amp=[1": """to take it as a text, write "trainer.amp='[1'".""",
+    "trainer.amp=[1": """to pass it as a string, write "trainer.amp='[1'".""",
     "trainer.epochs=abc": "trainer.epochs=abc: Value 'abc' of type 'str' could not be converted to Integer",
     "model_kwargs=3": "model_kwargs=3: Cannot assign int to Dict[str, Any]",
     "seed=${nothing}": "Interpolation key 'nothing' not found",
@@ -131,7 +131,7 @@ WRONG = {
     "optim=3": "there is no optim=3: There are adamw, sgd",
     "-m --cfg job": "-m, --cfg, --info and --shell-completion can't be combined",
     "--resolve": "--resolve needs --cfg",
-    "-m seed=range(3,1)": "seed=range(3,1) gives not a single value",
+    "-m seed=range(3,1)": "seed=range(3,1) gives no value",
     "-m seed=interval(0,1)": "does not support sweep type",
     "--cfg all-of-it": "invalid choice: 'all-of-it'",
     "--config-name zzz": "Cannot find primary config 'zzz'",
@@ -173,7 +173,7 @@ def test_folder_of_a_run_in_place_of_a_key(called, tmp_path, module):
     (tmp_path / "runs" / "lr=0.1").mkdir(parents=True)
     (tmp_path / "runs" / "lr=0.1" / "config.yaml").write_text("")
     _, (_, errors) = called(module, "seed=1", "runs/lr=0.1")
-    assert "'runs/lr=0.1' is no key=value: did you mean run=runs/lr=0.1?" in errors
+    assert "'runs/lr=0.1' is not of the form key=value: did you mean run=runs/lr=0.1?" in errors
 
 
 def test_path_that_a_shell_took_apart(called, tmp_path):

@@ -1075,7 +1075,7 @@ def test_missing_class_map(masks):
 
 def test_unreadable_class_file(masks):
     (masks.root / "classes.txt").write_bytes(b"\xff\xfe\x00")
-    _refuse(r"classes\.txt is no text in UTF-8 or UTF-16", masks.open)
+    _refuse(r"classes\.txt is not text in UTF-8 or UTF-16", masks.open)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -1088,7 +1088,7 @@ def test_class_file_of_other_editors(masks, encoding, end):
 @pytest.mark.parametrize(("text", "where"), [("", "it is empty"), ("road\n\nsky\n", "line 2 is empty")])
 def test_gap_in_the_class_file(masks, text, where):
     (masks.root / "classes.txt").write_text(text)
-    _refuse(f"has to name one class a line, but {where}", masks.open)
+    _refuse(f"has to name one class per line, but {where}", masks.open)
 
 
 def test_class_named_twice(masks):

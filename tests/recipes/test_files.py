@@ -39,7 +39,7 @@ def test_reads_json_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x93\x00\xff", "no text in UTF-8 or UTF-16"),
+        (b"\x93\x00\xff", "not text in UTF-8 or UTF-16"),
         (b'{"a": ', "is not JSON"),
         (b"[" * 200_000, "nested too deeply"),
     ],

@@ -256,11 +256,11 @@ def test_class_list_may_have_any_ending(three, tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"cat\ndog\ncat\n", "names the class 'cat' twice: make the names unique"),
-        ("a.txt", b"\n \n", "has to name one class a line, but it is empty"),
+        ("a.txt", b"\n \n", "has to name one class per line, but it is empty"),
         ("a.txt", b"cart\ndogs\n", r"has none of the 2 classes of data.class_map=.*a.txt: it has 'cat', 'dog', 'emu'"),
-        ("a.txt", b"\x80\x04\x95\xff", "is no text in UTF-8 or UTF-16"),
-        ("a.json", b'{"cat": 0}', "is no list of classes: give a text file"),
-        ("a.pkl", b"cos\nsystem\n(S'touch ran'\ntR.", "is no list of classes: give a text file"),
+        ("a.txt", b"\x80\x04\x95\xff", "is not text in UTF-8 or UTF-16"),
+        ("a.json", b'{"cat": 0}', "is not a list of classes: give a text file"),
+        ("a.pkl", b"cos\nsystem\n(S'touch ran'\ntR.", "is not a list of classes: give a text file"),
     ],
     ids=["twice", "blank", "other classes", "binary", "json", "pickle"],
 )

@@ -15,16 +15,16 @@ from zoo.recipes.classify import train
 from zoo.recipes.errors import RunError, of_the_system
 
 ERRORS = {
-    "files": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "no more files may be open"),
+    "files": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many files are open"),
     "files in a library": (
         ImportError("libx.so: cannot open shared object file: Too many open files"),
-        "no more files",
+        "too many files",
     ),
-    "descriptors from a worker": (RuntimeError("received 0 items of ancdata"), "no more files may be open"),
-    "memory": (MemoryError(), "the memory is too small"),
-    "memory of a tensor": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "memory is too small"),
-    "memory for a process": (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "the memory is too small"),
-    "threads": (RuntimeError("can't start new thread"), "no more processes and threads"),
+    "descriptors from a worker": (RuntimeError("received 0 items of ancdata"), "too many files are open"),
+    "memory": (MemoryError(), "too little memory"),
+    "memory of a tensor": (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "too little memory"),
+    "memory for a process": (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "too little memory"),
+    "threads": (RuntimeError("can't start new thread"), "no more processes or threads"),
     "worker": (
         RuntimeError("DataLoader worker (pid 9) is killed by signal: Killed."),
         "process that loads images died",
@@ -58,7 +58,7 @@ def test_training_names_what_is_left(fit, images, tmp_path, monkeypatch, error, 
 def test_cause_of_another_error_counts(capsys):
     error = RuntimeError("something else")
     error.__cause__ = OSError(errno.EMFILE, "")
-    assert "no more files" in of_the_system(error)
+    assert "too many files" in of_the_system(error)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "input/output error"), ImportError("x")])

@@ -448,7 +448,7 @@ def test_unknown_option_is_an_error_of_one_line(capsys):
     code, _, errors = run(capsys, "file.pth", "--mode", "x", "--nope")
     assert code == 2
     assert errors.count("\n") == 1
-    assert "--help shows what there is" in errors
+    assert "--help lists the options" in errors
 
 
 def test_errors_are_raised_for_callers():
