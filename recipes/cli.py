@@ -314,8 +314,8 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
         if override.is_discrete_sweep() and not any(True for _ in override.sweep_string_iterator()):
             fail(command, f"{word} gives no value.")
         if override.is_sweep_override() and not sweep and key in {*known, *config.GROUPS}:
-            lists = f"for a list, write {_for_shell(f'{key}=[{override.get_value_string()}]')}, " if "," in word else ""
-            fail(command, f"{word} gives several values: {lists}to run one after another, add -m.")
+            lists = f"for a list, write {_for_shell(f'{key}=[{override.get_value_string()}]')}; " if "," in word else ""
+            fail(command, f"{word} gives several values: {lists}to run them one after another, add -m.")
         if key in config.GROUPS:
             # Hydra checks other values, such as ranges and dictionaries.
             values = override.value().list if override.is_choice_sweep() else [override.value()]

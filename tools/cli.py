@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from zoo import commands
 from zoo.commands import default_sigpipe, versions
+from zoo.messages import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,6 +65,21 @@ def index(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number of 0 or more")
     return int(text)
+
+
+def check_target(file: Path, force: bool) -> None:
+    """Check that a command can write `file`.
+
+    Raises:
+        UserError: The file exists and `force` is not set, or its folder can't be written to.
+    """
+    if file.exists() and not force:
+        raise UserError(f"{file} exists; --force replaces it.")
+    parent = next(folder for folder in file.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{file} can't be written: {parent} is not a folder that you may write to; give another with -o."
+        )
 
 
 def console() -> Console:

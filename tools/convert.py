@@ -1,4 +1,4 @@
-"""zoo-convert: an official checkpoint as a folder that timm loads: safetensors with its origin, and config.json."""
+"""zoo-convert: convert an official checkpoint to a folder that timm loads, with safetensors and config.json."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Recognise an official checkpoint of one of zoo's families, and write it as safetensors that timm loads.
 
-The file may be of a classifier, a detector or a segmentor (its backbone is taken, its neck and heads are left out), of
-torch or safetensors, in any of the usual wrappings. It is never unpickled. Every tensor has to fit: what is missing,
-unexpected or of another shape is named, and nothing is written."""
+The checkpoint may come from a classifier, or from a detector or segmentor, of which only the backbone is converted. Its
+format may be that of torch or safetensors, in any of the usual wrappings. It is never unpickled. Every tensor has to
+fit: if one is missing, unexpected or of another shape, it is named, and nothing is written."""
 EXAMPLES = """\
 examples:
   zoo-convert van_tiny_754.pth.tar                  writes van_b0.in1k/model.safetensors and config.json
-  zoo-convert mine.pth --model dinat_tiny -o mine   where the weights alone can't tell (here: from nat_tiny)
-  zoo-convert upernet_nat_tiny.pth --json           the backbone of a segmentor; what was done as JSON
+  zoo-convert mine.pth --model dinat_tiny -o mine   if the weights fit several models (here also nat_tiny)
+  zoo-convert upernet_nat_tiny.pth --json           the backbone of a segmentor; the result as JSON
 
-The folder is then a model: timm.create_model("local-dir:van_b0.in1k", pretrained=True)"""
+timm then loads the folder: timm.create_model("local-dir:van_b0.in1k", pretrained=True)"""
 
 PREPROCESSING = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -39,11 +39,16 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @dataclass
 class Converted:
-    """A checkpoint as zoo's model.
+    """A checkpoint that became a model of zoo.
 
-    `name` has a tag where the file is a published one (`entry`, of the manifest, else None), or where the tag decides
-    the model's shapes. `args` are those that `timm.create_model` needs beside the name; `left_out` counts the tensors
-    of other parts.
+    Attributes:
+        name: The model. It has a tag if the checkpoint is a published one, or if the tag decides the shapes.
+        entry: The manifest's entry of a published checkpoint, else None.
+        model: The model with the weights.
+        args: The arguments that `timm.create_model` needs besides the name.
+        tensors: The weights.
+        left_out: The number of tensors of each other part.
+        sha256: The hash of the file.
     """
 
     name: str
@@ -79,25 +84,25 @@ def parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="zoo-convert", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="the checkpoint")
-    add("-o", "--out", type=Path, metavar="FOLDER", help="where to write (a folder named after the model)")
-    add("--model", metavar="NAME", help="what the file is, such as van_b0 or dinat_large.in22k (recognised)")
-    add("--force", action="store_true", help="replace what an earlier conversion wrote there")
-    add("--json", action="store_true", help="print what was recognised and written as JSON")
+    add("-o", "--out", type=Path, metavar="FOLDER", help="the folder to write (named after the model)")
+    add("--model", metavar="NAME", help="the model of the checkpoint, such as van_b0 or dinat_large.in22k (recognised)")
+    add("--force", action="store_true", help="replace the files of an earlier conversion")
+    add("--json", action="store_true", help="print the result as JSON")
     return parser
 
 
 def convert(file: Path, model: str | None = None, say: Callable[[str], None] = lambda text: None) -> Converted:
-    """The checkpoint in `file` as weights of `model`, a name with or without tag; recognised if None.
+    """Convert the checkpoint `file` to weights of `model`, a name with or without tag; None recognises the model.
 
     Raises:
-        UserError: the file can't be read, is not what its name says, or fits no model, or several.
+        UserError: The file can't be read, is not the one that its name says, or fits no model or several.
     """
     name = _model_name(model) if model else None
     try:
         return _convert(file, name, model, say)
     except FileNotFoundError:
         raise UserError(f"there is no file {file}{similar_path(file)}") from None
-    except (RuntimeError, ValueError) as error:  # what is wrong with the checkpoint
+    except (RuntimeError, ValueError) as error:  # the checkpoint is damaged or does not fit
         raise UserError(f"{file}: {error}") from error
 
 
@@ -118,7 +123,7 @@ def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str
         if share < 0.1:
             raise UserError(
                 f"{file} looks like no model of zoo (its tensors are called {checkpoints.first_names(state_dict)}): "
-                "zoo-models lists those that it has."
+                "zoo-models lists the models."
             )
         if entry and entry["model"] in {name.partition(".")[0] for name in names}:
             names = [f"{entry['model']}.{entry['tag']}"]
@@ -139,10 +144,10 @@ def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str
 
 
 def _model_name(name: str) -> str:
-    """`name` as given, if zoo has it.
+    """Return `name`, if it is a model of zoo.
 
     Raises:
-        UserError: it does not.
+        UserError: It is not.
     """
     import timm
 
@@ -164,10 +169,10 @@ def _manifest() -> list[dict[str, Any]]:
 
 
 def _published(file: Path, sha256: str) -> dict[str, Any] | None:
-    """The entry of the manifest that has this file's hash or, where no other has it too, its name.
+    """The manifest's only entry with this file's hash or, if no entry has the hash, with its name.
 
     Raises:
-        UserError: the file has the name of one with another hash.
+        UserError: The entry of that name has another hash.
     """
     entries = _manifest()
     found = [entry for entry in entries if entry.get("sha256") == sha256]
@@ -177,24 +182,29 @@ def _published(file: Path, sha256: str) -> dict[str, Any] | None:
     recorded = found[0].get("sha256") or found[0].get("sha256_prefix", "")
     if not sha256.startswith(recorded):
         raise UserError(
-            f"{file} is not the file that {found[0]['url']} published: its sha256 is {sha256[:8]}..., recorded is "
-            f"{recorded[:8]}...; download it again, or rename it if it is another."
+            f"{file} is not the file that {found[0]['url']} published: its sha256 is {sha256[:8]}..., not "
+            f"{recorded[:8]}...; download it again, or rename it if it is another file."
         )
     return found[0]
 
 
 def _only(file: Path, names: list[str], checkpoint: Mapping[str, Any]) -> str:
-    """The one of `names`, all of the same shapes, that the checkpoint is of.
+    """The one of `names`, models with the same shapes, that the checkpoint belongs to.
 
     Raises:
-        UserError: nothing tells which.
+        UserError: Several fit.
     """
     if len(names) > 1:
-        trained = [checkpoint.get("arch"), getattr(checkpoint.get("args"), "model", None)]  # as timm's trainer has it
+        trained = [
+            checkpoint.get("arch"),
+            getattr(checkpoint.get("args"), "model", None),
+        ]  # as in checkpoints of timm's trainer
         names = [name for name in names if name in trained] or [name for name in names if _fits(name, checkpoint)]
     if len(names) != 1:
         choices = " or ".join(f"--model {name}" for name in names)
-        raise UserError(f"{file} fits {' and '.join(names)} alike, as they differ in no tensor: say {choices}.")
+        raise UserError(
+            f"{file} fits {' and '.join(names)} equally, because their tensors have the same shapes: add {choices}."
+        )
     return names[0]
 
 
@@ -209,10 +219,10 @@ def _fits(name: str, checkpoint: Mapping[str, Any]) -> bool:
 def _fit(
     name: str, checkpoint: Mapping[str, Any], known: bool = False
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
-    """The model without memory, the arguments that make it, and its weights from the checkpoint.
+    """The model with the weights of the checkpoint, the arguments that create it, and the weights by name.
 
     Raises:
-        RuntimeError: they don't fit; says how.
+        RuntimeError: The weights don't fit. The message says how.
     """
     import timm
 
@@ -224,14 +234,14 @@ def _fit(
     classifier = mapped.get(f"{cfg.classifier}.weight")
     args: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
     norms = sorted({int(i) for key in mapped for i in re.findall(r"^output_norms\.(\d)\.", key)})
-    if norms:  # a backbone for dense prediction, some of which have them on a part of the outputs
+    if norms:  # a backbone for dense prediction; some have norms on a part of the outputs
         args = {"num_classes": 0, "output_norm": True if len(norms) == 4 else norms}
-    args |= families.tag_kwargs(name)  # a call with the tag finds them by itself, and config.json has to say them
+    args |= families.tag_kwargs(name)  # timm finds them by the tag, but not from config.json
     first = mapped.get(f"{cfg.first_conv}.weight")
     if first is not None and first.ndim == 4 and first.shape[1] != 3:
         args["in_chans"] = first.shape[1]
     overlay = {"num_classes": args["num_classes"]}
-    if not known:  # whose weights these are is not known, so nothing is claimed
+    if not known:  # the origin and licence of the weights are unknown
         overlay |= dict.fromkeys(("license", "origin_url", "description", "notes"))
     model = timm.create_model(name, device="meta", pretrained_cfg_overlay=overlay, **args)
     model.load_state_dict(family.checkpoint_filter_fn(checkpoint, model), assign=True)
@@ -241,7 +251,7 @@ def _fit(
 
 def _check_folder(folder: Path, force: bool) -> None:
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give a folder with -o, which gets {WEIGHTS} and {CONFIG}.")
+        raise UserError(f"{folder} is a file: give a folder for {WEIGHTS} and {CONFIG} with -o.")
     there = [name for name in (WEIGHTS, CONFIG) if (folder / name).exists()]
     if there and not force:
         raise UserError(
@@ -250,10 +260,10 @@ def _check_folder(folder: Path, force: bool) -> None:
 
 
 def write(found: Converted, folder: Path, source: str) -> None:
-    """Write the weights and their description to `folder`, each complete or not at all.
+    """Write the weights and config.json to `folder`, each file completely or not at all.
 
     Raises:
-        UserError: they can't be written.
+        UserError: They can't be written.
     """
     from safetensors.torch import save_file
     from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
@@ -283,20 +293,22 @@ def write(found: Converted, folder: Path, source: str) -> None:
                 path.unlink(missing_ok=True)
             if new:
                 folder.rmdir()
-        # safetensors has an error of its own for a full disk
+        # safetensors raises an error of its own if the disk is full
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             reason = getattr(error, "strerror", None) or error
-            raise UserError(f"could not write to {folder} ({reason}): mend that, or give another with -o.") from error
+            raise UserError(
+                f"could not write to {folder} ({reason}): correct that, or give another folder with -o."
+            ) from error
         raise
 
 
 def describe(found: Converted, folder: Path, file: Path) -> dict[str, Any]:
-    """What was recognised and written, for people and programs."""
+    """What was recognised and written, for the printed report and for JSON."""
     import timm
 
     facts, (variant, _, tag) = found.entry or {}, found.name.partition(".")
     num_classes = found.args["num_classes"]
-    # as local-dir: takes them from config.json, and as a call with the file has to say them
+    # local-dir: reads the arguments from config.json; a call with the file needs them
     features = "" if num_classes else ", features_only=True"
     overlay = f'file="{folder / WEIGHTS}"'
     given = "".join(f", {key}={value}" for key, value in found.args.items() if key != "num_classes") + features
@@ -338,7 +350,7 @@ def _print(report: Mapping[str, Any]) -> None:
         "left out": f"{sum(report['left_out'].values())} tensors: {parts}" if parts else None,
         "sha256": report["sha256"],
         "licence": " ".join(filter(None, (report["licence"], report["licence_note"])))
-        or "unknown: this is none of the published files by name or hash; --model NAME.TAG says which it is",
+        or "unknown: no published file has this name or hash; --model NAME.TAG names the file",
         "images": f"{side}, crop {shown['crop_pct']} ({shown['crop_mode']}), {shown['interpolation']}, mean "
         f"{shown['mean']}, std {shown['std']}" + ("" if report["published"] else " (the model's default)"),
         "written": " and ".join(str(Path(report["folder"]) / file) for file in report["files"]),

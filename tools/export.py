@@ -1,4 +1,4 @@
-"""zoo-export: a model as a program for torch.export or ONNX Runtime, checked against the model itself."""
+"""zoo-export: export a model for torch.export or ONNX Runtime, and check the file against the model."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from zoo.opening import OpenModel
 
 DESCRIPTION = """\
-Write a model as a program that runs without zoo and timm: as .pt2, which torch.export.load reads, or as .onnx.
+Export a model to a file that runs without zoo and timm: .pt2, which torch.export.load reads, or .onnx.
 
-Batch, height and width stay open where the model's arithmetic allows it; what stays fixed is said. The file is
-compared with the model on the CPU, at two sizes where it takes two, and only kept if they differ by 1e-4 at most (in
-parts of the largest output, where that is above 1). It takes images in float32, normalised as is printed; these facts
-are also in the file, as JSON: under "zoo" in the metadata of an ONNX file, in the extra file "zoo.json" of a .pt2."""
+Batch, height and width stay dynamic where the model allows it; the command prints which are fixed. The file is compared
+with the model on the CPU, at two sizes if it takes two, and kept only if they differ by at most 1e-4 (relative to the
+largest output, if that is above 1). The input is images in float32, normalised as printed. The file also holds these
+facts as JSON: under "zoo" in the metadata of an ONNX file, in the extra file "zoo.json" of a .pt2."""
 EXAMPLES = """\
 examples:
-  zoo-export van_b0 --pretrained                         published weights, to van_b0.pt2
-  zoo-export runs/mine -o mine.onnx                      the classifier that zoo-train left in a run folder, as it was
-                                                         at the end; with --checkpoint best, as it was at its best
+  zoo-export van_b0 --pretrained                         published weights to van_b0.pt2
+  zoo-export runs/mine -o mine.onnx                      the classifier in a run folder of zoo-train, with its last
+                                                         weights; --checkpoint best takes its best weights
   zoo-export dinat_mini --pretrained mine.safetensors --format onnx
-  zoo-export cswin_tiny --features --size 512 768        four feature maps; an image to start from
+  zoo-export cswin_tiny --features --size 512 768        four feature maps; the size of the example image
   zoo-export resnet18 --static --size 224 224 -o resnet18.onnx
-                                                         one image of this size only; any model of timm"""
+                                                         one image of this size only; any model of timm works"""
 
 LIMIT = 1e-4
 AXES = {0: "batch", 2: "height", 3: "width"}
@@ -50,9 +50,12 @@ AXES = {0: "batch", 2: "height", 3: "width"}
 
 @dataclass
 class Exported:
-    """A program that was written: its open dimensions, of 0, 2 and 3, the least height and width, and its checks.
+    """An exported program.
 
-    `checks` are the shapes of the images and the largest differences from the model.
+    Attributes:
+        dims: The dynamic dimensions of the images, of 0, 2 and 3.
+        least: The smallest height and width that the program takes.
+        checks: Shapes of images, each with the largest difference from the model.
     """
 
     dims: tuple[int, ...]
@@ -61,7 +64,7 @@ class Exported:
 
 
 class TooNarrow(Exception):
-    """The exporter left fewer dimensions open than were wanted."""
+    """The exporter fixed a dimension that has to be dynamic."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,9 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def command() -> NoReturn:
-    """Run `main` as a process, which ends once the file is written.
+    """Run `main`, and end the process without Python's cleanup.
 
-    Python would first take the exporters' graphs apart, object by object, for many seconds on a busy machine.
+    The cleanup frees the exporters' graphs object by object, which takes many seconds on a busy machine.
     """
     main()
     sys.stdout.flush()
@@ -87,29 +90,38 @@ def parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="zoo-export", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a name that timm.create_model takes, or the folder of a finished run")
-    add("-o", "--out", type=Path, metavar="FILE", help="what to write, or the folder for it (MODEL.pt2 or .onnx, here)")
-    add("--format", choices=("pt2", "onnx"), help="(by the ending of -o; else pt2)")
-    add("--features", action="store_true", help="the feature maps of all stages in place of the classification")
+    add(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="the file to write, or its folder (MODEL.pt2 or MODEL.onnx in this folder)",
+    )
+    add("--format", choices=("pt2", "onnx"), help="format of the file (by the suffix of -o, else pt2)")
+    add("--features", action="store_true", help="export the feature maps of all stages in place of the classifier")
     add(
         "--size",
         type=cli.count,
         nargs=2,
         metavar=("H", "W"),
-        help="of an image, in pixels (what the model was made for)",
+        help="size of the images in pixels (as the model expects it)",
     )
-    add("--static", action="store_true", help="one image of this size only; some runtimes want that")
-    add("--pretrained", nargs="?", const=True, metavar="FILE", help="with the published weights, or those in FILE")
+    add("--static", action="store_true", help="fix batch 1 and the size, as some runtimes need")
+    add("--pretrained", nargs="?", const=True, metavar="FILE", help="load the published weights, or those in FILE")
     add(
-        "--num-classes", type=cli.index, metavar="N", help="of the classifier (that of the weights); 0: pooled features"
+        "--num-classes",
+        type=cli.index,
+        metavar="N",
+        help="size of the classifier (that of the weights); 0 for pooled features",
     )
     add(
         "--checkpoint",
         choices=("last", "best"),
         default="last",
-        help="of a run folder: the weights of its last epoch (last) or of its best on validation",
+        help="weights of a run folder: those of the last epoch, or of the best on the validation images (last)",
     )
     add("--force", action="store_true", help="replace the file if there is one")
-    add("--json", action="store_true", help="print what was written as JSON")
+    add("--json", action="store_true", help="print the results as JSON")
     return parser
 
 
@@ -138,12 +150,12 @@ def _export(options: argparse.Namespace) -> None:
         path = Path(folder) / out.name
         done, notes = _first_that_works(model, path, form, channels, size, names, facts, options)
         for shape, difference in done.checks:
-            if not difference <= LIMIT:  # nor if it is not a number
+            if not difference <= LIMIT:  # true for NaN, too
                 raise UserError(
                     f"the program differs from the model by {difference:.1e} on images of {size_text(shape)}, more "
                     f"than {LIMIT:.0e}: {out} was not written."
                 )
-        written = sorted(Path(folder).iterdir())  # weights of more than 2 GB lie beside an ONNX file
+        written = sorted(Path(folder).iterdir())  # an ONNX file keeps weights of more than 2 GB in a second file
         size_in_bytes = sum(file.stat().st_size for file in written)
         for file in written:
             os.replace(file, out.parent / file.name)
@@ -185,10 +197,10 @@ def _first_that_works(
     facts: dict[str, Any],
     options: argparse.Namespace,
 ) -> tuple[Exported, list[str]]:
-    """Batch and size open if that goes, else the batch, else nothing; and why not more."""
+    """Export with batch and size dynamic, or the batch, or nothing: the first that works. Also returns why not more."""
     wider = (size[0] + 32, size[1] + 96)
     notes = []
-    attempts = [((), (1, channels, *size))]  # what to leave open, and the images of the second check
+    attempts = [((), (1, channels, *size))]  # dynamic dimensions, and the shape of the images of the second check
     if not options.static:
         attempts.insert(0, ((0,), (3, channels, *size)))
         try:
@@ -196,7 +208,7 @@ def _first_that_works(
                 _run(model, _images(1, channels, wider))
             attempts.insert(0, ((0, 2, 3), (3, channels, *wider)))
         except Exception as error:
-            notes.append(f"height and width are fixed: the model takes no others ({one_line(error, 600)})")
+            notes.append(f"height and width are fixed: the model takes no other size ({one_line(error, 600)})")
     for dims, shape in attempts:
         try:
             return _attempt(model, path, form, dims, [(1, channels, *size), shape], names, facts), notes
@@ -204,13 +216,13 @@ def _first_that_works(
             raise
         except Exception as error:
             what = "height and width are" if 2 in dims else "the batch is"
-            notes.append(f"{what} fixed: the exporter can't leave them open ({one_line(error, 600)})")
+            notes.append(f"{what} fixed: the exporter can't make this dynamic ({one_line(error, 600)})")
     formats = {"onnx": "ONNX", "pt2": "a program of torch.export"}
     raise UserError(f"{options.model} can't become {formats[form]}: {notes[-1].partition('(')[2].rstrip(')')}.")
 
 
 def _target(options: argparse.Namespace) -> tuple[str, Path]:
-    """The format, and the file to write."""
+    """The format and the file to write."""
     ending = options.out.suffix if options.out and not options.out.is_dir() else ""
     form = options.format or {".onnx": "onnx", ".pt2": "pt2"}.get(ending, "pt2")
     if ending and ending != f".{form}":
@@ -226,13 +238,7 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
         out = options.out / name
     else:
         out = options.out if ending else options.out.with_name(f"{options.out.name}.{form}")
-    if out.exists() and not options.force:
-        raise UserError(f"{out} exists; --force replaces it.")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(
-            f"{out} can't be written: {parent} is not a folder that you may write to; choose another with -o."
-        )
+    cli.check_target(out, options.force)
     return form, out
 
 
@@ -248,7 +254,7 @@ def _load(options: argparse.Namespace) -> OpenModel:
 
 
 def _facts(model: nn.Module, options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
-    """What a user of the file has to know of the model."""
+    """What a user of the file has to know about the model."""
     names = None if options.features or options.num_classes is not None else model.pretrained_cfg.get("label_names")
     preprocessing = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
     return {"model": options.model, "preprocessing": preprocessing, "classes": names and list(names)}
@@ -263,20 +269,20 @@ def _attempt(
     names: list[str],
     facts: dict[str, Any],
 ) -> Exported:
-    """Write `model` to `path` with the dimensions `dims` open, and run the file on images of `shapes`.
+    """Write `model` to `path` with dynamic dimensions `dims`, and run the file on images of `shapes`.
 
     Raises:
-        TooNarrow: the exporter fixed one of them, or its range leaves the images out.
-        Exception: whatever else the exporter or the runtime fails with.
+        TooNarrow: The exporter fixed one of the dimensions, or its range excludes the images.
+        Exception: Any other error of the exporter or the runtime.
     """
     import torch
 
     from zoo.kernels import implementation
 
     _, channels, *size = shapes[0]
-    example = _images(2 if dims else 1, channels, size)  # of one image alone the exporter would fix the batch
+    example = _images(2 if dims else 1, channels, size)  # with one image, the exporter fixes the batch
     auto = dict.fromkeys(dims, torch.export.Dim.AUTO)
-    label = {3: "batch, height and width open", 1: "batch open", 0: "nothing open"}[len(dims)]
+    label = {3: "dynamic batch, height and width", 1: "dynamic batch", 0: "static"}[len(dims)]
     with _progress(f"exporting at {size_text(size)}, {label}"), _silence(), torch.no_grad(), implementation("torch"):
         program = torch.export.export(model, (example,), dynamic_shapes=(auto,))
     least = _least(program, dims, shapes) if dims else (size[0], size[1])
@@ -294,7 +300,7 @@ def _attempt(
 
 
 def _least(program: ExportedProgram, dims: Sequence[int], shapes: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The least height and width that `program` takes; raises TooNarrow if it does not take all of `shapes`."""
+    """The smallest height and width that `program` takes. Raises TooNarrow if it does not take all of `shapes`."""
     import torch
 
     (name,) = program.graph_signature.user_inputs
@@ -304,7 +310,7 @@ def _least(program: ExportedProgram, dims: Sequence[int], shapes: Sequence[Seque
         if not isinstance(shape[dim], torch.SymInt):
             raise TooNarrow(f"it fixes the {AXES[dim]}")
         if dim == 0:
-            continue  # one image is out of its range, and works
+            continue  # the range starts at 2, but one image works
         known = program.range_constraints.get(shape[dim].node.expr)
         if known is not None and not all(known.lower <= sizes[dim] <= known.upper for sizes in shapes):
             raise TooNarrow(f"it takes {AXES[dim]}s from {known.lower} to {known.upper} only")
@@ -319,13 +325,13 @@ def _least_that_works(
     least: tuple[int, int],
     size: tuple[int, int],
 ) -> tuple[int, int]:
-    """The least height and width at which the file `run` is its model, which may refuse `least`; or `size`."""
+    """The smallest height and width at which the file agrees with the model. `size`, if smaller ones fail."""
     for height, width in (least, (max(32, least[0]), max(32, least[1]))):
         images = _images(1, channels, (height, width))
         try:
             if _difference(run(images), _run(model, images)) <= LIMIT:
                 return height, width
-        except Exception:  # theirs, of any kind
+        except Exception:  # of the runtime or the model
             continue
     return size
 
@@ -364,9 +370,9 @@ def _load_onnx(path: Path) -> Callable[[Tensor], list[Tensor]]:
     import torch
 
     settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3  # errors
+    settings.log_severity_level = 3  # errors only
     settings.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait for work would keep cores busy that others, or their own work, have need of.
+    # Spinning threads would keep cores busy that other work needs.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
     return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
@@ -384,7 +390,7 @@ def _as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def _difference(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest difference; of outputs above 1, in parts of the largest. Not a number where an output is none."""
+    """The largest difference, relative to the largest value of an output if that is above 1. NaN if one is NaN."""
     import torch
 
     scaled = [(a - b).abs().max() / b.abs().max().clamp(min=1) for a, b in zip(got, want, strict=True)]
@@ -399,7 +405,7 @@ def _images(batch: int, channels: int, size: Sequence[int], seed: int = 0) -> Te
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """The exporters report their progress, and what they may do one day; neither is for the user."""
+    """Suppress the exporters' progress and warnings."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

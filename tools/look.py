@@ -1,4 +1,4 @@
-"""zoo-look: pictures of how a model attends."""
+"""zoo-look: pictures of what a model attends to."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ if TYPE_CHECKING:
     from zoo.opening import OpenModel
     from zoo.tools.look_picture import Picture
 
-DESCRIPTION = "Draw how a model attends: what its attention can see, and what it does see, as a PNG."
+DESCRIPTION = "Draw what the attention of a model can see, and what it does see, as a PNG."
 EXAMPLES = """\
 examples:
-  zoo-look patterns                                   the attention patterns of all families; also of one
+  zoo-look patterns                                   the attention patterns of all families
   zoo-look keys dinat_mini cat.jpg --pixel 120 200 --pretrained
-  zoo-look cam runs/mine cat.jpg --class cat          of the classifier in a run folder
+  zoo-look cam runs/mine cat.jpg --class cat          for the classifier in a run folder
   zoo-look field van_b0 --pretrained
 
-zoo-look COMMAND --help says more."""
+zoo-look COMMAND --help describes a command."""
 
 PATTERNS = """\
-The attention pattern of each family: which tokens of a map of 28x28 one token attends to.
+The attention pattern of each family: the tokens in a map of 28x28 that one token attends to.
 
-It is computed from the modules that the models are made of. The background is transparent."""
+The attention modules of the models compute it. The background is transparent."""
 KEYS = """\
-The keys that a pixel of a picture attends to: in each stage, and each kind of attention in it.
+The keys that a pixel of a picture attends to, in each stage and for each kind of attention in it.
 
-For each the first block of its kind, and the weights averaged over the heads: neighbourhoods, stripes, windows, grids,
-routed regions. VAN has no attention weights; shown is the share of each token in its kernel's absolute weights."""
+The kinds are neighbourhoods, stripes, windows, grids and routed regions. For each, the picture shows the first block,
+with weights averaged over its heads. VAN has no attention weights: it shows the share of each token in the absolute
+weights of the kernel."""
 KEYS_EXAMPLES = """\
 examples:
   zoo-look keys dinat_mini cat.jpg --pixel 120 200 --pretrained
@@ -43,26 +44,26 @@ examples:
 CAM = """\
 What speaks for a class: a class activation map (Grad-CAM) over a picture.
 
-Of any classifier of timm whose features are maps, by the package grad-cam."""
+It works for any classifier of timm whose features are maps, with the package grad-cam."""
 CAM_EXAMPLES = """\
 examples:
-  zoo-look cam runs/mine cat.jpg                the class that it sees
-  zoo-look cam runs/mine cat.jpg --class dog    what speaks for another
+  zoo-look cam runs/mine cat.jpg                the predicted class
+  zoo-look cam runs/mine cat.jpg --class dog    what speaks for another class
   zoo-look cam van_b0 cat.jpg --pretrained --stage 3"""
 FIELD = """\
-The effective receptive field: how much each pixel matters for the middle of each stage's features.
+The effective receptive field: the influence of each pixel on the centre of each stage's features.
 
-It is the mean absolute derivative, over images of noise; brightness is its square root. Any model of timm that gives
-feature maps."""
+It is the mean absolute gradient over images of noise; the brightness is its square root. It works for any model of timm
+that returns feature maps."""
 FIELD_EXAMPLES = """\
 examples:
   zoo-look field van_b0 --pretrained
   zoo-look field resnet18 --size 320 320 --images 64"""
 ROLLOUT = """\
-Attention rollout over a picture: the attention of all blocks, multiplied.
+Attention rollout over a picture: the product of the attention of all blocks.
 
-Without --pixel it is the mean over all tokens, which is what the classifier reads. Only isotropic models have the same
-tokens in all blocks, so only they have it: nat_isotropic_*, dinat_isotropic_*, vitrpb_*."""
+Without --pixel it is the mean over all tokens, which the classifier reads. Rollout needs the same tokens in all blocks,
+which only isotropic models have: nat_isotropic_*, dinat_isotropic_*, vitrpb_*."""
 ROLLOUT_EXAMPLES = """\
 examples:
   zoo-look rollout dinat_isotropic_small cat.jpg --pretrained
@@ -102,37 +103,48 @@ def parser() -> argparse.ArgumentParser:
         if "image" in operands:
             add("image", type=Path, metavar="IMAGE", help="a picture of any size")
         default = f"MODEL_{name}.png" if operands else f"{name}.png"
-        add("-o", "--out", default="", metavar="FILE", help=f"what to write, or the folder for it ({default}, here)")
+        add(
+            "-o",
+            "--out",
+            default="",
+            metavar="FILE",
+            help=f"the file to write, or its folder ({default} in this folder)",
+        )
         add("--force", action="store_true", help="replace the file if there is one")
-        add("--json", action="store_true", help="print what was found as JSON")
+        add("--json", action="store_true", help="print the results as JSON")
         if "model" in operands:
-            help = "with the published weights, or those in FILE"
+            help = "load the published weights, or those in FILE"
             add("--pretrained", nargs="?", const=True, default=False, metavar="FILE", help=help)
-            help = "resize to this" if "image" in operands else "of the images"
-            usual = "shorter side: what the model was made for" if "image" in operands else "what it was made for"
+            help = "size to resize to" if "image" in operands else "size of the images"
+            usual = "the shorter side as the model expects it" if "image" in operands else "as the model expects it"
             add("--size", type=cli.count, nargs=2, metavar=("H", "W"), help=f"{help}, in pixels ({usual})")
         if "pixel" in operands:
-            help = "row and column, in the file's pixels" + " (the middle)" * (name == "keys")
+            help = "row and column, in pixels of the file" + " (the centre)" * (name == "keys")
             add("--pixel", type=cli.index, nargs=2, metavar=("Y", "X"), help=help)
         return add
 
     add = command("patterns", PATTERNS, None, _patterns)
-    add("family", metavar="FAMILY", nargs="?", choices=FAMILIES, help=f"only this one's: {', '.join(FAMILIES)}")
+    add("family", metavar="FAMILY", nargs="?", choices=FAMILIES, help=f"draw one family only: {', '.join(FAMILIES)}")
     add = command("keys", KEYS, KEYS_EXAMPLES, _keys, "model", "image", "pixel")
-    add("--block", type=_block, metavar="N", help="of each stage, from 1 on; -1 is the last (the first of each kind)")
+    add(
+        "--block",
+        type=_block,
+        metavar="N",
+        help="number of the block in each stage, from 1; -1 is the last (the first of each kind)",
+    )
     add = command("cam", CAM, CAM_EXAMPLES, _cam, "model", "image")
-    add("--class", dest="target", metavar="CLASS", help="its number from 0 on, or its name (what the model sees)")
-    add("--stage", type=cli.count, metavar="N", help="whose features are weighed, from 1 on (the last)")
+    add("--class", dest="target", metavar="CLASS", help="number of the class from 0, or its name (the predicted class)")
+    add("--stage", type=cli.count, metavar="N", help="number of the stage whose features are used, from 1 (the last)")
     add = command("field", FIELD, FIELD_EXAMPLES, _field, "model")
-    add("--images", type=cli.count, default=16, metavar="N", help="of noise, to average over (16)")
-    add("--seed", type=cli.index, default=0, metavar="N", help="of the noise (0)")
+    add("--images", type=cli.count, default=16, metavar="N", help="number of noise images to average over (16)")
+    add("--seed", type=cli.index, default=0, metavar="N", help="seed of the noise (0)")
     command("rollout", ROLLOUT, ROLLOUT_EXAMPLES, _rollout, "model", "image", "pixel")
     return parser
 
 
 def _block(text: str) -> int:
     if not text.removeprefix("-").isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number from 1 on, or -1 for the last")
+        raise argparse.ArgumentTypeError(f"got {text!r}; give a whole number from 1, or -1 for the last")
     return int(text)
 
 
@@ -140,7 +152,7 @@ def _target(options: argparse.Namespace) -> Path:
     """The file to write.
 
     Raises:
-        UserError: it exists, or can't be written.
+        UserError: It exists, or can't be written.
     """
     stem = options.command
     if "model" in options:
@@ -155,11 +167,7 @@ def _target(options: argparse.Namespace) -> Path:
         out = out.with_name(f"{out.name}.png")
     if out.suffix != ".png":
         raise UserError(f"got -o {given}: its name has to end in .png.")
-    if out.exists() and not options.force:
-        raise UserError(f"{out} exists; --force replaces it.")
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{out} can't be written: {parent} is not a folder that you may write to; choose another, -o.")
+    cli.check_target(out, options.force)
     return out
 
 
@@ -173,7 +181,7 @@ def _patterns(options: argparse.Namespace, out: Path, say: Callable[[str], None]
 
 
 def _load(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[OpenModel, Picture, dict[str, Any]]:
-    """Model, picture, and what is to be reported of them."""
+    """The model, the picture, and what is reported about them."""
     from zoo.opening import open_model
     from zoo.tools import look_picture
 
@@ -186,7 +194,7 @@ def _load(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[Open
 def _facts(loaded: OpenModel, size: Sequence[int]) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": loaded.name, "weights": loaded.weights, "size": list(size), "notes": []}
     if loaded.weights == "random weights":
-        facts["notes"].append(f"{loaded.name} has random weights here; --pretrained loads some.")
+        facts["notes"].append(f"{loaded.name} has random weights; --pretrained loads the published ones.")
     return facts
 
 
@@ -195,7 +203,7 @@ def _about(facts: dict[str, Any]) -> str:
 
 
 def _running(loaded: OpenModel, size: Sequence[int], compute: Callable[[], Any]) -> Any:
-    """What `compute` returns; a model's refusal of the images becomes a UserError."""
+    """The result of `compute`. Raises UserError if the model refuses the images."""
     try:
         return compute()
     except (ValueError, RuntimeError, AssertionError) as error:
@@ -252,7 +260,7 @@ def _rollout(options: argparse.Namespace, out: Path, say: Callable[[str], None])
         heat = total[tuple(min(place // stride, side - 1) for place, side in zip(pixel, total.shape, strict=False))]
         whose = "the marked token"
     out.parent.mkdir(parents=True, exist_ok=True)
-    captions = ("the picture", f"rollout: what is in {whose}")
+    captions = ("the picture", f"rollout: tokens in {whose}")
     look_draw.draw_heat(out, heat.numpy(), picture, captions, _about(facts), "share of a token", pixel, stride)
     return {**facts, "pixel": pixel, "weights": heat.tolist()}
 
@@ -267,7 +275,7 @@ def _cam(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> 
     names = look_cam.class_names(loaded.model)
     count = loaded.model.num_classes
     if not count:
-        raise UserError(f"{loaded.name} has no classifier: take zoo-look keys or zoo-look field.")
+        raise UserError(f"{loaded.name} has no classifier: use zoo-look keys or zoo-look field.")
     target = None if options.target is None else look_cam.find_class(options.target, names, count)
     layer, channels = look_cam.layer(loaded, options.stage)
     say("running it")

@@ -1,6 +1,6 @@
-"""How the models attend: the keys of a query, attention rollout, the effective receptive field.
+"""What models attend to: the keys of a query, attention rollout, the effective receptive field.
 
-Letters: H, W are the sides of a map of tokens; h, w those of a map of keys.
+In shapes, H and W are the sides of a map of tokens, h and w those of a map of keys.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ from zoo.messages import UserError
 
 
 @dataclass
-class Site:
-    """An attention module of a model, and what it says of itself.
+class AttentionModule:
+    """An attention module of a model.
 
-    After `run` also its inputs, and the sides of its block's map, which an input may exceed by padding.
+    Attributes:
+        stage: The number of its stage, from 1.
+        block: The number of its block, from 1.
+        module: The module.
+        info: What the module attends to.
+        args: Its inputs, after `run`.
+        size: The sides of its block's map, after `run`. Inputs may be larger, with padding.
     """
 
     stage: int
@@ -32,15 +38,16 @@ class Site:
 
 @dataclass
 class Keys:
-    """What one query attends to: `weights` (h, w), averaged over heads, of the keys on the picture.
+    """The keys in the picture that one query attends to.
 
     Attributes:
-        stage, block: Where, from 1 on.
-        kind: Which attention it is, in words.
-        weights: They sum to 1 less `padding`.
-        padding: What goes to keys beside the picture.
-        pixels: Sides of a key on the picture, in pixels.
-        softmax: Whether they are attention weights; else they are shares of a kernel's absolute weights.
+        stage: The number of the stage, from 1.
+        block: The number of the block, from 1.
+        kind: The kind of attention, in words.
+        weights: The weights (h, w), averaged over heads. They sum to 1 - `padding`.
+        padding: The weight of keys outside the picture.
+        pixels: The side of a key in the picture, in pixels.
+        softmax: Whether the weights are attention weights; otherwise they are shares of a kernel's absolute weights.
     """
 
     stage: int
@@ -52,31 +59,33 @@ class Keys:
     softmax: bool
 
 
-def sites(model: nn.Module, name: str) -> list[Site]:
-    """The attention modules of one of zoo's models, in the order in which they run.
+def attention_modules(model: nn.Module, name: str) -> list[AttentionModule]:
+    """The attention modules of a model of zoo, in the order in which they run.
 
     Raises:
-        UserError: it is another's.
+        UserError: The model has none.
     """
     found = [
-        Site(i, j, module, described)
+        AttentionModule(i, j, module, described)
         for i, stage in enumerate(getattr(model, "stages", ()), 1)
         for j, block in enumerate(getattr(stage, "blocks", ()), 1)
         for module in block.modules()
         if (described := info(module)) is not None
     ]
     if not found:
-        raise UserError(f"{name} has no attention of zoo's: zoo-look cam and zoo-look field take any model of timm.")
+        raise UserError(
+            f"{name} has no attention module of zoo: use zoo-look cam or zoo-look field, which take any model of timm."
+        )
     return found
 
 
-def run(model: nn.Module, images: Tensor, found: Sequence[Site]) -> None:
-    """Run the model, and keep with each site what it got."""
+def run(model: nn.Module, images: Tensor, found: Sequence[AttentionModule]) -> None:
+    """Run the model, and store the inputs and map sizes of the attention modules `found`."""
 
-    def keep_args(site: Site) -> Callable[..., None]:
+    def keep_args(site: AttentionModule) -> Callable[..., None]:
         return lambda _, args: setattr(site, "args", args)
 
-    def keep_size(site: Site, sides: slice) -> Callable[..., None]:
+    def keep_size(site: AttentionModule, sides: slice) -> Callable[..., None]:
         return lambda _, __, out: setattr(site, "size", tuple(out.shape[sides]))
 
     hooks = []
@@ -96,20 +105,20 @@ def run(model: nn.Module, images: Tensor, found: Sequence[Site]) -> None:
 def keys(
     model: nn.Module, name: str, images: Tensor, pixel: tuple[int, int], block: int | None = None
 ) -> Iterator[Keys]:
-    """What the token at a pixel attends to, in each stage and each way.
+    """What the token at a pixel attends to, in each stage and each kind of attention.
 
     Args:
-        model: One of zoo's.
+        model: A model of zoo.
         name: Its name, for messages.
-        images: (1, C, H, W).
+        images: An image (1, C, H, W).
         pixel: Row and column.
-        block: Which block of each stage, from 1 on, or from the end if it is negative; if None, the first block of
+        block: The number of the block in each stage, from 1, or from -1 backwards. None stands for the first block of
             each kind.
 
     Raises:
-        UserError: it has no such attention or block.
+        UserError: The model has no attention module of zoo, or no such block.
     """
-    found = sites(model, name)
+    found = attention_modules(model, name)
     depths = [len(stage.blocks) for stage in model.stages]
     if block is not None:
         numbers = [block if block > 0 else depth + 1 + block for depth in depths]
@@ -117,7 +126,7 @@ def keys(
         if not chosen:
             raise UserError(
                 f"no stage of {name} with attention has a block {block}: its stages have {', '.join(map(str, depths))} "
-                "blocks; give a number from 1 on, or -1 for the last."
+                "blocks; give a number from 1, or -1 for the last."
             )
     else:
         first = {(site.stage, site.info.groups): site for site in reversed(found)}
@@ -125,7 +134,7 @@ def keys(
     run(model, images, chosen)
     for site in chosen:
         stride = model.feature_info[site.stage - 1]["reduction"]
-        # Where a model rounds down, the picture's last rows have no token of their own.
+        # If a model rounds sizes down, the last rows of the picture have no token of their own.
         token = tuple(min(place // stride, side - 1) for place, side in zip(pixel, site.size, strict=True))
         cell = site.info.key_size
         height, width = ((side + cell - 1) // cell for side in site.size)
@@ -136,20 +145,20 @@ def keys(
 
 
 def rollout(model: nn.Module, name: str, images: Tensor, say: Callable[[str], None] = lambda text: None) -> Tensor:
-    """Attention rollout: how much of each token is in each token of the last block, (H, W, H, W).
+    """Attention rollout: the share of each token in each token of the last block, (H, W, H, W).
 
-    The attention of all blocks, averaged over heads, half of each replaced by the identity for the shortcut, multiplied
-    (Abnar and Zuidema, arXiv 2005.00928).
+    It is the product over all blocks of the attention, averaged over heads, and the identity for the shortcut, in equal
+    parts (Abnar and Zuidema, arXiv 2005.00928).
 
     Raises:
-        UserError: the model's blocks do not all have the same tokens and attention between them.
+        UserError: The blocks do not all have the same tokens, with attention between them.
     """
-    found = sites(model, name)
+    found = attention_modules(model, name)
     strides = [info["reduction"] for info in model.feature_info]
     if len(set(strides)) > 1:
         raise UserError(
             f"rollout multiplies the attention of all blocks, so their tokens have to be the same, and those of {name} "
-            f"have {', '.join(map(str, strides))} pixels: take an isotropic model, or zoo-look keys."
+            f"have {', '.join(map(str, strides))} pixels: use an isotropic model, or zoo-look keys."
         )
     run(model, images, found)
     height, width = found[0].size
@@ -171,22 +180,22 @@ def field(
 ) -> list[Tensor]:
     """The effective receptive field of each stage's central feature (Luo et al., arXiv 1701.04128).
 
-    It is the mean absolute derivative by the pixels of noise images, of a combination of the feature's channels with
-    random signs: their plain sum is constant where a norm ends a stage.
+    It is the mean absolute gradient of a sum of the feature's channels with random signs, with respect to the pixels of
+    noise images. A plain sum would be constant after a norm.
 
     Args:
-        model: From images to a list of feature maps (1, C, H, W).
-        channels: Of the images.
-        size: Their height and width.
-        count: How many.
-        seed: Of images and signs.
-        say: Gets the progress.
+        model: Returns a list of feature maps (1, C, H, W).
+        channels: The number of channels of the images.
+        size: Height and width of the images.
+        count: The number of images.
+        seed: The seed of images and signs.
+        say: Shows the progress.
 
     Returns:
-        A map (H, W) per stage, which sums to 1.
+        A map (H, W) per stage. It sums to 1.
 
     Raises:
-        UserError: a feature does not depend on the image.
+        UserError: A feature does not depend on the image.
     """
     generator = torch.Generator().manual_seed(seed)
     totals: list[Tensor] = []
@@ -203,12 +212,12 @@ def field(
                 totals[i:] = [totals[i] + grad, *totals[i + 1 :]] if number else [grad]
     for i, total in enumerate(totals, 1):
         if not total.sum() > 0:
-            raise UserError(f"the central feature of stage {i} does not depend on the image: are the weights in order?")
+            raise UserError(f"the central feature of stage {i} does not depend on the image: are the weights damaged?")
     return [total / total.sum() for total in totals]
 
 
 def extent(field: Tensor, share: float) -> int:
-    """The side, in pixels, of the smallest square around its centre of mass that holds this share of `field`."""
+    """The side, in pixels, of the smallest square around the centre of mass that contains `share` of `field`."""
     rows, columns = (torch.arange(side) for side in field.shape)
     middle = [round((field.sum(1 - axis) * places).sum().item()) for axis, places in enumerate((rows, columns))]
     distance = torch.maximum((rows - middle[0]).abs()[:, None], (columns - middle[1]).abs())

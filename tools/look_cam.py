@@ -1,4 +1,4 @@
-"""Class activation maps by the package grad-cam, for classifiers of timm whose features are maps."""
+"""Class activation maps with the package grad-cam, for classifiers of timm whose features are maps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zoo.opening import OpenModel
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """Those of a run, or of ImageNet where the number of classes says that it is; None where they are not known."""
+    """The class names of a run, or of ImageNet if the number of classes suggests it; None if they are unknown."""
     if model.pretrained_cfg.get("label_names"):
         return list(model.pretrained_cfg["label_names"])
     subset = infer_imagenet_subset(model)
@@ -24,28 +24,30 @@ def class_names(model: nn.Module) -> list[str] | None:
 
 
 def find_class(given: str, names: list[str] | None, count: int) -> int:
-    """The number of the class of this name or number.
+    """The index of the class that `given` names or numbers.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such class.
     """
     if names and given in names:
         return names.index(given)
     if given.isdecimal() and int(given) < count:
         return int(given)
-    known = f", or one of {', '.join(names)}" if names and len(names) <= 20 else ", or a class's name" * bool(names)
+    known = (
+        f", or one of {', '.join(names)}" if names and len(names) <= 20 else ", or the name of a class" * bool(names)
+    )
     raise UserError(f"there is no class {given!r}: give a number from 0 to {count - 1}{known}.")
 
 
 def layer(loaded: OpenModel, stage: int | None) -> tuple[nn.Module, int]:
-    """The module whose output is a stage's features (the last's if None), and their channels.
+    """The module that outputs the features of `stage`, the last one if None, and their number of channels.
 
     Raises:
-        UserError: there is no such stage, or the model does not say where its features are.
+        UserError: There is no such stage, or the model has no `feature_info`.
     """
     infos = getattr(loaded.model, "feature_info", None)
     if not infos:
-        raise UserError(f"{loaded.name} has no feature maps that a class activation map could be made of.")
+        raise UserError(f"{loaded.name} has no feature maps, which a class activation map needs.")
     infos = list(infos)
     if stage is not None and stage > len(infos):
         raise UserError(f"{loaded.name} has no stage {stage}: give a number from 1 to {len(infos)}.")
@@ -54,10 +56,10 @@ def layer(loaded: OpenModel, stage: int | None) -> tuple[nn.Module, int]:
 
 
 def heat(model: nn.Module, images: Tensor, layer: nn.Module, channels: int, target: int) -> np.ndarray:
-    """Grad-CAM of one image for the class `target`: (H, W) of the image, from 0 to 1.
+    """Grad-CAM of one image for the class `target`: (H, W), from 0 to 1.
 
     Raises:
-        UserError: the output of `layer` is no map of `channels`.
+        UserError: The output of `layer` is not a map with `channels` channels.
     """
 
     def as_maps(x: Tensor) -> Tensor:
@@ -66,10 +68,10 @@ def heat(model: nn.Module, images: Tensor, layer: nn.Module, channels: int, targ
         if x.ndim == 4 and x.shape[-1] == channels:
             return x.permute(0, 3, 1, 2)
         raise UserError(
-            f"the features there have the shape {tuple(x.shape)} and are no maps of {channels} channels: a class "
-            "activation map needs a model whose features are maps."
+            f"the features have the shape {tuple(x.shape)} and are not maps of {channels} channels: use a model whose "
+            "features are maps."
         )
 
     with GradCAM(model, target_layers=[layer], reshape_transform=as_maps) as cam:
         found = cam(images, targets=[ClassifierOutputTarget(target)])[0]
-    return found / (found.max() or 1)  # the package's largest value is a little less than 1
+    return found / (found.max() or 1)  # grad-cam's largest value is slightly below 1

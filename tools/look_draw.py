@@ -1,4 +1,4 @@
-"""The figures of zoo-look but the patterns: keys, rollout and class activation over a picture; receptive fields."""
+"""The figures of zoo-look except patterns: keys, rollout and class activation on a picture; receptive fields."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from zoo.tools.look_attention import Keys, extent
 from zoo.tools.look_picture import Picture
 
 HEAT = "plasma"
-PANEL, WIDE, BAR = 2.4, 4.0, 0.55  # inches, 120 pixels each: one of several pictures, one of two, a colour bar
+PANEL, WIDE, BAR = 2.4, 4.0, 0.55  # inches of 120 pixels: a panel of many, a panel of two, a colour bar
 FIELD_TICKS = (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
 
 
 def draw_keys(path: Path, keys: Sequence[Keys], picture: Picture, pixel: tuple[int, int], title: str) -> None:
-    """A column per stage, a row per kind of attention: the picture, and the keys of the pixel in their strength."""
+    """Draw the keys of a pixel over the picture: a column per stage, a row per kind of attention."""
     stages = sorted({found.stage for found in keys})
     columns = [[found for found in keys if found.stage == stage] for stage in stages]
     grid = _grid(max(map(len, columns)), len(columns), picture.original, title, bars=len(columns), lines=3)
@@ -58,18 +58,18 @@ def draw_heat(
     pixel: tuple[int, int] | None = None,
     cell: int | None = None,
 ) -> None:
-    """The picture, and beside it the same under a map (H, W), from 0 to its largest value.
+    """Draw the picture, and beside it the picture under a map.
 
     Args:
-        path: What to write.
-        heat: The map.
+        path: The file to write.
+        heat: The map (H, W). Its colours range from 0 to the largest value.
         picture: The picture.
-        titles: Of the two.
-        title: Of the whole.
-        scale: What the colours stand for.
-        pixel: To mark, in the model's pixels.
-        cell: Sides of the squares that the map is made of, in the model's pixels; the last ones may be cut. If None,
-            the map is smooth and as large as the picture.
+        titles: The titles of the two panels.
+        title: The title of the figure.
+        scale: What the colours mean.
+        pixel: A pixel to mark, in pixels of the model's input.
+        cell: The side of a cell of the map, in pixels of the model's input. The last cells may be cut. If None, the map
+            is smooth and as large as the picture.
     """
     grid = _grid(1, 2, picture.original, title, WIDE)
     for axes, caption in zip(grid.flat, titles, strict=True):
@@ -87,7 +87,7 @@ def draw_heat(
 
 
 def draw_field(path: Path, fields: Sequence[Tensor], title: str) -> None:
-    """A panel per stage, brighter where a pixel has more influence on the central feature."""
+    """Draw a panel per stage. A pixel is brighter if it has more influence on the central feature."""
     grid = _grid(1, len(fields), fields[0].shape, f"{title}; the axes count pixels, brightness is the square root")
     for stage, (axes, field) in enumerate(zip(grid.flat, fields, strict=True), 1):
         shares = field / field.max()
@@ -104,9 +104,16 @@ def draw_field(path: Path, fields: Sequence[Tensor], title: str) -> None:
 def _grid(
     rows: int, columns: int, shape: Sequence[int], title: str, panel: float = PANEL, bars: int = 1, lines: int = 2
 ) -> np.ndarray:
-    """Axes (rows, columns), `panel` inches wide, for pictures of this shape, height and width, under a title.
+    """Axes (rows, columns) in a figure with a title.
 
-    There is room for `bars` colour bars side by side, and for `lines` of text above each picture.
+    Args:
+        rows: The number of rows.
+        columns: The number of columns.
+        shape: Height and width of the pictures, for their aspect ratio.
+        title: The title of the figure.
+        panel: The width of a panel in inches.
+        bars: The number of colour bars side by side.
+        lines: The lines of text above each picture.
     """
     ratio = min(max(shape[0] / shape[1], 0.4), 2.5)
     width = columns * panel + bars * BAR
@@ -118,24 +125,24 @@ def _grid(
 
 
 def _shared_bar(grid: np.ndarray, image: AxesImage, label: str, ticks: Sequence[float] | None = None) -> None:
-    """A colour bar beside a row of pictures, which stay equally large."""
+    """Add one colour bar for a row of pictures, so that these keep the same size."""
     bar = image.figure.colorbar(image, ax=grid[0].tolist(), shrink=0.9, pad=0.01, format=_percent, ticks=ticks)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
 def _save(path: Path, grid: np.ndarray) -> None:
-    """Write the figure, without the empty rims that titles and colour bars leave."""
+    """Write the figure without empty margins."""
     grid.flat[0].figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.08)
 
 
 def _show(axes: Axes, pixels: np.ndarray, size: tuple[int, int], **options: Any) -> AxesImage:
-    """Stretch pixels over the model's, `size`, height and width, which all places are given in."""
+    """Show pixels in the coordinates of the model's input, whose height and width are `size`."""
     return axes.imshow(pixels, extent=(0, size[1], size[0], 0), **options)
 
 
 def _bounds(axes: Axes, picture: Picture) -> None:
-    """The file's shape, whatever the model's is, without what tokens have beyond the picture."""
+    """Limit the axes to the picture, with the aspect ratio of the file."""
     height, width = picture.size
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
@@ -147,7 +154,7 @@ def _percent(value: float, _: int) -> str:
 
 
 def _pale(pixels: np.ndarray) -> np.ndarray:
-    """Grey and lighter, so that a few colours on top of it stand out."""
+    """The picture in light grey, on which colours stand out."""
     grey = pixels.mean(2, keepdims=True).repeat(3, 2)
     return (255 - (255 - grey) * 0.6).astype(np.uint8)
 

@@ -1,4 +1,4 @@
-"""The picture of the attention patterns, computed from the modules that the models are made of."""
+"""The picture of the attention patterns, computed by the attention modules of the models."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from zoo import FAMILIES
 from zoo.attention_maps import Pattern
 from zoo.families import load
 
-SIDE = 28  # tokens: the second stage's map of 224 pixels
+SIDE = 28  # tokens along a side: the map of the second stage for 224 pixels
 DIM = 32
 QUERY = (11, 16)
-SEED = 7  # decides to which regions random tokens are routed
+SEED = 7  # decides to which regions the random tokens are routed
 
-# Colours and greys that stand out from white and from black.
+# Visible on white and on black.
 BLUE, ORANGE, PINK, GREY = (47, 129, 247), (224, 125, 16), (232, 51, 126), (128, 128, 128)
-CELL, GAP, SPACE = 14, 2, 40  # pixels: of a token, around it, between panels
-TITLE, LINE = 50, 32  # sizes of letters in pixels; seen at half of that
+CELL, GAP, SPACE = 14, 2, 40  # pixels: the side of a token, the gap around it, the space between panels
+TITLE, LINE = 50, 32  # font sizes in pixels; the picture is shown at half its size
 
 
 def panels(families: Iterable[str] = FAMILIES) -> list[Pattern]:
-    """The patterns that the families' files compute, for the same token of a map of 28 x 28 random tokens."""
+    """The patterns of the families, for one token of a map of 28 x 28 random tokens."""
     found: list[Pattern] = []
     for family in families:
         with torch.random.fork_rng(devices=[]):
@@ -37,7 +37,7 @@ def panels(families: Iterable[str] = FAMILIES) -> list[Pattern]:
 
 
 def paint(panel: Pattern) -> np.ndarray:
-    """A panel's map as RGBA, (pixels, pixels, 4) uint8, CELL pixels a token, transparent between them."""
+    """A panel as RGBA (pixels, pixels, 4), uint8. A token has CELL pixels, and the gaps are transparent."""
     image = np.zeros((SIDE * CELL, SIDE * CELL, 4), dtype=np.uint8)
 
     def fill(
@@ -49,11 +49,11 @@ def paint(panel: Pattern) -> np.ndarray:
     for y in range(SIDE):
         for x in range(SIDE):
             fill(y, x, 1, GREY, 0.22)
-    # The second map first: where both are, the first one is seen.
+    # The second map first, so that the first covers it.
     for map_, colour in reversed(list(zip(panel.maps, (BLUE, ORANGE), strict=False))):
         side = SIDE // len(map_)
         for y, x in map_.nonzero().tolist():
-            # The faintest key has to be told from a token that is none.
+            # The faintest key has to differ from a token that is not a key.
             fill(y * side, x * side, side, colour, 0.25 + 0.75 * map_[y, x].item())
     for y, x in panel.queries:
         fill(y, x, 1, PINK, 1, margin=-GAP)
@@ -61,7 +61,7 @@ def paint(panel: Pattern) -> np.ndarray:
 
 
 def draw(path: Path, family: str | None = None) -> tuple[int, int]:
-    """Draw the panels, of all families or of one, to a PNG with a transparent background; returns width and height."""
+    """Draw the panels of all families, or of one, to a PNG with a transparent background. Returns width and height."""
     from matplotlib.figure import Figure
 
     shown = panels(FAMILIES if family is None else (family,))
@@ -86,7 +86,7 @@ def draw(path: Path, family: str | None = None) -> tuple[int, int]:
             write(x, top + TITLE + 16 + i * (LINE + 8), line, LINE, colour)
         figure.figimage(paint(panel), xo=x, yo=height - top - text - map_size, origin="upper")
     figure.savefig(path, format="png", transparent=True)
-    if family:  # one or two panels are shown as they are, eight at half of that
+    if family:  # one or two panels are shown at full size, all of them at half size
         width, height = width // 2, height // 2
         with Image.open(path) as image:
             image.resize((width, height), Image.Resampling.LANCZOS).save(path, optimize=True)

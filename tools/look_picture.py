@@ -1,4 +1,4 @@
-"""The picture that zoo-look reads, as a model takes it."""
+"""The picture that zoo-look reads, and the input that a model gets from it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from zoo.messages import UserError, one_line, size_text
 from zoo.opening import OpenModel
 
-SHOWN = 1200  # pixels along a side of a picture that is drawn on
+SHOWN = 1200  # pixels along the longer side of a drawn picture
 
 
 @dataclass
 class Picture:
-    """An image to draw on, and as a model gets it.
+    """A picture to draw on, and the input of the model.
 
     Attributes:
-        pixels: (h, w, 3) uint8, the file's own; of a large one fewer, SHOWN along its longer side.
-        images: (1, C, H, W) float32.
+        pixels: The picture, (h, w, 3) uint8. A large one is reduced to SHOWN pixels along its longer side.
+        images: The input of the model, (1, C, H, W) float32.
         original: Height and width of the file.
     """
 
@@ -34,14 +34,14 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """H and W, the sides of what the model gets."""
+        """H and W, the sides of the input of the model."""
         return tuple(self.images.shape[2:])
 
     def pixel(self, at: Sequence[int] | None) -> tuple[int, int]:
-        """Row and column in `images` of a pixel of the file; the middle if None.
+        """Row and column in `images` of a pixel of the file, or the centre if None.
 
         Raises:
-            UserError: it is outside.
+            UserError: The pixel is outside the picture.
         """
         if at is None:
             at = [side // 2 for side in self.original]
@@ -56,21 +56,21 @@ class Picture:
 
 
 def read_picture(file: Path, loaded: OpenModel, size: Sequence[int] | None = None) -> Picture:
-    """The image in `file` for a model.
+    """Read a picture for a model.
 
     Args:
-        file: Of any format that Pillow reads.
+        file: A file in any format that Pillow reads.
         loaded: The model.
-        size: Height and width to resize it to. If None, its shorter side becomes what the model was made for, and its
-            shape stays, unless the model takes one size only.
+        size: Height and width of the input. If None, the shorter side is resized to the model's own size and the aspect
+            ratio is kept, unless the model takes one size only.
 
     Raises:
-        UserError: there is no such file, it is no picture, or the model takes something else than pictures.
+        UserError: There is no such file, it is not a picture, or the model does not take pictures.
     """
     config = loaded.config
     channels, *usual = config["input_size"]
     if channels not in (1, 3):
-        raise UserError(f"{loaded.name} takes images of {channels} channels: zoo-look shows grey and RGB ones.")
+        raise UserError(f"{loaded.name} takes images of {channels} channels: zoo-look takes grey and RGB pictures.")
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGB")

@@ -459,7 +459,7 @@ def _class_file(path: Path) -> list[str]:
     """The classes of a file in which a line's number is the label: an empty one between others would shift those."""
     lines = [line.strip() for line in read_text(path).rstrip().split("\n")] if path.exists() else []
     if len(lines) > 1 and "" in lines:
-        raise RunError(f"{path} has to name one class a line, but line {lines.index('') + 1} is empty.")
+        raise RunError(f"{path} has to name one class per line, but line {lines.index('') + 1} is empty.")
     return read_classes(path)
 
 

@@ -121,7 +121,7 @@ WRONG = {
     "--qqqqqq 3": "there is no option --qqqqqq: settings are written key=value",
     "digits": "'digits' is not of the form key=value: did you mean data=digits?",
     "seed": "'seed' is not of the form key=value: write seed=<value>",
-    "optim.betas=0.9,0.99": "for a list write 'optim.betas=[0.9,0.99]', to run one after another add -m",
+    "optim.betas=0.9,0.99": "for a list, write 'optim.betas=[0.9,0.99]'; to run them one after another, add -m",
     "trainer.amp=[1": """to pass it as a string, write "trainer.amp='[1'".""",
     "trainer.epochs=abc": "trainer.epochs=abc: Value 'abc' of type 'str' could not be converted to Integer",
     "model_kwargs=3": "model_kwargs=3: Cannot assign int to Dict[str, Any]",
@@ -179,7 +179,7 @@ def test_folder_of_a_run_in_place_of_a_key(called, tmp_path, module):
 def test_path_that_a_shell_took_apart(called, tmp_path):
     (tmp_path / "my photos").mkdir()
     _, (_, errors) = called("train", "data.root=my", "photos")
-    assert "quote what has spaces: 'data.root=my photos'" in errors
+    assert "quote a value with spaces: 'data.root=my photos'" in errors
 
 
 def test_list_of_nearest_recipes_is_short(called):

@@ -220,7 +220,7 @@ def test_wrong_hash_is_refused(published, capsys):
     message = refused(capsys, "van-12345678.pth")
     sha256 = hashlib.sha256(Path("van-12345678.pth").read_bytes()).hexdigest()
     assert message.startswith("van-12345678.pth is not the file that https://x.org/van-12345678.pth published: its")
-    assert f"sha256 is {sha256[:8]}..., recorded is 12345678...; download it again, or rename it" in message
+    assert f"sha256 is {sha256[:8]}..., not 12345678...; download it again, or rename it" in message
 
 
 @pytest.mark.parametrize("name", ["van_b0.in1k", "gc_vit_xxtiny.in1k"])
@@ -316,7 +316,7 @@ def test_failed_write_leaves_nothing(state_dict, capsys, monkeypatch):
     save(state_dict)
     monkeypatch.setattr("timm.models._hub.save_config_for_hf", full)
     message = refused(capsys, "file.pth", "-o", "new")
-    assert message == "could not write to new (No space left on device): mend that, or give another with -o."
+    assert message == "could not write to new (No space left on device): correct that, or give another folder with -o."
 
 
 # ---- what it refuses
@@ -407,8 +407,8 @@ def test_other_model_than_said_is_refused(state_dict, capsys):
 def test_ambiguous_weights_are_refused(capsys):
     save(timm.create_model("test_dinat").state_dict())
     assert refused(capsys, "file.pth") == (
-        "file.pth fits test_dinat and test_nat alike, as they differ in no tensor: say --model test_dinat or --model "
-        "test_nat."
+        "file.pth fits test_dinat and test_nat equally, because their tensors have the same shapes: add --model "
+        "test_dinat or --model test_nat."
     )
 
 

@@ -115,7 +115,7 @@ def test_model_that_takes_one_size(capsys, tmp_path):
     assert run("vit_tiny_patch16_224", "--size", 32, 32, "-o", tmp_path / "model.pt2") == 0
     said = capsys.readouterr().out
     assert "images (batch, 3, 32, 32)" in said
-    assert "height and width are fixed: the model takes no others" in said
+    assert "height and width are fixed: the model takes no other size" in said
     assert "at 1x3x32x32" in said
     assert "at 3x3x32x32" in said
 
@@ -125,7 +125,7 @@ def test_size_that_the_exporter_fixes(capsys, tmp_path):
     """A map of a single token is a case of its own."""
     said = record(capsys, "test_van", "--size", 32, 32, "-o", tmp_path / "model.pt2")
     assert said["input"]["shape"] == ["batch", 3, 32, 32]
-    assert "the exporter can't leave them open (it takes heights from" in said["fixed"][0]
+    assert "the exporter can't make this dynamic (it takes heights from" in said["fixed"][0]
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ BAD = [
     ("test_van -o model.pth", 2, "got -o model.pth: its name has to end in .pt2 or .onnx."),
     ("test_van -o model.pt2 --format onnx", 2, "got -o model.pt2: --format onnx writes .onnx files."),
     ("test_van -o there.onnx", 1, "there.onnx exists; --force replaces it."),
-    ("test_van -o text.pth/model.pt2", 1, "text.pth is not a folder that you may write to; choose another with -o."),
+    ("test_van -o text.pth/model.pt2", 1, "text.pth is not a folder that you may write to; give another with -o."),
     ("", 2, "required: MODEL"),
 ]
 

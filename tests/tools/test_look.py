@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_weights_are_shares(name):
     model = build(name)
-    sites = look_attention.sites(model, name)
+    sites = look_attention.attention_modules(model, name)
     look_attention.run(model, images(*SIZE), sites)
     shares = [keys for block in (1, 2) for keys in look_attention.keys(model, name, images(*SIZE), PIXEL, block)]
     assert len(shares) == sum(len(site.info.groups) for site in sites)
@@ -82,7 +82,7 @@ def test_weights_are_shares(name):
 @torch.no_grad()
 def test_weights_are_the_softmax():
     model = build("test_cswin")
-    site = look_attention.sites(model, "cswin")[-1]
+    site = look_attention.attention_modules(model, "cswin")[-1]
     look_attention.run(model, images(*SIZE), [site])
     height, width = site.size
     heads = site.module.qkv(site.args[0]).reshape(height * width, 3, site.module.num_heads, -1).permute(1, 2, 0, 3)
@@ -97,7 +97,7 @@ def test_weights_are_the_softmax():
 @torch.no_grad()
 def test_weights_have_the_bias():
     model = build("test_gc_vit")
-    site = look_attention.sites(model, "gc_vit")[0]
+    site = look_attention.attention_modules(model, "gc_vit")[0]
     nn.init.zeros_(site.module.qkv.weight)
     look_attention.run(model, images(64, 64), [site])
     got = look_attention.attention(site.module, site.args, [(5, 6)])[0, 0, 4:8, 4:8]
@@ -174,7 +174,7 @@ def test_rollout_is_the_product():
     model = build("vitrpb_small", **settings)
     total = look_attention.rollout(model, "vitrpb", images(48, 64)).reshape(12, 12)
     want = torch.eye(12)
-    sites = look_attention.sites(model, "vitrpb")
+    sites = look_attention.attention_modules(model, "vitrpb")
     look_attention.run(model, images(48, 64), sites)
     for site in sites:
         query, key, _ = site.module.qkv(site.args[0]).reshape(12, 3, 2, 8).permute(1, 2, 0, 3)
@@ -191,7 +191,7 @@ def test_rollout_is_the_product():
 def test_attention_of_all_tokens_is_that_of_each(name):
     """Also where the map is smaller than the neighbourhood, and padded."""
     model = build(name, embed_dims=(16,) * 4, depths=(2, 1, 1, 1), num_heads=(2,) * 4, dilations=(2, 1, 1, 1))
-    sites = look_attention.sites(model, name)[:2]
+    sites = look_attention.attention_modules(model, name)[:2]
     look_attention.run(model, images(*SIZE), sites)
     tokens = list(itertools.product(range(5), range(6)))
     for site in sites:
@@ -415,7 +415,10 @@ def test_zero_map_is_said(capsys, tmp_path, photo, finished, monkeypatch):
             "no stage of test_van with attention has a block 3: its",
         ),
         (["keys", "test_van", "PHOTO", "--size", "16", "64"], "test_van can't run on images of 16x64 pixels: Got "),
-        (["keys", "test_resnet", "PHOTO"], "test_resnet has no attention of zoo's: zoo-look cam and zoo-look field"),
+        (
+            ["keys", "test_resnet", "PHOTO"],
+            "test_resnet has no attention module of zoo: use zoo-look cam or zoo-look field",
+        ),
         (["rollout", "test_van", "PHOTO"], "rollout multiplies the attention of all blocks, so their tokens have to"),
         (
             ["cam", "RUN", "PHOTO", "--class", "cow"],
@@ -423,7 +426,7 @@ def test_zero_map_is_said(capsys, tmp_path, photo, finished, monkeypatch):
         ),
         (["cam", "RUN", "PHOTO", "--class", "3"], "there is no class '3': give a number from 0 to 2, or one of cat"),
         (["cam", "RUN", "PHOTO", "--stage", "5"], "mine has no stage 5: give a number from 1 to 4."),
-        (["cam", "test_vit", "PHOTO"], "the features there have the shape (1, 101, 64) and are no maps of 64 channels"),
+        (["cam", "test_vit", "PHOTO"], "the features have the shape (1, 101, 64) and are not maps of 64 channels"),
         (["cam", "RUN", "PHOTO", "-o", "a.jpg"], "got -o a.jpg: its name has to end in .png."),
         (["cam", "RUN", "PHOTO", "-o", "PHOTO"], "PHOTO exists; --force replaces it."),
         (["patterns", "-o", "PHOTO/a.png"], "PHOTO/a.png can't be written: PHOTO is not a folder that you may write"),
@@ -450,7 +453,7 @@ def test_mistakes(arguments, message, capsys, tmp_path, photo, finished, monkeyp
     [
         (["keys", "test_van", "x", "--pixel", "a", "1"], "--pixel: got 'a'; give a whole number of 0 or more"),
         (["keys", "test_van", "x", "--size", "0", "1"], "--size: got '0'; give a whole number of 1 or more"),
-        (["keys", "test_van", "x", "--block", "0"], "--block: got '0'; give a whole number from 1 on, or -1 for the"),
+        (["keys", "test_van", "x", "--block", "0"], "--block: got '0'; give a whole number from 1, or -1 for the"),
         (["look"], "invalid choice: 'look'"),
         (["patterns", "resnet"], "invalid choice: 'resnet'"),
     ],
@@ -470,7 +473,7 @@ def test_cam_needs_a_package(capsys, tmp_path, photo, monkeypatch):
 
 def test_other_refusals(photo):
     loaded = OpenModel(nn.Identity(), "mine", "", {"input_size": (4, 64, 64)}, False)
-    with pytest.raises(UserError, match="mine takes images of 4 channels: zoo-look shows grey and RGB ones"):
+    with pytest.raises(UserError, match="mine takes images of 4 channels: zoo-look takes grey and RGB pictures"):
         look_picture.read_picture(photo, loaded)
     with pytest.raises(UserError, match="mine has no feature maps"):
         look_cam.layer(loaded, None)
@@ -483,7 +486,7 @@ def test_backbone_without_classifier(capsys, tmp_path, photo):
     save_for_hf(build("test_van", num_classes=0), str(folder), safe_serialization=True)
     code, _, errors = run(capsys, "cam", folder, photo, "-o", tmp_path / "a.png")
     assert code == 1
-    assert "backbone has no classifier: take zoo-look keys or zoo-look field." in errors
+    assert "backbone has no classifier: use zoo-look keys or zoo-look field." in errors
 
 
 def test_narrow_pictures_keep_their_titles(tmp_path):

@@ -28,13 +28,13 @@ def places(weights):
 def check_keys(name, expected):
     """Hold the keys of the first two blocks of each stage to those that `expected` gives.
 
-    It is called with the attention module as a `Site`, the token's row and column and the sides of the map, and returns
-    the set of keys of each group of heads.
+    It is called with the `AttentionModule`, the token's row and column and the sides of the map, and returns the set of
+    keys of each group of heads.
     """
     torch.manual_seed(0)
     model = timm.create_model(name).eval()
     images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(5))
-    sites = look_attention.sites(model, name)
+    sites = look_attention.attention_modules(model, name)
     look_attention.run(model, images, sites)
     features = model.forward_intermediates(images, intermediates_only=True)
     found = {}
