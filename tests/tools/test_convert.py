@@ -421,7 +421,7 @@ def test_ambiguous_weights_are_refused(capsys):
         (["file.pth", "--model", "van_b9"], "there is no model 'van_b9' in zoo: did you mean van_b"),
         (["file.pth", "--model", "van_b0.in22k"], "there is no model 'van_b0.in22k' in zoo: did you mean van_b0.in1k?"),
         (["file.pth", "--model", "qqq"], "there is no model 'qqq' in zoo: zoo-models lists its models."),
-        (["file.pth", "-o", "file.pth"], "file.pth is a file: give a folder with -o"),
+        (["file.pth", "-o", "file.pth"], "file.pth is a file: give a folder for "),
     ],
 )
 def test_mistakes_in_the_command_line(arguments, message, state_dict, capsys):
