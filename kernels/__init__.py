@@ -1,9 +1,9 @@
 """Attention operators shared by all families, on channels-last tensors.
 
-Each function's docstring is its specification, and its `reference.py` the plain implementation that defines what is
-right. Behind the same functions are `torch_impl.py`, fast on CPUs and running anywhere, and `triton_impl.py` for GPUs;
-each call runs what suits its tensors, or what `set_implementation`, `implementation` or the environment variable
-ZOO_KERNELS choose.
+The docstring of a function is its specification, and its `reference.py` is the plain implementation that defines the
+correct result. `torch_impl.py` is fast on CPUs and runs anywhere; `triton_impl.py` is for GPUs. Each call runs the
+implementation that suits its tensors, unless `set_implementation`, `implementation` or the environment variable
+ZOO_KERNELS chooses another.
 """
 
 from pkgutil import iter_modules
@@ -15,7 +15,7 @@ from zoo.kernels.neighborhood_attention import neighborhood_attention
 from zoo.kernels.routed_attention import routed_attention
 from zoo.kernels.window_attention import window_attention
 
-# Every operator has a folder, in which tests, benchmarks and documents find the rest.
+# Each operator is a folder; tests and benchmarks find its cases and peers there.
 OPERATORS = tuple(sorted(folder.name for folder in iter_modules(__path__) if folder.ispkg))
 
 # The functions of all operators, the choice of their implementation, and what modules around them need as well:

@@ -1,4 +1,4 @@
-"""Attention of many small sets of tokens in PyTorch, shared by the operators' fast paths.
+"""Attention of many small sets of tokens in PyTorch, shared by the operators' `torch_impl.py`.
 
 Letters: T queries, K keys, N heads, D head dim.
 """
@@ -13,10 +13,10 @@ from zoo.kernels import dispatch
 
 
 def fused(*tensors: Tensor | None) -> bool:
-    """Whether to use PyTorch's fused attention: where it may be and no gradients of `tensors` are wanted.
+    """Whether to use PyTorch's fused attention: if it is allowed and none of `tensors` needs a gradient.
 
-    On CPUs its gradients are slow, in bfloat16 several times, and have no gradients themselves; torch.func and
-    forward-mode differentiation don't work with it at all. Exported programs are for inference.
+    On CPUs its backward pass is slow, several times slower in bfloat16, and cannot be differentiated. It does not
+    support torch.func and forward-mode AD. Exported programs are for inference and use it.
     """
     if not dispatch.fused_allowed() or dispatch.transformed():
         return False
@@ -24,27 +24,27 @@ def fused(*tensors: Tensor | None) -> bool:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, *, fuse: bool) -> Tensor:
-    """softmax(scale * query @ key^T + bias) @ value; logits and softmax of half precision are float32.
+    """softmax(scale * query @ key^T + bias) @ value; logits and softmax are float32 for half precision.
 
     Args:
         query: (..., N, T, D).
         key: (..., N, K, D).
         value: Like `key`.
-        bias: Added to the logits, (..., N, T, K) or of sizes that expand to it; 4 dimensions if `fuse`.
-        scale: Of the logits.
-        fuse: Whether by PyTorch's fused attention, which takes 4 dimensions.
+        bias: Added to the logits; (..., N, T, K), or sizes that broadcast to it. It has 4 dimensions if `fuse`.
+        scale: Factor of the logits.
+        fuse: Whether to use PyTorch's fused attention, for which all tensors have 4 dimensions.
 
     Returns:
-        (..., T, N, D), in the type of `query`.
+        (..., T, N, D), in the dtype of `query`.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     if fuse:
         if bias is not None:
-            # Only on CPUs does it take a bias of float32 beside half precision, and ONNX has no such addition.
+            # Only the CPU kernel takes a float32 bias with half-precision inputs, and ONNX cannot add the two.
             wide = query.device.type == "cpu" and not torch.compiler.is_exporting()
             bias = bias.to(dtype if wide else query.dtype)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).transpose(-3, -2)
-        # Other machines than the one that a program is exported on lay the output out differently.
+        # The strides of the output depend on the machine, and an exported program may run on another one.
         return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
     logits = (scale * query.to(dtype)) @ key.to(dtype).transpose(-2, -1)
     weights = (logits if bias is None else logits + bias.to(dtype)).softmax(-1)

@@ -1,4 +1,4 @@
-"""Errors that several operators share: the value, what is allowed, what to do. Every implementation raises the same."""
+"""Checks that several operators share. Their errors state the value, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def certain(condition: bool | SymBool) -> bool:
-    """Whether `condition` holds; for sizes that are still open, as in torch.export, whether it holds for all of them.
+    """Whether `condition` holds; for symbolic sizes, as in torch.export, whether it holds for every value of them.
 
-    So a check refuses what is certainly wrong, and an exported program is not tied to the sizes it was traced with.
+    A check then rejects only what is wrong for every size, and does not specialize an exported program.
     """
     if isinstance(condition, bool):
         return condition
@@ -24,9 +24,9 @@ def certain(condition: bool | SymBool) -> bool:
 
 
 def sizes(tensor: Tensor) -> tuple[int, ...]:
-    """The sizes of `tensor`; plain numbers in torch.jit.trace too, which else makes tensors of them.
+    """The sizes of `tensor`, as plain numbers under torch.jit.trace too, which otherwise records tensors.
 
-    So what is traced holds for the size of map that it was traced with, as torch says in a warning.
+    A traced operator is therefore valid for one map size only, as torch says in a warning.
     """
     return tuple(map(int, tensor.shape)) if torch.jit.is_tracing() else tuple(tensor.shape)
 
@@ -35,7 +35,7 @@ def pair(value: int | tuple[int, int], name: str) -> tuple[int, int]:
     """`value` for rows and columns.
 
     Raises:
-        TypeError: it is neither an int nor two.
+        TypeError: it is neither an int nor a pair of ints.
         ValueError: it is below 1.
     """
     values = tuple(value) if isinstance(value, tuple | list) else (value, value)
@@ -50,7 +50,7 @@ def flags(value: bool | tuple[bool, bool], name: str) -> tuple[bool, bool]:
     """`value` for rows and columns.
 
     Raises:
-        TypeError: it is neither a bool nor two.
+        TypeError: it is neither a bool nor a pair of bools.
     """
     values = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(values) != 2 or not all(isinstance(v, bool) for v in values):
@@ -59,7 +59,7 @@ def flags(value: bool | tuple[bool, bool], name: str) -> tuple[bool, bool]:
 
 
 def count(value: int, name: str) -> None:
-    """`value` is a number of things.
+    """Check that `value` is a count.
 
     Raises:
         TypeError: it is not an int.
@@ -72,11 +72,11 @@ def count(value: int, name: str) -> None:
 
 
 def tensors(needed: dict[str, Tensor], **optional: Tensor | None) -> None:
-    """What is needed and, where it isn't None, what is optional are dense tensors on one device.
+    """Check that the needed arguments, and those of the optional ones that are given, are dense tensors on one device.
 
     Raises:
-        TypeError: one is none, or not dense.
-        ValueError: devices that differ.
+        TypeError: one is not a tensor, or not dense.
+        ValueError: the devices differ.
     """
     given = needed | {name: tensor for name, tensor in optional.items() if tensor is not None}
     for name, tensor in given.items():
@@ -93,10 +93,10 @@ def tensors(needed: dict[str, Tensor], **optional: Tensor | None) -> None:
 
 
 def floating(**tensors: Tensor | None) -> None:
-    """Tensors are of one floating-point type; a `bias_table` may be float32 beside half precision.
+    """Check that the tensors have one floating-point dtype; a `bias_table` may be float32 with half precision.
 
     Raises:
-        TypeError: another type, or types that differ.
+        TypeError: another dtype, or dtypes that differ.
     """
     given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in given.items():
@@ -117,10 +117,10 @@ def floating(**tensors: Tensor | None) -> None:
 
 
 def shape(tensor: Tensor, name: str, expected: tuple[int | None, ...], letters: str) -> None:
-    """`tensor` has the `expected` sizes, None being any; `letters` names them for the error.
+    """Check that `tensor` has the `expected` sizes, where None is any; `letters` names them in the error.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the sizes differ.
     """
     given = sizes(tensor)
     if len(given) != len(expected) or any(
@@ -131,11 +131,11 @@ def shape(tensor: Tensor, name: str, expected: tuple[int | None, ...], letters: 
 
 
 def mask(tensor: Tensor, name: str, expected: tuple[int, ...], letters: str) -> None:
-    """`tensor` is bool and has the `expected` sizes.
+    """Check that `tensor` is bool and has the `expected` sizes.
 
     Raises:
         TypeError: it is not bool.
-        ValueError: it has others.
+        ValueError: the sizes differ.
     """
     shape(tensor, name, expected, letters)
     if tensor.dtype != torch.bool:
@@ -147,7 +147,7 @@ def split_heads(channels: int, parts: int, num_heads: int, name: str) -> int:
 
     Raises:
         TypeError: `num_heads` is not an int.
-        ValueError: the channels can't be divided so, or there are no heads.
+        ValueError: the channels are not a multiple of that, or there are no heads.
     """
     count(num_heads, "num_heads")
     if channels == 0 or channels % (parts * num_heads):
@@ -160,7 +160,7 @@ def split_heads(channels: int, parts: int, num_heads: int, name: str) -> int:
 
 
 def attention_scale(scale: float | None, head_dim: int) -> float:
-    """`scale`, or the usual head_dim ** -0.5 for None.
+    """`scale` as a float, or head_dim ** -0.5 if it is None.
 
     Raises:
         TypeError: it is not a number.
@@ -176,7 +176,7 @@ def attention_scale(scale: float | None, head_dim: int) -> float:
 
 
 def map_size(height: int, width: int, name: str) -> None:
-    """A map has tokens.
+    """Check that a map has tokens.
 
     Raises:
         ValueError: it is empty.

@@ -1,4 +1,4 @@
-"""Masks and indices that depend on sizes alone, kept between calls within a bound."""
+"""A cache, bounded in bytes, of masks and indices that depend on sizes alone."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ _lock = Lock()
 
 
 def constant(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor:
-    """`make(*args, device=like.device)`, from the last calls where it can be; not to be written to.
+    """`make(*args, device=like.device)`, from the cache if possible. Do not write to it.
 
-    At most MAX_BYTES are kept, the longest unused going first. While a graph is traced, or torch's operations are
-    watched otherwise, nothing is kept or taken: the graph is to hold the operations, and its fake tensors are of no use
-    outside.
+    The cache holds at most MAX_BYTES and drops the least recently used tensor first. It is bypassed while torch traces
+    or intercepts operations: the graph has to contain them, and its fake tensors are of no use outside.
 
     Args:
         make: A function of hashable arguments and a device.
-        args: Its arguments.
-        like: A tensor on the device that the constant is for.
+        args: The arguments of `make`.
+        like: A tensor on the device of the constant.
     """
     if only_traced(like):
         return make(*args, device=like.device)
@@ -36,7 +35,7 @@ def constant(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor
         if key in _kept:
             _kept.move_to_end(key)
             return _kept[key]
-    # An inference tensor could not be saved for a backward pass later.
+    # An inference tensor could not be saved for a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
         value = make(*args, device=like.device)
     if value.nbytes > MAX_BYTES:
@@ -50,9 +49,9 @@ def constant(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor
 
 
 def only_traced(tensor: Tensor) -> bool:
-    """Whether operations on `tensor` are but traced or watched, so that there are no numbers to keep or to look at.
+    """Whether operations on `tensor` are traced or intercepted, so that there are no values to keep or to inspect.
 
-    By torch.compile, torch.jit.trace, torch.func, forward-mode differentiation, a mode such as FakeTensorMode.
+    This is so under torch.compile, torch.jit.trace, torch.func, forward-mode AD and modes such as FakeTensorMode.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return True

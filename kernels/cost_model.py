@@ -1,11 +1,11 @@
-"""What neighborhood attention costs on a GPU, counted before anything runs: tiles, operations, bytes, least time.
+"""The cost of neighborhood attention on a GPU, counted without running it: tiles, operations, bytes, least time.
 
 A fused kernel computes whole tiles of queries and keys, so its work is the number of key tiles that the query tiles
-visit. The counts are exact, softmax and launches are left out: the time is a lower bound. After the simulator of
-Generalized NA, arXiv 2504.16922, section 4.
+visit. The counts are exact. They leave out the softmax and the launches, so the time is a lower bound. This follows the
+simulator of Generalized NA, arXiv 2504.16922, section 4.
 
-Axes are independent: every count of a map is the product of its rows' and its columns'. On an axis, the places of a
-dilation group (see `neighborhood_attention`) are cut into query tiles from its first place on.
+The axes are independent: every count of a map is the product of the counts of its rows and its columns. On an axis, the
+places of a dilation group (see `neighborhood_attention`) are divided into query tiles, starting at the first place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GPU:
     flops: float  # dense float16 operations a second, added up in float32
 
 
-# The vendors' data sheets; where they state figures with sparsity, half of those.
+# From the vendors' data sheets; half of the figures that are stated with sparsity.
 GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
@@ -42,25 +42,25 @@ GPUS: dict[str, GPU] = {
 
 @dataclass(frozen=True)
 class Simulation:
-    """Counts of one forward pass; tiles and pairs are those of one head of one image."""
+    """Counts of one forward pass; tiles and pairs are of one head of one image."""
 
     query_tiles: int
-    key_tiles: int  # visited, added up over the query tiles
-    dense_key_tiles: int  # the same for attention of all to all
+    key_tiles: int  # visited, summed over the query tiles
+    dense_key_tiles: int  # the same for full attention
     pairs_issued: int  # of a query and a key: whole tiles
-    pairs_wanted: int  # whose weight is not zero
-    flops_issued: int  # of the two matrix products, all heads and images
+    pairs_wanted: int  # with a weight other than zero
+    flops_issued: int  # of the two matrix products, for all heads and images
     flops_wanted: int
-    bytes_minimum: int  # query, key, value read once, output and the softmax's float32 sums written
+    bytes_minimum: int  # reads query, key and value once; writes the output and the softmax's float32 sums
 
     @property
     def speedup_bound(self) -> float:
-        """How many times faster than full attention the same tiles can be at most."""
+        """The largest possible speedup over full attention with the same tiles."""
         return self.dense_key_tiles / self.key_tiles
 
     @property
     def utilization(self) -> float:
-        """The part of the issued operations that is wanted."""
+        """The fraction of the issued operations that is wanted."""
         return self.pairs_wanted / self.pairs_issued
 
 
@@ -75,12 +75,12 @@ def window(place: int, places: int, kernel: int, stride: int, causal: bool) -> P
 
 
 def axis_visits(
-    length: int, kernel: int, dilation: int, stride: int, causal: bool, query_tile: int, key_tile: int, kind: Kind
+    length: int, kernel: int, dilation: int, stride: int, causal: bool, query_tile: int, key_tile: int, *, kind: Kind
 ) -> list[int]:
     """How many key tiles each query tile of one axis visits, for all dilation groups in turn.
 
-    Dynamic key tiles are laid from the first neighbour of the tile's first query on (the Triton kernels), static ones
-    from the group's first place on (kernels that rearrange the map into tiles).
+    Dynamic key tiles start at the first neighbour of the tile's first query (the Triton kernels). Static ones start at
+    the first place of the group (kernels that rearrange the map into tiles).
     """
     visits = []
     for group in range(dilation):
@@ -115,27 +115,27 @@ def simulate(
 
     Args:
         size: (H, W).
-        kernel_size: (kh, kw); with `dilation`, `stride` and `is_causal` as the operator has them.
-        dilation: As the operator.
-        stride: As the operator.
-        is_causal: As the operator.
-        query_tile: Rows and columns of queries of one program.
-        key_tile: Rows and columns of keys of one of its steps.
-        kind: Whether key tiles begin at the window of the query tile ("dynamic") or of the map ("static").
+        kernel_size: (kh, kw), as in the operator.
+        dilation: As in the operator.
+        stride: As in the operator.
+        is_causal: As in the operator.
+        query_tile: Rows and columns of the queries of one program.
+        key_tile: Rows and columns of the keys of one step of a program.
+        kind: Whether key tiles start at the window of the query tile ("dynamic") or of the map ("static").
         num_heads: N.
         head_dim: D.
         batch: B.
-        bytes_per_number: Of query, key, value and output.
+        bytes_per_number: Size of an element of query, key, value and output.
 
     Raises:
-        ValueError: the operator would refuse it, or another kind.
+        ValueError: the operator would reject the arguments, or the kind is another.
     """
     if kind not in ("dynamic", "static"):
         raise ValueError(f"Got {kind=}; it has to be 'dynamic' or 'static'.")
     _check(size, kernel_size, dilation, stride)
     rows, columns = (
-        axis_visits(size[i], kernel_size[i], dilation[i], stride[i], is_causal[i], query_tile[i], key_tile[i], kind)
-        for i in (0, 1)
+        axis_visits(*axis, kind=kind)
+        for axis in zip(size, kernel_size, dilation, stride, is_causal, query_tile, key_tile, strict=True)
     )
     down, right = (_axis_pairs(*axis) for axis in zip(size, kernel_size, dilation, stride, is_causal, strict=True))
     dense = [
@@ -159,10 +159,10 @@ def simulate(
 
 
 def roofline_time(simulation: Simulation, gpu: GPU | str) -> float:
-    """The seconds that `gpu` needs at least: its peak at the issued operations, or its bandwidth at the bytes.
+    """The least time on `gpu` in seconds: issued operations at its peak or bytes at its bandwidth, whichever is longer.
 
     Raises:
-        KeyError: a name that is not in GPUS.
+        KeyError: the name is not in GPUS.
     """
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
     return max(simulation.flops_issued / gpu.flops, simulation.bytes_minimum / gpu.bandwidth)
@@ -178,18 +178,18 @@ def recommend_stride(
     key_tile: Pair = (4, 16),
     kind: Kind = "dynamic",
 ) -> Pair:
-    """The smallest stride of each axis with which the fewest key tiles are visited; arguments as of `simulate`.
+    """The smallest stride of each axis that visits the fewest key tiles; the arguments are those of `simulate`.
 
-    A larger stride moves the windows of more queries away from their centre, so it has to be worth it.
+    A larger stride moves the windows of more queries off-centre, so it has to reduce the work.
 
     Raises:
-        ValueError: the operator would refuse it.
+        ValueError: the operator would reject the arguments.
     """
     _check(size, kernel_size, dilation, (1, 1))
 
     def axis(length: int, kernel: int, dilation: int, causal: bool, query: int, key: int) -> int:
         strides = range(1, kernel + 1)
-        return min(strides, key=lambda s: sum(axis_visits(length, kernel, dilation, s, causal, query, key, kind)))
+        return min(strides, key=lambda s: sum(axis_visits(length, kernel, dilation, s, causal, query, key, kind=kind)))
 
     rows, columns = zip(size, kernel_size, dilation, is_causal, query_tile, key_tile, strict=True)
     return axis(*rows), axis(*columns)
@@ -199,16 +199,17 @@ def recommend_stride(
 def best_tiles(
     kernel_size: Pair, stride: Pair, is_causal: tuple[bool, bool], num_queries: int, num_keys: int
 ) -> tuple[Pair, Pair]:
-    """The tiles of `num_queries` queries and `num_keys` keys, powers of two, with the fewest visits on a large map.
+    """The tiles of `num_queries` queries and `num_keys` keys, powers of two, that visit the fewest keys on a large map.
 
-    The map's size does not count, so that one compiled kernel serves all sizes; query tiles are not more than four
-    times as long as wide, for small maps. Among equals, the squarest query tile and the key tile nearest to 4 x 16.
+    They do not depend on the map's size, so that one compiled kernel serves all sizes. For the sake of small maps, no
+    side of a query tile is more than four times the other. Ties go to the squarest query tile and the key tile nearest
+    to 4 x 16.
     """
-    size = (128 * _ceil(kernel_size[0], 64), 128 * _ceil(kernel_size[1], 64))
+    height, width = (128 * _ceil(kernel, 64) for kernel in kernel_size)
 
     def visits(tiles: tuple[Pair, Pair]) -> int:
         return simulate(
-            size, kernel_size, stride=stride, is_causal=is_causal, query_tile=tiles[0], key_tile=tiles[1]
+            (height, width), kernel_size, stride=stride, is_causal=is_causal, query_tile=tiles[0], key_tile=tiles[1]
         ).key_tiles
 
     square = [tile for tile in _shapes(num_queries) if max(tile) <= 4 * min(tile)]
@@ -222,7 +223,7 @@ def _shapes(tokens: int) -> list[Pair]:
 
 
 def _axis_pairs(length: int, kernel: int, dilation: int, stride: int, causal: bool) -> int:
-    """How many neighbours the positions of one axis have together."""
+    """The total number of neighbours of the positions of one axis."""
     groups = [_ceil(length - group, dilation) for group in range(dilation)]
     windows = [window(place, places, kernel, stride, causal) for places in groups for place in range(places)]
     return sum(stop - start for start, stop in windows)

@@ -1,4 +1,4 @@
-"""Which implementation an operator runs: chosen at each call, in plain Python that torch.compile can trace."""
+"""The choice of an implementation, made at each call in plain Python that torch.compile can trace."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVarTuple, cast
 
 import torch
 from torch import Tensor
 
 from zoo.kernels import checks
+
+Tensors = TypeVarTuple("Tensors")  # each a Tensor or None
 
 CHOICES = ("auto", "reference", "torch", "triton")
 
@@ -30,13 +32,13 @@ _fused_allowed: Callable[[], bool] | None = None
 
 
 def follow(allowed: Callable[[], bool]) -> None:
-    """Let `allowed` decide from now on whether fused attention may be used; `import zoo` passes timm's function."""
+    """Make `allowed` decide whether fused attention may be used; `import zoo` passes timm's function."""
     global _fused_allowed
     _fused_allowed = allowed
 
 
 def fused_allowed() -> bool:
-    """Whether fused attention may be used: always, unless `follow` was given a function that says otherwise."""
+    """Whether fused attention may be used: True unless the function passed to `follow` returns False."""
     return _fused_allowed is None or _fused_allowed()
 
 
@@ -94,7 +96,7 @@ class use:
 
 
 def current() -> str:
-    """The choice that holds, of CHOICES."""
+    """The current choice, one of CHOICES."""
     return _choice
 
 
@@ -102,16 +104,16 @@ def choose(operator: str, tensor: Tensor, head_dim: int) -> str:
     """The implementation for one call of `operator` on `tensor`: "reference", "torch" or "triton".
 
     Args:
-        operator: Its name, for messages.
-        tensor: Its first input.
-        head_dim: Its channels per head.
+        operator: The operator's name, for messages.
+        tensor: The operator's first input.
+        head_dim: The number of channels per head.
 
     Raises:
-        RuntimeError: Triton was asked for by name and cannot run.
+        RuntimeError: the choice is "triton" and Triton cannot run.
     """
     if _choice in ("reference", "torch"):
         return _choice
-    empty = checks.certain(checks.sizes(tensor)[0] == 0)  # for no images there is nothing to launch
+    empty = checks.certain(checks.sizes(tensor)[0] == 0)  # a batch of no images launches nothing
     if _choice == "triton":
         reason = triton_obstacle(tensor) or _head_obstacle(head_dim)
         if reason is not None:
@@ -129,7 +131,7 @@ def choose(operator: str, tensor: Tensor, head_dim: int) -> str:
 
 
 def triton_obstacle(tensor: Tensor) -> str | None:
-    """Why no Triton kernel of ours can serve `tensor`, or None."""
+    """The reason why our Triton kernels cannot take `tensor`, or None if they can."""
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it computes in float16, bfloat16 and float32, not in {tensor.dtype}"
     if transformed():
@@ -143,12 +145,12 @@ def _head_obstacle(head_dim: int) -> str | None:
     return f"it has tiles for heads of up to 128 channels, not {head_dim}" if head_dim > 128 else None
 
 
-# Triton looks at it once, and so do we.
+# Triton reads the variable once, at import, and so do we.
 _interpreting = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on CPU tensors."""
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return _interpreting
 
 
@@ -161,7 +163,7 @@ def _machine_obstacle(index: int) -> str | None:
 def _examined(index: int) -> str | None:
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    # Programs for a GPU are exported on machines without one, from fake tensors.
+    # A machine without a GPU can still export programs for one, from fake tensors.
     if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(index) < (8, 0):
         return f"{torch.cuda.get_device_name(index)} has a compute capability below 8.0"
     return None
@@ -169,7 +171,7 @@ def _examined(index: int) -> str | None:
 
 @torch.compiler.assume_constant_result
 def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: Triton's operators have rules for neither."""
+    """Whether torch.func or forward-mode AD is active; the Triton operators have rules for neither."""
     level = torch.autograd.forward_ad._current_level
     return torch._C._functorch.peek_interpreter_stack() is not None or level >= 0
 
@@ -181,48 +183,50 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Under torch.autocast the tensors in its type, else as they are; float64 stays float64, as autocast has it."""
-    device = next(x for x in tensors if x is not None).device.type
+def autocast(*tensors: *Tensors) -> tuple[*Tensors]:
+    """The tensors in autocast's dtype under torch.autocast, unchanged otherwise; float64 stays float64, as there."""
+    device = next(x for x in tensors if isinstance(x, Tensor)).device.type
     if not _autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        x.to(dtype) if x is not None and x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    converted = (
+        x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
+        for x in tensors
     )
+    return cast("tuple[*Tensors]", tuple(converted))
 
 
 def as_given(tensor: Tensor) -> AbstractContextManager[object]:
-    """A context in which autocast leaves an implementation's types alone: the operators choose their own."""
+    """A context without autocast, for an implementation, which chooses its own dtypes."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
 
 
 def _autocasting(device: str) -> bool:
-    # Of a device that knows no autocast, such as "meta", torch does not answer whether it is on.
+    # torch.is_autocast_enabled raises for a device without autocast, such as "meta".
     return _knows_autocast(device) and torch.is_autocast_enabled(device)
 
 
-@torch.compiler.assume_constant_result  # which Dynamo of torch 2.11 can't trace
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace it
 def _knows_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device)
 
 
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """torch.library.triton_op where there is Triton, and nothing where there is not: torch would complain of it."""
+    """torch.library.triton_op if Triton is installed, else a decorator that does nothing: torch would raise."""
     return torch.library.triton_op(name, mutates_args=()) if find_spec("triton") else lambda function: function
 
 
 def register_autograd(operator: Any, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
-    """torch.library.register_autograd, where `triton_op` made an operator."""
+    """torch.library.register_autograd if `triton_op` registered an operator."""
     if find_spec("triton"):
         operator.register_autograd(backward, setup_context=setup_context)
 
 
 def again_differentiable(*tensors: Tensor | None) -> bool:
-    """Whether a backward pass over `tensors` has to be differentiable itself (create_graph=True).
+    """Whether the backward pass over `tensors` may have to be differentiable itself (create_graph=True).
 
-    Not what torch.jit.trace traces: it does so twice, with gradients and without, and compares.
+    False under torch.jit.trace, which traces with and without gradients and compares the two.
     """
     if torch.jit.is_tracing():
         return False
@@ -232,11 +236,9 @@ def again_differentiable(*tensors: Tensor | None) -> bool:
 def composite_gradients(
     function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `function(*inputs)` by autograd, themselves differentiable: the road of double backward."""
-    wanted = [x is not None and x.requires_grad for x in inputs]
+    """Differentiable gradients of `function(*inputs)` by autograd, used for double backward."""
     with torch.enable_grad():
         out = function(*inputs)
-        by = [x for x in inputs if x is not None and x.requires_grad]
-        found = torch.autograd.grad(out, by, grad, create_graph=True)
-    left = iter(found)
-    return tuple(next(left) if w else None for w in wanted)
+        wanted = [x for x in inputs if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)

@@ -1,4 +1,4 @@
-"""What an operator's `peers.py` is made of: others' ways to compute it, for benchmarks."""
+"""Parts of the operators' `peers.py`: other ways to compute an operator, for benchmarks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 Arguments = dict[str, Any]
-# What an argument becomes before the clock starts; the gradient of the output comes as "grad".
+# Converts an argument, given its name, before the clock starts; the gradient of the output has the name "grad".
 Prepare = Callable[[str, Any], Any]
 
 
 class CannotRunError(Exception):
-    """Why a contender cannot take part."""
+    """The reason why a contender cannot run."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute an operator, called with the public function's arguments by name."""
+    """One way to compute an operator, called with the arguments of the public function by name."""
 
     name: str
     compute: Callable[..., Tensor]
@@ -32,12 +32,12 @@ class Contender:
 
 
 def bias_fixed(name: str, value: Any) -> Any:
-    """Prepare a contender that has no gradient of the bias table."""
+    """Detach the bias table, for contenders without its gradient."""
     return value.detach() if name == "bias_table" and value is not None else value
 
 
 def without_bias(name: str, value: Any) -> Any:
-    """Prepare a contender that has no bias table."""
+    """Drop the bias table, for contenders without it."""
     return None if name == "bias_table" else value
 
 
@@ -47,32 +47,32 @@ def pair(value: Any) -> tuple[Any, Any]:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """PyTorch's fused attention."""
+    """Scaled dot-product attention by PyTorch's fused function."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 def softmax(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Matrix product, softmax, matrix product."""
+    """Scaled dot-product attention as a matrix product, a softmax and a matrix product."""
     needs_no_mask(bias)
     scores = (query * scale) @ key.transpose(-2, -1)
     return (scores if bias is None else scores + bias).softmax(-1) @ value
 
 
 def needs_no_mask(bias: Tensor | None) -> None:
-    """A `bias` of all windows is a table; one for each window has a mask in it.
+    """Check that `bias` is that of a table, the same for all windows, and contains no mask.
 
     Raises:
-        CannotRunError: it has a mask.
+        CannotRunError: it contains a mask.
     """
     if bias is not None and bias.dim() != 3:
         raise CannotRunError("not written for key_mask, where a window may have no key at all")
 
 
 def flex_can(tensor: Tensor) -> None:
-    """flex_attention can compute what `tensor` is a part of.
+    """Check that flex_attention supports the call that `tensor` belongs to.
 
     Raises:
-        CannotRunError: it cannot.
+        CannotRunError: it does not.
     """
     if tensor.device.type == "cpu" and tensor.requires_grad:
         raise CannotRunError("it has no backward pass on CPUs")
@@ -80,5 +80,5 @@ def flex_can(tensor: Tensor) -> None:
 
 @cache
 def compiled_flex() -> Callable[..., Tensor]:
-    """flex_attention, compiled anew for each shape."""
+    """flex_attention, compiled for each shape."""
     return torch.compile(flex_attention, dynamic=False)

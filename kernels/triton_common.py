@@ -1,4 +1,4 @@
-"""What the Triton implementations share: how they launch, on what machine, and their dot product."""
+"""Code that the Triton implementations share: launches, properties of the GPU, and parts of kernels."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.library import wrap_triton
 from zoo.kernels.dispatch import interpreting
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-# Triton's interpreter multiplies the bits of bfloat16 numbers, not their values.
+# Triton's interpreter multiplies the bit patterns of bfloat16 numbers instead of their values.
 INTERPRETED: tl.constexpr = tl.constexpr(interpreting())
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the launch heuristics know of a GPU."""
+    """The properties of a GPU that the launch heuristics depend on."""
 
     name: str  # "sm_90", "gfx942"
     num_processors: int
@@ -44,7 +44,7 @@ _assumed: Machine | None = None
 
 
 def machine(tensor: Tensor) -> Machine:
-    """The GPU that `tensor` is on; an H100 where there is none (export from fake tensors, the interpreter)."""
+    """The GPU of `tensor`; an H100 if there is none (export from fake tensors, the interpreter)."""
     if _assumed is not None:
         return _assumed
     if tensor.device.type != "cuda" or not torch.cuda.is_available():
@@ -61,10 +61,10 @@ def _machine(index: int) -> Machine:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Run `kernel` over `grid`; every launch of this package goes through here, so that tests can look at them.
+    """Run `kernel` over `grid`. Every launch of this package goes through this function, so that tests can record them.
 
-    With ZOO_AUTOTUNE=1 in the environment, warps and stages are not those of the heuristics in `arguments` but the
-    fastest of all, timed at the first launch with such sizes and kept in Triton's cache on disk.
+    With ZOO_AUTOTUNE=1 in the environment, Triton's autotuner replaces the warps and stages in `arguments`: it times
+    all choices at the first launch with these sizes and keeps the result in Triton's cache on disk.
     """
     if AUTOTUNE and not interpreting():
         kernel, options = _autotuned(kernel), ("num_warps", "num_stages")
@@ -74,14 +74,14 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @cache
 def _autotuned(kernel: Any) -> Any:
-    # Kernels may be run as often as one likes: they write all of their outputs and nothing else.
+    # Repeated runs are safe: a kernel writes only its outputs, and all of them.
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2, 3)]
     sizes = [name for name in kernel.arg_names if not name.endswith("_ptr") and name != "scale"]
     return triton.autotune(configs, key=sizes, cache_results=True)(kernel)
 
 
 def precision(dtype: torch.dtype, gpu: Machine) -> str:
-    """How float32 tiles are multiplied: as torch.set_float32_matmul_precision has it; AMD knows only "ieee"."""
+    """The precision of products of float32 tiles, by torch.set_float32_matmul_precision; AMD only has "ieee"."""
     if dtype != torch.float32 or gpu.is_amd or torch.get_float32_matmul_precision() == "highest":
         return "ieee"
     return "tf32"
@@ -89,7 +89,49 @@ def precision(dtype: torch.dtype, gpu: Machine) -> str:
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b, added up in float32."""
+    """a @ b, accumulated in float32."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(ptr, offset, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(rows, BLOCK_D): HEAD_DIM elements from each `offset`, then zeros; zeros for rows that are not `valid`."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & (channel < HEAD_DIM)
+    return tl.load(ptr + offset[:, None] + channel, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, offset, value, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The inverse of `load_rows`, in the dtype of `ptr`."""
+    channel = tl.arange(0, BLOCK_D)[None, :]
+    mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & (channel < HEAD_DIM)
+    tl.store(ptr + offset[:, None] + channel, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def softmax_step(scores, v, highest, total, acc, PRECISION: tl.constexpr):
+    """One step of the online softmax over tiles of keys, with base-2 scores (queries, keys) that are -inf if hidden.
+
+    `highest`, `total` and `acc` are the largest score, the sum of the weights and the weighted sum of the values so
+    far; they start at -inf, 0 and 0. A query may have no key in the steps so far.
+    """
+    new = tl.maximum(highest, tl.max(scores, 1))
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    shrink = tl.exp2(highest - shift)
+    weights = tl.exp2(scores - shift[:, None])
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, PRECISION)
+    return new, total, acc
+
+
+@triton.jit
+def softmax_end(highest, total):
+    """The divisor of `acc`, and log2 of the sum of exponentials, after the last `softmax_step`.
+
+    For a query without keys, the latter is inf, so that its weights are 0 in the backward pass too.
+    """
+    divisor = tl.where(total == 0.0, 1.0, total)
+    return divisor, tl.where(total == 0.0, float("inf"), highest + tl.log2(divisor))

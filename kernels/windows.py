@@ -1,4 +1,4 @@
-"""Maps cut into windows, and put together again; when windows are neighborhoods."""
+"""Windows of a map: partition, its inverse, and the neighborhoods that are windows."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def unpartition(x: Tensor, window_size: tuple[int, int], size: tuple[int, int], 
 
 
 def cut(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
-    """(B, H, W, C) -> (B * windows, tokens, C), also of sizes that torch.export leaves open."""
+    """(B, H, W, C) -> (B * windows, tokens, C), for the symbolic sizes of torch.export too."""
     if not _open(*checks.sizes(x)):
         return partition(x, window_size, layout).flatten(0, 1)
     (wh, ww), (batch, height, width, channels) = window_size, x.shape
     rows, columns = height // wh, width // ww
-    # A reshape would tie the program to the sizes that it was traced with, so tokens are found by number. Remainders
-    # by subtraction: ONNX has those by constants only.
+    # A reshape would specialize the program on the sizes that it was traced with, so tokens are indexed instead. The
+    # remainders are differences: ONNX has a remainder by constants only.
     window = torch.arange(batch * rows * columns, device=x.device)[:, None]
     token = torch.arange(wh * ww, device=x.device)
     above, ty = window // columns, token // ww
@@ -47,7 +47,7 @@ def cut(x: Tensor, window_size: tuple[int, int], layout: str) -> Tensor:
 
 
 def join(x: Tensor, window_size: tuple[int, int], size: tuple[int, int, int], layout: str) -> Tensor:
-    """The reverse of `cut`: (B * windows, tokens, C) -> (B, H, W, C) of `size` B, H, W."""
+    """The inverse of `cut`: (B * windows, tokens, C) -> (B, H, W, C), with `size` B, H, W."""
     (wh, ww), (batch, height, width) = window_size, size
     rows, columns = height // wh, width // ww
     if not _open(*checks.sizes(x), height, width):
@@ -71,17 +71,18 @@ def neighborhood_layout(
     stride: tuple[int, int],
     is_causal: tuple[bool, bool],
 ) -> str | None:
-    """The layout in which neighborhood attention is window attention, its window the kernel, its bias key minus query.
+    """The layout in which neighborhood attention equals window attention; None if there is none.
 
-    None if there is none; for sizes that are still open, if there is none for all of them.
+    The window is then the kernel, and the bias table is that of key minus query. For symbolic sizes, the layout has to
+    be right for every value of them.
     """
     if any(is_causal):
         return None
     axes = list(zip(size, kernel_size, dilation, stride, strict=True))
-    # A dilation group that is no larger than the kernel has one window, whatever the stride.
+    # A dilation group of the size of the kernel has a single window, whatever the stride.
     if all(checks.certain(length == k * d) for length, k, d, _ in axes):
         return "grid"
-    # Windows that do not overlap stand side by side if the last one has to move no place inward.
+    # Windows that do not overlap are adjacent blocks if the last one does not have to move inward.
     if all(
         d == 1 and (checks.certain(length == k) or (s == k and checks.certain(length % k == 0)))
         for length, k, d, s in axes

@@ -26,7 +26,7 @@ HEAVY = (
 )
 # folder -> what its files may import beside the standard library
 ALLOWED = {
-    "kernels": {"torch", "triton", "zoo.kernels"},
+    "kernels": {"torch", "triton", "zoo.kernels", "natten"},  # NATTEN where benchmarks compare with it
     "zoo": {
         *("torch", "timm", "huggingface_hub", "safetensors", "wrapt", "zoo", "zoo.kernels", "zoo.manifest"),
         *(f"zoo.{path.stem}" for path in (ROOT / "zoo").glob("*.py") if path.stem not in zoo.FAMILIES),

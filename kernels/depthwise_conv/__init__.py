@@ -1,4 +1,4 @@
-"""Depth-wise convolutions on channels-last maps, and the large-kernel attention made of them."""
+"""Depth-wise convolution on channels-last maps, and large-kernel attention, which consists of two of them."""
 
 from zoo.kernels.depthwise_conv.op import depthwise_conv2d_nhwc, large_kernel_attention
 

@@ -52,9 +52,9 @@ CASES = {
         Case((14, 14), 256, 5),
     )
 }
-# What `zoo-bench kernels` runs by default.
+# The default of `zoo-bench kernels`.
 TARGETS: dict[str, Case] = {}
-# One of each kind, for tests that would say the same of all.
+# One of each kind, for tests whose result is the same within a kind.
 KINDS = ("14x14x320-7x7-dilation3", "14x7x128-3x3-stripes2")
 
 
@@ -66,7 +66,7 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of FUNCTION, of normal random numbers, the same on all devices."""
+    """Positional and keyword arguments of FUNCTION, normally distributed, the same on all devices."""
     generator = torch.Generator().manual_seed(0)
     taps = case.kernel_size**2
     x = torch.randn(batch * case.stripes, *case.size, case.channels, generator=generator)

@@ -1,4 +1,4 @@
-"""The specification of depth-wise convolution and large-kernel attention, and their checks."""
+"""Depth-wise convolution and large-kernel attention: specification, checks and choice of the implementation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def depthwise_conv2d_nhwc(
 
     Args:
         x: (B, H, W, C).
-        weight: (C, 1, kh, kw) with odd kh and kw, as torch.nn.Conv2d has it.
+        weight: (C, 1, kh, kw) with odd kh and kw, as in torch.nn.Conv2d.
         bias: (C,), or None.
-        dilation: Distance of the taps, or one each for rows and columns.
+        dilation: Distance between the taps, or a pair for rows and columns.
 
     Returns:
-        (B, H, W, C), in the type of `x`. Under autocast, all tensors are taken in its type.
+        (B, H, W, C), in the dtype of `x`. Under autocast, all tensors are converted to its dtype.
 
     Raises:
-        TypeError: an integer tensor, or types that differ.
-        ValueError: a shape or an option is not as above.
+        TypeError: an integer tensor, or dtypes that differ.
+        ValueError: a shape or an option other than above.
     """
     dilations = checks.pair(dilation, "dilation")
     checks.tensors({"x": x, "weight": weight}, bias=bias)
@@ -65,24 +65,24 @@ def large_kernel_attention(
 ) -> Tensor:
     """x * Linear(DWConv, dilated (DWConv(x))): a large receptive field as a gate, without a sigmoid.
 
-    VAN has a 5 x 5 kernel, then a 7 x 7 one with dilation 3: 23 x 23 pixels together.
+    VAN uses a 5 x 5 kernel, then a 7 x 7 kernel with dilation 3; together they cover 23 x 23 pixels.
 
     Args:
         x: (B, H, W, C).
-        depthwise_weight: (C, 1, kh, kw), of the first convolution; its bias (C,) or None.
+        depthwise_weight: (C, 1, kh, kw), of the first convolution.
         depthwise_bias: (C,), or None.
-        dilated_weight: Likewise, of the second.
+        dilated_weight: (C, 1, kh, kw), of the second convolution.
         dilated_bias: (C,), or None.
-        pointwise_weight: (C, C), output first; the weight (C, C, 1, 1) of a 1 x 1 convolution, flattened.
+        pointwise_weight: (C, C), output channels first: the weight (C, C, 1, 1) of a 1 x 1 convolution, flattened.
         pointwise_bias: (C,), or None.
-        dilation: Of the second convolution.
+        dilation: Dilation of the second convolution.
 
     Returns:
-        (B, H, W, C), in the type of `x`. Under autocast, all tensors are taken in its type.
+        (B, H, W, C), in the dtype of `x`. Under autocast, all tensors are converted to its dtype.
 
     Raises:
-        TypeError: an integer tensor, or types that differ.
-        ValueError: a shape or an option is not as above.
+        TypeError: an integer tensor, or dtypes that differ.
+        ValueError: a shape or an option other than above.
 
     Source: VAN, arXiv 2202.09741, section 3.2.
     """
@@ -112,6 +112,6 @@ def large_kernel_attention(
 
 
 def _implementation() -> ModuleType:
-    # There is no Triton form, and "triton" means torch here: memory bounds these operators. cuDNN's channels-last
-    # convolutions suffice until a profile on a GPU says otherwise, and Inductor fuses the 1 x 1 and the product.
+    # There is no Triton form, so "triton" runs PyTorch. These operators are memory-bound: cuDNN's channels-last
+    # convolutions suffice until a profile on a GPU shows otherwise, and Inductor fuses the 1 x 1 and the product.
     return reference if dispatch.current() == "reference" else torch_impl

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from zoo.kernels.peers import Arguments, Contender, pair
 
-BACKWARD_FLOPS = 2.0  # of the backward pass, as a multiple of the forward pass
+BACKWARD_FLOPS = 2.0  # operations of the backward pass over those of the forward pass
 
 
 def flops(arguments: Arguments) -> int:
-    """Operations for each number of the output, forward."""
+    """Operations per element of the output, forward."""
     height, width = arguments["weight"].shape[2:]
     return 2 * height * width
 
@@ -26,7 +26,7 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Any) -> Te
 
 
 def _planes(name: str, value: Any) -> Any:
-    """A network in NCHW has its maps so; the copy is not timed."""
+    """The memory format of a network in NCHW; the copy is not timed."""
     if name not in ("x", "grad"):
         return value
     return value.detach().movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_(value.requires_grad)

@@ -1,4 +1,4 @@
-"""Depth-wise convolution in plain torch: what is right."""
+"""Depth-wise convolution in plain torch: the definition of the correct result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zoo.kernels import checks
 
 
 def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
-    """See `op.depthwise_conv2d_nhwc`, which has checked everything."""
+    """See `op.depthwise_conv2d_nhwc`, which checks the arguments."""
     padding = tuple(d * (k // 2) for d, k in zip(dilation, checks.sizes(weight)[2:], strict=True))
     out = F.conv2d(x.movedim(-1, 1), weight, bias, padding=padding, dilation=dilation, groups=checks.sizes(x)[-1])
     return out.movedim(1, -1)

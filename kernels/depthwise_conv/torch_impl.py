@@ -1,4 +1,4 @@
-"""Depth-wise convolution in PyTorch, fast on CPUs: a dilated kernel as a dense one on the phases of the map.
+"""Depth-wise convolution in PyTorch, fast on CPUs: a dilated kernel becomes a dense one on the phases of the map.
 
 Letters: B images, H, W map, C channels.
 """
@@ -12,18 +12,18 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from zoo.kernels import checks, dispatch
 
-# oneDNN has no fast convolution whose taps reach further to the side: it becomes 10 to 50 times slower.
+# If the taps reach further to the side, oneDNN has no fast convolution and becomes 10 to 50 times slower.
 FAST_REACH = 6
 
 
 def depthwise_conv2d_nhwc(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
-    """See `op.depthwise_conv2d_nhwc`, which has checked everything."""
+    """See `op.depthwise_conv2d_nhwc`, which checks the arguments."""
     if x.device.type != "cpu":
         return _convolve(x, weight, bias, dilation=dilation)
-    # Few CPUs convolve float16 themselves; without them it takes a hundred times as long as float32.
+    # Few CPUs support float16 convolutions; on the others, they take a hundred times as long as in float32.
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     inputs = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    # Any dilation makes the gradients slow. Phases of open sizes would tie an exported program to multiples of them.
+    # Any dilation makes the gradients slow. Phases of symbolic sizes would restrict an exported program to multiples.
     slow = dilation[1] * (checks.sizes(weight)[3] // 2) > FAST_REACH or dispatch.again_differentiable(x, weight, bias)
     closed = all(has_static_value(side) for side in checks.sizes(x)[1:3])
     convolve = _by_phases if dilation != (1, 1) and slow and closed else _convolve
@@ -37,7 +37,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple
 
 
 def _by_phases(x: Tensor, weight: Tensor, bias: Tensor | None, *, dilation: tuple[int, int]) -> Tensor:
-    """Pixels of the same remainder see only one another: each such phase is a small map, with zeros around it."""
+    """Pixels with the same remainder only see each other: each such phase is a small map with zeros around it."""
     batch, (_, height, width, channels) = x.shape[0], checks.sizes(x)
     dy, dx = dilation
     rows, columns = (height + dy - 1) // dy, (width + dx - 1) // dx

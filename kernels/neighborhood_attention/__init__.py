@@ -1,4 +1,4 @@
-"""Attention of each token to its neighbourhood."""
+"""Attention of each token to the tokens around it."""
 
 from zoo.kernels.neighborhood_attention.op import neighborhood_attention
 

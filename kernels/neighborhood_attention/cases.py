@@ -77,11 +77,11 @@ CASES = {
         Case((64, 64), 4, (16, 16), stride=(8, 8), head_dim=64, bias=False),
     )
 }
-# What `zoo-bench kernels` runs by default.
+# The default of `zoo-bench kernels`.
 TARGETS = {"target-56x56x64": _square(56, 2), "target-14x14x256": _square(14, 8)}
-# One of each kind, for tests that would say the same of all; the first two differ most.
+# One of each kind, for tests whose result is the same within a kind; the first two differ most.
 KINDS = ("14x14x256-7x7", "64x64x256-16x16-stride8-unbiased", "14x14x256-7x7-dilation2", "56x56x64-7x7-stride2")
-# The reference copies the keys of each query, so that one image of these takes gigabytes.
+# The reference takes gigabytes for one image of these: it copies the keys of each query.
 LARGE = ("64x64x256-16x16-stride8-unbiased", "96x96x192-11x11", "96x96x192-11x11-dilation8")
 
 
@@ -93,7 +93,7 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of FUNCTION, of normal random numbers, the same on all devices."""
+    """Positional and keyword arguments of FUNCTION, normally distributed, the same on all devices."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:

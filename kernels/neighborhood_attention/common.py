@@ -1,4 +1,4 @@
-"""What is the same in every implementation of neighborhood attention by definition."""
+"""Definitions that implementations of neighborhood attention share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def neighbors(
-    length: int, kernel: int, dilation: int, stride: int, causal: bool, device: torch.device
+    length: int, kernel: int, dilation: int, stride: int, causal: bool, *, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each position's neighbours along one axis: (length, kernel) positions, their offsets in places, which count.
+    """The neighbours of each position along one axis: positions, offsets in places, and a mask, each (length, kernel).
 
-    Positions and offsets that do not count (causal attention) are in range all the same.
+    Entries that the mask excludes (causal attention) are in range too.
     """
     position = torch.arange(length, device=device)
     group, place = position % dilation, position // dilation

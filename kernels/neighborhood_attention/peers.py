@@ -1,4 +1,4 @@
-"""Neighborhood attention as one would write it without `zoo.kernels`, and NATTEN's.
+"""Neighborhood attention without `zoo.kernels`: unfolded keys, flex_attention, and NATTEN.
 
 Letters: B images, H, W map, N heads, D head dim, K keys of a query.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from zoo.kernels.peers import (
     without_bias,
 )
 
-BACKWARD_FLOPS = 2.5  # of the backward pass, as a multiple of the forward pass: five matrix products to two
+# Operations of the backward pass over those of the forward pass: five matrix products to two.
+BACKWARD_FLOPS = 2.5
 
 
 def flops(arguments: Arguments) -> int:
-    """Operations for each number of the output, forward."""
+    """Operations per element of the output, forward."""
     height, width = pair(arguments["kernel_size"])
     return 4 * height * width
 
@@ -58,7 +59,7 @@ def _takes_no_key_mask(given: dict[str, Any]) -> None:
 
 
 def _unfold(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, scale: float, axes: Any) -> Tensor:
-    """Each query's keys and values side by side in memory."""
+    """Copy the keys and values of each query."""
     index, down, right, valid = _neighbor_index(axes, query.device)  # (HW, K) each
     key, value = key[:, :, index], value[:, :, index]  # (B, N, HW, K, D)
     scores = (query * scale)[..., None, :] @ key.transpose(-2, -1)  # (B, N, HW, 1, K)
@@ -69,15 +70,10 @@ def _unfold(query: Tensor, key: Tensor, value: Tensor, table: Tensor | None, sca
     return (scores.softmax(-1) @ value)[..., 0, :]
 
 
-def _axis_neighbors(axis: Any, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    length, kernel, dilation, stride, causal = axis
-    return neighbors(length, kernel, dilation, stride, causal, device)
-
-
 @cache
 def _neighbor_index(axes: Any, device: torch.device) -> tuple[Tensor, ...]:
-    """For each position, by row and then by column: its neighbours, their entries in the table, which count."""
-    (rows, down, row_valid), (columns, right, column_valid) = (_axis_neighbors(axis, device) for axis in axes)
+    """For each position, row by row: its neighbours, their rows and columns in the table, and a mask."""
+    (rows, down, row_valid), (columns, right, column_valid) = (neighbors(*axis, device=device) for axis in axes)
     index = rows[:, None, :, None] * axes[1][0] + columns[None, :, None, :]
     down = (down + axes[0][1] - 1)[:, None, :, None].expand_as(index)
     right = (right + axes[1][1] - 1)[None, :, None, :].expand_as(index)
@@ -90,21 +86,21 @@ def _flex_neighborhoods(
 ) -> Tensor:
     flex_can(query)
     block_mask, down, right = _flex_mask(axes, query.device)
-    width, entries = axes[1][0], cast(Tensor, table)
+    width = axes[1][0]
+    if table is None:
+        return compiled_flex()(query, key, value, block_mask=block_mask, scale=scale)
 
     def added(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return score + entries[h, down[q // width, k // width], right[q % width, k % width]]
+        return score + table[h, down[q // width, k // width], right[q % width, k % width]]
 
-    bias = None if table is None else added
-    return compiled_flex()(query, key, value, score_mod=bias, block_mask=block_mask, scale=scale)
+    return compiled_flex()(query, key, value, score_mod=added, block_mask=block_mask, scale=scale)
 
 
 @cache
 def _flex_mask(axes: Any, device: torch.device) -> tuple[Any, Tensor, Tensor]:
     allowed, offsets = [], []
-    for axis in axes:
-        length, kernel, *_ = axis
-        found, offset, valid = _axis_neighbors(axis, device)
+    for length, kernel, *rest in axes:
+        found, offset, valid = neighbors(length, kernel, *rest, device=device)
         takes = torch.zeros(length, length, dtype=torch.bool, device=device)
         query = torch.arange(length, device=device)[:, None].expand_as(found)
         takes[query[valid], found[valid]] = True
@@ -124,7 +120,7 @@ def _flex_mask(axes: Any, device: torch.device) -> tuple[Any, Tensor, Tensor]:
 
 def _natten(**given: Any) -> Tensor:
     try:
-        from natten import na2d
+        from natten import na2d  # type: ignore[import-not-found]
     except ImportError:
         raise CannotRunError("the package natten is not installed") from None
     _takes_no_key_mask(given)

@@ -1,4 +1,6 @@
-"""Neighborhood attention in plain torch: what is right, in the memory of kh * kw copies of the keys and values.
+"""Neighborhood attention in plain torch: the definition of the correct result.
+
+It takes the memory of kh * kw copies of the keys and values.
 
 Letters: B images, H, W map, N heads, D head dim, I, J neighbours along rows and columns.
 """
@@ -24,11 +26,11 @@ def neighborhood_attention(
     scale: float,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """See `op.neighborhood_attention`, which has checked everything."""
+    """See `op.neighborhood_attention`, which checks the arguments."""
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     query, key, value = qkv.to(dtype).unflatten(-1, (3, num_heads, -1)).unbind(3)  # (B, H, W, N, D)
     axes = [
-        neighbors(length, k, d, s, causal, qkv.device)
+        neighbors(length, k, d, s, causal, device=qkv.device)
         for length, k, d, s, causal in zip(
             checks.sizes(qkv)[1:3], kernel_size, dilation, stride, is_causal, strict=True
         )

@@ -1,10 +1,10 @@
 """Neighborhood attention in PyTorch, fast on CPUs: tiles of queries that share the keys around them.
 
-Along an axis, the places of each dilation group are cut into tiles of a few queries. The keys of a tile are as many
-places as any tile can need, shifted inward at the borders; a bias of -inf hides those that are not a query's own.
-Where a tile lies inside the map makes no difference to its bias, so a map has few kinds of tiles, often 3 x 3.
+Along an axis, the places of each dilation group are divided into tiles of a few queries. All tiles have the same number
+of keys, as many as any of them needs, shifted inward at the borders; a bias of -inf hides those that are not neighbours
+of a query. The bias is the same for all tiles away from the borders, so a map has few kinds of tiles, often 3 x 3.
 
-Letters: B images, H, W map, N heads, D head dim, U tiles, T queries and K keys of one, P kinds of tiles. On a single
+Letters: B images, H, W map, N heads, D head dim, U tiles, T queries and K keys of a tile, P kinds of tiles. On a single
 axis, L is the length of the map.
 """
 
@@ -26,7 +26,7 @@ from zoo.kernels.window_attention.torch_impl import window_attention
 from zoo.kernels.windows import neighborhood_layout
 
 TILE = 4
-CHUNK = 2**21  # numbers to gather at a time where no gradient is wanted
+CHUNK = 2**21  # elements to gather at a time if no gradient is needed
 
 
 def can_run(
@@ -38,7 +38,7 @@ def can_run(
 ) -> bool:
     """Whether `neighborhood_attention` can run on a map of this size.
 
-    torch.export leaves sizes open, and the number of tiles would tie the program to the sizes that it was traced with.
+    It cannot if torch.export keeps the size symbolic: the number of tiles would specialize the program.
     """
     if not torch.compiler.is_exporting() or all(has_static_value(length) for length in size):
         return True
@@ -57,7 +57,7 @@ def neighborhood_attention(
     scale: float,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """See `op.neighborhood_attention`, which has checked everything."""
+    """See `op.neighborhood_attention`, which checks the arguments."""
     batch, (images, height, width, channels) = qkv.shape[0], checks.sizes(qkv)
     layout = neighborhood_layout((height, width), kernel_size, dilation, stride, is_causal)
     if layout is not None:
@@ -133,18 +133,18 @@ def neighborhood_attention(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, taken: Tensor | None, scale: float, *, fuse: bool
 ) -> Tensor:
-    """`attend` to the keys that are `taken`, (..., K) bool or None for all; zeros where no key is."""
+    """`attend` to the keys that are `taken`, (..., K) bool or None for all; zeros for queries without such a key."""
     if taken is None:
         return attend(query, key, value, bias, scale, fuse=fuse)
     bias = torch.where(taken[..., None, None, :], bias, -torch.inf)
     any_key = (bias != -torch.inf).any(-1, keepdim=True)  # (..., N, T, 1)
-    # Queries without a key are let see all until the end: all their logits at -inf would give NaN.
+    # Queries without a key attend to all keys until the end: if all their logits were -inf, the result would be NaN.
     out = attend(query, key, value, torch.where(any_key, bias, 0), scale, fuse=fuse)
     return torch.where(any_key.transpose(-3, -2), out, 0)
 
 
 class _Axis(NamedTuple):
-    """How one axis is cut; hashable, as a key of constants."""
+    """The tiles of one axis; hashable, as part of the key of `constant`."""
 
     length: int
     kernel: int
@@ -153,21 +153,21 @@ class _Axis(NamedTuple):
     causal: bool
     tile: int  # T
     keys: int  # K
-    tiles: int  # U, those of one dilation group after those of another
-    order: tuple[int, ...] | None  # the tiles, those of a kind together; None where the map's size is open
-    kinds: tuple[int, ...]  # how many tiles there are of each kind
+    tiles: int  # U, one dilation group after another
+    order: tuple[int, ...] | None  # the tiles sorted by kind; None for symbolic sizes
+    kinds: tuple[int, ...]  # the number of tiles of each kind
 
 
 def _axis(length: int, kernel: int, dilation: int, stride: int, causal: bool, *, closed: bool) -> _Axis:
     places = (length + dilation - 1) // dilation
     if closed:
-        # A group not much longer than the keys of a tile is a single one; others are cut nearly evenly.
+        # A group that is little longer than the keys of a tile is one tile; others are divided nearly evenly.
         tile = places if 2 * places <= 3 * (kernel + TILE - 1) else -(-places // -(-places // TILE))
     else:
-        # A compiled program holds for one tile or for several; a group has at least as many places as the kernel.
+        # A compiled program is for one tile or for several; a group has at least as many places as the kernel.
         tile = TILE if checks.certain(places > TILE) else max(1, min(TILE, kernel - 1))
     tiles = dilation * ((places + tile - 1) // tile)
-    # Windows of the queries of a tile start at most so far apart: their leaders do.
+    # The windows of the queries of a tile start no further apart than their leaders are.
     keys = kernel + (tile - 1 if causal else -(-(tile - 1) // stride) * stride)
     if checks.certain(places <= keys):
         keys = places
@@ -183,10 +183,10 @@ def _axis(length: int, kernel: int, dilation: int, stride: int, causal: bool, *,
 def _alike(
     length: int, dilation: int, stride: int, tile: int, before: int, after: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The order and kinds of an axis.
+    """The `order` and `kinds` of an axis.
 
-    Tiles are alike whose distances to the borders are the same, or at least `before` and `after`, and which begin alike
-    in a group of the stride.
+    Tiles are of one kind if their distances to the borders are equal, or at least `before` and `after`, and they start
+    at the same place relative to the stride.
     """
     found: dict[tuple[int, int, int], list[int]] = {}
     per_group = -(-length // (dilation * tile))
@@ -198,7 +198,7 @@ def _alike(
 
 
 def _bias(table: Tensor | None, rows: _Axis, columns: _Axis, source: Tensor) -> Tensor:
-    """(P, N, T, K), -inf where a key is not the query's; P kinds if the lengths are known, and else U."""
+    """(P, N, T, K), -inf for keys that are no neighbours of the query; (U, N, T, K) for symbolic sizes."""
     if table is None:
         table = source.new_zeros(1, 2 * rows.kernel - 1, 2 * columns.kernel - 1)
     table = F.pad(table.to(torch.promote_types(table.dtype, torch.float32)), (0, 1, 0, 1), value=-torch.inf)
@@ -209,7 +209,7 @@ def _bias(table: Tensor | None, rows: _Axis, columns: _Axis, source: Tensor) -> 
 
 
 def _tables(axis: _Axis, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of the queries (U, T) and keys (U, K) of tiles, in order, and offsets (U, T, K) as in `_offsets`."""
+    """Positions of the queries (U, T) and keys (U, K) of the tiles in order, and offsets (U, T, K) as in `_offsets`."""
     group, tile = (torch.arange(n, device=device) for n in (axis.dilation, axis.tiles // axis.dilation))
     group, tile = (x.flatten() for x in torch.broadcast_tensors(group[:, None], tile))
     if axis.order is not None:
@@ -236,7 +236,7 @@ def _tables(axis: _Axis, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _offsets(axis: _Axis, device: torch.device) -> Tensor:
-    """(P, T, K), where in a row or column of the bias table, padded by one, to look; or (U, T, K)."""
+    """(P, T, K), indices of rows or columns of the bias table, which is padded by one; (U, T, K) for symbolic sizes."""
     offsets = _tables(axis, device)[2]
     if axis.order is None:
         return offsets
@@ -244,7 +244,7 @@ def _offsets(axis: _Axis, device: torch.device) -> Tensor:
 
 
 def _gathered(rows: _Axis, columns: _Axis, num_heads: int, device: torch.device) -> Tensor:
-    """(U, T + 2 K), the numbers that a tile's queries, keys and values have in an image for the first head."""
+    """(U, T + 2 K), indices of the queries, keys and values of a tile, for an image's first head."""
     (*down, _), (*right, _) = (_tables(axis, device) for axis in (rows, columns))
     query, key = (
         torch.cat(
@@ -260,22 +260,22 @@ def _gathered(rows: _Axis, columns: _Axis, num_heads: int, device: torch.device)
 
 
 def _kinds(rows: _Axis, columns: _Axis, device: torch.device) -> Tensor:
-    """(U), the kind of each tile."""
+    """(U,), the kind of each tile."""
     counts = [u * v for u in rows.kinds for v in columns.kinds]
     return torch.tensor([kind for kind, count in enumerate(counts) for _ in range(count)], device=device)
 
 
 def _places(rows: _Axis, columns: _Axis, device: torch.device) -> Tensor:
-    """(2, H, W), the tile of each position and its place there."""
+    """(2, H, W), the tile of each position and its index in the tile."""
     (tile, slot, begin, count), (tile_x, slot_x, begin_x, count_x) = (_find(axis, device) for axis in (rows, columns))
     tile, slot, begin, count = (x[:, None] for x in (tile, slot, begin, count))
-    # Tiles of a kind of row and a kind of column stand together, and among them row by row.
+    # Tiles are sorted by the kinds of their rows and columns, then row by row.
     unit = begin * columns.tiles + count * begin_x + (tile - begin) * count_x + (tile_x - begin_x)
     return torch.stack([unit, slot * columns.tile + slot_x])
 
 
 def _find(axis: _Axis, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each position its tile, its place there, the first tile of its kind, and how many there are; each (L)."""
+    """For each position: its tile, its index there, the first tile of that kind, and their number; each (L,)."""
     position = torch.arange(axis.length, device=device)
     group, place = position % axis.dilation, position // axis.dilation
     unit = group * (axis.tiles // axis.dilation) + place // axis.tile

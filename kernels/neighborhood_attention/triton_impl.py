@@ -1,7 +1,7 @@
-"""Neighborhood attention in Triton, forward and backward, on qkv as its Linear wrote it.
+"""Neighborhood attention in Triton, forward and backward, on qkv as a Linear writes it.
 
-A program has the queries (for the gradients of key and value: the keys) of one tile of one dilation group, and walks
-over the rectangle of keys (queries) that they see, in steps of STEP_H x STEP_W. Softmax is computed in base 2.
+A program takes the queries (for the gradients of key and value: the keys) of one tile of one dilation group, and loops
+over the rectangle of their keys (queries) in steps of STEP_H x STEP_W. The softmax is computed in base 2.
 
 Letters: B images, N heads, D head dim. Places, windows and dilation groups are those of `op.neighborhood_attention`.
 """
@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels import cost_model, triton_common
-from zoo.kernels.triton_common import LOG2E, dot
+from zoo.kernels.triton_common import LOG2E, dot, load_rows, softmax_end, softmax_step, store_rows
 
-# One compiled kernel serves all maps; these sizes would not make it faster if it knew more of them.
-_SIZES = ("batch", "height", "width", "num_heads", "dilation_h", "dilation_w", "per_program", "chunks")
+# One compiled kernel serves all maps: specializing it on these sizes would not make it faster.
+NOT_SPECIALIZED = ("batch", "height", "width", "num_heads", "dilation_h", "dilation_w", "per_program", "chunks")
 
-# The signs of the halves of 32 bits.
+# The sign bits of both halves of 32 bits.
 SIGNS: tl.constexpr = tl.constexpr(-0x7FFF8000)
 
 
@@ -42,7 +42,7 @@ def _window(place, places, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: t
 
 @triton.jit
 def _windows(first, last, places, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """The neighbours of the places from `first` to `last`: both ends of a window never move back."""
+    """The neighbours of the places from `first` to `last`; neither end of the window ever moves back."""
     start, _ = _window(first, places, KERNEL, STRIDE, CAUSAL)
     _, stop = _window(last, places, KERNEL, STRIDE, CAUSAL)
     return start, stop
@@ -50,9 +50,9 @@ def _windows(first, last, places, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CA
 
 @triton.jit
 def _watchers(first, last, places, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """The queries that have one of the places from `first` to `last` as a neighbour: `_windows` the other way round.
+    """The queries that have one of the places from `first` to `last` as a neighbour: the inverse of `_windows`.
 
-    As no stride exceeds the kernel, every place is seen, and the leader's bound at the end is met where it matters.
+    No stride exceeds the kernel, so every place is a neighbour, and `whole` covers the clamped leaders at the end.
     """
     if CAUSAL:
         start = first
@@ -70,7 +70,7 @@ def _watchers(first, last, places, KERNEL: tl.constexpr, STRIDE: tl.constexpr, C
 
 @triton.jit
 def _axis_tile(index, tiles, length, dilation, TILE: tl.constexpr):
-    """Tile `index` of an axis, of `tiles` in a group: its group, first and last place, and the group's places."""
+    """Tile `index` of an axis with `tiles` per group: its group, first and last place, and the places of the group."""
     group = index // tiles
     places = (length - group + dilation - 1) // dilation
     first = index % tiles * TILE
@@ -79,7 +79,7 @@ def _axis_tile(index, tiles, length, dilation, TILE: tl.constexpr):
 
 @triton.jit
 def _tile(pid, height, width, num_heads, dilation_h, dilation_w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
-    """The head, image and tile of a program, heads fastest."""
+    """The head, image and tile of a program; the head varies fastest."""
     row_tiles, column_tiles = tl.cdiv(tl.cdiv(height, dilation_h), TILE_H), tl.cdiv(tl.cdiv(width, dilation_w), TILE_W)
     head, pid = pid % num_heads, pid // num_heads
     across, pid = pid % (column_tiles * dilation_w), pid // (column_tiles * dilation_w)
@@ -91,7 +91,7 @@ def _tile(pid, height, width, num_heads, dilation_h, dilation_w, TILE_H: tl.cons
 
 @triton.jit
 def _rectangle(first_row, first_column, bottom, right, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The rows and columns of its places, and which of them are above `bottom` and left of `right`."""
+    """Rows and columns of the places of a rectangle, and which of them are above `bottom` and left of `right`."""
     index = tl.arange(0, HEIGHT * WIDTH)
     row, column = first_row + index // WIDTH, first_column + index % WIDTH
     return row, column, (row < bottom) & (column < right)
@@ -99,62 +99,52 @@ def _rectangle(first_row, first_column, bottom, right, HEIGHT: tl.constexpr, WID
 
 @triton.jit
 def _token(image, row, column, row_group, column_group, height, width, dilation_h, dilation_w):
-    """The number of the token at a place of a dilation group."""
+    """The index of the token at a place of a dilation group."""
     return (image * height + row * dilation_h + row_group) * width + column * dilation_w + column_group
 
 
 @triton.jit
-def _load(ptr, token, valid, slots, slot, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(tokens, BLOCK_D): slot number `slot` of the `slots` of HEAD_DIM numbers that each token has."""
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & (channel < HEAD_DIM)
-    return tl.load(ptr + (token * slots + slot)[:, None] * HEAD_DIM + channel, mask=mask, other=0.0)
+def _offset(token, slots, slot, HEAD_DIM: tl.constexpr):
+    """The offset of slot number `slot` of the `slots` of HEAD_DIM elements that each token has."""
+    return (token * slots + slot) * HEAD_DIM
 
 
 @triton.jit
-def _store(ptr, value, token, valid, slots, slot, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The reverse of `_load`."""
-    channel = tl.arange(0, BLOCK_D)[None, :]
-    mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & (channel < HEAD_DIM)
-    offsets = (token * slots + slot)[:, None] * HEAD_DIM + channel
-    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _logits(
+def _scores(
     products, table_ptr, head, scale, query_row, query_column, key_row, key_column, query_valid, rows, columns,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     CAUSAL_H: tl.constexpr, CAUSAL_W: tl.constexpr,
 ):  # fmt: skip
-    """Logits, -inf for keys that are no neighbours; queries and keys come shaped to be broadcast."""
+    """Base-2 scores, -inf for keys that are no neighbours; queries and keys have shapes that broadcast."""
     top, bottom = _window(query_row, rows, KERNEL_H, STRIDE_H, CAUSAL_H)
     left, right = _window(query_column, columns, KERNEL_W, STRIDE_W, CAUSAL_W)
-    # Row and column in the halves of one integer: one subtraction for each pair, and few registers for each query.
-    # A half that is negative borrows from the other, which does no harm: its own sign has ruled the pair out.
+    # Row and column are the halves of one integer: one subtraction per pair, few registers per query. A negative half
+    # borrows from the other, which does no harm: its own sign excludes the pair.
     start = tl.where(query_valid, top * 65536 + left, 0x40000000)
     size = (bottom - top - 1) * 65536 + (right - left - 1)
     ahead = key_row * 65536 + key_column - start
     inside = ((ahead | (size - ahead)) & SIGNS) == 0
     if table_ptr is None:
-        return tl.where(inside, products * scale, float("-inf"))
+        return tl.where(inside, products * (scale * LOG2E), float("-inf"))
     else:
         PITCH: tl.constexpr = 2 * KERNEL_W - 1
         query_entry = query_row * PITCH + query_column - (KERNEL_H - 1) * PITCH - (KERNEL_W - 1)
         entry = key_row * PITCH + key_column - query_entry
         table_ptr += head * (2 * KERNEL_H - 1) * PITCH
-        return products * scale + tl.load(table_ptr + entry, mask=inside, other=float("-inf")).to(tl.float32)
+        bias = tl.load(table_ptr + entry, mask=inside, other=float("-inf")).to(tl.float32)
+        return (products * scale + bias) * LOG2E
 
 
 @triton.jit
-def _hide(logits, mask_ptr, key_token, key_valid):
-    """Logits (queries, keys), -inf for keys that the mask, if there is one, takes away."""
+def _hide(scores, mask_ptr, key_token, key_valid):
+    """Scores (queries, keys), -inf for keys that the mask, if there is one, hides."""
     if mask_ptr is not None:
         taken = tl.load(mask_ptr + key_token, mask=key_valid, other=False)
-        logits = tl.where(taken[None, :], logits, float("-inf"))
-    return logits
+        scores = tl.where(taken[None, :], scores, float("-inf"))
+    return scores
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
     qkv_ptr, table_ptr, mask_ptr, out_ptr, lse_ptr, height, width, num_heads, dilation_h, dilation_w, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -162,7 +152,7 @@ def _fwd_kernel(
     CAUSAL_H: tl.constexpr, CAUSAL_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse = log2(sum of 2 ** logits) of one tile of queries."""
+    """Output and lse = log2(sum of 2 ** scores) of one tile of queries."""
     pid = tl.program_id(0)
     head, image, row_tile, column_tile = _tile(pid, height, width, num_heads, dilation_h, dilation_w, TILE_H, TILE_W)
     row_group, first_row, last_row, rows = row_tile
@@ -171,7 +161,7 @@ def _fwd_kernel(
 
     query_row, query_column, query_valid = _rectangle(first_row, first_column, rows, columns, TILE_H, TILE_W)
     query_token = _token(image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w)
-    q = _load(qkv_ptr, query_token, query_valid, 3 * num_heads, head, HEAD_DIM, BLOCK_D)
+    q = load_rows(qkv_ptr, _offset(query_token, 3 * num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
 
     top, bottom = _windows(first_row, last_row, rows, KERNEL_H, STRIDE_H, CAUSAL_H)
     left, right = _windows(first_column, last_column, columns, KERNEL_W, STRIDE_W, CAUSAL_W)
@@ -182,36 +172,31 @@ def _fwd_kernel(
     for _ in range(0, tl.cdiv(bottom - top, STEP_H) * tl.cdiv(right - left, STEP_W)):
         key_row, key_column, key_valid = _rectangle(row, column, bottom, right, STEP_H, STEP_W)
         key_token = _token(image, key_row, key_column, row_group, column_group, height, width, dilation_h, dilation_w)
-        k = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, num_heads + head, HEAD_DIM, BLOCK_D)
-        v = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
-        logits = _logits(
+        k = load_rows(
+            qkv_ptr, _offset(key_token, 3 * num_heads, num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D
+        )
+        v = load_rows(
+            qkv_ptr, _offset(key_token, 3 * num_heads, 2 * num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D
+        )
+        scores = _scores(
             dot(q, tl.trans(k), PRECISION), table_ptr, head, scale,
             query_row[:, None], query_column[:, None], key_row[None, :], key_column[None, :], query_valid[:, None],
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
-        logits = _hide(logits, mask_ptr, key_token, key_valid)
-        new = tl.maximum(highest, tl.max(logits, 1) * LOG2E)
-        # A query may have no neighbour in the steps so far.
-        finite = tl.where(new == float("-inf"), 0.0, new)
-        shrink = tl.exp2(highest - finite)
-        weights = tl.exp2(logits * LOG2E - finite[:, None])
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, PRECISION)
-        highest = new
+        scores = _hide(scores, mask_ptr, key_token, key_valid)
+        highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION)
         column += STEP_W
         row += tl.where(column < right, 0, STEP_H)
         column = tl.where(column < right, column, left)
 
-    total = tl.where(query_valid, total, 1.0)
-    if mask_ptr is not None:
-        # A query without keys gets inf, so that its weights are 0 in the backward pass too.
-        highest = tl.where(total == 0.0, float("inf"), highest)
-        total = tl.where(total == 0.0, 1.0, total)
-    _store(out_ptr, acc / total[:, None], query_token, query_valid, num_heads, head, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + sums + query_token, highest + tl.log2(total), mask=query_valid)
+    divisor, lse = softmax_end(highest, total)
+    store_rows(
+        out_ptr, _offset(query_token, num_heads, head, HEAD_DIM), acc / divisor[:, None], query_valid, HEAD_DIM, BLOCK_D
+    )
+    tl.store(lse_ptr + sums + query_token, lse, mask=query_valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_query_kernel(
     qkv_ptr, table_ptr, mask_ptr, out_ptr, grad_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
     height, width, num_heads, dilation_h, dilation_w, scale,
@@ -229,9 +214,9 @@ def _bwd_query_kernel(
 
     query_row, query_column, query_valid = _rectangle(first_row, first_column, rows, columns, TILE_H, TILE_W)
     query_token = _token(image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w)
-    q = _load(qkv_ptr, query_token, query_valid, 3 * num_heads, head, HEAD_DIM, BLOCK_D)
-    grad = _load(grad_ptr, query_token, query_valid, num_heads, head, HEAD_DIM, BLOCK_D)
-    out = _load(out_ptr, query_token, query_valid, num_heads, head, HEAD_DIM, BLOCK_D)
+    q = load_rows(qkv_ptr, _offset(query_token, 3 * num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
+    grad = load_rows(grad_ptr, _offset(query_token, num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
+    out = load_rows(out_ptr, _offset(query_token, num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
     tl.store(delta_ptr + sums + query_token, delta, mask=query_valid)
     lse = tl.load(lse_ptr + sums + query_token, mask=query_valid, other=0.0)
@@ -243,25 +228,31 @@ def _bwd_query_kernel(
     for _ in range(0, tl.cdiv(bottom - top, STEP_H) * tl.cdiv(right - left, STEP_W)):
         key_row, key_column, key_valid = _rectangle(row, column, bottom, right, STEP_H, STEP_W)
         key_token = _token(image, key_row, key_column, row_group, column_group, height, width, dilation_h, dilation_w)
-        k = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, num_heads + head, HEAD_DIM, BLOCK_D)
-        v = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
-        logits = _logits(
+        k = load_rows(
+            qkv_ptr, _offset(key_token, 3 * num_heads, num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D
+        )
+        v = load_rows(
+            qkv_ptr, _offset(key_token, 3 * num_heads, 2 * num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D
+        )
+        scores = _scores(
             dot(q, tl.trans(k), PRECISION), table_ptr, head, scale,
             query_row[:, None], query_column[:, None], key_row[None, :], key_column[None, :], query_valid[:, None],
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
-        logits = _hide(logits, mask_ptr, key_token, key_valid)
-        weights = tl.exp2(logits * LOG2E - lse[:, None])
-        logits_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
-        acc += dot(logits_grad.to(k.dtype), k, PRECISION)
+        scores = _hide(scores, mask_ptr, key_token, key_valid)
+        weights = tl.exp2(scores - lse[:, None])
+        scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+        acc += dot(scores_grad.to(k.dtype), k, PRECISION)
         column += STEP_W
         row += tl.where(column < right, 0, STEP_H)
         column = tl.where(column < right, column, left)
 
-    _store(qkv_grad_ptr, acc * scale, query_token, query_valid, 3 * num_heads, head, HEAD_DIM, BLOCK_D)
+    store_rows(
+        qkv_grad_ptr, _offset(query_token, 3 * num_heads, head, HEAD_DIM), acc * scale, query_valid, HEAD_DIM, BLOCK_D
+    )
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_key_value_kernel(
     qkv_ptr, table_ptr, mask_ptr, grad_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
     height, width, num_heads, dilation_h, dilation_w, scale,
@@ -279,12 +270,14 @@ def _bwd_key_value_kernel(
 
     key_row, key_column, key_valid = _rectangle(first_row, first_column, rows, columns, TILE_H, TILE_W)
     key_token = _token(image, key_row, key_column, row_group, column_group, height, width, dilation_h, dilation_w)
-    k = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, num_heads + head, HEAD_DIM, BLOCK_D)
-    v = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
+    k = load_rows(qkv_ptr, _offset(key_token, 3 * num_heads, num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D)
+    v = load_rows(
+        qkv_ptr, _offset(key_token, 3 * num_heads, 2 * num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D
+    )
 
     top, bottom = _watchers(first_row, last_row, rows, KERNEL_H, STRIDE_H, CAUSAL_H)
     left, right = _watchers(first_column, last_column, columns, KERNEL_W, STRIDE_W, CAUSAL_W)
-    # The last tile of a dilation group that is one place shorter than the first has no keys.
+    # The last tile has no keys if its dilation group is one place shorter than the first group.
     bottom = tl.where((first_row < rows) & (first_column < columns), bottom, top)
     key_grad = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
     value_grad = tl.zeros([TILE_H * TILE_W, BLOCK_D], tl.float32)
@@ -294,19 +287,19 @@ def _bwd_key_value_kernel(
         query_token = _token(
             image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w
         )
-        q = _load(qkv_ptr, query_token, query_valid, 3 * num_heads, head, HEAD_DIM, BLOCK_D)
-        grad = _load(grad_ptr, query_token, query_valid, num_heads, head, HEAD_DIM, BLOCK_D)
+        q = load_rows(qkv_ptr, _offset(query_token, 3 * num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_ptr, _offset(query_token, num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + sums + query_token, mask=query_valid, other=0.0)
         delta = tl.load(delta_ptr + sums + query_token, mask=query_valid, other=0.0)
-        logits = _logits(
+        scores = _scores(
             dot(k, tl.trans(q), PRECISION), table_ptr, head, scale,
             query_row[None, :], query_column[None, :], key_row[:, None], key_column[:, None], query_valid[None, :],
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
-        weights = tl.exp2(logits * LOG2E - lse[None, :])
+        weights = tl.exp2(scores - lse[None, :])
         value_grad += dot(weights.to(grad.dtype), grad, PRECISION)
-        logits_grad = weights * (dot(v, tl.trans(grad), PRECISION) - delta[None, :])
-        key_grad += dot(logits_grad.to(q.dtype), q, PRECISION)
+        scores_grad = weights * (dot(v, tl.trans(grad), PRECISION) - delta[None, :])
+        key_grad += dot(scores_grad.to(q.dtype), q, PRECISION)
         column += STEP_W
         row += tl.where(column < right, 0, STEP_H)
         column = tl.where(column < right, column, left)
@@ -315,12 +308,25 @@ def _bwd_key_value_kernel(
         taken = tl.load(mask_ptr + key_token, mask=key_valid, other=False)
         key_grad = tl.where(taken[:, None], key_grad, 0.0)
         value_grad = tl.where(taken[:, None], value_grad, 0.0)
-    slots = 3 * num_heads
-    _store(qkv_grad_ptr, key_grad * scale, key_token, key_valid, slots, num_heads + head, HEAD_DIM, BLOCK_D)
-    _store(qkv_grad_ptr, value_grad, key_token, key_valid, slots, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
+    store_rows(
+        qkv_grad_ptr,
+        _offset(key_token, 3 * num_heads, num_heads + head, HEAD_DIM),
+        key_grad * scale,
+        key_valid,
+        HEAD_DIM,
+        BLOCK_D,
+    )
+    store_rows(
+        qkv_grad_ptr,
+        _offset(key_token, 3 * num_heads, 2 * num_heads + head, HEAD_DIM),
+        value_grad,
+        key_valid,
+        HEAD_DIM,
+        BLOCK_D,
+    )
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_bias_kernel(
     qkv_ptr, table_ptr, mask_ptr, grad_ptr, lse_ptr, delta_ptr, partial_ptr,
     batch, height, width, num_heads, dilation_h, dilation_w, scale, origin_h, origin_w, steps_h, steps_w, per_program,
@@ -329,10 +335,10 @@ def _bwd_bias_kernel(
     CAUSAL_H: tl.constexpr, CAUSAL_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits of one step, summed over `per_program` tiles of queries.
+    """Gradient of the scores of one step, summed over `per_program` tiles of queries.
 
-    Here the steps stand at fixed places relative to the tile, not to its windows: so one pair of the sum has the same
-    entry of the table in all tiles and images.
+    Unlike in the other kernels, the steps are at fixed places relative to the tile, so that a pair of the sum has the
+    same entry of the table in all tiles and images.
     """
     pid = tl.program_id(0)
     head, pid = pid % num_heads, pid // num_heads
@@ -342,7 +348,7 @@ def _bwd_bias_kernel(
     down_tiles, across_tiles = row_tiles * dilation_h, column_tiles * dilation_w
     index, step = tl.arange(0, TILE_H * TILE_W), tl.arange(0, STEP_H * STEP_W)
     acc = tl.zeros([TILE_H * TILE_W, STEP_H * STEP_W], tl.float32)
-    # Images are the fastest, so that a program's tiles are few.
+    # The image varies fastest, so that a program has few different tiles.
     last = tl.minimum((chunk + 1) * per_program, batch * down_tiles * across_tiles)
     for number in range(chunk * per_program, last):
         image, tile = (number % batch).to(tl.int64), number // batch
@@ -361,8 +367,8 @@ def _bwd_bias_kernel(
             query_token = _token(
                 image, query_row, query_column, row_group, column_group, height, width, dilation_h, dilation_w
             )
-            q = _load(qkv_ptr, query_token, query_valid, 3 * num_heads, head, HEAD_DIM, BLOCK_D)
-            grad = _load(grad_ptr, query_token, query_valid, num_heads, head, HEAD_DIM, BLOCK_D)
+            q = load_rows(qkv_ptr, _offset(query_token, 3 * num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
+            grad = load_rows(grad_ptr, _offset(query_token, num_heads, head, HEAD_DIM), query_valid, HEAD_DIM, BLOCK_D)
             lse = tl.load(lse_ptr + sums + query_token, mask=query_valid, other=0.0)
             delta = tl.load(delta_ptr + sums + query_token, mask=query_valid, other=0.0)
 
@@ -371,28 +377,32 @@ def _bwd_bias_kernel(
             key_token = _token(
                 image, key_row, key_column, row_group, column_group, height, width, dilation_h, dilation_w
             )
-            k = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, num_heads + head, HEAD_DIM, BLOCK_D)
-            v = _load(qkv_ptr, key_token, key_valid, 3 * num_heads, 2 * num_heads + head, HEAD_DIM, BLOCK_D)
-            logits = _logits(
+            k = load_rows(
+                qkv_ptr, _offset(key_token, 3 * num_heads, num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D
+            )
+            v = load_rows(
+                qkv_ptr, _offset(key_token, 3 * num_heads, 2 * num_heads + head, HEAD_DIM), key_valid, HEAD_DIM, BLOCK_D
+            )
+            scores = _scores(
                 dot(q, tl.trans(k), PRECISION), table_ptr, head, scale,
                 query_row[:, None], query_column[:, None], key_row[None, :], key_column[None, :], query_valid[:, None],
                 rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
             )  # fmt: skip
-            logits = _hide(logits, mask_ptr, key_token, key_valid)
-            acc += tl.exp2(logits * LOG2E - lse[:, None]) * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+            scores = _hide(scores, mask_ptr, key_token, key_valid)
+            acc += tl.exp2(scores - lse[:, None]) * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
 
     part = ((chunk.to(tl.int64) * num_heads + head) * steps_h + step_row) * steps_w + step_column
     pairs = index[:, None] * (STEP_H * STEP_W) + step[None, :]
     tl.store(partial_ptr + part * (TILE_H * TILE_W * STEP_H * STEP_W) + pairs, acc)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_bias_sum_kernel(
     partial_ptr, table_grad_ptr, num_heads, origin_h, origin_w, steps_h, steps_w, chunks,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One entry of the table's gradient: the pairs of `_bwd_bias_kernel` that are so far apart, in a fixed order."""
+    """One entry of the table's gradient: a sum over pairs of `_bwd_bias_kernel`, in a fixed order."""
     pid = tl.program_id(0)
     HEIGHT: tl.constexpr = 2 * KERNEL_H - 1
     WIDTH: tl.constexpr = 2 * KERNEL_W - 1
@@ -415,6 +425,7 @@ def forward(
     qkv: Tensor,
     bias_table: Tensor | None,
     key_mask: Tensor | None,
+    *,
     num_heads: int,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
@@ -440,6 +451,7 @@ def backward(
     key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    *,
     num_heads: int,
     kernel_size: Sequence[int],
     dilation: Sequence[int],
@@ -464,7 +476,7 @@ def backward(
 
 
 def _bias_gradient(batch: int, bias_table: Tensor, common: dict[str, Any]) -> Tensor:
-    """From `common`, the arguments of the other kernels."""
+    """The gradient of the bias table, given `common`, the arguments of the other kernels."""
     tile, step, num_heads = (
         (common["TILE_H"], common["TILE_W"]),
         (common["STEP_H"], common["STEP_W"]),
@@ -473,12 +485,12 @@ def _bias_gradient(batch: int, bias_table: Tensor, common: dict[str, Any]) -> Te
     origins, steps = [], []
     for axis, queries, keys in zip("HW", tile, step, strict=True):
         kernel, stride = common[f"KERNEL_{axis}"], common[f"STRIDE_{axis}"]
-        # Keys are up to kernel - 1 places from a query; most windows start at `usual`, so a step starts there as well.
+        # Keys are up to kernel - 1 places from a query. Most windows start at `usual`, and so does a step.
         usual = stride - kernel if common[f"CAUSAL_{axis}"] else stride // 2 - kernel // 2
         origin = usual - keys * triton.cdiv(usual + kernel - 1, keys)
         origins.append(origin)
         steps.append(triton.cdiv(queries + kernel - 1 - origin, keys))
-    # Enough programs to fill the GPU, and no more: each writes a tile of float32.
+    # Only as many programs as fill the GPU: each writes a tile of float32.
     number = batch * _tiles(common)
     most = triton.cdiv(8 * triton_common.machine(bias_table).num_processors, num_heads * steps[0] * steps[1])
     per_program = triton.cdiv(number, most)
@@ -522,13 +534,13 @@ def _arguments(
     is_causal: Sequence[bool],
     scale: float,
 ) -> dict[str, Any]:
-    """What all kernels are launched with."""
+    """The arguments that all kernels share."""
     gpu = triton_common.machine(qkv)
     _, height, width, channels = qkv.shape
     head_dim = channels // (3 * num_heads)
     block = max(16, triton.next_power_of_2(head_dim))
-    # Steps of half a tile: gathering the biases of more takes more registers than there are. Less of both for heads
-    # that are long in bytes.
+    # A step is half a tile: gathering the biases of more keys takes too many registers. Both are smaller for heads of
+    # many bytes.
     row = block * qkv.element_size()
     tokens = 64 if row <= 128 else 32 if row <= 256 else 16
     tile, step = cost_model.best_tiles(
@@ -563,7 +575,7 @@ def _arguments(
 
 
 def _tiles(common: dict[str, Any]) -> int:
-    """Tiles of an image, of all dilation groups."""
+    """The number of tiles of an image, over all dilation groups."""
     tiles = 1
     for length, dilation, tile in (("height", "dilation_h", "TILE_H"), ("width", "dilation_w", "TILE_W")):
         tiles *= triton.cdiv(triton.cdiv(common[length], common[dilation]), common[tile]) * common[dilation]

@@ -1,4 +1,4 @@
-"""Attention of each region of a map to the regions that it is routed to."""
+"""Attention of the tokens of each region of a map to the regions that the region is routed to."""
 
 from zoo.kernels.routed_attention.op import routed_attention
 

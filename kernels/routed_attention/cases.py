@@ -50,9 +50,9 @@ CASES = {
         Case((32, 32), 8, 8, 16),
     )
 }
-# What `zoo-bench kernels` runs by default.
+# The default of `zoo-bench kernels`.
 TARGETS: dict[str, Case] = {}
-# One of each kind, for tests that would say the same of all; the first two differ most.
+# One of each kind, for tests whose result is the same within a kind; the first two differ most.
 KINDS = ("56x56x64-regions7-top1", "14x14x256-regions7-top16")
 
 
@@ -64,7 +64,7 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of FUNCTION: parts of one projection, routes without repetition."""
+    """Positional and keyword arguments of FUNCTION: q, k and v are slices of one tensor, no route repeats."""
     generator = torch.Generator().manual_seed(0)
     channels = case.num_heads * case.head_dim
     qkv = torch.randn(batch, *case.size, 3 * channels, generator=generator).to(device, dtype)

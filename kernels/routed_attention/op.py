@@ -1,4 +1,4 @@
-"""The specification of routed attention, and its checks."""
+"""Routed attention: specification, checks and choice of the implementation."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def routed_attention(
 ) -> Tensor:
     """Multi-head attention of the tokens of each region to all tokens of the regions that it is routed to.
 
-    Maps are cut into S x S equal regions, numbered row by row. For each region r and head,
+    Maps are divided into S x S equal regions, numbered row by row. For each region r and head,
     out_i = sum_j softmax_j(scale * q_i . k_j) v_j for the tokens i of r, over the tokens j of regions
-    routes[b, r, 0], ..., routes[b, r, topk - 1]. A region that is named twice counts twice. Gradients flow to q, k and
+    routes[b, r, 0], ..., routes[b, r, topk - 1]. A region that is listed twice counts twice. Gradients flow to q, k and
     v, not through the choice of routes.
 
     Args:
         q: (B, H, W, N * D).
-        k: (B, H', W', N * D); H' and W' may differ from H and W, where keys and values are pooled.
-        v: Like `k`.
+        k: (B, H', W', N * D); H' and W' may differ from H and W, if keys and values are pooled.
+        v: As `k`.
         routes: (B, S * S, topk) int64, numbers of regions, from 0 to S * S - 1.
         num_heads: N.
         regions: S; divides H, W, H' and W'.
-        scale: Of the logits; D ** -0.5 if None.
+        scale: Factor of the logits; D ** -0.5 if None.
 
     Returns:
-        (B, H, W, N * D), in the type of `q`. Logits and softmax of half precision are float32. Under autocast, `q`, `k`
-        and `v` are taken in its type.
+        (B, H, W, N * D), in the dtype of `q`. Logits and softmax are float32 for half precision. Under autocast, `q`,
+        `k` and `v` are converted to its dtype.
 
     Raises:
-        TypeError: an integer tensor where floats belong, types that differ, or routes that are not int64.
-        ValueError: a shape or an option is not as above, or devices differ. The numbers in `routes` are looked at on
-            CPUs, outside of what is compiled, exported or transformed: a GPU would have to be waited for. There, a
-            number out of range is undefined behaviour.
+        TypeError: an integer tensor for q, k or v, dtypes that differ, or routes that are not int64.
+        ValueError: a shape or an option other than above, or devices that differ. The values of `routes` are checked
+            on CPUs only, and not in compiled, exported or transformed code: on a GPU, the check would synchronize.
+            Where they are not checked, a value out of range is undefined behaviour.
 
     Source: BiFormer, arXiv 2303.08810, section 3.2.
     """
@@ -75,7 +75,7 @@ def routed_attention(
     implementation = dispatch.choose("routed_attention", q, head_dim)
     with dispatch.as_given(q):
         if implementation == "triton":
-            return forward(q, k, v, routes, num_heads, regions, scale)[0]
+            return forward(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)[0]
         compute = reference if implementation == "reference" else torch_impl
         return compute.routed_attention(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
 
@@ -91,15 +91,15 @@ def _check_routes(routes: Tensor, regions: int) -> None:
         )
 
 
-# The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.
+# The rest registers the Triton implementation with torch. Without Triton, nothing is registered.
 @dispatch.triton_op("zoo::routed_attn")
 def forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, num_heads: int, regions: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, H, W, N D), and each query's log2 of its sum of exponentials, by regions: (B, S S, N, T)."""
+    """The output (B, H, W, N D), and log2 of each query's sum of exponentials by regions, (B, S S, N, T) float32."""
     from zoo.kernels.routed_attention import triton_impl
 
-    return triton_impl.forward(q, k, v, routes, num_heads, regions, scale)
+    return triton_impl.forward(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
 
 
 @dispatch.triton_op("zoo::routed_attn_bwd")
@@ -118,26 +118,29 @@ def backward(
     """Gradients of q, k and v."""
     from zoo.kernels.routed_attention import triton_impl
 
-    return triton_impl.backward(grad, q, k, v, routes, out, lse, num_heads, regions, scale)
+    return triton_impl.backward(grad, q, k, v, routes, out, lse, num_heads=num_heads, regions=regions, scale=scale)
+
+
+_OPTIONS = ("num_heads", "regions", "scale")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.options = inputs[4:]
+    ctx.options = dict(zip(_OPTIONS, inputs[4:], strict=True))
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, routes, out, lse = ctx.saved_tensors
-    num_heads, regions, scale = ctx.options
     if dispatch.again_differentiable(q, k, v, grad):
 
         def composite(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return torch_impl.routed_attention(q, k, v, routes, num_heads=num_heads, regions=regions, scale=scale)
+            return torch_impl.routed_attention(q, k, v, routes, **ctx.options)
 
         grads = dispatch.composite_gradients(composite, (q, k, v), grad)
     else:
-        grads = backward(grad, q, k, v, routes, out, lse, num_heads, regions, scale)
-    return *grads, *(None,) * 4
+        grads = backward(grad, q, k, v, routes, out, lse, **ctx.options)
+    routes_grad = None
+    return *grads, routes_grad, *(None,) * len(ctx.options)
 
 
 dispatch.register_autograd(forward, _differentiate, setup_context=_save)

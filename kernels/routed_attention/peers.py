@@ -1,4 +1,4 @@
-"""Routed attention as one would write it without `zoo.kernels`: keys and values of the routes gathered.
+"""Routed attention without `zoo.kernels`: the keys and values of the routes are gathered.
 
 Letters: B images, T tokens of a region, C channels.
 """
@@ -15,11 +15,12 @@ from torch import Tensor
 from zoo.kernels.peers import Arguments, Contender, sdpa, softmax
 from zoo.kernels.windows import partition, unpartition
 
-BACKWARD_FLOPS = 2.5  # of the backward pass, as a multiple of the forward pass: five matrix products to two
+# Operations of the backward pass over those of the forward pass: five matrix products to two.
+BACKWARD_FLOPS = 2.5
 
 
 def flops(arguments: Arguments) -> int:
-    """Operations for each number of the output, forward."""
+    """Operations per element of the output, forward."""
     _, height, width, _ = arguments["k"].shape
     return 4 * arguments["routes"].shape[2] * (height * width // arguments["regions"] ** 2)
 

@@ -1,4 +1,6 @@
-"""Routed attention in plain torch: what is right, in the memory of topk copies of the keys and values.
+"""Routed attention in plain torch: the definition of the correct result.
+
+It takes the memory of topk copies of the keys and values.
 
 Letters: B images, R regions, T tokens of a region, N heads, D head dim, K regions routed to.
 """
@@ -15,7 +17,7 @@ from zoo.kernels.windows import partition, unpartition
 def routed_attention(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, num_heads: int, regions: int, scale: float
 ) -> Tensor:
-    """See `op.routed_attention`, which has checked everything."""
+    """See `op.routed_attention`, which checks the arguments."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     query, key, value = (
         partition(x.to(dtype), region_size(x, regions), "block").unflatten(-1, (num_heads, -1)) for x in (q, k, v)
@@ -29,6 +31,6 @@ def routed_attention(
 
 
 def region_size(x: Tensor, regions: int) -> tuple[int, int]:
-    """Rows and columns of each of regions x regions regions of a map (B, H, W, C)."""
+    """Rows and columns of a region, for a map (B, H, W, C) with regions x regions of them."""
     _, height, width, _ = checks.sizes(x)
     return height // regions, width // regions

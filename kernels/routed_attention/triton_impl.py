@@ -1,13 +1,15 @@
-"""Routed attention in Triton: keys are gathered tile by tile through the routes, and never copied.
+"""Routed attention in Triton: keys are gathered tile by tile through the routes, without a copy.
 
 Letters: B images, H, W map, R = S * S regions, T tokens of a region (of q, or of k and v), N heads, D head dim.
 
-A query's list of keys is that of its region: entry n is token n % T of region routes[n // T]. The gradients of keys and
-values go the other way: a region's list of queries comes from the inverse routes, sorted by region (CSR), so that every
-sum has one owner and one order.
+All queries of a region have the same list of keys: entry n is token n % T of region routes[n // T]. For the gradients
+of keys and values, the list of queries of a region comes from the inverse routes, sorted by region (CSR), so that a
+single program computes each sum, in a fixed order.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -15,15 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels import triton_common
-from zoo.kernels.triton_common import LOG2E, dot
+from zoo.kernels.triton_common import LOG2E, dot, load_rows, softmax_end, softmax_step, store_rows
 
-# Of the values that differ between calls, only strides help the compiler by their divisibility.
-_SIZES = ["height", "width", "key_height", "key_width", "regions", "topk", "num_heads"]
+# Among the values that differ between calls, only the strides are worth specializing: on divisibility by 16.
+NOT_SPECIALIZED = ("height", "width", "key_height", "key_width", "regions", "topk", "num_heads")
 
 
 @triton.jit
 def _program(height, width, regions, num_heads, BLOCK: tl.constexpr):
-    """Head, region, image and first token of a program that owns BLOCK tokens of a region; the tokens of a region."""
+    """Head, region, image and first token of a program of BLOCK tokens of a region, and the tokens of a region."""
     tokens = (height // regions) * (width // regions)
     blocks = tl.cdiv(tokens, BLOCK)
     pid = tl.program_id(0)
@@ -34,7 +36,7 @@ def _program(height, width, regions, num_heads, BLOCK: tl.constexpr):
 
 @triton.jit
 def _places(image, region, token, height, width, regions):
-    """Where tokens of regions stand in (B H W)."""
+    """Indices of tokens of regions in (B H W)."""
     rows, columns = height // regions, width // regions
     y = region // regions * rows + token // columns
     x = region % regions * columns + token % columns
@@ -42,24 +44,8 @@ def _places(image, region, token, height, width, regions):
 
 
 @triton.jit
-def _load(ptr, places, stride, head, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The channels of a head, one row for each place; 0 where not `valid`."""
-    channel = tl.arange(0, BLOCK_D)
-    offsets = places[:, None] * stride + head * HEAD_DIM + channel[None, :]
-    return tl.load(ptr + offsets, mask=valid[:, None] & (channel < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _store(ptr, value, places, stride, head, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The reverse of `_load`."""
-    channel = tl.arange(0, BLOCK_D)
-    offsets = places[:, None] * stride + head * HEAD_DIM + channel[None, :]
-    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=valid[:, None] & (channel < HEAD_DIM)[None, :])
-
-
-@triton.jit
 def _routed_keys(routes_ptr, row, start, count, image, height, width, regions, topk, BLOCK_K: tl.constexpr):
-    """Places of the keys from `start` on in the list of `count` keys of a region, and which of them there are."""
+    """Places of the keys from `start` on in a region's list of `count` keys, and which of them exist."""
     tokens = (height // regions) * (width // regions)
     index = start + tl.arange(0, BLOCK_K)
     valid = index < count
@@ -67,97 +53,53 @@ def _routed_keys(routes_ptr, row, start, count, image, height, width, regions, t
     return _places(image, region, index % tokens, height, width, regions), valid
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    routes_ptr,
-    out_ptr,
-    lse_ptr,
-    q_stride,
-    k_stride,
-    v_stride,
-    height,
-    width,
-    key_height,
-    key_width,
-    regions,
-    topk,
-    num_heads,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, routes_ptr, out_ptr, lse_ptr,
+    q_stride, k_stride, v_stride, height, width, key_height, key_width, regions, topk, num_heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """out_i = sum_j 2^(s_ij - lse_i) v_j with s = scale log2(e) q k', lse_i = log2 sum_j 2^s_ij; online over j."""
     head, region, image, first, tokens = _program(height, width, regions, num_heads, BLOCK_Q)
     token = first + tl.arange(0, BLOCK_Q)
     valid = token < tokens
     places = _places(image, region, token, height, width, regions)
-    query = _load(q_ptr, places, q_stride, head, valid, HEAD_DIM, BLOCK_D)
+    query = load_rows(q_ptr, places * q_stride + head * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
 
     row = image.to(tl.int64) * regions * regions + region
     count = (key_height // regions) * (key_width // regions) * topk
-    top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+    highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK_K):
         keys, taken = _routed_keys(routes_ptr, row, start, count, image, key_height, key_width, regions, topk, BLOCK_K)
-        key = _load(k_ptr, keys, k_stride, head, taken, HEAD_DIM, BLOCK_D)
-        value = _load(v_ptr, keys, v_stride, head, taken, HEAD_DIM, BLOCK_D)
+        key = load_rows(k_ptr, keys * k_stride + head * HEAD_DIM, taken, HEAD_DIM, BLOCK_D)
+        value = load_rows(v_ptr, keys * v_stride + head * HEAD_DIM, taken, HEAD_DIM, BLOCK_D)
         scores = dot(query, tl.trans(key), PRECISION) * (scale * LOG2E)
-        scores = tl.where(taken[None, :], scores, -float("inf"))
-        above = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.exp2(scores - above[:, None])
-        shrink = tl.exp2(top - above)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None] + dot(weights.to(value.dtype), value, PRECISION)
-        top = above
+        scores = tl.where(taken[None, :], scores, float("-inf"))
+        highest, total, acc = softmax_step(scores, value, highest, total, acc, PRECISION)
 
-    _store(out_ptr, acc / total[:, None], places, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (row * num_heads + head) * tokens + token, top + tl.log2(total), mask=valid)
+    divisor, lse = softmax_end(highest, total)
+    store_rows(out_ptr, (places * num_heads + head) * HEAD_DIM, acc / divisor[:, None], valid, HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + (row * num_heads + head) * tokens + token, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_q_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    routes_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    q_grad_ptr,
-    grad_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    height,
-    width,
-    key_height,
-    key_width,
-    regions,
-    topk,
-    num_heads,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, routes_ptr, out_ptr, lse_ptr, delta_ptr, q_grad_ptr,
+    grad_stride, q_stride, k_stride, v_stride, height, width, key_height, key_width, regions, topk, num_heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
-    """q_grad_i = scale sum_j p_ij (grad_i v_j - delta_i) k_j with delta_i = grad_i out_i, kept for the other kernel."""
+):  # fmt: skip
+    """q_grad_i = scale sum_j p_ij (grad_i v_j - delta_i) k_j with delta_i = grad_i out_i, stored for k and v."""
     head, region, image, first, tokens = _program(height, width, regions, num_heads, BLOCK_Q)
     token = first + tl.arange(0, BLOCK_Q)
     valid = token < tokens
     places = _places(image, region, token, height, width, regions)
-    query = _load(q_ptr, places, q_stride, head, valid, HEAD_DIM, BLOCK_D)
-    grad = _load(grad_ptr, places, grad_stride, head, valid, HEAD_DIM, BLOCK_D)
-    out = _load(out_ptr, places, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
+    query = load_rows(q_ptr, places * q_stride + head * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+    grad = load_rows(grad_ptr, places * grad_stride + head * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+    out = load_rows(out_ptr, (places * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
     row = image.to(tl.int64) * regions * regions + region
     statistics = (row * num_heads + head) * tokens + token
     lse = tl.load(lse_ptr + statistics, mask=valid, other=0.0)
@@ -168,53 +110,30 @@ def _bwd_q_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK_K):
         keys, taken = _routed_keys(routes_ptr, row, start, count, image, key_height, key_width, regions, topk, BLOCK_K)
-        key = _load(k_ptr, keys, k_stride, head, taken, HEAD_DIM, BLOCK_D)
-        value = _load(v_ptr, keys, v_stride, head, taken, HEAD_DIM, BLOCK_D)
+        key = load_rows(k_ptr, keys * k_stride + head * HEAD_DIM, taken, HEAD_DIM, BLOCK_D)
+        value = load_rows(v_ptr, keys * v_stride + head * HEAD_DIM, taken, HEAD_DIM, BLOCK_D)
         scores = dot(query, tl.trans(key), PRECISION) * (scale * LOG2E)
-        scores = tl.where(taken[None, :], scores, -float("inf"))
+        scores = tl.where(taken[None, :], scores, float("-inf"))
         weights = tl.exp2(scores - lse[:, None])
         scores_grad = weights * (dot(grad, tl.trans(value), PRECISION) - delta[:, None])
         acc += dot(scores_grad.to(key.dtype), key, PRECISION)
-    _store(q_grad_ptr, acc * scale, places, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
+    store_rows(q_grad_ptr, (places * num_heads + head) * HEAD_DIM, acc * scale, valid, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kv_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    order_ptr,
-    starts_ptr,
-    lse_ptr,
-    delta_ptr,
-    k_grad_ptr,
-    v_grad_ptr,
-    grad_stride,
-    q_stride,
-    k_stride,
-    v_stride,
-    height,
-    width,
-    key_height,
-    key_width,
-    regions,
-    topk,
-    num_heads,
-    scale,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    grad_ptr, q_ptr, k_ptr, v_ptr, order_ptr, starts_ptr, lse_ptr, delta_ptr, k_grad_ptr, v_grad_ptr,
+    grad_stride, q_stride, k_stride, v_stride, height, width, key_height, key_width, regions, topk, num_heads, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """v_grad_j = sum_i p_ij grad_i and k_grad_j = scale sum_i p_ij (grad_i v_j - delta_i) q_i over the inverse list."""
     head, region, image, first, key_tokens = _program(key_height, key_width, regions, num_heads, BLOCK_K)
     token = first + tl.arange(0, BLOCK_K)
     keys = _places(image, region, token, key_height, key_width, regions)
     valid = token < key_tokens
-    key = _load(k_ptr, keys, k_stride, head, valid, HEAD_DIM, BLOCK_D)
-    value = _load(v_ptr, keys, v_stride, head, valid, HEAD_DIM, BLOCK_D)
+    key = load_rows(k_ptr, keys * k_stride + head * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+    value = load_rows(v_ptr, keys * v_stride + head * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
 
     areas = regions * regions
     tokens = (height // regions) * (width // regions)
@@ -231,21 +150,21 @@ def _bwd_kv_kernel(
         places = _places(image, source, index % tokens, height, width, regions)
         row = image.to(tl.int64) * areas + source
         statistics = (row * num_heads + head) * tokens + index % tokens
-        query = _load(q_ptr, places, q_stride, head, taken, HEAD_DIM, BLOCK_D)
-        grad = _load(grad_ptr, places, grad_stride, head, taken, HEAD_DIM, BLOCK_D)
+        query = load_rows(q_ptr, places * q_stride + head * HEAD_DIM, taken, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_ptr, places * grad_stride + head * HEAD_DIM, taken, HEAD_DIM, BLOCK_D)
         lse = tl.load(lse_ptr + statistics, mask=taken, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=taken, other=0.0)
-        # Queries that are not there have zeros for q and grad, and so add nothing.
+        # Queries past the end of the list have zeros for q and grad, so they contribute nothing.
         weights = tl.exp2(dot(key, tl.trans(query), PRECISION) * (scale * LOG2E) - lse[None, :])
         value_acc += dot(weights.to(grad.dtype), grad, PRECISION)
         scores_grad = weights * (dot(value, tl.trans(grad), PRECISION) - delta[None, :])
         key_acc += dot(scores_grad.to(query.dtype), query, PRECISION)
-    _store(k_grad_ptr, key_acc * scale, keys, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
-    _store(v_grad_ptr, value_acc, keys, num_heads * HEAD_DIM, head, valid, HEAD_DIM, BLOCK_D)
+    store_rows(k_grad_ptr, (keys * num_heads + head) * HEAD_DIM, key_acc * scale, valid, HEAD_DIM, BLOCK_D)
+    store_rows(v_grad_ptr, (keys * num_heads + head) * HEAD_DIM, value_acc, valid, HEAD_DIM, BLOCK_D)
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, num_heads: int, regions: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, num_heads: int, regions: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `op.forward`."""
     q, k, v, routes = _even(q), _even(k), _even(v), routes.contiguous()
@@ -280,6 +199,7 @@ def backward(
     routes: Tensor,
     out: Tensor,
     lse: Tensor,
+    *,
     num_heads: int,
     regions: int,
     scale: float,
@@ -339,7 +259,7 @@ def backward(
 
 
 def _inverse(routes: Tensor, regions: int) -> tuple[Tensor, Tensor]:
-    """For each image the entries of `routes`, sorted by the region they name, and where each region's begin."""
+    """For each image, the entries of `routes` sorted by region, and the start of the entries of each region."""
     batch = routes.shape[0]
     named, order = routes.flatten(1).int().sort(dim=1, stable=True)
     numbers = torch.arange(regions**2 + 1, dtype=torch.int32, device=routes.device).repeat(batch, 1)
@@ -347,7 +267,7 @@ def _inverse(routes: Tensor, regions: int) -> tuple[Tensor, Tensor]:
 
 
 def _even(x: Tensor) -> Tensor:
-    """`x` with one distance between neighbouring tokens, as parts of one projection have it; copied if need be."""
+    """`x` if its tokens are evenly spaced, as in slices of a projection; else a contiguous copy."""
     _, height, width, _ = x.shape
     step = x.stride(2)
     return x if x.stride() == (height * width * step, width * step, step, 1) else x.contiguous()
@@ -358,12 +278,12 @@ def _tokens(x: Tensor, regions: int) -> int:
 
 
 def _block(x: Tensor, regions: int) -> int:
-    """The tokens that a program owns: a region's, or 64 of them."""
+    """The number of tokens of a program: those of a region, at most 64."""
     return next((size for size in (16, 32) if _tokens(x, regions) <= size), 64)
 
 
 def _step(q: Tensor, num_heads: int) -> int:
-    """The tokens of the other side that a program takes at once: as many as its registers hold."""
+    """The number of tokens of the other side in a step: as many as the registers hold."""
     half = q.element_size() == 2
     return min(max((4096 if half else 1024) // _block_d(q, num_heads), 16), 64 if half else 32)
 
@@ -372,7 +292,7 @@ def _block_d(q: Tensor, num_heads: int) -> int:
     return max(triton.next_power_of_2(q.shape[3] // num_heads), 16)
 
 
-def _common(q: Tensor, k: Tensor, routes: Tensor, num_heads: int, regions: int, scale: float) -> dict[str, object]:
+def _common(q: Tensor, k: Tensor, routes: Tensor, num_heads: int, regions: int, scale: float) -> dict[str, Any]:
     return {
         "height": q.shape[1],
         "width": q.shape[2],

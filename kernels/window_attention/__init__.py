@@ -1,4 +1,4 @@
-"""Attention within windows of a map: blocks, grids, stripes."""
+"""Attention within the windows of a map: blocks, grids and stripes."""
 
 from zoo.kernels.window_attention.op import window_attention
 

@@ -49,7 +49,7 @@ def _cases() -> Iterator[Case]:
         for side, heads, windows in ((56, 2, (7, 7, 14, 7)), (96, 6, (12, 12, 24, 12)), (128, 6, (16, 16, 32, 16))):
             for stage, window in enumerate(windows):
                 yield Case((side >> stage,) * 2, heads << stage, (window, window), shared_query=shared)
-    # Stripes, half of the heads each way, and the whole map at last; images of 224 and 384 pixels.
+    # Stripes, half of the heads each way, then the whole map; images of 224 and 384 pixels.
     for heads, dim, side, widths in ((1, 32, 56, (1, 2, 7)), (2, 24, 96, (1, 2, 12))):
         for stage, width in enumerate(widths):
             size = side >> stage
@@ -62,9 +62,9 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = {case.name: case for case in _cases()}
-# What `zoo-bench kernels` runs by default.
+# The default of `zoo-bench kernels`.
 TARGETS = {"target-56x56x64": Case((56, 56), 2, (7, 7)), "target-14x14x256": Case((14, 14), 8, (7, 7))}
-# One of each kind, for tests that would say the same of all; the first two differ most.
+# One of each kind, for tests whose result is the same within a kind; the first two differ most.
 KINDS = (
     "14x14x256-block7x7-key_minus_query",
     "14x14x256-block14x14-shared_query",
@@ -82,7 +82,7 @@ def inputs(
     device: torch.device | str,
     requires_grad: bool = False,
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """Positional and keyword arguments of FUNCTION, of normal random numbers, the same on all devices."""
+    """Positional and keyword arguments of FUNCTION, normally distributed, the same on all devices."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*sizes: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is the same in every implementation of window attention by definition."""
+"""Definitions that implementations of window attention share."""
 
 from __future__ import annotations
 

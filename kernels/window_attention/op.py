@@ -1,4 +1,4 @@
-"""The specification of window attention, and its checks."""
+"""Window attention: specification, checks and choice of the implementation."""
 
 from __future__ import annotations
 
@@ -24,35 +24,36 @@ def window_attention(
 ) -> Tensor:
     """Multi-head self-attention within windows of wh x ww tokens.
 
-    For each window and head, out_i = sum_j softmax_j(scale * q_i . k_j + bias[offset(i, j)]) v_j over the window's
-    tokens j. Token (ty, tx) of window (wy, wx) stands on the map at
+    For each window and head, out_i = sum_j softmax_j(scale * q_i . k_j + bias[offset(i, j)]) v_j over the tokens j of
+    the window. Token (ty, tx) of window (wy, wx) is at this position of the map:
 
-        block:  (wy * wh + ty, wx * ww + tx)              neighbouring tokens (Swin, MaxViT block, stripes, HiLo)
-        grid:   (ty * H / wh + wy, tx * W / ww + wx)      tokens spread evenly over the map (MaxViT grid)
+        block:  (wy * wh + ty, wx * ww + tx)              adjacent tokens (Swin, MaxViT's blocks, HiLo)
+        grid:   (ty * H / wh + wy, tx * W / ww + wx)      tokens spread evenly over the map (MaxViT's grids)
 
-    A stripe of CSWin is a block as wide or as high as the map.
+    A stripe (CSWin) is a block that is as wide or as high as the map.
 
     Args:
-        qkv: (B, H, W, 3 * N * D), as a Linear writes query, key and value, each with its heads in order; with `q`,
-            (B, H, W, 2 * N * D), key and value. H is a multiple of wh and W of ww: pad the map where it is not.
+        qkv: (B, H, W, 3 * N * D), query, key and value as a Linear writes them, each with its heads in order; with `q`,
+            (B, H, W, 2 * N * D), key and value. H is a multiple of wh and W is a multiple of ww: pad other maps.
         num_heads: N.
         window_size: (wh, ww), or one number for both.
-        layout: Which tokens make a window.
-        bias_table: (N, 2 * wh - 1, 2 * ww - 1), added to the logits; its entry (r + wh - 1, c + ww - 1) is for tokens
-            that are r rows and c columns of the window apart. Of the type of `qkv`; float32 beside half precision.
-        bias_sign: Whether r and c are counted as query minus key (Swin, GC ViT) or key minus query (NAT, MaxViT).
-        scale: Of the logits; D ** -0.5 if None.
-        key_mask: (B, H, W) bool, True for tokens that may be attended to. A query with no such token in its window
+        layout: Which tokens form a window.
+        bias_table: (N, 2 * wh - 1, 2 * ww - 1), added to the logits. Entry (r + wh - 1, c + ww - 1) is for tokens that
+            are r rows and c columns of the window apart. It has the dtype of `qkv`; float32 is allowed with half
+            precision.
+        bias_sign: Whether r and c are query minus key (Swin, GC ViT) or key minus query (NAT, MaxViT).
+        scale: Factor of the logits; D ** -0.5 if None.
+        key_mask: (B, H, W) bool, True for tokens that may be attended to. A query without such a token in its window
             gives zeros.
         q: (B, wh * ww, N * D), queries that all windows of an image share (GC ViT's global attention).
 
     Returns:
-        (B, H, W, N * D), in the type of `qkv`. Logits and softmax of half precision are float32. Under autocast, `qkv`
-        and `q` are taken in its type.
+        (B, H, W, N * D), in the dtype of `qkv`. Logits and softmax are float32 for half precision. Under autocast,
+        `qkv` and `q` are converted to its dtype.
 
     Raises:
-        TypeError: an integer tensor, or types that differ; an option of another type.
-        ValueError: a shape or an option is not as above, or devices differ.
+        TypeError: an integer tensor, or dtypes that differ; an option of another type.
+        ValueError: a shape or an option other than above, or devices that differ.
 
     Source: Swin, arXiv 2103.14030, section 3.2; MaxViT, arXiv 2204.01697, section 3.2; GC ViT, arXiv 2206.09959,
     section 3.2.
@@ -85,8 +86,18 @@ def window_attention(
     implementation = dispatch.choose("window_attention", qkv, head_dim)
     with dispatch.as_given(qkv):
         if implementation == "triton":
-            grid, key_minus_query = layout == "grid", bias_sign == "key_minus_query"
-            return forward(qkv, q, bias_table, key_mask, num_heads, wh, ww, grid, key_minus_query, scale)[0]
+            return forward(
+                qkv,
+                q,
+                bias_table,
+                key_mask,
+                num_heads=num_heads,
+                wh=wh,
+                ww=ww,
+                grid=layout == "grid",
+                key_minus_query=bias_sign == "key_minus_query",
+                scale=scale,
+            )[0]
         compute = reference.window_attention if implementation == "reference" else torch_impl.window_attention
         return compute(
             qkv,
@@ -101,7 +112,7 @@ def window_attention(
         )
 
 
-# The rest is what torch knows of the Triton implementation; without Triton there is nothing to know.
+# The rest registers the Triton implementation with torch. Without Triton, nothing is registered.
 @dispatch.triton_op("zoo::window_attn")
 def forward(
     qkv: Tensor,
@@ -115,10 +126,21 @@ def forward(
     key_minus_query: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, H, W, N D), and log2 of each query's sum of exponentials, (B G, N, T) float32 by windows."""
+    """The output (B, H, W, N D), and log2 of each query's sum of exponentials by windows, (B G, N, T) float32."""
     from zoo.kernels.window_attention import triton_impl
 
-    return triton_impl.forward(qkv, q, bias_table, key_mask, num_heads, wh, ww, grid, key_minus_query, scale)
+    return triton_impl.forward(
+        qkv,
+        q,
+        bias_table,
+        key_mask,
+        num_heads=num_heads,
+        wh=wh,
+        ww=ww,
+        grid=grid,
+        key_minus_query=key_minus_query,
+        scale=scale,
+    )
 
 
 @dispatch.triton_op("zoo::window_attn_bwd")
@@ -138,33 +160,49 @@ def backward(
     scale: float,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, q and bias_table; empty ones of what is None or not wanted."""
+    """Gradients of qkv, q and bias_table; empty if the tensor is None or its gradient is not needed."""
     from zoo.kernels.window_attention import triton_impl
 
     return triton_impl.backward(
-        grad, qkv, q, bias_table, key_mask, out, lse, num_heads, wh, ww, grid, key_minus_query, scale, bias_grad
+        grad,
+        qkv,
+        q,
+        bias_table,
+        key_mask,
+        out,
+        lse,
+        num_heads=num_heads,
+        wh=wh,
+        ww=ww,
+        grid=grid,
+        key_minus_query=key_minus_query,
+        scale=scale,
+        bias_grad=bias_grad,
     )
+
+
+_OPTIONS = ("num_heads", "wh", "ww", "grid", "key_minus_query", "scale")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
-    ctx.options = inputs[4:]
+    ctx.options = dict(zip(_OPTIONS, inputs[4:], strict=True))
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     qkv, q, bias_table, key_mask, out, lse = ctx.saved_tensors
-    num_heads, wh, ww, grid, key_minus_query, scale = ctx.options
+    options = ctx.options
     if dispatch.again_differentiable(qkv, q, bias_table, grad):
 
         def composite(qkv: Tensor, q: Tensor | None, bias_table: Tensor | None) -> Tensor:
             return torch_impl.window_attention(
                 qkv,
-                num_heads=num_heads,
-                window_size=(wh, ww),
-                layout="grid" if grid else "block",
+                num_heads=options["num_heads"],
+                window_size=(options["wh"], options["ww"]),
+                layout="grid" if options["grid"] else "block",
                 bias_table=bias_table,
-                bias_sign="key_minus_query" if key_minus_query else "query_minus_key",
-                scale=scale,
+                bias_sign="key_minus_query" if options["key_minus_query"] else "query_minus_key",
+                scale=options["scale"],
                 key_mask=key_mask,
                 q=q,
             )
@@ -172,9 +210,12 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
         grads = dispatch.composite_gradients(composite, (qkv, q, bias_table), grad)
     else:
         wants_bias = bias_table is not None and ctx.needs_input_grad[2]
-        qkv_grad, q_grad, bias_grad = backward(grad, qkv, q, bias_table, key_mask, out, lse, *ctx.options, wants_bias)
+        qkv_grad, q_grad, bias_grad = backward(
+            grad, qkv, q, bias_table, key_mask, out, lse, **options, bias_grad=wants_bias
+        )
         grads = qkv_grad, None if q is None else q_grad, bias_grad if wants_bias else None
-    return *grads, *(None,) * 7
+    key_mask_grad = None
+    return *grads, key_mask_grad, *(None,) * len(options)
 
 
 dispatch.register_autograd(forward, _differentiate, setup_context=_save)

@@ -1,4 +1,4 @@
-"""Window attention as one would write it without `zoo.kernels`, with three ways to attend.
+"""Window attention without `zoo.kernels`: windows are copied, with three implementations of attention.
 
 Letters: B images, H, W map, N heads, D head dim, T tokens of a window.
 """
@@ -26,17 +26,18 @@ from zoo.kernels.peers import (
 from zoo.kernels.window_attention.reference import expand_bias
 from zoo.kernels.windows import partition, unpartition
 
-BACKWARD_FLOPS = 2.5  # of the backward pass, as a multiple of the forward pass: five matrix products to two
+# Operations of the backward pass over those of the forward pass: five matrix products to two.
+BACKWARD_FLOPS = 2.5
 
 
 def flops(arguments: Arguments) -> int:
-    """Operations for each number of the output, forward."""
+    """Operations per element of the output, forward."""
     height, width = pair(arguments["window_size"])
     return 4 * height * width
 
 
 def _windows(attend: Callable[..., Tensor], **given: Any) -> Tensor:
-    """Cut into windows, copying; attend; put together, copying."""
+    """Copy the windows, attend, copy them back."""
     qkv, heads, size, layout = (given[name] for name in ("qkv", "num_heads", "window_size", "layout"))
     size = size if isinstance(size, tuple) else (size, size)
     parts = 3 if given["q"] is None else 2

@@ -1,4 +1,4 @@
-"""Window attention in plain torch: what is right.
+"""Window attention in plain torch: the definition of the correct result.
 
 Letters: B images, H, W map, N heads, D head dim, G windows, T tokens of a window.
 """
@@ -25,7 +25,7 @@ def window_attention(
     key_mask: Tensor | None,
     q: Tensor | None,
 ) -> Tensor:
-    """See `op.window_attention`, which has checked everything."""
+    """See `op.window_attention`, which checks the arguments."""
     _, height, width, channels = checks.sizes(qkv)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     windows = partition(qkv.to(dtype), window_size, layout)  # (B, G, T, C)
@@ -50,6 +50,6 @@ def window_attention(
 
 
 def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tensor:
-    """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias of each query (row) and key (column)."""
+    """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias for each query (row) and key (column)."""
     rows, columns = entries(*window_size, sign, table.device)
     return table[:, rows, columns]

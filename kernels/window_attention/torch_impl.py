@@ -1,4 +1,4 @@
-"""Window attention in PyTorch, fast on CPUs: windows cut out in one copy, and fused attention over them.
+"""Window attention in PyTorch, fast on CPUs: windows are copied once, then go through fused attention.
 
 Letters: B images, H, W map, N heads, D head dim, G windows, T tokens of a window.
 """
@@ -27,12 +27,12 @@ def window_attention(
     key_mask: Tensor | None,
     q: Tensor | None,
 ) -> Tensor:
-    """See `op.window_attention`, which has checked everything."""
+    """See `op.window_attention`, which checks the arguments."""
     batch, (_, height, width, channels) = qkv.shape[0], checks.sizes(qkv)
     fuse = fused(qkv, bias_table, q)
     windows = cut(qkv, window_size, layout)  # (B G, T, C)
     if not fuse:
-        # Once here instead of three times at the products.
+        # Converted once here instead of three times at the products.
         windows = windows.to(torch.promote_types(qkv.dtype, torch.float32))
     parts = 3 if q is None else 2
     head_dim = channels // (parts * num_heads)
@@ -50,7 +50,7 @@ def window_attention(
     if key_mask is not None:
         taken = cut(key_mask[..., None], window_size, layout)[:, None, None, :, 0]  # (B G, 1, 1, T)
         any_key = taken.any(-1, keepdim=True)
-        # Windows without a key are left as they are until the end: all their logits at -inf would give NaN.
+        # Windows without a key are not masked until the end: if all their logits were -inf, the result would be NaN.
         hidden = torch.where(taken | ~any_key, 0.0, -torch.inf).to(query.dtype if bias is None else bias.dtype)
         bias = hidden if bias is None else hidden + bias
     out = attend(query, key, value, bias, scale, fuse=fuse)  # (B G, T, N, D)
@@ -60,13 +60,13 @@ def window_attention(
 
 
 def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tensor:
-    """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias of each query (row) and key (column)."""
+    """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias for each query (row) and key (column)."""
     index = constant(_entries, *window_size, sign, like=table)
     tokens = window_size[0] * window_size[1]
     return table.flatten(1).index_select(1, index).reshape(-1, tokens, tokens)
 
 
 def _entries(wh: int, ww: int, sign: str, device: torch.device) -> Tensor:
-    """(T T) entries of a flattened table."""
+    """(T T,), indices of a flattened table."""
     rows, columns = entries(wh, ww, sign, device)
     return (rows * (2 * ww - 1) + columns).flatten()

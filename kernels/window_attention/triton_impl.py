@@ -1,14 +1,15 @@
-"""Window attention in Triton: a tile for one window or several small ones, a loop over tiles of keys for large windows.
+"""Window attention in Triton: a tile per window or per several small ones, a loop over tiles for large windows.
 
-The tokens of a window are read where they stand on the map, so that nothing is copied into windows or back. Windows
-are counted over all images. Letters: B images, H, W map, N heads, D head dim, G windows of an image, T tokens of a
-window.
+The kernels read and write the tokens of a window at their positions on the map, so that windows are never copied.
+Windows are numbered across all images.
+
+Letters: B images, H, W map, N heads, D head dim, G windows of an image, T tokens of a window.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -16,20 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels import triton_common
-from zoo.kernels.triton_common import LOG2E, Machine, dot
+from zoo.kernels.triton_common import LOG2E, Machine, dot, load_rows, softmax_end, softmax_step, store_rows
 
-# Of the tiles of scores that the gradient of a bias table is added up from.
+# The size of the partial sums of the bias table's gradient.
 MAX_PARTIAL_BYTES = 64 << 20
-# The alignment of addresses follows from HEAD_DIM, so one program serves all sizes.
-SIZES = ["num_heads", "token_heads", "tokens", "window_width", "windows_per_image", "windows_per_row", "window_down"]
-SIZES += ["window_right", "token_down", "token_right", "bias_sign", "windows", "tiles", "tiles_per_program", "pack"]
-SIZES += ["parts", "groups", "groups_per_program", "blocks", "windows_per_program", "first_head", "heads", "rows"]
-SIZES += ["pitch"]
+# The alignment of addresses follows from HEAD_DIM, so one compiled kernel serves all sizes.
+NOT_SPECIALIZED = (
+    "num_heads", "token_heads", "tokens", "window_width", "windows_per_image", "windows_per_row", "window_down",
+    "window_right", "token_down", "token_right", "bias_sign", "windows", "tiles", "tiles_per_program", "pack", "parts",
+    "groups", "groups_per_program", "blocks", "windows_per_program", "first_head", "heads", "rows", "pitch",
+)  # fmt: skip
 
 
 @triton.jit
 def _first_token(window, tokens, windows_per_image, windows_per_row, window_down, window_right):
-    """Where a window's first token stands among the tokens of all maps."""
+    """The index of a window's first token among the tokens of all maps."""
     place = window % windows_per_image
     first = place // windows_per_row * window_down + place % windows_per_row * window_right
     return (window // windows_per_image).to(tl.int64) * windows_per_image * tokens + first
@@ -37,13 +39,13 @@ def _first_token(window, tokens, windows_per_image, windows_per_row, window_down
 
 @triton.jit
 def _offset(token, window_width, token_down, token_right):
-    """Where a token stands on the map, from the first of its window."""
+    """The distance of a token from the first token of its window, on the map."""
     return token // window_width * token_down + token % window_width * token_right
 
 
 @triton.jit
 def _added(table_ptr, head, query, key, allowed, tokens, window_width, bias_sign):
-    """What is added to base-2 logits of queries (rows) and keys (columns): the bias, or -inf where not `allowed`."""
+    """The base-2 bias of the scores of queries (rows) and keys (columns), -inf for pairs that are not `allowed`."""
     if table_ptr is None:
         added = tl.where(allowed, 0.0, float("-inf"))
     else:
@@ -57,28 +59,8 @@ def _added(table_ptr, head, query, key, allowed, tokens, window_width, bias_sign
 
 
 @triton.jit
-def _load(pointer, row, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows of D numbers at element offsets `row`; 0 where not `valid`."""
-    channel = tl.arange(0, BLOCK_D)
-    return tl.load(
-        pointer + row[:, None] + channel[None, :], mask=valid[:, None] & (channel < HEAD_DIM)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def _store(pointer, row, value, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store rows of D numbers at element offsets `row`."""
-    channel = tl.arange(0, BLOCK_D)
-    tl.store(
-        pointer + row[:, None] + channel[None, :],
-        value.to(pointer.dtype.element_ty),
-        mask=valid[:, None] & (channel < HEAD_DIM)[None, :],
-    )
-
-
-@triton.jit
 def _scores(q, k, added, key_valid, key_position, mask_ptr, scale, PRECISION: tl.constexpr):
-    """Base-2 logits of queries (rows) and keys (columns); -inf for keys that take no part."""
+    """Base-2 scores of queries (rows) and keys (columns), -inf for hidden keys."""
     scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2E) + added
     if mask_ptr is not None:
         taken = tl.load(mask_ptr + key_position, mask=key_valid, other=False)
@@ -86,37 +68,14 @@ def _scores(q, k, added, key_valid, key_position, mask_ptr, scale, PRECISION: tl
     return scores
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
-    qkv_ptr,
-    q_ptr,
-    table_ptr,
-    mask_ptr,
-    out_ptr,
-    lse_ptr,
-    scale,
-    num_heads,
-    token_heads,
-    tokens,
-    window_width,
-    windows_per_image,
-    windows_per_row,
-    window_down,
-    window_right,
-    token_down,
-    token_right,
-    bias_sign,
-    windows,
-    tiles,
-    tiles_per_program,
-    pack,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out = softmax(scale q k^T + bias) v for whole windows: a program has a head and several tiles of windows."""
+    qkv_ptr, q_ptr, table_ptr, mask_ptr, out_ptr, lse_ptr,
+    scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
+    token_down, token_right, bias_sign, windows, tiles, tiles_per_program, pack,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out = softmax(scale q k^T + bias) v for whole windows; a program takes a head and several tiles of windows."""
     head = tl.program_id(0) % num_heads
     first_tile = tl.program_id(0) // num_heads * tiles_per_program
     row = tl.arange(0, BLOCK)
@@ -132,68 +91,36 @@ def _fwd_kernel(
         position = offset + _first_token(window, tokens, windows_per_image, windows_per_row, window_down, window_right)
         key_row = (position * token_heads + head) * HEAD_DIM
         if q_ptr is None:
-            q = _load(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
+            q = load_rows(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
             key_row += num_heads * HEAD_DIM
         else:
             query = (window // windows_per_image).to(tl.int64) * tokens + token
-            q = _load(q_ptr, (query * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-        k = _load(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
-        v = _load(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            q = load_rows(q_ptr, (query * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+        k = load_rows(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
+        v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         scores = _scores(q, k, added, valid, position, mask_ptr, scale, PRECISION)
         top = tl.max(scores, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(scores - top[:, None])
-        total = tl.sum(weights, 1)
-        divisor = tl.where(total == 0.0, 1.0, total)
+        divisor, lse = softmax_end(top, tl.sum(weights, 1))
         acc = dot(weights.to(v.dtype), v, PRECISION) / divisor[:, None]
-        _store(out_ptr, (position * num_heads + head) * HEAD_DIM, acc, valid, HEAD_DIM, BLOCK_D)
-        # A query without keys gets inf, so that its weights are 0 in the backward pass too.
-        lse = tl.where(total == 0.0, float("inf"), top + tl.log2(divisor))
+        store_rows(out_ptr, (position * num_heads + head) * HEAD_DIM, acc, valid, HEAD_DIM, BLOCK_D)
         statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + token
         tl.store(lse_ptr + statistic, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
-    grad_ptr,
-    qkv_ptr,
-    q_ptr,
-    table_ptr,
-    mask_ptr,
-    lse_ptr,
-    qkv_grad_ptr,
-    q_partial_ptr,
-    scores_partial_ptr,
-    scale,
-    num_heads,
-    token_heads,
-    tokens,
-    window_width,
-    windows_per_image,
-    windows_per_row,
-    window_down,
-    window_right,
-    token_down,
-    token_right,
-    bias_sign,
-    windows,
-    tiles,
-    tiles_per_program,
-    pack,
-    parts,
-    groups,
-    groups_per_program,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_ptr, qkv_ptr, q_ptr, table_ptr, mask_ptr, lse_ptr, qkv_grad_ptr, q_partial_ptr, scores_partial_ptr,
+    scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
+    token_down, token_right, bias_sign, windows, tiles, tiles_per_program, pack, parts, groups, groups_per_program,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """All gradients for whole windows.
 
     dv = P^T do, dS = P (do v^T - rowsum(P do v^T)), dq = scale dS k, dk = scale dS^T q.
-    A program has a head and several tiles of windows, over which it adds up dS, of which the bias table's gradient is
-    made, and, within a group (the windows of an image), the gradient of a shared query.
+    A program takes a head and several tiles of windows. It sums dS over them for the gradient of the bias table and,
+    within a group (the windows of an image), dq for the gradient of a shared query.
     """
     head = tl.program_id(0) % num_heads
     chunk = tl.program_id(0) // num_heads
@@ -218,14 +145,14 @@ def _bwd_kernel(
             )
             key_row = (position * token_heads + head) * HEAD_DIM
             if q_ptr is None:
-                q = _load(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
+                q = load_rows(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
                 key_row += num_heads * HEAD_DIM
             else:
                 query = (window // windows_per_image).to(tl.int64) * tokens + token
-                q = _load(q_ptr, (query * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-            k = _load(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
-            v = _load(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-            grad = _load(grad_ptr, (position * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+                q = load_rows(q_ptr, (query * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            k = load_rows(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
+            v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            grad = load_rows(grad_ptr, (position * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
             statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + token
             lse = tl.load(lse_ptr + statistic, mask=valid, other=float("inf"))
             scores = _scores(q, k, added, valid, position, mask_ptr, scale, PRECISION)
@@ -238,52 +165,33 @@ def _bwd_kernel(
             scores_grad = scores_grad.to(q.dtype)
             k_grad = dot(tl.trans(scores_grad), q, PRECISION) * scale
             q_grad = dot(scores_grad, k, PRECISION)
-            # The gradients of q, k and v lie beside each other, packed as in a contiguous qkv.
+            # The gradients of q, k and v are adjacent, as in a contiguous qkv.
             if q_ptr is None:
                 grad_row = (position * 3 * num_heads + head) * HEAD_DIM
-                _store(qkv_grad_ptr, grad_row, q_grad * scale, valid, HEAD_DIM, BLOCK_D)
+                store_rows(qkv_grad_ptr, grad_row, q_grad * scale, valid, HEAD_DIM, BLOCK_D)
                 grad_row += num_heads * HEAD_DIM
             else:
                 grad_row = (position * 2 * num_heads + head) * HEAD_DIM
                 q_acc += q_grad
-            _store(qkv_grad_ptr, grad_row, k_grad, valid, HEAD_DIM, BLOCK_D)
-            _store(qkv_grad_ptr, grad_row + num_heads * HEAD_DIM, v_grad, valid, HEAD_DIM, BLOCK_D)
+            store_rows(qkv_grad_ptr, grad_row, k_grad, valid, HEAD_DIM, BLOCK_D)
+            store_rows(qkv_grad_ptr, grad_row + num_heads * HEAD_DIM, v_grad, valid, HEAD_DIM, BLOCK_D)
         if q_ptr is not None:
             query = (tl.cast(group, tl.int64) * parts + part) * pack * tokens + row
             query_row = (query * num_heads + head) * HEAD_DIM
-            _store(q_partial_ptr, query_row, q_acc * scale, row < pack * tokens, HEAD_DIM, BLOCK_D)
+            store_rows(q_partial_ptr, query_row, q_acc * scale, row < pack * tokens, HEAD_DIM, BLOCK_D)
     if scores_partial_ptr is not None:
         target = scores_partial_ptr + tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
         tl.store(target + row[:, None] * BLOCK + row[None, :], scores_acc)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_large_kernel(
-    qkv_ptr,
-    q_ptr,
-    table_ptr,
-    mask_ptr,
-    out_ptr,
-    lse_ptr,
-    scale,
-    num_heads,
-    token_heads,
-    tokens,
-    window_width,
-    windows_per_image,
-    windows_per_row,
-    window_down,
-    window_right,
-    token_down,
-    token_right,
-    bias_sign,
-    blocks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The output by an online softmax: a program has a head and a block of a large window's queries."""
+    qkv_ptr, q_ptr, table_ptr, mask_ptr, out_ptr, lse_ptr,
+    scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
+    token_down, token_right, bias_sign, blocks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The output by an online softmax; a program takes a head and a block of the queries of a large window."""
     head = tl.program_id(0) % num_heads
     window = tl.program_id(0) // num_heads // blocks
     query = tl.program_id(0) // num_heads % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -291,77 +199,43 @@ def _fwd_large_kernel(
     first = _first_token(window, tokens, windows_per_image, windows_per_row, window_down, window_right)
     position = first + _offset(query, window_width, token_down, token_right)
     if q_ptr is None:
-        q = _load(qkv_ptr, (position * token_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+        q = load_rows(qkv_ptr, (position * token_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         k_ptr = qkv_ptr + num_heads * HEAD_DIM
     else:
         shared = (window // windows_per_image).to(tl.int64) * tokens + query
-        q = _load(q_ptr, (shared * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+        q = load_rows(q_ptr, (shared * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         k_ptr = qkv_ptr
     v_ptr = k_ptr + num_heads * HEAD_DIM
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    highest = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for start in range(0, tokens, BLOCK):
         key = start + tl.arange(0, BLOCK)
         key_position = first + _offset(key, window_width, token_down, token_right)
         key_row = (key_position * token_heads + head) * HEAD_DIM
-        k = _load(k_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
-        v = _load(v_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
+        k = load_rows(k_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
         allowed = (query < tokens)[:, None] & (key < tokens)[None, :]
         added = _added(table_ptr, head, query, key, allowed, tokens, window_width, bias_sign)
         scores = _scores(q, k, added, key < tokens, key_position, mask_ptr, scale, PRECISION)
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        decay = tl.exp2(top - shift)
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * decay + tl.sum(weights, 1)
-        acc = acc * decay[:, None] + dot(weights.to(v.dtype), v, PRECISION)
-        top = new_top
-    divisor = tl.where(total == 0.0, 1.0, total)
+        highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION)
+    divisor, lse = softmax_end(highest, total)
     acc /= divisor[:, None]
-    _store(out_ptr, (position * num_heads + head) * HEAD_DIM, acc, valid, HEAD_DIM, BLOCK_D)
-    # A query without keys gets inf, so that its weights are 0 in the backward pass too.
-    lse = tl.where(total == 0.0, float("inf"), top + tl.log2(divisor))
+    store_rows(out_ptr, (position * num_heads + head) * HEAD_DIM, acc, valid, HEAD_DIM, BLOCK_D)
     statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + query
     tl.store(lse_ptr + statistic, lse, mask=valid)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_q_kernel(
-    grad_ptr,
-    qkv_ptr,
-    q_ptr,
-    table_ptr,
-    mask_ptr,
-    out_ptr,
-    lse_ptr,
-    delta_ptr,
-    qkv_grad_ptr,
-    q_partial_ptr,
-    scale,
-    num_heads,
-    token_heads,
-    tokens,
-    window_width,
-    windows_per_image,
-    windows_per_row,
-    window_down,
-    window_right,
-    token_down,
-    token_right,
-    bias_sign,
-    blocks,
-    windows,
-    windows_per_program,
-    parts,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_ptr, qkv_ptr, q_ptr, table_ptr, mask_ptr, out_ptr, lse_ptr, delta_ptr, qkv_grad_ptr, q_partial_ptr,
+    scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
+    token_down, token_right, bias_sign, blocks, windows, windows_per_program, parts,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """delta = rowsum(do out) and dq = scale dS k of a block of queries.
 
-    A program has a window, or, where windows share the query, some windows of an image, over which it adds dq up.
+    A program takes one window or, if windows share the query, some windows of an image, over which it sums dq.
     """
     head = tl.program_id(0) % num_heads
     chunk = tl.program_id(0) // num_heads // blocks
@@ -375,16 +249,16 @@ def _bwd_q_kernel(
         first = _first_token(window, tokens, windows_per_image, windows_per_row, window_down, window_right)
         position = first + offset
         if q_ptr is None:
-            q = _load(qkv_ptr, (position * token_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            q = load_rows(qkv_ptr, (position * token_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
             k_ptr = qkv_ptr + num_heads * HEAD_DIM
         else:
             shared = (window // windows_per_image).to(tl.int64) * tokens + query
-            q = _load(q_ptr, (shared * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            q = load_rows(q_ptr, (shared * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
             k_ptr = qkv_ptr
         v_ptr = k_ptr + num_heads * HEAD_DIM
         out_row = (position * num_heads + head) * HEAD_DIM
-        grad = _load(grad_ptr, out_row, valid, HEAD_DIM, BLOCK_D)
-        out = _load(out_ptr, out_row, valid, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_ptr, out_row, valid, HEAD_DIM, BLOCK_D)
+        out = load_rows(out_ptr, out_row, valid, HEAD_DIM, BLOCK_D)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
         statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + query
         tl.store(delta_ptr + statistic, delta, mask=valid)
@@ -393,8 +267,8 @@ def _bwd_q_kernel(
             key = start + tl.arange(0, BLOCK)
             key_position = first + _offset(key, window_width, token_down, token_right)
             key_row = (key_position * token_heads + head) * HEAD_DIM
-            k = _load(k_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
-            v = _load(v_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
+            k = load_rows(k_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
+            v = load_rows(v_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
             allowed = (query < tokens)[:, None] & (key < tokens)[None, :]
             added = _added(table_ptr, head, query, key, allowed, tokens, window_width, bias_sign)
             scores = _scores(q, k, added, key < tokens, key_position, mask_ptr, scale, PRECISION)
@@ -402,41 +276,22 @@ def _bwd_q_kernel(
             scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
             acc += dot(scores_grad.to(k.dtype), k, PRECISION)
         if q_ptr is None:
-            _store(qkv_grad_ptr, (position * 3 * num_heads + head) * HEAD_DIM, acc * scale, valid, HEAD_DIM, BLOCK_D)
+            store_rows(
+                qkv_grad_ptr, (position * 3 * num_heads + head) * HEAD_DIM, acc * scale, valid, HEAD_DIM, BLOCK_D
+            )
     if q_ptr is not None:
         query_row = ((chunk.to(tl.int64) * tokens + query) * num_heads + head) * HEAD_DIM
-        _store(q_partial_ptr, query_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
+        store_rows(q_partial_ptr, query_row, acc * scale, valid, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kv_kernel(
-    grad_ptr,
-    qkv_ptr,
-    q_ptr,
-    table_ptr,
-    mask_ptr,
-    lse_ptr,
-    delta_ptr,
-    qkv_grad_ptr,
-    scale,
-    num_heads,
-    token_heads,
-    tokens,
-    window_width,
-    windows_per_image,
-    windows_per_row,
-    window_down,
-    window_right,
-    token_down,
-    token_right,
-    bias_sign,
-    blocks,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """dk = scale dS^T q and dv = P^T do: a program has a head and a block of a window's keys."""
+    grad_ptr, qkv_ptr, q_ptr, table_ptr, mask_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
+    scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
+    token_down, token_right, bias_sign, blocks,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk = scale dS^T q and dv = P^T do; a program takes a head and a block of the keys of a window."""
     head = tl.program_id(0) % num_heads
     window = tl.program_id(0) // num_heads // blocks
     key = tl.program_id(0) // num_heads % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -448,19 +303,19 @@ def _bwd_kv_kernel(
     if q_ptr is None:
         key_row += num_heads * HEAD_DIM
         grad_row = (key_position * 3 * num_heads + num_heads + head) * HEAD_DIM
-    k = _load(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
-    v = _load(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+    k = load_rows(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
+    v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
     k_acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     v_acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for start in range(0, tokens, BLOCK):
         query = start + tl.arange(0, BLOCK)
         position = first + _offset(query, window_width, token_down, token_right)
         if q_ptr is None:
-            q = _load(qkv_ptr, (position * token_heads + head) * HEAD_DIM, query < tokens, HEAD_DIM, BLOCK_D)
+            q = load_rows(qkv_ptr, (position * token_heads + head) * HEAD_DIM, query < tokens, HEAD_DIM, BLOCK_D)
         else:
             shared = (window // windows_per_image).to(tl.int64) * tokens + query
-            q = _load(q_ptr, (shared * num_heads + head) * HEAD_DIM, query < tokens, HEAD_DIM, BLOCK_D)
-        grad = _load(grad_ptr, (position * num_heads + head) * HEAD_DIM, query < tokens, HEAD_DIM, BLOCK_D)
+            q = load_rows(q_ptr, (shared * num_heads + head) * HEAD_DIM, query < tokens, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_ptr, (position * num_heads + head) * HEAD_DIM, query < tokens, HEAD_DIM, BLOCK_D)
         statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + query
         lse = tl.load(lse_ptr + statistic, mask=query < tokens, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=query < tokens, other=0.0)
@@ -471,43 +326,18 @@ def _bwd_kv_kernel(
         v_acc += dot(tl.trans(weights.to(grad.dtype)), grad, PRECISION)
         scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
         k_acc += dot(tl.trans(scores_grad.to(q.dtype)), q, PRECISION)
-    _store(qkv_grad_ptr, grad_row, k_acc * scale, valid, HEAD_DIM, BLOCK_D)
-    _store(qkv_grad_ptr, grad_row + num_heads * HEAD_DIM, v_acc, valid, HEAD_DIM, BLOCK_D)
+    store_rows(qkv_grad_ptr, grad_row, k_acc * scale, valid, HEAD_DIM, BLOCK_D)
+    store_rows(qkv_grad_ptr, grad_row + num_heads * HEAD_DIM, v_acc, valid, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_scores_kernel(
-    grad_ptr,
-    qkv_ptr,
-    q_ptr,
-    table_ptr,
-    mask_ptr,
-    lse_ptr,
-    delta_ptr,
-    scores_partial_ptr,
-    scale,
-    num_heads,
-    token_heads,
-    tokens,
-    window_width,
-    windows_per_image,
-    windows_per_row,
-    window_down,
-    window_right,
-    token_down,
-    token_right,
-    bias_sign,
-    blocks,
-    windows,
-    windows_per_program,
-    first_head,
-    heads,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The sum of dS over some windows: a program has a head, a block of queries and a block of keys."""
+    grad_ptr, qkv_ptr, q_ptr, table_ptr, mask_ptr, lse_ptr, delta_ptr, scores_partial_ptr,
+    scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
+    token_down, token_right, bias_sign, blocks, windows, windows_per_program, first_head, heads,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum of dS over some windows; a program takes a head, a block of queries and a block of keys."""
     head = first_head + tl.program_id(0) % heads
     pair = tl.program_id(0) // heads % (blocks * blocks)
     chunk = tl.program_id(0) // heads // (blocks * blocks)
@@ -525,14 +355,14 @@ def _bwd_scores_kernel(
         key_position = first + key_offset
         key_row = (key_position * token_heads + head) * HEAD_DIM
         if q_ptr is None:
-            q = _load(qkv_ptr, (position * token_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            q = load_rows(qkv_ptr, (position * token_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
             key_row += num_heads * HEAD_DIM
         else:
             shared = (window // windows_per_image).to(tl.int64) * tokens + query
-            q = _load(q_ptr, (shared * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-        k = _load(qkv_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
-        v = _load(qkv_ptr, key_row + num_heads * HEAD_DIM, key < tokens, HEAD_DIM, BLOCK_D)
-        grad = _load(grad_ptr, (position * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+            q = load_rows(q_ptr, (shared * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
+        k = load_rows(qkv_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
+        v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, key < tokens, HEAD_DIM, BLOCK_D)
+        grad = load_rows(grad_ptr, (position * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + query
         lse = tl.load(lse_ptr + statistic, mask=valid, other=float("inf"))
         delta = tl.load(delta_ptr + statistic, mask=valid, other=0.0)
@@ -543,22 +373,15 @@ def _bwd_scores_kernel(
     tl.store(scores_partial_ptr + target[:, None] * tokens + key[None, :], acc, mask=allowed)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_table_kernel(
-    scores_grad_ptr,
-    table_grad_ptr,
-    heads,
-    rows,
-    pitch,
-    tokens,
-    window_width,
-    bias_sign,
-    BLOCK_ENTRIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The bias table's gradient, dS (`heads`, `pitch`, `pitch`) added up along its diagonals.
+    scores_grad_ptr, table_grad_ptr,
+    heads, rows, pitch, tokens, window_width, bias_sign,
+    BLOCK_ENTRIES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the bias table: the sums of dS (`heads`, `pitch`, `pitch`) along its diagonals.
 
-    The first `rows` rows and columns are windows' tokens. A program has a head and some entries of the table.
+    The first `rows` rows and columns belong to tokens of windows. A program takes a head and some entries of the table.
     """
     head = tl.program_id(0) % heads
     entry = tl.program_id(0) // heads * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
@@ -582,13 +405,13 @@ def _bwd_table_kernel(
 
 @dataclass(frozen=True)
 class _Plan:
-    """How windows stand on the map, and the tiles for them."""
+    """The layout of the windows on the map, and their tiles."""
 
     block: int
-    pack: int  # windows in a tile; 0 for windows of several tiles
+    pack: int  # windows per tile; 0 if a window takes several tiles
     programs: int  # enough to fill the GPU
-    geometry: dict[str, int]  # what all kernels take
-    options: dict[str, object]
+    geometry: dict[str, int]  # arguments of all kernels
+    options: dict[str, Any]
     gpu: Machine
 
 
@@ -598,7 +421,7 @@ def _plan(qkv: Tensor, q: Tensor | None, num_heads: int, wh: int, ww: int, grid:
     rows, columns = height // wh, width // ww
     gpu = triton_common.machine(qkv)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    # What keeps the backward pass within its registers.
+    # The largest tiles with which the backward pass does not spill registers.
     row_bytes = block_d * qkv.element_size()
     block = 64 if row_bytes <= 128 else 32
     heavy = row_bytes > 64 or qkv.element_size() == 4
@@ -640,8 +463,8 @@ def _arguments(
     key_mask: Tensor | None,
     lse: Tensor,
     scale: float,
-) -> dict[str, object]:
-    """What all kernels but the last take."""
+) -> dict[str, Any]:
+    """The arguments of all kernels but the last."""
     return {
         "qkv_ptr": qkv,
         "q_ptr": None if q is None else q.contiguous(),
@@ -654,8 +477,8 @@ def _arguments(
     }
 
 
-def _at_least_one(number: int) -> Any:  # an int, or a SymInt of torch.compile
-    return torch.sym_max(number, 1)
+def _at_least_one(number: int) -> int:
+    return cast("int", torch.sym_max(number, 1))
 
 
 def forward(
@@ -663,6 +486,7 @@ def forward(
     q: Tensor | None,
     bias_table: Tensor | None,
     key_mask: Tensor | None,
+    *,
     num_heads: int,
     wh: int,
     ww: int,
@@ -709,6 +533,7 @@ def backward(
     key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    *,
     num_heads: int,
     wh: int,
     ww: int,
@@ -723,17 +548,16 @@ def backward(
     qkv_grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     arguments = _arguments(plan, qkv, q, bias_table, key_mask, lse, scale)
     arguments |= {"grad_ptr": grad.contiguous(), "num_stages": 1}
-    # Without a shared query all windows are one group; else an image's are, to add up the query's gradient over.
+    # With a shared query, its gradient is summed over the windows of an image, a group; else all windows are one group.
     groups, windows = (1, lse.shape[0]) if q is None else (qkv.shape[0], plan.geometry["windows_per_image"])
     table_grad = qkv.new_empty(0)
     if bias_table is not None and bias_grad:
         table_grad = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
     gradients = _backward_large if plan.pack == 0 else _backward_small
     q_partial = gradients(plan, arguments, groups, windows, qkv_grad, out, table_grad)
-    q_grad = qkv.new_empty(0)
-    if q is not None and q_partial is not None:
-        q_grad = q_partial.sum(1).reshape(q.shape).to(q.dtype)
-    return qkv_grad, q_grad, table_grad
+    if q is None or q_partial is None:
+        return qkv_grad, qkv.new_empty(0), table_grad
+    return qkv_grad, q_partial.sum(1).reshape(q.shape).to(q.dtype), table_grad
 
 
 def _backward_small(
@@ -745,11 +569,11 @@ def _backward_small(
     out: Tensor,
     table_grad: Tensor,
 ) -> Tensor | None:
-    """Fill both gradients and return a shared query's in parts (B, parts, T, N, D)."""
+    """Write `qkv_grad` and `table_grad`; return the partial sums (B, parts, T, N, D) of a shared query's gradient."""
     num_heads, tokens = plan.geometry["num_heads"], plan.geometry["tokens"]
     shared = arguments["q_ptr"] is not None
     tiles = triton.cdiv(windows, plan.pack)
-    # Few programs, as each writes a tile of dS; two of them find room on a processor.
+    # Few programs, since each writes a tile of dS; two of them fit on a processor.
     tiles_each = _at_least_one(triton.cdiv(groups * tiles * num_heads, plan.programs // 2))
     tiles_per_program = _at_least_one(torch.sym_min(tiles_each, tiles))
     groups_per_program = _at_least_one(tiles_each // _at_least_one(tiles))
@@ -792,7 +616,7 @@ def _backward_large(
     out: Tensor,
     table_grad: Tensor,
 ) -> Tensor | None:
-    """Fill both gradients and return a shared query's in parts (B, parts, T, N, D)."""
+    """Write `qkv_grad` and `table_grad`; return the partial sums (B, parts, T, N, D) of a shared query's gradient."""
     num_heads, tokens = plan.geometry["num_heads"], plan.geometry["tokens"]
     all_windows = groups * windows
     blocks = triton.cdiv(tokens, plan.block)
@@ -827,7 +651,7 @@ def _backward_large(
         blocks=blocks,
     )
     if table_grad.numel():
-        # As many heads and parts at a time as the bytes allow.
+        # As many heads and partial sums at a time as MAX_PARTIAL_BYTES allows.
         room = max(1, MAX_PARTIAL_BYTES // (4 * tokens**2))
         step = min(num_heads, room)
         chunks = max(1, min(room // step, plan.programs // 2 // (step * blocks**2)))
@@ -853,7 +677,7 @@ def _backward_large(
 
 
 def _add_up_table(plan: _Plan, scores_grad: Tensor, table_grad: Tensor, rows: int) -> None:
-    """Fill the table's gradient from dS (heads, pitch, pitch)."""
+    """Write `table_grad`, given dS (heads, pitch, pitch)."""
     heads, height, width = table_grad.shape
     entries_per_program = 16
     triton_common.launch(

@@ -17,11 +17,12 @@ def launches(names, dtype, target):
             case = CASES[name]
             (qkv,), options = inputs(case, batch=64, dtype=dtype, device="cuda")
             table, mask = options.pop("bias_table"), options.pop("key_mask")
-            rest = *options.values(), 0.2
+            rest = options | {"scale": 0.2}
 
             def run(qkv=qkv, table=table, mask=mask, rest=rest):
-                out, lse = triton_impl.forward(qkv, table, mask, *rest)
-                triton_impl.backward(torch.empty_like(out), qkv, table, mask, out, lse, *rest, table is not None)
+                out, lse = triton_impl.forward(qkv, table, mask, **rest)
+                grad, wanted = torch.empty_like(out), table is not None
+                triton_impl.backward(grad, qkv, table, mask, out, lse, **rest, bias_grad=wanted)
 
             found += compilation.launches(run, compilation.TARGETS[target][0])
     return dict.fromkeys(found)

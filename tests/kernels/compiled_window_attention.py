@@ -18,11 +18,12 @@ def launches(names, dtype, target):
             (qkv,), options = inputs(case, batch=64, dtype=dtype, device="cuda")
             tensors = qkv, options["q"], options["bias_table"], options["key_mask"]
             key_minus_query = case.bias_sign == "key_minus_query"
-            rest = case.num_heads, *case.window_size, case.layout == "grid", key_minus_query, 0.2
+            rest = {"num_heads": case.num_heads, "grid": case.layout == "grid", "key_minus_query": key_minus_query}
+            rest |= {"wh": case.window_size[0], "ww": case.window_size[1], "scale": 0.2}
 
             def run(tensors=tensors, rest=rest, bias=case.bias):
-                out, lse = triton_impl.forward(*tensors, *rest)
-                triton_impl.backward(torch.empty_like(out), *tensors, out, lse, *rest, bias)
+                out, lse = triton_impl.forward(*tensors, **rest)
+                triton_impl.backward(torch.empty_like(out), *tensors, out, lse, **rest, bias_grad=bias)
 
             found += compilation.launches(run, compilation.TARGETS[target][0])
     return dict.fromkeys(found)

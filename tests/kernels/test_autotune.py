@@ -26,7 +26,8 @@ def test_launch_leaves_warps_and_stages_to_the_autotuner(autotune, monkeypatch):
     monkeypatch.setattr(triton_common, "wrap_triton", Kernel)
     with compilation.fake_cuda():
         qkv = torch.empty(1, 14, 14, 96, device="cuda", dtype=torch.float16)
-        triton_impl.forward(qkv, None, None, None, 1, 7, 7, False, False, 1.0)
+        options = {"num_heads": 1, "wh": 7, "ww": 7, "grid": False, "key_minus_query": False, "scale": 1.0}
+        triton_impl.forward(qkv, None, None, None, **options)
     ((kernel, arguments),) = launched
     assert ("num_warps" in arguments) is not autotune
     if autotune:

@@ -30,7 +30,8 @@ def brute(size, kernel, dilation, stride, causal, query_tile, key_tile, kind):
             positions = list(range(group, length, d))
             for first in range(0, len(positions), query):
                 seen = [
-                    [j // d for j, _ in axis_neighbors(i, length, k, d, s, c)] for i in positions[first : first + query]
+                    [j // d for j, _ in axis_neighbors(i, length, k, d, s, c)]
+                    for i in positions[first : first + query]
                 ]
                 every = set().union(*seen)
                 origin = min(every) if kind == "dynamic" else 0
@@ -53,8 +54,8 @@ def test_counts_are_those_of_loops(case, query_tile, key_tile, kind):
 
 
 def test_kernel_7_takes_4_steps_of_64_keys_inside_the_map():
-    rows = cost_model.axis_visits(56, 7, 1, 1, False, 8, 4, "dynamic")
-    columns = cost_model.axis_visits(56, 7, 1, 1, False, 8, 16, "dynamic")
+    rows = cost_model.axis_visits(56, 7, 1, 1, False, 8, 4, kind="dynamic")
+    columns = cost_model.axis_visits(56, 7, 1, 1, False, 8, 16, kind="dynamic")
     assert (rows, columns) == ([3, 4, 4, 4, 4, 4, 3], [1] * 7)
 
 
