@@ -30,8 +30,7 @@ def brute(size, kernel, dilation, stride, causal, query_tile, key_tile, kind):
             positions = list(range(group, length, d))
             for first in range(0, len(positions), query):
                 seen = [
-                    [j // d for j, _ in axis_neighbors(i, length, k, d, s, c)]
-                    for i in positions[first : first + query]
+                    [j // d for j, _ in axis_neighbors(i, length, k, d, s, c)] for i in positions[first : first + query]
                 ]
                 every = set().union(*seen)
                 origin = min(every) if kind == "dynamic" else 0
