@@ -1,11 +1,11 @@
-"""The known checkpoints, `manifest.json`, and what models cost, `counts.json`, as package data; read without torch."""
+"""The known checkpoints, the costs of models and the published figures of recipes, as package data without torch."""
 
 import json
 from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["about", "counts", "examples", "families", "manifest"]
+__all__ = ["about", "counts", "examples", "families", "manifest", "recipes"]
 
 # The fields that describe the family itself, not its checkpoints.
 _OF_THE_FAMILY = ("names", "attends_to", "examples", "measured")
@@ -41,6 +41,12 @@ def counts() -> dict[str, dict[str, Any]]:
     They are of a classifier of 1000 classes and one image of (channels, height, width) `input_size`.
     """
     return _content("counts.json")
+
+
+@cache
+def recipes() -> dict[str, dict[str, Any]]:
+    """The published figures of the recipes, by name, each with its `model` and `source`."""
+    return _content("recipes.json")
 
 
 @cache

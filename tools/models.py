@@ -1,4 +1,4 @@
-"""zoo-models: which models there are, what they cost and reach, and how to use one."""
+"""zoo-models: list the models, their costs and published accuracies, and show how to use one."""
 
 from __future__ import annotations
 
@@ -8,30 +8,26 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 import zoo
-from zoo.manifest import counts, manifest
+from zoo import manifest
 from zoo.messages import UserError, did_you_mean, published_figures, size_text
 from zoo.tools import cli
 
 DESCRIPTION = """\
-List the models of zoo and the weights that were published for them; with the name of one, everything about it.
+List the models of zoo and their published weights, or show everything about one model.
 
-Parameters and multiply-adds are counted, for a classifier of 1000 classes and an image of the size in the table.
-Accuracies are published ones, of others; licences are those of the weights."""
+Parameters and multiply-adds are counted for a classifier with 1000 classes and an image of the size in the table.
+Accuracies are those that the authors published; licences are those of the weights."""
 EXAMPLES = """\
 examples:
-  zoo-models                                            all of them
-  zoo-models 'dinat*' --max-params 30M --sort top1      those of up to 30 million parameters, the best first
+  zoo-models                                            all models
+  zoo-models 'dinat*' --max-params 30M --sort top1      models with up to 30 million parameters, the best first
   zoo-models --min-top1 85 --licence mit apache-2.0 --sort macs
-  zoo-models 'van*' --dense                             with what they reach as detectors and segmentors
-  zoo-models dinat_mini                                 everything about one, with commands to copy"""
+  zoo-models 'van*' --dense                             with published figures for detection and segmentation
+  zoo-models dinat_mini                                 everything about one model, with commands to copy"""
 
 # Option of --sort -> field of a row, and whether the largest comes first.
 SORTS = {
@@ -70,14 +66,19 @@ def parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="zoo-models", description=DESCRIPTION, epilog=EXAMPLES)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help="a model, or patterns such as 'van*' or '*.in22k'")
-    add("--family", nargs="+", metavar="NAME", help="of these families")
-    add("--max-params", type=_number, metavar="N", help="of up to so many parameters, such as 30M")
-    add("--max-macs", type=_number, metavar="N", help="of up to so many multiply-adds, such as 4.5G")
-    add("--min-top1", type=float, metavar="PERCENT", help="of at least this published top-1 accuracy on ImageNet-1k")
-    add("--licence", nargs="+", metavar="NAME", help="of weights under these licences, such as mit")
-    add("--sort", choices=SORTS, default="name", help="by this (name); top1 has the highest first, others the lowest")
-    add("--dense", action="store_true", help="add what recipes for detection and segmentation should reach")
-    add("--json", action="store_true", help="print it as JSON")
+    add("--family", nargs="+", metavar="NAME", help="show these families only")
+    add("--max-params", type=_number, metavar="N", help="largest number of parameters, such as 30M")
+    add("--max-macs", type=_number, metavar="N", help="largest number of multiply-adds, such as 4.5G")
+    add("--min-top1", type=float, metavar="PERCENT", help="smallest published top-1 accuracy on ImageNet-1k")
+    add("--licence", nargs="+", metavar="NAME", help="licences of the weights, such as mit")
+    add(
+        "--sort",
+        choices=SORTS,
+        default="name",
+        help="order of the rows (name); top1 puts the highest first, the others the lowest",
+    )
+    add("--dense", action="store_true", help="add the published figures of recipes for detection and segmentation")
+    add("--json", action="store_true", help="print the results as JSON")
     return parser
 
 
@@ -89,21 +90,21 @@ def _number(text: str) -> float:
 
 
 def _entries() -> list[dict[str, Any]]:
-    """The manifest's entries, each with `name` (model.tag) and `family`; models for tests, which it lacks, behind."""
+    """The entries of the manifest, each with `name` (model.tag) and `family`, followed by the models for tests."""
     known = [
         {"name": f"{entry['model']}.{entry['tag']}", "family": family, **entry}
         for family in zoo.FAMILIES
-        for entry in manifest(family)
+        for entry in manifest.manifest(family)
     ]
-    tests = [(name, count["family"]) for name, count in counts().items() if "." not in name]
+    tests = [(name, count["family"]) for name, count in manifest.counts().items() if "." not in name]
     return known + [{"name": name, "family": family, "model": name, "tag": None} for name, family in tests]
 
 
 def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str | list[str]:
-    """The names that the patterns choose, or the one model that is named in full.
+    """The names that match the patterns, or the one model that is named in full.
 
     Raises:
-        UserError: a pattern chooses none.
+        UserError: Nothing matches a pattern.
     """
     names, models = [entry["name"] for entry in entries], {entry["model"] for entry in entries}
     if len(options.names) == 1 and options.names[0] in {*names, *models}:
@@ -114,7 +115,7 @@ def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str |
             raise UserError(f"there is no family {family!r}: there are {', '.join(families)}.")
     chosen: list[str] = []
     for pattern in options.names:
-        # models for tests are not listed unless a pattern says so
+        # models for tests are listed only if the pattern asks for them
         found = [
             entry["name"]
             for entry in entries
@@ -131,10 +132,10 @@ def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str |
 
 
 def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The table's rows that pass the filters, sorted.
+    """The rows of the table that pass the filters, sorted.
 
     Raises:
-        UserError: none does.
+        UserError: No row passes.
     """
     licences = sorted({entry["licence"] for entry in entries if "licence" in entry})
     entries = [
@@ -159,8 +160,8 @@ def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[di
 
 
 def _row(entry: dict[str, Any]) -> dict[str, Any]:
-    """A model with the weights of a tag, as JSON has it."""
-    count, top1 = counts()[entry["name"]], entry.get("top1", {})
+    """The row of a model with the weights of a tag, as in the JSON output."""
+    count, top1 = manifest.counts()[entry["name"]], entry.get("top1", {})
     return {
         "name": entry["name"],
         "model": entry["model"],
@@ -182,30 +183,26 @@ def _row(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_for(recipe: dict[str, Any], entry: dict[str, Any]) -> bool:
-    """Whether a recipe starts from these weights; one that names no tag starts from the model's first."""
+    """Whether a recipe starts from these weights. Without a tag, it starts from the first weights of the model."""
     model, _, tag = recipe["model"].partition(".")
-    first = next((other["tag"] for other in manifest(entry["family"]) if other["model"] == model), None)
+    first = next((other["tag"] for other in manifest.manifest(entry["family"]) if other["model"] == model), None)
     return model == entry["model"] and (tag or first) == entry["tag"]
 
 
 @cache
 def recipes() -> tuple[dict[str, Any], ...]:
-    """The recipes with published figures: name, task, model, the figures, and these in words as `expected`."""
-    folder = Path(str(resources.files("zoo.recipes"))) / "conf" / "recipe"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # of the two, the one in C is ten times as fast
+    """The recipes with published figures: `recipe`, `task`, `model`, `source`, the figures, and `expected` in words."""
     found = []
-    for path in sorted(folder.rglob("*.yaml")):
-        published = yaml.load(path.read_bytes(), Loader=loader).get("published")
-        if published:
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            model, source = published.pop("model"), published.pop("source")
-            recipe = {"recipe": name, "task": name.partition("/")[0], "model": model}
-            found.append(recipe | {"expected": published_figures(published, source), "source": source} | published)
+    for name, published in manifest.recipes().items():
+        figures = {key: value for key, value in published.items() if key not in ("model", "source")}
+        words = {"expected": published_figures(figures, published["source"]), "source": published["source"]}
+        recipe = {"recipe": name, "task": name.partition("/")[0], "model": published["model"]}
+        found.append(recipe | words | figures)
     return tuple(found)
 
 
 def about(name: str) -> dict[str, Any]:
-    """Everything about a model, by its name with or without tag."""
+    """Everything about the model `name`, with or without tag."""
     import timm
 
     entries = [entry for entry in _entries() if entry["model"] == name.partition(".")[0]]
@@ -348,7 +345,7 @@ def _print_one(report: dict[str, Any]) -> None:
 
 
 def _host(row: dict[str, Any]) -> str:
-    """Where the weights are downloaded from."""
+    """The host that the weights are downloaded from, with marks for the footnotes."""
     if not row["url"]:
         return ""
     return urlsplit(row["url"]).hostname + " f" * (row["weights_classes"] == 0) + " *" * bool(row["note"])

@@ -1,4 +1,4 @@
-"""Write recipes/conf/recipe/ from the tables in this folder: `make recipes`.
+"""Write recipes/conf/recipe/, and the published figures for zoo-models, from the tables in this folder: `make recipes`.
 
 A table has `bases`, which are settings with a name, and `recipes`, whose names stand below recipes/conf/recipe/. With
 `rows`, each row makes a recipe, and its name replaces the * in the recipe's name, title, model and pretrained. A base,
@@ -25,6 +25,7 @@ data, augment, optim, ...
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from zoo.recipes import cli, config
 
 TABLES = Path(__file__).parent
 RECIPES = TABLES.parent / "conf" / "recipe"
+PUBLISHED = TABLES.parents[1] / "checkpoints" / "recipes.json"  # below recipes and tools, which both read it
 COMMON = "common"  # a base of this table names the source of all that it is made of
 WIDTH = 120
 
@@ -83,6 +85,13 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(f"wrote {name}")
+    PUBLISHED.write_text(published(wanted), encoding="utf-8")
+
+
+def published(texts: dict[str, str]) -> str:
+    """The text of recipes.json: the models and published figures of the recipes, by their names."""
+    found = {name: yaml.safe_load(text).get("published") for name, text in sorted(texts.items())}
+    return json.dumps({name: figures for name, figures in found.items() if figures}, indent=1) + "\n"
 
 
 def written() -> set[str]:

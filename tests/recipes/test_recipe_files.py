@@ -62,6 +62,7 @@ def test_recipes_are_what_their_tables_make(writer):
     wanted = writer["recipes"]()
     assert sorted(wanted) == RECIPES
     assert [name for name in RECIPES if _text(name) != wanted[name]] == [], "run make recipes, and read the difference"
+    assert writer["PUBLISHED"].read_text() == writer["published"](wanted), "run make recipes, and read the difference"
 
 
 def test_a_table_with_an_unknown_key_is_refused(writer):
