@@ -334,7 +334,7 @@ def _print_one(report: dict[str, Any]) -> None:
             if text:
                 console.print(f"  {label:<12}{text}", markup=False)
     if report["recipes"]:
-        console.print("\nrecipes and the published figures that they aim at", style="bold")
+        console.print("\nrecipes with their published figures", style="bold")
         width = max(len(recipe["recipe"]) for recipe in report["recipes"])
         for recipe in report["recipes"]:
             console.print(f"  {recipe['recipe']:<{width}}  {recipe['expected']}", markup=False)

@@ -283,7 +283,7 @@ def test_mistakes(arguments, message, capsys):
 def test_bad_number(capsys):
     code, _, errors = run(capsys, "--max-params", "many")
     assert code == 2
-    assert "--max-params: got 'many'; give a number such as 30M or 4.5G; --help shows" in errors
+    assert "--max-params: got 'many'; give a number such as 30M or 4.5G; --help lists" in errors
 
 
 # ---- what is printed
