@@ -169,9 +169,9 @@ def recipe(name: str, row: str, table: str, layers: list[Entry], names: dict[str
         updates=f"{int(settings.get(('dense', 'updates'), 0)):,}",
     )
 
-    lines = ["# @package _global_", f"# Written by `make recipes` from recipes/tables/{table}.yaml: edit that.", "#"]
-    lines += _head(title, words, figures, layers)
-    lines += ["#", *_commands(name, words, settings)]
+    origin = f"# Written by `make recipes` from recipes/tables/{table}.yaml: edit that file."
+    lines = ["# @package _global_", origin, "#", *_head(title, words, figures, layers), "#"]
+    lines += _commands(name, words, settings)
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in options.items())]
     for section in ("data", "augment"):
         values = [f"{key[1]}:\xa0{value}" for key, value in given.items() if key[0] == section and key not in own]
