@@ -42,7 +42,7 @@ from zoo.recipes import cli, config
 
 TABLES = Path(__file__).parent
 RECIPES = TABLES.parent / "conf" / "recipe"
-PUBLISHED = TABLES.parents[1] / "checkpoints" / "recipes.json"  # below recipes and tools, which both read it
+PUBLISHED = TABLES.parents[1] / "checkpoints" / "recipes.json"  # of zoo-models: tools import nothing of recipes
 COMMON = "common"  # a base of this table names the source of all that it is made of
 WIDTH = 120
 
