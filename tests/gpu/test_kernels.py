@@ -1,4 +1,4 @@
-"""The operators' Triton kernels on a GPU, against the plain formula in float64; some minutes, without one skipped.
+"""The Triton kernels of the operators on a GPU, against the reference in float64. Some minutes; skipped without a GPU.
 
 `pytest -m gpu tests/gpu`, or `make gpu`, which measures too.
 """
@@ -16,7 +16,7 @@ from zoo.kernels import OPERATORS, implementation
 
 pytestmark = pytest.mark.gpu
 
-# "cpu" with TRITON_INTERPRET=1 tries the tests themselves where there is no GPU.
+# "cpu" with TRITON_INTERPRET=1 runs the tests in Triton's interpreter, on a machine without a GPU.
 DEVICE = os.environ.get("ZOO_GPU_TESTS_DEVICE", "cuda")
 BATCH = 2
 WITH_TRITON = {
@@ -26,10 +26,10 @@ WITH_TRITON = {
 }
 CASES = [(name, case) for name, module in WITH_TRITON.items() for case in module.CASES]
 IDS = ["/".join(pair) for pair in CASES]
-# For what is the same for all shapes: one of each kind.
+# One case of each kind, for results that do not depend on the shapes.
 FEW = [(name, case) for name, module in WITH_TRITON.items() for case in module.KINDS]
 FEW_IDS = ["/".join(pair) for pair in FEW]
-# Relative root mean square against float64: rounding of the inputs' type, in bfloat16 and float16 that of p and dS too.
+# Relative root mean square against float64; in half precision, P and dS are rounded too.
 BUDGET = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -43,7 +43,7 @@ def _device(monkeypatch):
 
 
 def _poisoned(plain):
-    """A kernel that leaves out a part of its output cannot pass."""
+    """A kernel that does not write all of its output cannot pass."""
 
     @functools.wraps(plain)
     def filled(*args, **kwargs):
@@ -61,14 +61,14 @@ def arguments_of(name, case, dtype, batch, device=DEVICE):
 
 
 def make(name, case, dtype, batch=BATCH):
-    """The public function, its arguments by name, and which of them have gradients."""
+    """The public function, its arguments by name, and the names of those that require gradients."""
     arguments = arguments_of(name, case, dtype, batch)
     wanted = [key for key, x in arguments.items() if isinstance(x, torch.Tensor) and x.requires_grad]
     return WITH_TRITON[name].FUNCTION, arguments, wanted
 
 
 def run(function, arguments, wanted, choice="triton"):
-    """Output and gradients, with the same gradient of the output each time."""
+    """The output and the gradients, for the same gradient of the output each time."""
     with implementation(choice):
         out = function(**arguments)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
@@ -76,14 +76,14 @@ def run(function, arguments, wanted, choice="triton"):
 
 
 def exact(function, arguments, wanted):
-    """What `run` should give, from the same numbers in float64."""
+    """The results that `run` should give, computed from the same numbers in float64."""
     double = {
         key: x.detach().double().requires_grad_(key in wanted)
         if isinstance(x, torch.Tensor) and x.is_floating_point()
         else x
         for key, x in arguments.items()
     }
-    # In the type of the arguments, so that the gradient of the output is rounded alike.
+    # In the dtype of the arguments, so that the gradient of the output is rounded as in `run`.
     dtype = arguments[wanted[0]].dtype
     with implementation("reference"):
         out = function(**double)
@@ -133,14 +133,14 @@ def test_compiles_as_one_graph(name, case):
 
 @pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
 def test_cuda_graph(name, case):
-    """A captured call gives the results of new inputs in the same places."""
+    """Replaying a captured call after new inputs are copied gives their results."""
     if DEVICE == "cpu":
         pytest.skip("graphs are captured on GPUs")
     function, arguments, wanted = make(name, case, torch.float16)
     with torch.no_grad(), implementation("triton"):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # compiles what is to be captured
+        with torch.cuda.stream(stream):  # compiles the kernels before the capture
             function(**arguments)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
@@ -155,7 +155,7 @@ def test_cuda_graph(name, case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
 def test_autocast(name, case, dtype):
-    """Float32 inputs are taken in autocast's type; gradients come back in float32."""
+    """Float32 inputs are converted to the dtype of autocast; their gradients are float32."""
     if DEVICE == "cpu" and dtype == torch.float16:
         pytest.skip("autocast of CPUs is tried with bfloat16")
     function, arguments, wanted = make(name, case, torch.float32)
@@ -184,7 +184,7 @@ def test_auto_chooses_triton(name, case):
 
 @pytest.mark.parametrize("name", WITH_TRITON)
 def test_large_offsets(name):
-    """Numbers of elements beyond 2**31: the last image is as right as the first."""
+    """With more than 2**31 elements, the last image is as correct as the first."""
     if DEVICE == "cpu":
         pytest.skip("needs 10 GB of GPU memory")
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:

@@ -1,4 +1,4 @@
-"""A small call of each operator, for tests of what they have in common; `cases.py` of its folder has it."""
+"""The small call of each operator, from `cases.py` of its folder, for tests that all operators share."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ WITH_TRITON = [name for name in OPERATORS if find_spec(f"zoo.kernels.{name}.trit
 
 
 def call(name: str, *tensors: Tensor) -> Tensor:
-    """The small call of an operator, of `make(name)` if no tensors are given."""
+    """The small call of an operator, on `make(name)` if no tensors are given."""
     return CASES[name].sample(*(tensors or make(name)))
 
 
@@ -25,5 +25,5 @@ def make(name: str, dtype: torch.dtype = torch.float32, *, requires_grad: bool =
 
 
 def of_images(tensors: tuple[Tensor, ...]) -> list[bool]:
-    """Which of them are maps (B, H, W, channels), as the first is; the others belong to all images."""
+    """Whether each tensor is a map (B, H, W, channels) like the first; the others are shared by all images."""
     return [x.ndim == 4 and x.shape[:3] == tensors[0].shape[:3] for x in tensors]

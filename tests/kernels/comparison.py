@@ -1,15 +1,15 @@
-"""One function of an operator, run with two implementations, and the errors that are allowed."""
+"""Comparison of two implementations of an operator, and the errors that are allowed."""
 
 import torch
 
 from zoo.kernels import implementation
 
-# relative root mean square against float64: rounding; bfloat16 rounds P and dS in the Triton kernels
+# relative root mean square against float64; the Triton kernels round P and dS to bfloat16
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def run(choice, function, given):
-    """The output of `function(**given)` and the gradients of all that requires them."""
+    """The output of `function(**given)`, and the gradients of the arguments that require them."""
     with implementation(choice):
         out = function(**given)
     inputs = [x for x in given.values() if x.requires_grad]
@@ -33,7 +33,7 @@ def assert_within_budget(got, want, dtype):
 
 
 def assert_precise(function, given, dtype, differentiated):
-    """In `dtype`, torch errs by no more than its rounding allows, against the reference on the same numbers."""
+    """In `dtype`, the fast path errs no more than the budget allows, against the reference on the same numbers."""
     given = {name: x.to(dtype).requires_grad_(differentiated) for name, x in given.items()}
     exact = {name: x.detach().double().requires_grad_(differentiated) for name, x in given.items()}
     for got, want in zip(run("torch", function, given), run("reference", function, exact), strict=True):

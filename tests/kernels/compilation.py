@@ -1,4 +1,4 @@
-"""Looking at kernels without a GPU: what an operator would launch, and what a compiler makes of it."""
+"""Kernels without a GPU: the launches of an operator, and the resources of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OPTIONS = ("num_warps", "num_stages")
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel, as Triton's cache would tell it from others; frozen, so that equal ones are found."""
+    """One launch of a kernel, with all that distinguishes it in Triton's cache; hashable, to find equal launches."""
 
     kernel: Any
     signature: tuple[tuple[str, str], ...]  # argument -> "*fp16", "i32", "constexpr"
@@ -51,21 +51,21 @@ class Launch:
 
     @property
     def name(self) -> str:
-        """The kernel's."""
+        """The name of the kernel."""
         return self.kernel.fn.__name__
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a compiled kernel uses."""
+    """The resources that a compiled kernel uses."""
 
-    registers: int  # a thread's
-    stack: int  # bytes of a thread's spilled registers and arrays
-    shared: int  # bytes of a program's
+    registers: int  # per thread
+    stack: int  # bytes per thread, of spilled registers and arrays
+    shared: int  # bytes per program
 
 
 def launches(function: Callable[[], object], gpu: Machine) -> list[Launch]:
-    """What `function` would launch on `gpu`, without launching it: call it on fake tensors of device "cuda"."""
+    """The launches of `function` on `gpu`, recorded instead of run; it is to use fake tensors of device "cuda"."""
     found: list[Launch] = []
 
     def note(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -95,13 +95,13 @@ def launches(function: Callable[[], object], gpu: Machine) -> list[Launch]:
 
 @contextmanager
 def fake_cuda() -> Iterator[None]:
-    """Within, torch.empty(..., device="cuda") makes a tensor without contents, for which no GPU is needed."""
+    """A context in which tensors of device "cuda" have no contents and need no GPU."""
     with FakeTensorMode():
         yield
 
 
 def compile_launch(launch: Launch, target: str) -> Report:
-    """Compile for a target of TARGETS."""
+    """Compile a launch for a target of TARGETS."""
     names = [name for name, _ in launch.signature]
     source = ASTSource(
         launch.kernel,

@@ -1,4 +1,4 @@
-"""Routed attention in Triton compiled for GPUs that need not be there. Run by test_triton.py."""
+"""The resources of the compiled Triton routed attention for real shapes. Run by test_triton.py."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What the Triton window attention uses when compiled for real shapes. Run by test_triton.py."""
+"""The resources of the compiled Triton window attention for real shapes. Run by test_triton.py."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from . import compilation, resources
 
 
 def launches(names, dtype, target):
-    """What forward and backward of these cases launch, each program that Triton would compile once."""
+    """The launches of the forward and backward passes of these cases, one for each kernel that Triton compiles."""
     found = []
     with compilation.fake_cuda():
         for name in names:

@@ -1,4 +1,4 @@
-"""What the tests of the operators share."""
+"""Fixtures of the operators' tests."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from zoo.kernels import implementation
 
 @pytest.fixture(params=["reference", "torch"])
 def each_implementation(request):
-    """Runs a test once with each implementation that CPUs have."""
+    """Runs a test with each of the implementations for CPUs."""
     with implementation(request.param):
         yield
 
 
 @pytest.fixture
 def unwritten_outputs_are_nan(monkeypatch):
-    """A kernel that leaves out a part of its output cannot pass."""
+    """A kernel that does not write all of its output cannot pass."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         plain = getattr(owner, name)
 
@@ -29,7 +29,7 @@ def unwritten_outputs_are_nan(monkeypatch):
 
 @pytest.fixture
 def fake_tensors_launch_nothing(monkeypatch):
-    """Triton's interpreter cannot do with tensors that hold nothing."""
+    """Triton's interpreter cannot run on tensors without contents."""
     from zoo.kernels import triton_common
 
     launch = triton_common.launch

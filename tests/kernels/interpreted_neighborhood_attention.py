@@ -39,7 +39,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _few_processors(monkeypatch):
-    """So the gradient of the bias adds up several tiles in a program, as on a GPU with larger maps."""
+    """A program sums the gradient of the bias over several tiles, as on a GPU with larger maps."""
     monkeypatch.setattr(triton_common, "_assumed", replace(triton_common.SM_90, num_processors=1))
 
 
@@ -55,7 +55,7 @@ def make(case, dtype, table_dtype=None):
     mask = None
     if case.endswith("masked"):
         mask = torch.rand(batch, height, width, generator=g) < 0.6
-        mask[:, : height // 2 + 1, : width // 2 + 1] = False  # leaves the first queries nothing
+        mask[:, : height // 2 + 1, : width // 2 + 1] = False  # hides all neighbours of the first queries
     return qkv, table, mask, grad, (heads, kernel, dilation, stride, causal, head_dim**-0.5)
 
 

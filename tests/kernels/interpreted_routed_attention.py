@@ -84,7 +84,7 @@ def test_keys_of_regions_that_nobody_routes_to_have_no_gradient():
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_sums_of_exponentials_that_underflow():
-    """They are under 2^-128: keys past the end of a list, whose logits are 0, must not come near them."""
+    """They are below 2^-128: keys past the end of a list, with scores of 0, must not be added to them."""
     (q, k, v), routes, grad, options = make("plain", torch.float32)
     tensors = q * 0.1 + 1, k * 0.1 - 20, v
     with implementation("triton"):
@@ -96,7 +96,7 @@ def test_sums_of_exponentials_that_underflow():
 
 @pytest.mark.parametrize("case", ["plain", "pooled-keys"])
 def test_views(case):
-    """Parts of one projection are read where they are; a map in another order of memory is copied."""
+    """Slices of one projection are read in place; a map with another memory format is copied."""
     (q, k, v), routes, grad, options = make(case, torch.float32)
     kv = torch.cat((k, v), -1).chunk(2, -1)
     other = q.movedim(-1, 1).contiguous().movedim(1, -1)

@@ -13,7 +13,7 @@ from .comparison import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
-# batch and shapes; windows of up to 64 tokens have a tile, those of up to 32 share one
+# batch and shapes; windows of up to 64 tokens take one tile, those of up to 32 share one
 CASES = {
     "1x1": (2, Case((3, 5), 2, (1, 1), 16)),
     "2x2-mask": (1, Case((6, 14), 2, (2, 2), 32, key_mask=True)),
@@ -37,7 +37,7 @@ CASES = {
 
 
 def make(case, batch, dtype):
-    """Arguments that want gradients, with a mask that leaves the first window nothing, and the output's gradient."""
+    """Arguments that require gradients, with a mask that hides the first window, and the gradient of the output."""
     (qkv,), options = inputs(case, batch=batch, dtype=dtype, device="cpu", requires_grad=True)
     if case.key_mask:
         (height, width), (wh, ww) = case.size, case.window_size
@@ -50,7 +50,7 @@ def make(case, batch, dtype):
 
 
 def differentiate(arguments, grad, choice="triton"):
-    """The output and the gradients of all inputs that want one."""
+    """The output, and the gradients of the inputs that require them."""
     with implementation(choice):
         out = window_attention(**arguments)
     wanted = [x for x in arguments.values() if isinstance(x, torch.Tensor) and x.requires_grad]
@@ -118,7 +118,7 @@ def test_float32_table_beside_half():
 
 @pytest.mark.parametrize("window_size", [(3, 3), (7, 7)], ids=str)
 def test_large_biases(window_size):
-    """Weights of a tile's empty rows would be infinite in float16."""
+    """The weights of the unused rows of a tile would be infinite in float16."""
     arguments, grad = make(Case((2 * window_size[0], window_size[1]), 1, window_size, 16), 1, torch.float16)
     arguments["bias_table"] = (50 + arguments["bias_table"].detach()).requires_grad_()
     assert_right(arguments, grad, torch.float16)
@@ -126,7 +126,7 @@ def test_large_biases(window_size):
 
 @pytest.mark.parametrize("window_size", [(7, 7), (5, 14)], ids=str)
 def test_views(window_size):
-    """A slice of a Linear's output is read in place; other views are copied."""
+    """A slice of the output of a Linear is read in place; other views are copied."""
     case = Case((window_size[0], 14), 2, window_size, 16, shared_query=True)
     arguments, grad = make(case, 2, torch.float32)
     whole = torch.randn(2, *case.size, 128)

@@ -1,10 +1,10 @@
-"""Attention of one query, of which the tests of operators make loops; slow, and independent of zoo.kernels."""
+"""Attention of a single query, for loops in the tests of the operators; slow, and independent of zoo.kernels."""
 
 import math
 
 
 def attend(query, keys, values, logits_added, scale):
-    """One query (D,) with lists of keys and values (D,)."""
+    """Attention of one query (D,) to lists of keys and values (D,)."""
     logits = [scale * float(query @ key) + added for key, added in zip(keys, logits_added, strict=True)]
     top = max(logits)
     weights = [math.exp(logit - top) for logit in logits]

@@ -1,4 +1,4 @@
-"""Triton decides at import whether it interprets, so tests of either kind get a process of their own."""
+"""Triton decides at import whether to interpret, so the tests of each kind run in a process of their own."""
 
 import os
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def run_alone(file, interpret):
-    """Run the tests of a file of this folder in a fresh process; fail with what it printed."""
-    # Both cores, unless the workers of pytest have them already or the snapshot is written.
+    """Run the tests of a file of this folder in a new process; fail with its output."""
+    # Two workers, unless pytest already runs in workers or the snapshot is being written.
     alone = "PYTEST_XDIST_WORKER" in os.environ or "ZOO_SNAPSHOT" in os.environ
     workers = ["-p", "no:xdist"] if alone else ["-n", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""Of what random calls of operators are made: most values are right, or a call would seldom be."""
+"""Arguments of random calls; most values are valid, because a call with a single invalid one is rejected."""
 
 import torch
 
@@ -10,7 +10,7 @@ TYPES = (torch.float64,) * 6 + (torch.float32, torch.int64)
 
 
 def tensor(rng, *sizes):
-    """Normal numbers, seldom of a wrong shape or type, or with one that is not finite; seldom none."""
+    """A tensor of normal numbers; rarely of a wrong shape or dtype, rarely None."""
     g = torch.Generator().manual_seed(rng.getrandbits(30))
     if rng.random() < 0.05:
         sizes = sizes[: rng.randrange(len(sizes) + 1)]
@@ -37,7 +37,7 @@ def attention(rng):
 
 
 def bias_table(rng, side):
-    """For windows or kernels of `side`, if that is a number; or none."""
+    """A bias table for windows or kernels of `side` if that is an int, or nothing."""
     if rng.random() < 0.5 and isinstance(side, int):
         return {"bias_table": tensor(rng, 2, *(max(0, 2 * side - 1),) * 2)}
     return {}

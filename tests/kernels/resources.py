@@ -1,4 +1,4 @@
-"""What compiled kernels use, against hard limits and against what they used when it was last looked at."""
+"""The resources of compiled kernels, against hard limits and against a snapshot."""
 
 import json
 import os
@@ -8,13 +8,13 @@ import triton
 
 from . import compilation
 
-STACK = 64  # bytes; more means that registers spill inside the loops
+STACK = 64  # bytes; more means that registers spill in the loops
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 ROOM = 1.1
 
 
 def describe(launch):
-    """A readable key: the kernel, its constants, the types of its tensors, its options, sizes that 16 divides."""
+    """A readable key: the kernel, its constants, the dtypes of its tensors, its options, sizes divisible by 16."""
     constants = ",".join(f"{name}={value}" for name, value in launch.constants)
     types = ",".join(kind for _, kind in launch.signature if kind.startswith("*"))
     options = ",".join(f"{name}={value}" for name, value in launch.options)
@@ -24,9 +24,9 @@ def describe(launch):
 
 
 def check(launches, target, file):
-    """Compile each different launch for `target`; `file` holds what each used before, for one version of Triton.
+    """Compile each different launch for `target` and compare with the snapshot `file`, made by one version of Triton.
 
-    Set ZOO_SNAPSHOT=1 to write the file anew.
+    ZOO_SNAPSHOT=1 writes the file.
     """
     path = Path(__file__).with_name(file)
     kept = json.loads(path.read_text()) if path.exists() else {"triton": triton.__version__, "resources": {}}

@@ -1,4 +1,4 @@
-"""ZOO_AUTOTUNE=1: which launches are timed. A second; that the timing itself works, only a GPU shows."""
+"""ZOO_AUTOTUNE=1: which launches the autotuner times. A second; only a GPU can show that the timing works."""
 
 import pytest
 import torch

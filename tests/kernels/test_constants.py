@@ -1,4 +1,4 @@
-"""The cache of masks and indices: its bound, its order, and when it stays out of the way. Seconds."""
+"""The cache of masks and indices: its bound, its order, and when it is bypassed. Seconds."""
 
 from collections import Counter
 
@@ -106,7 +106,7 @@ def test_nothing_is_kept_from_a_trace(name):
     WATCHED[name](torch.ones(3))
     kept = list(constants._kept.values())
     assert all(type(x) is torch.Tensor for x in kept)
-    assert len(kept) == (name in ("fake", "fake-mode"))  # by the plain call that follows
+    assert len(kept) == (name in ("fake", "fake-mode"))  # by the plain call afterwards
 
 
 @pytest.mark.parametrize("name", WATCHED)

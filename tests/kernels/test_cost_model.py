@@ -1,4 +1,4 @@
-"""The counts of the cost model against loops over queries, keys and tiles, and what is known. Some seconds."""
+"""The counts of the cost model against loops over queries, keys and tiles, and known figures. Some seconds."""
 
 import pytest
 

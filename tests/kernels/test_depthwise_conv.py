@@ -1,6 +1,4 @@
-"""Depth-wise convolution and large-kernel attention against loops, by gradcheck, and their messages, for each
-implementation. Seconds.
-"""
+"""Depth-wise convolution and large-kernel attention against loops, gradcheck, and rejected arguments. Seconds."""
 
 import pytest
 import timm
@@ -60,7 +58,7 @@ def test_gradients(case):
 
 
 def lka_of_van():
-    """VAN's module, and its weights as the operator takes them."""
+    """A module of VAN, and its weights as arguments of the operator."""
     lka = timm.create_model("test_van").double().stages[0].blocks[0].attn.lka
     convs = (lka.dw_conv, lka.dw_dilated_conv, lka.pw_conv)
     weights = [tensor for conv in convs for tensor in (conv.weight.detach(), conv.bias.detach())]
@@ -86,11 +84,11 @@ X, WEIGHT, BIAS = torch.zeros(1, 4, 4, 3), torch.zeros(3, 1, 3, 3), torch.zeros(
 
 
 def call(**change):
-    """A right call but for the change."""
+    """A valid call, with some arguments changed."""
     return depthwise_conv2d_nhwc(**{"x": X, "weight": WEIGHT, "bias": BIAS} | change)
 
 
-# change, error, message; test_unusual_inputs.py runs them in each implementation
+# changes, error, message; test_unusual_inputs.py runs each with all implementations
 BAD = [
     ({"weight": WEIGHT[..., :2]}, ValueError, "kernel of 3 x 2; both sides have to be odd"),
     ({"weight": WEIGHT[..., :0]}, ValueError, "kernel of 3 x 0; both sides have to be odd"),

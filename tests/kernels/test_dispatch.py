@@ -1,4 +1,4 @@
-"""The choice of implementation, autocast, torch.func, and kernels without Triton. Half a minute."""
+"""The choice of an implementation, autocast, torch.func, and an installation without Triton. Half a minute."""
 
 import os
 import subprocess
@@ -199,7 +199,7 @@ def test_triton_by_name_has_a_largest_head(gpu, name):
 
 
 @pytest.mark.parametrize("name", WITH_TRITON)
-def test_auto_falls_back_and_says_so_once(gpu, name):
+def test_auto_falls_back_and_warns_once(gpu, name):
     with pytest.warns(UserWarning, match=f"{name} runs in PyTorch instead of Triton: .* not 129"):
         out = wide(name, gpu)
     assert out.shape[-1] % 129 == 0
@@ -208,14 +208,14 @@ def test_auto_falls_back_and_says_so_once(gpu, name):
         wide(name, gpu)
 
 
-def test_auto_says_so_for_each_reason(gpu):
+def test_auto_warns_for_each_reason(gpu):
     tensor = torch.empty(1, device=gpu)
     for head_dim in (129, 256):
         with pytest.warns(UserWarning, match=f"an_operator runs in PyTorch instead of Triton: .* not {head_dim}."):
             assert chosen(tensor, head_dim) == "torch"
 
 
-def test_auto_on_a_cpu_says_nothing():
+def test_auto_on_a_cpu_does_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert chosen(CPU.double(), head_dim=129) == "torch"
@@ -278,7 +278,7 @@ def test_autocast_is_a_cast_by_hand(name, choice):
     assert out.dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in grads)
 
-    # The table of biases stays as it is.
+    # The bias table keeps its dtype.
     tables = "bias_table" in signature(CASES[name].sample).parameters
     by_hand = [x if tables and i else x.bfloat16() for i, x in enumerate(tensors)]
     with implementation(choice):
@@ -339,7 +339,7 @@ def test_kernels_are_not_imported_before_they_run():
 
 
 def scalar(name):
-    """The operator, weighted and summed."""
+    """The weighted sum of the output of the operator."""
 
     def function(*tensors):
         out = call(name, *tensors)

@@ -1,4 +1,4 @@
-"""Operators inside models that are compiled and exported. A minute."""
+"""Operators in compiled and exported models. A minute."""
 
 import io
 from importlib import import_module
@@ -23,7 +23,7 @@ CHANNELS = 8
 
 
 class Block(nn.Module):
-    """Linear, an operator as in its small call, Linear; on maps (B, H, W, CHANNELS)."""
+    """A Linear, the small call of an operator and a Linear, on maps (B, H, W, CHANNELS)."""
 
     def __init__(self, name):
         super().__init__()
@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 def operator(name):
-    """What torch calls the forward pass in Triton."""
+    """The custom operator of the forward pass in Triton."""
     return import_module(f"zoo.kernels.{name}.op").forward._opoverload
 
 
@@ -77,7 +77,7 @@ def test_compiles_for_open_sizes(name):
 
 
 def open_sizes():
-    """Batch and map, whose sides are multiples of those of the small calls."""
+    """Symbolic sizes of the batch and of the map, whose sides are multiples of those of the small calls."""
     return {"x": {0: Dim("batch", max=64), 1: 4 * Dim("rows", min=1, max=64), 2: 6 * Dim("columns", min=1, max=64)}}
 
 
@@ -94,7 +94,7 @@ def test_exported_program_runs_at_other_sizes(name):
 @pytest.mark.parametrize("shared", [False, True], ids=["own-query", "shared-query"])
 @pytest.mark.parametrize("layout", ["block", "grid"])
 def test_exported_windows_may_become_one(layout, shared):
-    """A model pads its maps to windows, and a small image ends as a single one."""
+    """A model pads its maps to multiples of the window; a small image becomes a single window."""
 
     class Padded(nn.Module):
         def forward(self, x, table, q):

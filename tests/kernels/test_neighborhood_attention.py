@@ -1,6 +1,4 @@
-"""Neighborhood attention against loops over single tokens, by gradcheck, and its messages, for each
-implementation. Some seconds.
-"""
+"""Neighborhood attention against loops over single tokens, gradcheck, and rejected arguments. Some seconds."""
 
 import pytest
 import torch
@@ -40,7 +38,7 @@ def make(case, batch=2, num_heads=2, head_dim=3):
 
 
 def hide(qkv):
-    """A mask that differs by image and leaves the first queries nothing."""
+    """A mask that differs between images and hides all neighbours of the first queries."""
     batch, height, width, _ = qkv.shape
     mask = torch.rand(batch, height, width, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, : height // 2 + 1, : width // 2 + 1] = False
@@ -48,7 +46,7 @@ def hide(qkv):
 
 
 def axis_neighbors(i, length, k, d, s, causal):
-    """Positions that position i sees along an axis, with their offsets in places."""
+    """The neighbours of position i along an axis, with their offsets in places."""
     group = [j for j in range(length) if j % d == i % d]
     p, n = group.index(i), len(group)
     block = [q for q in range(n) if q // s == p // s]
@@ -181,11 +179,11 @@ QKV = torch.zeros(1, 6, 5, 12)
 
 
 def call(**change):
-    """A right call but for the change."""
+    """A valid call, with some arguments changed."""
     return neighborhood_attention(**{"qkv": QKV, "num_heads": 2, "kernel_size": 3} | change)
 
 
-# change, error, message; test_unusual_inputs.py runs them in each implementation
+# changes, error, message; test_unusual_inputs.py runs each with all implementations
 BAD = [
     ({"kernel_size": 7}, ValueError, "kernel_size 7 with dilation 1 for a map of 6 rows.*product 7"),
     ({"dilation": (1, 2)}, ValueError, "kernel_size 3 with dilation 2 for a map of 5 columns"),

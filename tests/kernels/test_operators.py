@@ -1,4 +1,4 @@
-"""What every operator's folder has, and who finds it. A second."""
+"""What the folder of every operator contains, and its use elsewhere. A second."""
 
 import re
 from importlib import import_module

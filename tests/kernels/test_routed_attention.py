@@ -1,6 +1,4 @@
-"""Routed attention against loops over single tokens, by gradcheck, and its messages, for each
-implementation. Some seconds.
-"""
+"""Routed attention against loops over single tokens, gradcheck, and rejected arguments. Some seconds."""
 
 import pytest
 import torch
@@ -17,7 +15,7 @@ CASES = {
     "one-region": ((3, 2), (3, 2), 1, 1),
     "single-tokens": ((3, 3), (3, 3), 3, 4),
     "all-regions": ((6, 3), (6, 3), 3, 9),
-    # the fast path gathers these, and masks the others
+    # the fast path gathers the keys of these, and masks keys for the others
     "pooled-keys": ((6, 6), (3, 3), 3, 2),
     "few-of-many": ((4, 8), (4, 8), 4, 2),
 }
@@ -88,11 +86,11 @@ X, ROUTES = torch.zeros(1, 4, 4, 6), torch.zeros(1, 4, 2, dtype=torch.int64)
 
 
 def call(**change):
-    """A right call but for the change."""
+    """A valid call, with some arguments changed."""
     return routed_attention(**{"q": X, "k": X, "v": X, "routes": ROUTES, "num_heads": 2, "regions": 2} | change)
 
 
-# change, error, message; test_unusual_inputs.py runs them in each implementation
+# changes, error, message; test_unusual_inputs.py runs each with all implementations
 BAD = [
     ({"regions": 3}, ValueError, "q of 4 x 4 tokens for 3 x 3 regions.*multiples of 3"),
     ({"regions": 0}, ValueError, "regions=0; it has to be 1 or more"),

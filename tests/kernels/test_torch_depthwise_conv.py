@@ -1,4 +1,4 @@
-"""Depth-wise convolution's fast PyTorch against its reference, and how it is chosen. Seconds."""
+"""Depth-wise convolution's torch_impl against its reference. Seconds."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CASES = {
 
 
 def call(case, channels=3):
-    """The tensors that may be differentiated, and a function of them."""
+    """The differentiable tensors of a call, and a function of them."""
     size, kernel, dilation = CASES[case]
     g = torch.Generator().manual_seed(0)
     shapes = {"x": (2, *size, channels), "weight": (channels, 1, *kernel), "bias": (channels,)}

@@ -1,4 +1,4 @@
-"""Neighborhood attention's fast PyTorch against its reference. Some seconds."""
+"""Neighborhood attention's torch_impl against its reference. Some seconds."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from .test_neighborhood_attention import hide
 
 pytestmark = pytest.mark.slow
 
-# map, kernel, dilation, stride, causal; all that does not fit a tile evenly
+# map, kernel, dilation, stride, causal; sizes that are no multiples of a tile
 CASES = {
     **SMALL,
     "tile-and-one": ((17, 9), (7, 5), (1, 1), (1, 1), (False, False)),
@@ -32,7 +32,7 @@ CASES = {
 
 
 def call(case, biased=True, masked=False):
-    """The tensors that may be differentiated, and a function of them."""
+    """The differentiable tensors of a call, and a function of them."""
     size, kernel, dilation, stride, causal = CASES[case]
     g = torch.Generator().manual_seed(0)
     given = {"qkv": torch.randn(2, *size, 3 * 2 * 3, generator=g, dtype=torch.float64)}

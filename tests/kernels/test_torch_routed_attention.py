@@ -1,4 +1,4 @@
-"""Routed attention's fast PyTorch against its reference. Seconds."""
+"""Routed attention's torch_impl against its reference. Seconds."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from .test_routed_attention import CASES, make
 
 
 def call(case, **sizes):
-    """The tensors that may be differentiated, and a function of them."""
+    """The differentiable tensors of a call, and a function of them."""
     q, k, v, routes, options = make(case, **sizes)
     return {"q": q, "k": k, "v": v}, lambda **tensors: routed_attention(**tensors, routes=routes, **options)
 

@@ -1,4 +1,4 @@
-"""Window attention's fast PyTorch against its reference. Some seconds."""
+"""Window attention's torch_impl against its reference. Some seconds."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from .test_window_attention import CASES, make
 
 pytestmark = pytest.mark.slow
 
-# what is added to every case
+# options added to every case
 FLAGS = {
     "plain": {},
     "bias": {"bias": True},
@@ -23,10 +23,10 @@ FLAGS = {
 
 
 def call(case, flags):
-    """The tensors that may be differentiated, and a function of them."""
+    """The differentiable tensors of a call, and a function of them."""
     flags = dict(FLAGS[flags])
     qkv, table, mask, shared, options = make(case, parts=2 if flags.get("shared") else 3)
-    mask[:, 0] = False  # whole windows without a key, where windows are flat
+    mask[:, 0] = False  # if windows have one row, whole windows without a key
     given = {"qkv": qkv}
     if flags.pop("bias", False):
         given["bias_table"] = table

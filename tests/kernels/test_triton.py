@@ -1,4 +1,4 @@
-"""The operators' Triton kernels, interpreted and compiled. A minute and a half on one core for each operator."""
+"""The Triton kernels of the operators, interpreted and compiled. A minute and a half per operator on one core."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""Batches of no images, what is refused, random calls and torch.jit.trace: the same in all implementations.
+"""Empty batches, rejected arguments, random calls and torch.jit.trace: the same in all implementations.
 
-Random calls, quick; thousands of them are slow, two minutes.
+A minute; the tests with thousands of random calls are marked slow and take two minutes.
 """
 
 import random
@@ -44,20 +44,20 @@ BAD = [(name, *row) for name, tests in TESTS.items() for row in tests.BAD]
 
 @pytest.mark.parametrize("choice", [*IMPLEMENTATIONS, "triton"])
 @pytest.mark.parametrize(("name", "change", "error", "message"), BAD, ids=[f"{row[0]}-{row[3][:40]}" for row in BAD])
-def test_bad_input_is_refused_alike(choice, name, change, error, message):
+def test_all_implementations_reject_the_same_input(choice, name, change, error, message):
     with implementation(choice), pytest.raises(error, match=message):
         TESTS[name].call(**change)
 
 
 @pytest.mark.parametrize("choice", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", OPERATORS)
-def test_right_call_is_not_refused(choice, name):
+def test_valid_call_is_accepted(choice, name):
     with implementation(choice):
         assert torch.isfinite(TESTS[name].call()).all()
 
 
 def outcome(choice, function, options):
-    """What it returns and the gradients of it, or the type of its error."""
+    """The output and its gradients, or the message of the error."""
     given = {
         name: x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for name, x in options.items()

@@ -1,6 +1,4 @@
-"""Window attention against loops over single tokens, by gradcheck, and its messages, for each
-implementation. Some seconds.
-"""
+"""Window attention against loops over single tokens, gradcheck, and rejected arguments. Some seconds."""
 
 import pytest
 import torch
@@ -157,11 +155,11 @@ QKV = torch.zeros(1, 4, 4, 12)
 
 
 def call(**change):
-    """A right call but for the change."""
+    """A valid call, with some arguments changed."""
     return window_attention(**{"qkv": QKV, "num_heads": 2, "window_size": 2} | change)
 
 
-# change, error, message; test_unusual_inputs.py runs them in each implementation
+# changes, error, message; test_unusual_inputs.py runs each with all implementations
 BAD = [
     ({"window_size": (3, 2)}, ValueError, "map of 4 x 4 for windows of 3 x 2.*multiples"),
     ({"window_size": 0}, ValueError, "window_size=0; it has to be 1 or more"),
