@@ -1,4 +1,4 @@
-"""zoo-bench: how fast the models and the operators are, and what a neighborhood should cost."""
+"""zoo-bench: how fast the models and operators are, and what neighborhood attention costs at least."""
 
 from __future__ import annotations
 
@@ -35,53 +35,54 @@ PATHS = ("reference", "torch", "triton")
 AGAINST = "swin_tiny_patch4_window7_224"
 
 MODEL_PASSES = f"""\
-Time whole models: inference and the training step, in units of a common model, beside timm's model of the family.
+Time inference and the training step of whole models, in units of a common model, beside timm's models of the families.
 
 Inference is a forward pass in eval mode without gradients. A training step is a forward pass in train mode, cross
-entropy, a backward pass, and dropping the gradients; there is no optimizer in it, whose time depends on the number of
-parameters alone. Weights and images are random. Every contender first runs once and its results have to be finite;
-then all run in turns in one process, and a time is divided by that of {AGAINST} (or --against) of
-the same turn, so that whatever else the machine does meets both alike. Figures are medians, those in brackets are
-where eight of ten turns lie; a / b is inference / training. Memory is what a call holds at most beyond weights and
-images. The time to compile is that of the first call, without any cache."""
+entropy and a backward pass. It has no optimizer, whose time depends on the number of parameters alone. Weights and
+images are random. Every contender first runs once, and its results have to be finite. Then all run in turns in one
+process, and each time is divided by that of {AGAINST} (or --against) in the same turn, so that
+other load on the machine affects both alike. Figures are medians, with the middle 80 % of the turns in brackets; a / b
+is inference / training. Memory is the most that a call allocates, besides weights and images. The time to compile is
+that of the first call, without a cache."""
 MODEL_EXAMPLES = """\
 examples:
-  zoo-bench models --threads 2                              one of each family, some ten minutes
-  zoo-bench models dinat_tiny resnet50 --no-training        ours and timm's models by name
+  zoo-bench models --threads 2                              one or two of each family, about ten minutes
+  zoo-bench models dinat_tiny resnet50 --no-training        models of zoo and timm by name
   zoo-bench models van_b0 --batch-size 1 --dtype bfloat16   the latency of one image
-  zoo-bench models cswin_tiny --kernels reference,torch     our operators' paths against each other
+  zoo-bench models cswin_tiny --kernels reference,torch     the implementations of zoo's operators compared
   zoo-bench models --compile --device cuda --dtype float16 --json all.json --picture all.png"""
 
 KERNELS = """\
-Time the operators of zoo.kernels against what one would write without them.
+Time the operators of zoo.kernels against other ways to compute the same.
 
-For each case every contender is first compared with the plain formula in float64, output and gradients; who is wrong
-or fails is named and not timed. The others run in turns, so that whatever else the machine does meets them all alike.
-"x ours" is a contender's time as a multiple of ours in the same turn, so above 1 it is slower than ours. Figures are
-medians, those in brackets are where eight of ten runs lie. Memory is what a call holds at most beyond its inputs."""
+For each case, the output and the gradients of every contender are first compared with the formula in float64. A
+contender that fails or is wrong is named, but not timed. The others run in turns, so that other load on the machine
+affects all alike. "x ours" is a contender's time in units of that of zoo in the same turn: above 1, it is slower than
+zoo. Figures are medians, with the middle 80 % of the runs in brackets. Memory is the most that a call allocates, besides
+its inputs."""
 KERNELS_EXAMPLES = """\
 examples:
-  zoo-bench kernels                                      the target cases on the CPU, some two minutes
+  zoo-bench kernels                                      the target cases on the CPU, about two minutes
   zoo-bench kernels --cases '56x56x64-7x7*' --backward   cases by name
   zoo-bench kernels --operators depthwise --dtype bf16   all cases of an operator
   zoo-bench kernels --device cuda --all --dtype fp16 bf16 --json all.json --picture all.png"""
 
 SIMULATE = """\
-Count what neighborhood attention costs on a GPU before anything runs: the tiles of keys and values that the tiles of
-queries visit, and so how many times faster than full attention it can be at most; bytes, operations, and the least
-time on GPUs by name. Softmax and launches are left out: times are lower bounds, nothing is measured."""
+Count what neighborhood attention costs on a GPU, without running it: the tiles of keys and values that the tiles of
+queries visit, which bound the speed-up over full attention; the bytes and operations; and the shortest possible time on
+GPUs by name. Softmax and kernel launches do not count: times are lower bounds, and nothing is measured."""
 SIMULATE_EXAMPLES = """\
 examples:
   zoo-bench simulate --size 56x56 --kernel 7
   zoo-bench simulate --size 56x56 --kernel 7 --dilation 8 --heads 2 --batch 128 --gpu H100 MI300X
   zoo-bench simulate --size 256x256 --kernel 80x80 --stride 16 --heads 24 --head-dim 128"""
 
-# Rows x columns of queries of one program and of keys of one of its steps.
+# Rows x columns of the queries of a program, and of the keys of one of its steps.
 TILES = (((8, 8), (4, 16)), ((8, 8), (8, 8)), ((8, 8), (2, 32)), ((4, 16), (4, 16)), ((16, 16), (8, 16)))
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and run the sub-command."""
+    """Read the command line and run the subcommand."""
     options = parser().parse_args(arguments)
     with cli.friendly_errors(f"zoo-bench {options.command}"):
         options.run(options)
@@ -103,24 +104,35 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     add = command("kernels", KERNELS, KERNELS_EXAMPLES, _kernels).add_argument
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
-    add("--operators", nargs="+", choices=OPERATORS, metavar="NAME", help=f"of {', '.join(OPERATORS)}: all their cases")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (cpu)")
+    add(
+        "--operators",
+        nargs="+",
+        choices=OPERATORS,
+        metavar="NAME",
+        help=f"all cases of these operators: {', '.join(OPERATORS)}",
+    )
     add("--cases", metavar="GLOB", help="cases whose name, or operator/name, matches ('target-*')")
-    add("--all", action="store_true", help="all cases of all operators, the same as --cases '*'")
+    add("--all", action="store_true", help="all cases of all operators, like --cases '*'")
     add("--without", nargs="+", default=[], metavar="NAME", help="contenders to leave out, such as flex")
-    add("--batch", type=cli.count, metavar="N", help="images (4; on a GPU 128)")
-    add("--dtype", nargs="+", choices=DTYPES, metavar="TYPE", help=f"of {', '.join(DTYPES)} (fp32; on a GPU fp16)")
+    add("--batch", type=cli.count, metavar="N", help="number of images (4; on a GPU 128)")
+    add("--dtype", nargs="+", choices=DTYPES, metavar="TYPE", help=f"{', '.join(DTYPES)} (fp32; on a GPU fp16)")
     add(
         "--backward",
         action=argparse.BooleanOptionalAction,
-        help="also time forward and backward together (off, but for the target cases)",
+        help="also time forward and backward together (off, except for the target cases)",
     )
-    add("--threads", type=cli.count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
-    add("--seconds", type=_positive, default=5.0, metavar="S", help="to time each table for, after the checks (5)")
-    add("--bandwidth", type=_positive, metavar="GB/s", help="of the memory, for the roofline (known for some GPUs)")
-    add("--peak", type=_positive, metavar="TFLOP/s", help="of the processor, likewise")
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured, after each table")
-    add("--picture", type=Path, metavar="FILE", help="draw times relative to ours, as .png, .svg or .pdf")
+    add("--threads", type=cli.count, metavar="N", help="number of threads of PyTorch on the CPU (PyTorch's default)")
+    add("--seconds", type=_positive, default=5.0, metavar="S", help="how long to time for each table (5)")
+    add("--bandwidth", type=_positive, metavar="GB/s", help="memory bandwidth, for the roofline (known for some GPUs)")
+    add(
+        "--peak",
+        type=_positive,
+        metavar="TFLOP/s",
+        help="peak rate of the processor, for the roofline (known for some GPUs)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all measurements as JSON, after each table")
+    add("--picture", type=Path, metavar="FILE", help="draw times in units of zoo's, as .png, .svg or .pdf")
 
     add = command("models", MODEL_PASSES, MODEL_EXAMPLES, _models).add_argument
     add(
@@ -128,50 +140,72 @@ def parser() -> argparse.ArgumentParser:
         nargs="*",
         type=_without_tag,
         metavar="MODEL",
-        help=f"names of timm's list, ours among them ({', '.join(MODELS)})",
+        help=f"names of models that timm knows, including those of zoo ({', '.join(MODELS)})",
     )
-    add("--against", type=_without_tag, default=AGAINST, metavar="MODEL", help="whose time is the unit (%(default)s)")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (cpu)")
-    add("--batch-size", type=cli.count, metavar="N", help="images (4; on a GPU 128)")
-    add("--size", type=_pair, default=(224, 224), metavar="HxW", help="of the images, or one number for both (224)")
+    add(
+        "--against",
+        type=_without_tag,
+        default=AGAINST,
+        metavar="MODEL",
+        help="the model whose time is the unit (%(default)s)",
+    )
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (cpu)")
+    add("--batch-size", type=cli.count, metavar="N", help="number of images (4; on a GPU 128)")
+    add(
+        "--size",
+        type=_pair,
+        default=(224, 224),
+        metavar="HxW",
+        help="size of the images, or one number for both sides (224)",
+    )
     add(
         "--dtype",
         type=lambda text: AUTOCAST.get(text, text),
         choices=tuple(AUTOCAST.values()),
         default="float32",
-        help="of autocast; float32 is none (float32)",
+        help="dtype of autocast; float32 for none (float32)",
     )
-    add("--threads", type=cli.count, metavar="N", help="of PyTorch on the CPU (PyTorch's choice)")
-    add("--training", action=argparse.BooleanOptionalAction, default=True, help="time the training step too (on)")
-    add("--compile", action="store_true", help="also run every model compiled; some minutes for each on a CPU")
+    add("--threads", type=cli.count, metavar="N", help="number of threads of PyTorch on the CPU (PyTorch's default)")
+    add("--training", action=argparse.BooleanOptionalAction, default=True, help="also time the training step (on)")
+    add(
+        "--compile",
+        action="store_true",
+        help="also run every model compiled, which takes some minutes per model on a CPU",
+    )
     add(
         "--kernels",
         type=lambda text: text.split(","),
         default=[],
         metavar="PATH,...",
-        help=f"run ours with each of these paths of our operators, of {', '.join(PATHS)}",
+        help=f"run zoo's models with each of these implementations of its operators: {', '.join(PATHS)}",
     )
-    add("--seconds", type=_positive, default=60.0, metavar="S", help="to time each kind of pass for (60)")
-    add("--rounds", type=cli.count, default=10, metavar="N", help="to time at least, however long they take (10)")
-    add("--json", type=Path, metavar="FILE", help="write everything that was measured, after each kind of pass")
-    add("--picture", type=Path, metavar="FILE", help="draw speed against published accuracy: .png, .svg or .pdf")
+    add("--seconds", type=_positive, default=60.0, metavar="S", help="how long to time each kind of pass (60)")
+    add(
+        "--rounds",
+        type=cli.count,
+        default=10,
+        metavar="N",
+        help="smallest number of turns, however long they take (10)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all measurements as JSON, after each kind of pass")
+    add("--picture", type=Path, metavar="FILE", help="draw speed against published accuracy, as .png, .svg or .pdf")
 
     add = command("simulate", SIMULATE, SIMULATE_EXAMPLES, _simulate).add_argument
-    add("--size", type=_pair, required=True, metavar="HxW", help="of the map, such as 56x56")
+    add("--size", type=_pair, required=True, metavar="HxW", help="size of the map, such as 56x56")
     add("--kernel", type=_pair, required=True, metavar="K", help="kernel size: 7, or 7x5 for rows x columns")
-    add("--dilation", type=_pair, default=(1, 1), metavar="D", help="likewise (1)")
-    add("--stride", type=_pair, default=(1, 1), metavar="S", help="likewise (1)")
-    add("--causal", action="store_true", help="tokens see only places up to their own, along both axes")
-    add("--heads", type=cli.count, default=1, metavar="N", help="(1)")
-    add("--head-dim", type=cli.count, default=32, metavar="D", help="(32)")
-    add("--batch", type=cli.count, default=1, metavar="N", help="images (1)")
-    add("--gpu", nargs="+", metavar="NAME", help="of the GPUs known (all)")
-    add("--json", type=Path, metavar="FILE", help="write the figures")
+    add("--dilation", type=_pair, default=(1, 1), metavar="D", help="dilation, in the same form (1)")
+    add("--stride", type=_pair, default=(1, 1), metavar="S", help="stride, in the same form (1)")
+    add("--causal", action="store_true", help="tokens attend only to positions up to their own, along both axes")
+    add("--heads", type=cli.count, default=1, metavar="N", help="number of heads (1)")
+    add("--head-dim", type=cli.count, default=32, metavar="D", help="channels of a head (32)")
+    add("--batch", type=cli.count, default=1, metavar="N", help="number of images (1)")
+    add("--gpu", nargs="+", metavar="NAME", help="names of GPUs (all that are known)")
+    add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser
 
 
 def _without_tag(text: str) -> str:
-    """A tag names weights, and those measured are random."""
+    """The name without its tag, since the weights are random."""
     return text.partition(".")[0]
 
 
@@ -248,16 +282,16 @@ def _kernels(options: argparse.Namespace) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    """Look at what `kernels` and `models` have in common, and set PyTorch up as they say."""
+    """Check the options that `kernels` and `models` share, and set up PyTorch accordingly."""
     _check_file(options.picture, (".png", ".svg", ".pdf"), options)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler, which counts memory, talks on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints to stderr
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("Got --device cuda, and PyTorch sees no GPU here; use --device cpu.")
+        raise UserError("got --device cuda, but PyTorch finds no GPU: use --device cpu.")
     if options.threads:
         torch.set_num_threads(options.threads)
-    # float32 means float32, for the others too
+    # float32 without TF32, for the other contenders, too
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
@@ -267,7 +301,7 @@ def _where(machine: dict[str, Any]) -> str:
 
 def _check_file(path: Path | None, endings: tuple[str, ...], options: argparse.Namespace) -> None:
     if path is not None and path.suffix not in endings:
-        raise OptionError(f"Got a picture {str(path)!r}; its name has to end in {', '.join(endings)}.")
+        raise OptionError(f"got --picture {path}: its name has to end in {', '.join(endings)}.")
 
 
 def _only_targets(options: argparse.Namespace) -> bool:
@@ -276,7 +310,7 @@ def _only_targets(options: argparse.Namespace) -> bool:
 
 def _chosen_cases(options: argparse.Namespace, known: dict[str, list[str]]) -> list[tuple[str, str]]:
     if options.cases and options.all:
-        raise OptionError("Got --cases and --all; give one of them.")
+        raise OptionError("got --cases and --all: give one of them.")
     operators = options.operators or OPERATORS
     pairs = [(name, case) for name in dict.fromkeys(operators) for case in known[name]]
     pattern = options.cases or ("target-*" if _only_targets(options) else "*")
@@ -286,7 +320,7 @@ def _chosen_cases(options: argparse.Namespace, known: dict[str, list[str]]) -> l
         known = f"there are {', '.join(names[:4])} and others."
         hint = did_you_mean(pattern.strip("*"), names, count=3, cutoff=0.3) or known
         where = f" of {', '.join(options.operators)}" if options.operators else ""
-        raise OptionError(f"Got --cases {pattern!r}, which no case{where} matches; {hint}")
+        raise OptionError(f"got --cases {pattern!r}, which matches no case{where}: {hint}")
     return chosen
 
 
@@ -298,11 +332,11 @@ def _check_contenders(options: argparse.Namespace, operators: dict[str, Any]) ->
     ]
     for name in options.without:
         if name not in names:
-            raise OptionError(f"Got --without {name!r}; there are {', '.join(repr(n) for n in names)}.")
+            raise OptionError(f"got --without {name!r}: there are {', '.join(repr(n) for n in names)}.")
 
 
 def _peaks(options: argparse.Namespace, gpu: str | None) -> tuple[float, float] | None:
-    """Bytes and operations a second at most, as given or as known of the GPU."""
+    """The peak bandwidth and rate in bytes and operations per second, as given or as known for the GPU."""
     from zoo.kernels.cost_model import GPUS
 
     # "NVIDIA H100 80GB HBM3" is an H100
@@ -395,18 +429,18 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _judge(options: argparse.Namespace, results: list[Result]) -> None:
-    """End with an error if nothing ran, or if an implementation of ours is wrong."""
+    """Raise an error if nothing was timed, or if an implementation of zoo is wrong."""
     if not any(row.times for result in results for row in result.rows):
-        raise UserError("Nothing could be timed; the reasons are above.")
+        raise UserError("nothing could be timed; the reasons are above.")
     for result in results:
         for row in result.rows:
             if row.name in ("triton", "torch", "reference") and row.status in ("wrong", "failed"):
                 label = _label(result.operator, result.case, result.dtype, result.backward)
-                raise UserError(f"Our {row.name} {row.status} in {label}: {row.reason}.")
+                raise UserError(f"zoo's {row.name} {row.status} in {label}: {row.reason}.")
 
 
 def _draw(path: Path, results: list[Result], where: str) -> None:
-    """Bars of times relative to ours, a group for each table."""
+    """Draw times in units of zoo's as bars, a group per table."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -422,7 +456,7 @@ def _draw(path: Path, results: list[Result], where: str) -> None:
     figure, axes = plt.subplots(figsize=(11, max(2.5, 0.24 * height + 1.2)), layout="constrained")
     top = max(spread(row.ratios)[0] for _, rows in groups for row in rows)
     bottom = min(min(spread(row.ratios)[0] for _, rows in groups for row in rows), 1.0) / 1.5
-    limit = 3 * top  # lines longer than that are cut, or their labels would leave the picture
+    limit = 3 * top  # longer lines are cut, so that their labels stay in the picture
     y = 0.0
     for result, rows in groups:
         label = _label(result.operator, result.case, result.dtype, result.backward)
@@ -458,7 +492,7 @@ def _draw(path: Path, results: list[Result], where: str) -> None:
 def _models(options: argparse.Namespace) -> None:
     for path in options.kernels:
         if path not in PATHS:
-            raise OptionError(f"Got --kernels with {path!r}; it takes {', '.join(PATHS)}, with commas between them.")
+            raise OptionError(f"got --kernels with {path!r}: it takes {', '.join(PATHS)}, separated by commas.")
     _prepare(options)
     import torch
 
@@ -524,11 +558,11 @@ def _check_models(options: argparse.Namespace, names: list[str]) -> None:
         if not timm.is_model(name):
             raise OptionError(unknown_model(name, timm.list_models()))
     if options.kernels and not any(map(benchmark_models.is_ours, names)):
-        raise OptionError("Got --kernels and only models of timm's, which do not use them; name one of ours too.")
+        raise OptionError("got --kernels, but no model of zoo, which alone uses them: add one.")
     if "triton" in options.kernels and (obstacle := dispatch.triton_obstacle(torch.empty(0, device=options.device))):
-        raise UserError(f"Got --kernels with 'triton', which cannot run here: {obstacle}.")
+        raise UserError(f"got --kernels with 'triton', which can't run here: {obstacle}.")
     if options.picture and not any(benchmark_models.top1(name) for name in names):
-        raise OptionError("Got --picture, and none of the models has a published accuracy; leave it out.")
+        raise OptionError("got --picture, but none of the models has a published accuracy: leave it out.")
 
 
 def _print_models(
@@ -551,15 +585,15 @@ def _print_models(
 
 
 def _judge_models(options: argparse.Namespace, contenders: list[Contender], results: Results) -> None:
-    """End with an error if there is no unit, or if a model of ours fails."""
+    """Raise an error if the unit or a model of zoo failed."""
     for what, rows in results.items():
         unit = next(iter(rows.values()))
         if unit.status == "failed":
-            raise UserError(f"{unit.name}, the unit, failed in {what}: {unit.reason}; choose another by --against.")
+            raise UserError(f"{unit.name}, the unit, failed in {what} ({unit.reason}): choose another with --against.")
         for contender in contenders:
             row = rows[contender.label]
             if contender.ours and row.status == "failed":
-                raise UserError(f"Our {row.name} failed in {what}: {row.reason}.")
+                raise UserError(f"zoo's {row.name} failed in {what}: {row.reason}.")
 
 
 def _simulate(options: argparse.Namespace) -> None:
@@ -570,7 +604,7 @@ def _simulate(options: argparse.Namespace) -> None:
     gpus = options.gpu or list(cost_model.GPUS)
     for gpu in gpus:
         if gpu not in cost_model.GPUS:
-            raise OptionError(f"Got --gpu {gpu!r}; there are {', '.join(cost_model.GPUS)}.")
+            raise OptionError(f"got --gpu {gpu!r}: there are {', '.join(cost_model.GPUS)}.")
     causal = (options.causal, options.causal)
     window = (options.size, options.kernel, options.dilation)
     rows = []

@@ -1,4 +1,4 @@
-"""What `zoo-bench kernels` measures: who is right, then how long it takes and how much memory it holds."""
+"""What `zoo-bench kernels` measures: errors against float64, then time and memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from zoo.kernels.peers import Arguments, CannotRunError, Contender
 from zoo.tools import benchmark_timing as timing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Relative root mean square error against float64 up to which a contender counts as right: rounding stays well below,
-# and whoever forgets a border or a bias is far above.
+# The largest relative root mean square error against float64 of a correct contender. Rounding stays far below it, and a
+# wrong border or a missing bias far above.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CHECKED_IMAGES = 2
 MIN_ROUNDS = 5
@@ -35,19 +35,19 @@ class Operator:
     function: Callable[..., Tensor]
     cases: dict[str, Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]]
     peers: tuple[Contender, ...]
-    flops: Callable[[Arguments], int]  # for each number of the output, forward
-    backward_flops: float  # those of the backward pass, as a multiple
+    flops: Callable[[Arguments], int]  # per element of the output, forward
+    backward_flops: float  # those of the backward pass, in units of the forward pass
 
     @property
     def contenders(self) -> tuple[Contender, ...]:
-        """Our implementations, then the others."""
+        """Our implementations, followed by the others."""
         folder = self.function.__module__.rpartition(".")[0]
         names = ("triton", "torch", "reference") if find_spec(f"{folder}.triton_impl") else ("torch", "reference")
         return *(Contender(name, partial(call_ours, self.function, name)) for name in names), *self.peers
 
 
 def call_ours(function: Callable[..., Tensor], choice: str, **arguments: Any) -> Tensor:
-    """The public function with one of its implementations."""
+    """Call the public function with one implementation."""
     if choice == "triton":
         first = next(value for value in arguments.values() if isinstance(value, Tensor))
         if (obstacle := dispatch.triton_obstacle(first)) is not None:
@@ -57,26 +57,26 @@ def call_ours(function: Callable[..., Tensor], choice: str, **arguments: Any) ->
 
 
 def _operator(name: str) -> Operator:
-    """What an operator's folder says of it."""
+    """The operator that a folder of zoo.kernels describes."""
     cases, peers = (import_module(f"zoo.kernels.{name}.{part}") for part in ("cases", "peers"))
     shapes = {name: partial(cases.inputs, case) for name, case in (cases.TARGETS | cases.CASES).items()}
     return Operator(cases.FUNCTION, shapes, peers.PEERS, peers.flops, peers.BACKWARD_FLOPS)
 
 
-# by the first word of their names
+# By the first word of their names.
 OPERATORS = {name.partition("_")[0]: _operator(name) for name in kernels.OPERATORS}
 
 
 @dataclass
 class Row(timing.Row):
-    """How one contender did, and how far from float64."""
+    """The results of one contender, with its error against float64."""
 
     error: float | None = None
 
 
 @dataclass
 class Result:
-    """One case at one precision, one kind of pass."""
+    """The results of one case with one dtype and one kind of pass."""
 
     operator: str
     case: str
@@ -101,9 +101,9 @@ def measure(
     leave_out: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> Result:
-    """Check every contender of a case against float64, then time those that are right, in turns, for `seconds`."""
+    """Check every contender of a case against float64, then time the correct ones in turns for `seconds`."""
     operator = OPERATORS[name]
-    torch.compiler.reset()  # it gives up on a function that it has compiled for many sizes
+    torch.compiler.reset()  # it stops compiling a function after many sizes
     make = partial(_arguments, operator, case, dtype=DTYPES[dtype])
     arguments = make(batch=batch, device=device, requires_grad=backward)
     per_image = _that_differ(make(batch=1, device="meta"), make(batch=2, device="meta"))
@@ -120,7 +120,7 @@ def measure(
             row.error = want.error(contender)
         except CannotRunError as reason:
             row.status, row.reason = "not run", str(reason)
-        except Exception as fault:  # whatever it is, the others go on
+        except Exception as fault:  # the other contenders still run
             row.failed(fault)
         else:
             allowed = TOLERANCE[DTYPES[dtype]]
@@ -162,15 +162,15 @@ def _arguments(operator: Operator, case: str, **options: Any) -> Arguments:
 
 
 def _that_differ(some: Arguments, others: Arguments) -> set[str]:
-    """The names of tensors that have other shapes in `others`: those of images, if the batch differs."""
+    """The tensors whose shapes differ between `some` and `others`: with another batch size, those of images."""
     return {name for name, x in some.items() if isinstance(x, Tensor) and x.shape != others[name].shape}
 
 
 class _Wanted:
-    """The right results of the last images, in float64, and runs to compare with them.
+    """The correct results for the last images, in float64, and runs to compare with them.
 
-    The gradient that a checked run gets is zero but for those images, so that also what is summed over images
-    (weights, bias tables) can be compared; the run itself has its full size.
+    A checked run has its full size, but the gradient of its output is zero except for the last images. So gradients that
+    are summed over images, such as those of weights and bias tables, can be compared as well.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class _Wanted:
         self.arguments, self.per_image, self.backward = arguments, per_image, backward
         images = next(value for name, value in arguments.items() if name in per_image).shape[0]
         self.last = slice(max(0, images - CHECKED_IMAGES), None)
-        with FakeTensorMode() as mode, torch.no_grad():  # its shape without the work
+        with FakeTensorMode() as mode, torch.no_grad():  # computes the shape only
             shapes = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
             self.output = call_ours(function, "reference", **shapes)
         self.function = function
@@ -207,7 +207,7 @@ class _Wanted:
         return max(errors)
 
     def run(self, contender: Contender) -> Callable[[], object]:
-        """What the clock sees."""
+        """The call that is timed."""
         arguments, names = _prepared(contender, self.arguments, self.grad)
         return partial(_call, contender.compute, arguments, names)
 
@@ -242,7 +242,7 @@ def _differentiable(arguments: Arguments) -> list[str]:
 
 
 def _call(compute: Callable[..., Tensor], arguments: Arguments, names: list[str]) -> tuple[Tensor, ...]:
-    """The output, and with a `grad` among the arguments the gradients of those named."""
+    """The output and, if the arguments have `grad`, the gradients of the arguments `names`."""
     arguments = dict(arguments)
     grad = arguments.pop("grad", None)
     if grad is None:
@@ -259,7 +259,7 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def _min_bytes(arguments: Arguments, out: Tensor, backward: bool) -> int:
-    """What has to be read and written at least: each input and output once, in the backward pass the gradients too."""
+    """The fewest bytes to read and write: each input and output once, and the gradients in the backward pass."""
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     forward = sum(x.nbytes for x in tensors) + out.nbytes
     return forward + (forward + out.nbytes + sum(x.nbytes for x in tensors if x.requires_grad)) * backward

@@ -1,4 +1,4 @@
-"""What `zoo-bench models` measures: passes of whole models, beside timm's models of the same families."""
+"""What `zoo-bench models` measures: passes of whole models, and of timm's models of the same families."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TOP1 = {"swin_tiny_patch4_window7_224": 81.3}  # arXiv 2103.14030, table 1
-# Where a label can stand: how many points from its place, and which of its sides is there.
+# Places for a label: the offset from its point, in points of 1/72 inch, and the side of the label that is there.
 _BESIDE = [
     *[
         ((0, 6), "center", "bottom"),
@@ -44,22 +44,32 @@ _BESIDE = [
 
 @dataclass
 class Row(timing.Row):
-    """How one contender did in one pass; `compile_seconds` is what its first call took."""
+    """The results of one contender in one kind of pass. `compile_seconds` is the time of its first call."""
 
     compile_seconds: float | None = None
 
     def figures(self, batch: int) -> dict[str, Any]:
-        """What was measured, for JSON."""
+        """The measurements, for JSON."""
         shared = super().figures()
         return {"images_per_s": batch / shared["median_s"], "compile_s": self.compile_seconds} | shared
 
 
-Results = dict[str, dict[str, Row]]  # by pass and by the contender's label
+Results = dict[str, dict[str, Row]]  # by kind of pass, then by label
 
 
 @dataclass
 class Contender:
-    """A model and how it runs; `choice` is an implementation of zoo.kernels or None, `peer` the label of a model."""
+    """A model, and how it runs.
+
+    Attributes:
+        name: The name of the model.
+        model: The model.
+        call: The model, compiled or not.
+        compiled: Whether it is compiled.
+        choice: The implementation of zoo.kernels, or None for the automatic choice.
+        peer: The label of timm's model of the same family.
+        shown: Whether it has a line in the table.
+    """
 
     name: str
     model: nn.Module
@@ -71,17 +81,17 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """Its name in tables."""
+        """The name in tables."""
         return _label(self.name, self.compiled, self.choice)
 
     @property
     def ours(self) -> bool:
-        """Whether the model is of this package."""
+        """Whether the model is one of zoo."""
         return is_ours(self.name)
 
     @property
     def parameters(self) -> int:
-        """How many numbers it learns."""
+        """The number of parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
@@ -90,7 +100,7 @@ def _label(name: str, compiled: bool, choice: str | None = None) -> str:
 
 
 def is_ours(name: str) -> bool:
-    """Whether timm has the model of that name from this package."""
+    """Whether zoo registers the model `name`."""
     return timm.models.model_entrypoint(name).__module__.startswith("zoo.")
 
 
@@ -103,15 +113,15 @@ def contenders(
     compiled: bool = False,
     choices: tuple[str, ...] = (),
 ) -> list[Contender]:
-    """The yardstick `against`, then the models `names`, each followed by timm's model of the same family.
+    """The yardstick `against`, followed by the models `names`, each with timm's model of the same family.
 
     Args:
-        names: registered names.
-        against: the model whose time is the unit.
-        size: rows and columns of the images, for those models of timm that have to know.
-        device: where the models are to be.
-        compiled: each of them once more, compiled.
-        choices: paths of our operators, each of them for each of our models; () for what zoo.kernels chooses.
+        names: Names of models.
+        against: The model whose time is the unit.
+        size: Height and width of the images, for models that take one size only.
+        device: The device of the models.
+        compiled: Whether to add each model compiled.
+        choices: Implementations of zoo.kernels to run each model of zoo with; () for the automatic choice.
     """
     asked = list(dict.fromkeys([against, *names]))
     peers = {name: other for name in asked if (other := timm_name(name))}
@@ -131,7 +141,7 @@ def _create(name: str, size: tuple[int, int]) -> nn.Module:
     torch.manual_seed(0)
     try:
         return timm.create_model(name, img_size=size)
-    except TypeError:  # it takes any size, as all of ours do
+    except TypeError:  # it takes any size, as the models of zoo do
         return timm.create_model(name)
 
 
@@ -147,18 +157,18 @@ def measure(
     rounds: int,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Row]:
-    """Run every contender once and look at its results, then time them in turns; ratios are to the first one's times.
+    """Check the results of every contender, then time them in turns. Ratios are in units of the first one's times.
 
     Args:
-        contenders: who takes part; the first is the yardstick.
-        training: time the training step, or else inference.
-        batch: images in a call.
-        size: their rows and columns.
-        dtype: of autocast; torch.float32 for none.
-        device: where the models are.
-        seconds: for how long to time.
-        rounds: how often to time each of them at least.
-        say: told what is under way.
+        contenders: The contenders. The first one is the yardstick.
+        training: Whether to time a training step; otherwise inference.
+        batch: The number of images.
+        size: Height and width of the images.
+        dtype: The dtype of autocast; torch.float32 for none.
+        device: The device of the models.
+        seconds: How long to time.
+        rounds: The smallest number of turns.
+        say: Shows the progress.
     """
     images = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
     rows, runs = {}, {}
@@ -170,7 +180,7 @@ def measure(
         run = _Pass(contender, images, dtype, training)
         try:
             row.compile_seconds = run.check()
-        except Exception as fault:  # whatever it is, the others go on
+        except Exception as fault:  # the other contenders still run
             row.failed(fault)
         else:
             runs[contender.label] = run
@@ -190,7 +200,7 @@ def measure(
 
 
 class _Pass:
-    """What the clock sees: a forward pass, or a training step that leaves no gradients behind."""
+    """The call that is timed: a forward pass, or a training step that frees its gradients."""
 
     def __init__(self, contender: Contender, images: Tensor, dtype: torch.dtype, training: bool) -> None:
         self.contender, self.images, self.dtype, self.training = contender, images, dtype, training
@@ -203,7 +213,7 @@ class _Pass:
         return out
 
     def check(self) -> float | None:
-        """Raise FloatingPointError unless what it computes is finite; the seconds that this took, if it compiled."""
+        """Raise FloatingPointError if a result is not finite. Returns the seconds of a compiled model's first call."""
         start = time.perf_counter()
         out = self._forward_and_backward()
         if out.device.type == "cuda":
@@ -233,14 +243,14 @@ class _Pass:
 
 @contextmanager
 def fresh_compiler(device: str, functions: int) -> Iterator[None]:
-    """Compile everything anew for a while, or compile times would be those of a cache; at most so many `functions`."""
+    """Within this context, torch compiles without a cache, up to `functions` versions of a function."""
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     with TemporaryDirectory(prefix="zoo-bench-", ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
-            # the forward method of a family counts as one function, of which torch compiles few
+            # models of one family share a forward method, of which torch compiles few versions
             with torch._dynamo.config.patch(recompile_limit=functions):
-                torch.compile(torch.sin)(torch.ones(8, device=device))  # what is compiled once for all
+                torch.compile(torch.sin)(torch.ones(8, device=device))  # compiles what all functions share
                 yield
         finally:
             os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
@@ -250,7 +260,7 @@ def fresh_compiler(device: str, functions: int) -> Iterator[None]:
 
 
 def top1(name: str) -> float | None:
-    """The published ImageNet-1k accuracy in percent; of a model of ours, its first checkpoint's in the manifest."""
+    """The published ImageNet-1k accuracy in percent, for a model of zoo that of its first entry in the manifest."""
     if name in _TOP1:
         return _TOP1[name]
     entries = (entry for family in zoo.FAMILIES for entry in manifest(family))
@@ -259,7 +269,7 @@ def top1(name: str) -> float | None:
 
 
 def as_json(contenders: list[Contender], results: Results, batch: int) -> list[dict[str, Any]]:
-    """All that was measured, an entry for each contender."""
+    """All measurements, with an entry per contender."""
     entries = []
     for contender in contenders:
         entry: dict[str, Any] = {
@@ -279,7 +289,7 @@ def as_json(contenders: list[Contender], results: Results, batch: int) -> list[d
 
 
 def table(contenders: list[Contender], results: Results, batch: int) -> Table:
-    """A line for each model, timm's of the same family at its end."""
+    """The table: a line per model, with the time of timm's model of the same family in the last column."""
     compiled = any(contender.compiled for contender in contenders)
     peers = any(contender.peer for contender in contenders)
     made = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -315,13 +325,13 @@ def _with_spread(ratios: list[float]) -> str:
 
 
 def draw(path: Path, contenders: list[Contender], results: Results, where: str) -> None:
-    """Speed of inference, that of the yardstick being 1, against published accuracy."""
+    """Draw the speed of inference, in units of the yardstick's, against published accuracy."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(contenders, results, where).savefig(path, dpi=150)
 
 
 def picture(contenders: list[Contender], results: Results, where: str) -> Figure:
-    """What `draw` writes: a colour for each family, and a thin line from timm's model to ours."""
+    """The figure that `draw` writes: a colour per family, and a thin line from timm's model to that of zoo."""
     from matplotlib.figure import Figure
 
     speeds = {label: 1 / spread(row.ratios)[0] for label, row in results["inference"].items() if row.ratios}
@@ -364,7 +374,7 @@ def picture(contenders: list[Contender], results: Results, where: str) -> Figure
 
 
 def _write_beside(axes: Axes, labels: list[tuple[str, tuple[float, float]]]) -> None:
-    """Write each label above, below or beside its place, where it touches neither a place nor another label."""
+    """Write each label above, below or beside its point, where it touches neither a point nor another label."""
     from matplotlib.transforms import Bbox
 
     axes.figure.draw_without_rendering()

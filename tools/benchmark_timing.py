@@ -1,4 +1,4 @@
-"""How `zoo-bench` takes time and memory: contenders in turns, so that ratios hold on a busy machine too."""
+"""How `zoo-bench` measures time and memory: contenders run in turns, so that ratios hold on a busy machine, too."""
 
 from __future__ import annotations
 
@@ -20,21 +20,30 @@ MAX_ROUNDS = 500
 
 @dataclass
 class Row:
-    """How one contender did: `times` in seconds, `ratios` to the yardstick's of the same turn; or why not timed."""
+    """The results of one contender.
+
+    Attributes:
+        name: The contender.
+        status: "timed", or why not: "wrong", "failed" or "not run".
+        reason: The reason in words, if it is not timed.
+        times: The time of each turn in seconds.
+        ratios: The times in units of the yardstick's time in the same turn.
+        peak_bytes: The memory that a call allocates at most, besides its inputs.
+    """
 
     name: str
-    status: str = "timed"  # or "wrong", "failed", "not run"
+    status: str = "timed"
     reason: str = ""
     times: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
 
     def failed(self, fault: Exception) -> None:
-        """Keep the first line of what went wrong."""
+        """Record the first line of an error."""
         self.status, self.reason = "failed", f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]}"
 
     def figures(self) -> dict[str, Any]:
-        """What was measured, for JSON."""
+        """The measurements, for JSON."""
         median, low, high = spread(self.times)
         return {
             "median_s": median,
@@ -49,7 +58,7 @@ class Row:
 def alternately(
     runs: dict[str, Callable[[], object]], device: str, seconds: float, rounds: int
 ) -> dict[str, list[float]]:
-    """The seconds of each call, after one that is not counted; for so many `seconds`, but at least so many `rounds`."""
+    """Time all runs in turns, for `seconds` and at least `rounds` turns, after a warm-up call. Returns seconds."""
     clock = _GpuClock() if device == "cuda" else _cpu_clock
     for run in runs.values():
         clock(run)
@@ -59,7 +68,7 @@ def alternately(
         if turn >= rounds and time.perf_counter() - start > seconds:
             break
         shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:  # so that nobody always follows the same one
+        for name in names[shift:] + names[:shift]:  # so that no run always follows the same one
             times[name].append(clock(runs[name]))
     return times
 
@@ -73,7 +82,7 @@ def _cpu_clock(run: Callable[[], object]) -> float:
 
 
 class _GpuClock:
-    """Times a call by events, on a cold L2 cache, with a head start that hides what Python takes to launch it."""
+    """Times a call with CUDA events, with a cold L2 cache. A wait on the GPU hides the time to launch the kernels."""
 
     def __init__(self) -> None:
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
@@ -91,7 +100,7 @@ class _GpuClock:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most memory that a call holds at once beyond its inputs: what PyTorch's allocator gives out."""
+    """The memory that a call allocates at most, besides its inputs, from PyTorch's allocator."""
     release(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -112,14 +121,14 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 def release(device: str) -> None:
-    """Give memory that nothing uses back to the GPU."""
+    """Free unused memory of the GPU."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where figures were taken: names, versions, threads."""
+    """The machine that figures are from: names, versions, threads."""
 
     def installed(package: str) -> str | None:
         try:
@@ -146,7 +155,7 @@ def _cpu_name() -> str:
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
-    """The median, and between what eight of ten lie."""
+    """The median, and the bounds of the middle 80 %."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     tenths = statistics.quantiles(values, n=10, method="inclusive")
@@ -154,5 +163,5 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def digits(number: float) -> str:
-    """Three of them."""
+    """A number with three significant digits."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"

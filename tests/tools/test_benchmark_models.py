@@ -69,11 +69,15 @@ def replaced(monkeypatch):
 BAD = [
     ("maxvit_tny", 2, "there is no model 'maxvit_tny': did you mean maxvit_tiny"),
     ("test_van --against 12345", 2, "there is no model '12345': zoo-models lists"),
-    ("test_van --kernels fast,torch", 2, "Got --kernels with 'fast'; it takes reference, torch, triton, with commas"),
-    ("resnet18 --kernels torch", 2, "Got --kernels and only models of timm's, which do not use them"),
-    ("test_van --kernels triton", 1, "Got --kernels with 'triton', which cannot run here: the tensors are on cpu"),
-    ("test_van --picture a.png", 2, "Got --picture, and none of the models has a published accuracy; leave it out"),
-    ("test_van --picture a.jpg", 2, "Got a picture 'a.jpg'; its name has to end in .png, .svg, .pdf"),
+    (
+        "test_van --kernels fast,torch",
+        2,
+        "got --kernels with 'fast': it takes reference, torch, triton, separated by commas",
+    ),
+    ("resnet18 --kernels torch", 2, "got --kernels, but no model of zoo, which alone uses them: add one"),
+    ("test_van --kernels triton", 1, "got --kernels with 'triton', which can't run here: the tensors are on cpu"),
+    ("test_van --picture a.png", 2, "got --picture, but none of the models has a published accuracy: leave it out"),
+    ("test_van --picture a.jpg", 2, "got --picture a.jpg: its name has to end in .png, .svg, .pdf"),
     ("test_van --dtype int8", 2, "invalid choice: 'int8'"),
     ("test_van --size 64x", 2, "--size: got '64x'; give rows x columns"),
     ("test_van --batch-size 0", 2, "--batch-size: got '0'; give a whole number of 1 or more"),
@@ -274,7 +278,7 @@ def test_our_result_that_is_not_finite_is_an_error(capsys, replaced):
     assert run("test_van", "test_cswin", *QUICK, "--no-training") == 1
     printed = capsys.readouterr()
     assert "not timed: test_van, inference: FloatingPointError: the output is not finite" in printed.out
-    assert "Our test_van failed in inference: FloatingPointError: the output is not finite." in printed.err
+    assert "zoo's test_van failed in inference: FloatingPointError: the output is not finite." in printed.err
     assert "test_cswin" in printed.out
 
 
