@@ -58,7 +58,7 @@ Time the operators of zoo.kernels against other ways to compute the same.
 For each case, the output and the gradients of every contender are first compared with the formula in float64. A
 contender that fails or is wrong is named, but not timed. The others run in turns, so that other load on the machine
 affects all alike. "x ours" is a contender's time in units of that of zoo in the same turn: above 1, it is slower than
-zoo. Figures are medians, with the middle 80 % of the runs in brackets. Memory is the most that a call allocates, besides
+zoo. Figures are medians, with the middle 80 % of the runs in brackets. Memory is the most that a call allocates beyond
 its inputs."""
 KERNELS_EXAMPLES = """\
 examples:

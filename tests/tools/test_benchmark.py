@@ -66,7 +66,7 @@ def test_help_has_examples(capsys, command, example):
 BAD = [
     ("kernels --cases target-65x56x64", 2, "which matches no case: did you mean target-56x56x64, "),
     ("kernels --cases window/targt-56x56x64", 2, "did you mean window/target-56x56x64, "),
-    ("kernels --operators routed --cases target-*", 2, "no case of routed matches"),
+    ("kernels --operators routed --cases target-*", 2, "which matches no case of routed: "),
     ("kernels --cases a --all", 2, "got --cases and --all: give one of them"),
     ("kernels --operators windows", 2, "invalid choice: 'windows'"),
     ("kernels --without felx", 2, "got --without 'felx': there are 'torch', 'reference'"),
@@ -93,7 +93,7 @@ def test_bad_option(capsys, line, code, message):
 def test_cuda_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run("kernels", "--device", "cuda") == 1
-    assert "PyTorch sees no GPU here; use --device cpu" in capsys.readouterr().err
+    assert "PyTorch finds no GPU: use --device cpu" in capsys.readouterr().err
 
 
 def test_default_cases_are_the_targets():

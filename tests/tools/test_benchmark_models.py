@@ -97,7 +97,7 @@ def test_bad_option(capsys, line, code, message):
 def test_cuda_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run("--device", "cuda") == 1
-    assert "PyTorch sees no GPU here; use --device cpu" in capsys.readouterr().err
+    assert "PyTorch finds no GPU: use --device cpu" in capsys.readouterr().err
 
 
 def test_options():
@@ -299,8 +299,8 @@ def test_without_a_unit_there_is_an_error(capsys, replaced):
     replaced(test_resnet=Tiny(factor=float("nan")))
     assert run("test_van", *QUICK, "--no-training") == 1
     error = capsys.readouterr().err
-    assert "test_resnet, the unit, failed in inference: FloatingPointError" in error
-    assert error.endswith("choose another by --against.\n")
+    assert "test_resnet, the unit, failed in inference (FloatingPointError: " in error
+    assert error.endswith("choose another with --against.\n")
 
 
 def test_compiled_models_have_a_line_and_a_compile_time(capsys, monkeypatch, replaced, tmp_path):
