@@ -169,8 +169,8 @@ def _that_differ(some: Arguments, others: Arguments) -> set[str]:
 class _Wanted:
     """The correct results for the last images, in float64, and runs to compare with them.
 
-    A checked run has its full size, but the gradient of its output is zero except for the last images. So gradients that
-    are summed over images, such as those of weights and bias tables, can be compared as well.
+    A checked run has its full size, but the gradient of its output is zero except for the last images. Gradients that
+    are summed over images, such as those of weights and bias tables, can then be compared as well.
     """
 
     def __init__(
