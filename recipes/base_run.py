@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from zoo.recipes import (
     plots,
     reading,
     records,
-    report,
     run_checkpoints,
     run_folder,
 )
@@ -40,7 +39,7 @@ from zoo.recipes.timing import StepTimes
 _LOST = ("gloo", "NCCL", "Connection", "timed out")
 _FEW = 100  # so few validation images make a percentage coarse
 # What a run leaves at its end, in this order.
-_LAST = ("model.safetensors", "summary.json", report.NAME)
+_LAST = ("model.safetensors", "summary.json", reading.REPORT)
 
 
 class BaseRun:
@@ -53,11 +52,20 @@ class BaseRun:
         cfg: The configuration.
         device: Where to train.
         folder: The run folder; need not exist.
-        resume_command: The command that continues the run, where it is not that of this process.
+        write_report: Writes the report into the folder when the run ends; None for no report.
+        resume_command: The command that continues the run, if it is not the command of this process.
     """
 
-    def __init__(self, cfg: DictConfig, device: torch.device, folder: Path, resume_command: str | None = None):
-        self.cfg, self.device, self.folder, self.resume_command = cfg, device, folder, resume_command
+    def __init__(
+        self,
+        cfg: DictConfig,
+        device: torch.device,
+        folder: Path,
+        write_report: Callable[[Path], Any] | None = None,
+        resume_command: str | None = None,
+    ):
+        self.cfg, self.device, self.folder = cfg, device, folder
+        self.write_report, self.resume_command = write_report, resume_command
         self.primary = distributed.rank() == 0
         self.progress: dict[str, Any] = {"update": 0, "nonfinite": 0, "seconds": 0.0, "finished": False}
         self.history: list[dict[str, Any]] = []
@@ -246,7 +254,8 @@ class BaseRun:
         """The summary of a run that ended and left all its files; None if it has to train or to write some of them."""
         if not self.progress["finished"] or not self.is_complete():
             return None
-        if not all((self.folder / name).is_file() for name in ("config.yaml", "start.json", *_LAST)):
+        last = [name for name in _LAST if self.write_report or name != reading.REPORT]
+        if not all((self.folder / name).is_file() for name in ("config.yaml", "start.json", *last)):
             return None
         try:
             reading.load_config(self.folder)
@@ -354,9 +363,10 @@ class BaseRun:
         }
         if self.primary:
             # The order tells a continued run what is there: each file is newer than those before it.
-            (self.folder / report.NAME).unlink(missing_ok=True)
+            (self.folder / reading.REPORT).unlink(missing_ok=True)
             atomic_files.write_json(self.folder / "summary.json", summary)
-            report.write_or_warn(self.folder)
+            if self.write_report:
+                self.write_report(self.folder)
             if self.wandb:
                 self.wandb.summary.update(metrics)
         return summary

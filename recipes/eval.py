@@ -19,8 +19,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from zoo.recipes import cli, config, early, reading
-from zoo.recipes.tasks import task
+from zoo.recipes import cli, config, early, reading, report, tasks
 
 # Keys and groups of training, which say nothing to an evaluation.
 _OF_TRAINING = (
@@ -63,7 +62,7 @@ def _evaluate(cfg: DictConfig) -> dict[str, Any]:
         early.check_folder(Path(cfg.out), "out")
     name = reading.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
     overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
-    return task(name, "evaluate").evaluate(cfg, overridden)
+    return tasks.load(name, "evaluate").evaluate(cfg, overridden, report.write_or_warn)
 
 
 if __name__ == "__main__":

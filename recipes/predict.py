@@ -25,10 +25,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from zoo.commands import discard_output
 from zoo.messages import did_you_mean
-from zoo.recipes import cli, early, reading
+from zoo.recipes import cli, early, reading, tasks
 from zoo.recipes.config import option
 from zoo.recipes.errors import RunError
-from zoo.recipes.tasks import task
 
 
 @dataclass
@@ -64,7 +63,7 @@ def main() -> None:
         logs.start_log(None, True)
         logs.console.on_broken_pipe = discard_output  # what is written does not depend on what is read
         name = reading.load_config(Path(cfg.run)).get("task", "classify")
-        task(name, "predict").predict(cfg, inputs, out)
+        tasks.load(name, "predict").predict(cfg, inputs, out)
 
 
 def _print_help() -> None:

@@ -20,6 +20,8 @@ from zoo.recipes.errors import RunError
 from zoo.recipes.files import parse_json, read_json, read_text
 from zoo.recipes.tasks import TASKS
 
+REPORT = "report.html"  # the page on a run, or on an evaluation, in its folder
+
 _DEEPEST = 40  # levels of a config.yaml
 _LARGEST = 200_000  # bytes of it
 _NAMES = {float: "a number", int: "a whole number", str: "a text", list: "a list", dict: "a mapping"}

@@ -27,14 +27,16 @@ import yaml
 from omegaconf import OmegaConf
 
 from zoo.recipes import cli, reading
+from zoo.recipes.atomic_files import write_text
 from zoo.recipes.composition import composed, flat
 from zoo.recipes.errors import RunError
-from zoo.recipes.scores import SCORES
+from zoo.recipes.logs import log, start_log
+from zoo.recipes.reading import REPORT
+from zoo.recipes.tasks import SCORES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAME = "report.html"
 _GENERATOR = '<meta name="generator" content="zoo-report">'
 _CLASS_SCORES = {"top1": "top-1", "IoU": "IoU", "accuracy": "accuracy", **SCORES["detect"]}
 _TASKS = {"classify": "classification", "detect": "detection", "segment": "segmentation"}
@@ -243,16 +245,12 @@ def write(path: Path) -> Path:
     Raises:
         RunError: the folder is no run's or evaluation's, or can't be written to.
     """
-    from zoo.recipes import atomic_files  # with torch, which help need not wait for
-
-    atomic_files.write_text(path / NAME, page(read(path)))
-    return path / NAME
+    write_text(path / REPORT, page(read(path)))
+    return path / REPORT
 
 
 def write_or_warn(path: Path) -> None:
     """Write the report of a run that has just ended; whatever goes wrong with it must not spoil the run."""
-    from zoo.recipes.logs import log
-
     try:
         log.info("Report: %s", write(path))
     except Exception as error:
@@ -793,7 +791,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or of an evaluation")
     parser.add_argument(
         "-o", "--out", type=Path, metavar="FILE",
-        help=f"where to write; <folder>/{NAME} for one, comparison.html for several",
+        help=f"where to write; <folder>/{REPORT} for one, comparison.html for several",
     )  # fmt: skip
     return parser
 
@@ -813,14 +811,12 @@ def make(folders: Sequence[Path], out: Path | None) -> Path:
     Raises:
         RunError: the folders can't be read or compared, or `out` can't be written.
     """
-    from zoo.recipes import atomic_files, logs
-
-    logs.start_log(None, True)
+    start_log(None, True)
     folders = list(dict.fromkeys(folders))
     records = [read(folder) for folder in folders]
-    out = out or (folders[0] / NAME if len(folders) == 1 else Path("comparison.html"))
+    out = out or (folders[0] / REPORT if len(folders) == 1 else Path("comparison.html"))
     _check_out(out)
-    atomic_files.write_text(out, page(records[0]) if len(records) == 1 else comparison(records))
+    write_text(out, page(records[0]) if len(records) == 1 else comparison(records))
     return out
 
 

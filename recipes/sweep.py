@@ -17,7 +17,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from zoo.recipes.scores import SCORES
+from zoo.recipes.tasks import SCORES
 
 PRIMARY = os.environ.get("RANK", "0") == "0"  # under torchrun, one process names folders and prints
 

@@ -1,45 +1,29 @@
-"""The three tasks of the commands, and where their code is."""
+"""The three tasks of the commands: the packages that hold their code, and their scores."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import warnings
 from types import ModuleType
 
-from zoo.extras import require
 from zoo.recipes.errors import RunError
 
-TASKS = {"classify": "classify", "detect": "dense", "segment": "dense"}
+# Each package has modules `train`, `evaluate` and `predict` with functions of these names.
+TASKS = {"classify": "zoo.recipes.classify", "detect": "zoo.recipes.dense", "segment": "zoo.recipes.dense"}
+# Scores in percent -> their names for people. The first one that a run has decides which of its epochs is the best.
+SCORES = {
+    "classify": {"top1": "top-1", "top5": "top-5"},
+    "detect": {"mask_AP": "mask AP", "mask_AP50": "mask AP50", "bbox_AP": "box AP", "bbox_AP50": "box AP50"},
+    "segment": {"mIoU": "mIoU", "mAcc": "mean accuracy", "aAcc": "pixel accuracy"},
+}
 
 
-def task(name: str, part: str) -> ModuleType:
-    """The module `part` of the task `name`.
+def load(task: str, module: str) -> ModuleType:
+    """Prepare the package of `task` and import one of its modules: `train`, `evaluate`, `predict`, ...
 
     Raises:
         UserError: there is no such task, or its packages are not installed.
     """
-    if name not in TASKS:
-        raise RunError(f"task={name} is not allowed: it has to be {', '.join(TASKS)}.")
-    if TASKS[name] == "dense":
-        require(f"task={name}", "dense")
-        from zoo.recipes.dense import mmcv_ops
-
-        mmcv_ops.install()  # before anything imports mmcv.ops
-        from zoo.recipes.dense import safe_loading
-
-        safe_loading.refuse_unpickling()
-        for package in ("mmdet",) if name == "detect" else ("mmdet", "mmseg"):  # mmseg's Mask2Former is mmdet's
-            _import_quietly(package)
-        from zoo.recipes.dense import safe_registry
-
-        safe_registry.only_registered_names()
-    return importlib.import_module(f"zoo.recipes.{TASKS[name]}.{part}")
-
-
-def _import_quietly(package: str) -> None:
-    """Import `package`, which says at length what it does without."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        importlib.import_module(f"{package}.utils").register_all_modules(init_default_scope=False)
+    if task not in TASKS:
+        raise RunError(f"task={task} is not allowed: it has to be {', '.join(TASKS)}.")
+    importlib.import_module(TASKS[task]).prepare(task)
+    return importlib.import_module(f"{TASKS[task]}.{module}")

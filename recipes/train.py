@@ -17,8 +17,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from zoo.recipes import cli, config, early
-from zoo.recipes.tasks import task
+from zoo.recipes import cli, config, early, report, tasks
 
 
 def main() -> None:
@@ -33,7 +32,7 @@ def main() -> None:
 def _train(cfg: DictConfig) -> dict[str, Any]:
     config.check(cfg)
     early.check(cfg)
-    return task(cfg.task, "train").train(cfg)
+    return tasks.load(cfg.task, "train").train(cfg, report.write_or_warn)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Who may import whom, and what a bare `import zoo` costs. A second, slow ones 20 s."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import textwrap
@@ -24,72 +25,92 @@ HEAVY = (
     "mmdet",
     "mmseg",
 )
-# folder -> what its files may import beside the standard library
+# folder -> what its files may import besides the standard library and each other
 ALLOWED = {
-    "kernels": {"torch", "triton", "zoo.kernels", "natten"},  # NATTEN where benchmarks compare with it
-    "zoo": {
-        *("torch", "timm", "huggingface_hub", "safetensors", "wrapt", "zoo", "zoo.kernels", "zoo.manifest"),
-        *(f"zoo.{path.stem}" for path in (ROOT / "zoo").glob("*.py") if path.stem not in zoo.FAMILIES),
-    },
-    "recipes": None,
-    "tools": None,
+    "kernels": {"torch", "triton", "natten"},  # NATTEN in benchmarks that compare with it
+    "zoo": {"torch", "timm", "huggingface_hub", "safetensors", "wrapt", "zoo.kernels", "zoo.manifest"},
 }
 FORBIDDEN = {"recipes": {"zoo.tools"}, "tools": {"zoo.recipes"}}
 
 
-def imports(path):
-    """The modules that a file imports, at the top or inside functions; `from zoo import x` counts as zoo.x."""
+def module(path):
+    """The name under which a file is imported: the folders beside zoo/ are packages in it."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in ("zoo", *parts[parts[0] == "zoo" :]) if part != "__init__")
+
+
+FILES = {
+    module(path): path for folder in ("zoo", "kernels", "recipes", "tools") for path in (ROOT / folder).rglob("*.py")
+}
+
+
+def imported(path):
+    """All that a file imports, at the top or inside functions: modules, and names in them as `module.name`."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            yield from (f"zoo.{a.name}" for a in node.names) if node.module == "zoo" else (node.module,)
-
-
-def names(path):
-    """All names that a file imports, with the modules that they come from."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def files(folder):
-    return sorted((ROOT / folder).rglob("*.py"))
+GRAPH = {
+    name: {found if found in FILES else found.rpartition(".")[0] for found in imported(path)}
+    for name, path in FILES.items()
+}
 
 
-def package(module):
-    """`zoo.kernels` of zoo.kernels.window, `torch` of torch.nn."""
-    parts = module.split(".")
-    return ".".join(parts[:2] if parts[0] == "zoo" else parts[:1])
+def folder(name):
+    """`kernels` of zoo.kernels.window_attention.op, `zoo` of zoo.van."""
+    path = FILES[name].relative_to(ROOT)
+    return path.parts[0]
 
 
-FILES = [path for folder in ALLOWED for path in files(folder)]
+def package(name):
+    """`zoo.kernels` of zoo.kernels.dispatch.use, `zoo` of zoo.van, `torch` of torch.nn."""
+    top, *parts = name.split(".")
+    return f"zoo.{parts[0]}" if top == "zoo" and parts and parts[0] in (*BESIDE, "manifest") else top
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path):
-    folder = path.relative_to(ROOT).parts[0]
-    used = {package(module) for module in imports(path)} - set(sys.stdlib_module_names)
-    if ALLOWED[folder] is not None:
-        assert used <= ALLOWED[folder]
-    assert not used & FORBIDDEN.get(folder, set())
-    assert not {"tests", "kernels", "recipes", "tools"} & used
+BESIDE = ("kernels", "recipes", "tools")
 
 
-def test_family_imports_no_other_family():
-    for family in zoo.FAMILIES:
-        others = {f"zoo.{other}" for other in zoo.FAMILIES if other != family}
-        assert not others & set(imports(ROOT / "zoo" / f"{family}.py"))
+def test_imports_point_one_way():
+    wrong = {}
+    for name, path in FILES.items():
+        here = folder(name)
+        used = {package(found) for found in imported(path)} - set(sys.stdlib_module_names)
+        used -= {"zoo" if here == "zoo" else f"zoo.{here}"}
+        bad = used & FORBIDDEN.get(here, set()) | used & {"tests", *BESIDE}
+        wrong[name] = bad | (used - ALLOWED[here] if here in ALLOWED else set())
+    assert {name: bad for name, bad in wrong.items() if bad} == {}
+
+
+def test_no_circle():
+    """No file imports another one that imports it in turn, directly or through others, not even inside functions."""
+    graph = {name: (used & FILES.keys()) - {name} for name, used in GRAPH.items()}
+    assert {"zoo.recipes.base_run", "zoo.recipes.progress"} <= graph["zoo.recipes.classify.train"]
+    circle = None
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        circle = " <- ".join(error.args[1])
+    assert circle is None
+
+
+def test_no_file_of_zoo_imports_a_family():
+    """What families share knows none of them, and no family knows another."""
+    families = {f"zoo.{family}" for family in zoo.FAMILIES}
+    assert families <= FILES.keys()
+    wrong = {name: used & families for name, used in GRAPH.items() if folder(name) == "zoo"}
+    assert {name: used for name, used in wrong.items() if used} == {}
 
 
 def test_fast_implementations_import_nothing_of_the_reference():
     """The reference defines what is right, so nothing that is compared with it may share its code."""
-    fast = [path for path in files("kernels") if path.name in ("torch_impl.py", "triton_impl.py")]
+    fast = [path for path in FILES.values() if path.name in ("torch_impl.py", "triton_impl.py")]
     assert fast
-    assert [path for path in fast if any("reference" in name.split(".") for name in names(path))] == []
+    assert [path for path in fast if any("reference" in name.split(".") for name in imported(path))] == []
 
 
 def run(code):

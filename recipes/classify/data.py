@@ -40,6 +40,7 @@ from zoo.recipes.images import ENDINGS, MAX_PIXELS, MODES, ImageError, as_read, 
 from zoo.recipes.logs import log
 from zoo.recipes.scenes import DigitCrops
 from zoo.recipes.seeding import seed_all
+from zoo.recipes.subsets import files_to_check
 
 
 @dataclass
@@ -289,11 +290,10 @@ def _check_files(reader: ClassFolders, cfg: DataConfig) -> None:
     A damaged image is another matter: training skips and names it.
     """
     names = reader.filenames(absolute=True)
-    count = len(names) if cfg.check_files < 0 else min(cfg.check_files, len(names))
-    chosen = [names[i * len(names) // count] for i in range(count)]
+    chosen = files_to_check(names, cfg)
     text = [name for name in chosen if is_text(name)]
     if text:
-        more = f", and {len(text) - 1} more of the {count} files looked at are" if len(text) > 1 else " is"
+        more = f", and {len(text) - 1} more of the {len(chosen)} files looked at are" if len(text) > 1 else " is"
         raise RunError(f"{text[0]}{more} text, not an image: remove or replace it.")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from zoo.recipes import atomic_files, composition, config, distributed, logs, reading, report, run_folder
+from zoo.recipes import atomic_files, composition, config, distributed, logs, reading, run_folder
 from zoo.recipes.classify.accuracy import (
     Evaluation,
     Normalize,
@@ -29,12 +29,15 @@ from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 
 
-def evaluate(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
+def evaluate(
+    cfg: DictConfig, overridden: Sequence[str], write_report: Callable[[Path], Any] | None = None
+) -> dict[str, Any]:
     """Evaluate what `cfg` names, print the figures, write `eval.json` and `confusion.png`, and return the figures.
 
     Args:
         cfg: The composed configuration.
         overridden: The keys and groups that the user set; the others come from the run, where one is named.
+        write_report: Writes the report into the output folder; None for no report.
 
     Raises:
         RunError: something that the user can mend.
@@ -73,6 +76,9 @@ def evaluate(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
     }
     if distributed.rank() == 0:
         _report(folder, summary, result, data.classes, cfg.per_class)
+        if write_report:
+            write_report(folder)
+        log.info("Written to %s", folder)
     return summary
 
 
@@ -133,5 +139,3 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
     title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
     write_classes(folder, result, classes)
     plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)
-    report.write_or_warn(folder)
-    log.info("Written to %s", folder)

@@ -28,6 +28,7 @@ from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Input, Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.subsets import evenly_spread
 
 NAMES = ("predictions.csv", "predictions.json", "predictions.png")
 _TOP = 5  # classes written of each image
@@ -77,8 +78,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         with autocast(cfg.trainer.amp, device):
             return model(normalize(torch.stack(batch))).float().softmax(1).cpu()
 
-    drawn = set(_spread(len(inputs.found), _MOST_PICTURES))
-    pictured = {inputs.found[i] for i in drawn}
+    pictured = set(evenly_spread(inputs.found, _MOST_PICTURES))
     predictions: list[_Prediction] = []
     try:
         with Progress(True) as bar:
@@ -91,11 +91,6 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     _print(predictions)
     log.info("%d images%s. Written to %s", len(predictions), _summary(predictions), shown(out))
     inputs.conclude()
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` positions, evenly spread."""
-    return [i * count // most for i in range(most)] if count > most else list(range(count))
 
 
 Prepared = tuple[Input, torch.Tensor, Image.Image | None]

@@ -11,7 +11,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,15 @@ from zoo.recipes.progress import Progress
 from zoo.recipes.seeding import seed_all
 
 
-def train(cfg: DictConfig, resume_command: str | None = None) -> dict[str, Any]:
+def train(
+    cfg: DictConfig, write_report: Callable[[Path], Any] | None = None, resume_command: str | None = None
+) -> dict[str, Any]:
     """Train as `cfg` says and return what `summary.json` holds.
 
     Args:
         cfg: The configuration.
-        resume_command: The command that continues the run, where it is not that of this process.
+        write_report: Writes the report into the run folder when the run ends; None for no report.
+        resume_command: The command that continues the run, if it is not the command of this process.
 
     Raises:
         RunError: something that the user can mend.
@@ -61,17 +64,23 @@ def train(cfg: DictConfig, resume_command: str | None = None) -> dict[str, Any]:
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg.data, cfg.seed)
     with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
-        return ClassifyRun(cfg, data, device, folder, resume_command).run()
+        return ClassifyRun(cfg, data, device, folder, write_report, resume_command).run()
 
 
 class ClassifyRun(BaseRun):
     """One run, from the data to `summary.json`."""
 
     def __init__(
-        self, cfg: DictConfig, data: Data, device: torch.device, folder: Path, resume_command: str | None = None
+        self,
+        cfg: DictConfig,
+        data: Data,
+        device: torch.device,
+        folder: Path,
+        write_report: Callable[[Path], Any] | None = None,
+        resume_command: str | None = None,
     ):
         cfg, lowered = distributed.fitted(cfg, _count(data.train, data.train_indices))
-        super().__init__(cfg, device, folder, resume_command)
+        super().__init__(cfg, device, folder, write_report, resume_command)
         self.notes += lowered
         self.data = data
         self.accumulate, self.effective_batch = distributed.batches(cfg.trainer)

@@ -1,1 +1,58 @@
-"""Object detection and semantic segmentation, by MMDetection and MMSegmentation."""
+"""Object detection and semantic segmentation with MMDetection and MMSegmentation."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import warnings
+
+from zoo.extras import require
+
+
+def prepare(task: str) -> None:
+    """Make MMEngine and its packages ready for `task`; nothing else in this package may be imported before.
+
+    Three side effects, in this order; calling this again changes nothing:
+
+    1. `mmcv.ops` imports without its compiled extension: PyTorch stands in for what is needed of it.
+    2. mmdet, for segmentation mmseg too, and this package register their models, data sets and transforms.
+    3. MMEngine loads no checkpoint that runs code, and builds nothing that is not registered.
+
+    Args:
+        task: detect or segment.
+
+    Raises:
+        UserError: the packages are not installed.
+    """
+    require(f"task={task}", "dense")
+    _replace_compiled_operators()
+    _register(task)
+    _refuse_foreign_code()
+
+
+def _replace_compiled_operators() -> None:
+    from zoo.recipes.dense import mmcv_ops
+
+    mmcv_ops.install()
+
+
+def _register(task: str) -> None:
+    # mmseg's Mask2Former is mmdet's.
+    for package in ("mmdet",) if task == "detect" else ("mmdet", "mmseg"):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # they list what they lack
+            warnings.simplefilter("ignore")
+            importlib.import_module(f"{package}.utils").register_all_modules(init_default_scope=False)
+    from zoo.recipes.dense import confusion, optim, transforms  # noqa: F401
+
+    if task == "detect":
+        from zoo.recipes.dense import coco  # noqa: F401
+    else:
+        from zoo.recipes.dense import paired_dataset  # noqa: F401
+
+
+def _refuse_foreign_code() -> None:
+    from zoo.recipes.dense import safe_loading, safe_registry
+
+    safe_loading.refuse_unpickling()
+    safe_registry.only_registered_names()

@@ -22,11 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoo import families
 from zoo.recipes import batchnorm, config, distributed
-from zoo.recipes.dense import confusion as _confusion  # noqa: F401  registers the metric
-from zoo.recipes.dense import optim as _optim  # noqa: F401  registers the optimizer wrappers
-from zoo.recipes.dense import transforms as _transforms  # noqa: F401  registers the readers
 from zoo.recipes.dense.backbone import TimmBackbone
-from zoo.recipes.dense.data import DetectionData, SegmentationData
+from zoo.recipes.dense.detection_data import DetectionData
+from zoo.recipes.dense.segmentation_data import SegmentationData
 from zoo.recipes.errors import RunError
 
 # Below the packages' folder of configurations.

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,29 @@ from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from rich.text import Text
 
-from zoo.recipes import atomic_files, composition, config, distributed, logs, plots, reading, report, run_folder
+from zoo.recipes import atomic_files, composition, config, distributed, logs, plots, reading, run_folder
 from zoo.recipes.classify.accuracy import percentage, plot_confusion
 from zoo.recipes.classify.model import load_weights
 from zoo.recipes.corrupt import worker_errors
 from zoo.recipes.dense import configure, pictures, train
+from zoo.recipes.dense.coco import NamedCoco
 from zoo.recipes.dense.confusion import class_scores, pairs
-from zoo.recipes.dense.data import DetectionSplit
+from zoo.recipes.dense.detection_data import DetectionSplit
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 
 
-def evaluate(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
+def evaluate(
+    cfg: DictConfig, overridden: Sequence[str], write_report: Callable[[Path], Any] | None = None
+) -> dict[str, Any]:
     """Evaluate the run that `cfg` names, print the figures, write `eval.json` and pictures, and return the figures.
 
     Args:
         cfg: The composed configuration.
         overridden: The keys and groups that the user set; the others come from the run.
+        write_report: Writes the report into the output folder; None for no report.
 
     Raises:
         RunError: something that the user can mend.
@@ -96,7 +100,8 @@ def evaluate(cfg: DictConfig, overridden: Sequence[str]) -> dict[str, Any]:
             plot_confusion(folder / "confusion.png", confusion, classes, title)
             run_folder.write_classes(folder, classes, table, confusion.sum(1).tolist(), "pixels", pairs(confusion))
         pictures.draw_samples(folder / "predictions.png", model, runner.val_dataloader.dataset, classes)
-        report.write_or_warn(folder)
+        if write_report:
+            write_report(folder)
         log.info("Written to %s", folder)
     distributed.share(None)
     return summary
@@ -156,8 +161,6 @@ def _detection_details(
     results: dict[str, bytes], split: DetectionSplit, title: str, images: Sequence[int | str]
 ) -> tuple[dict[str, list[float | None]], Figure]:
     """Each class's average precisions in percent, on the images of these ids, and precision over recall, drawn."""
-    from zoo.recipes.dense.coco import NamedCoco
-
     kinds = [(name, kind) for name, kind in (("bbox", "bbox"), ("mask", "segm")) if f"results.{kind}.json" in results]
     table: dict[str, list[float | None]] = {}
     figure = plots.new_figure(figsize=(6.2 * len(kinds), 4.6), dpi=110)

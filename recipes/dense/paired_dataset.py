@@ -8,7 +8,7 @@ from typing import Any
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
-from zoo.recipes.dense.data import pair_files
+from zoo.recipes.dense.segmentation_data import pair_files
 from zoo.recipes.dense.transforms import SkipsCorrupt
 
 

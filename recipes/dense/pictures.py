@@ -16,6 +16,7 @@ from torchvision.utils import draw_segmentation_masks
 
 from zoo.recipes import images, sheet
 from zoo.recipes.sheet import Tile
+from zoo.recipes.subsets import evenly_spread
 
 # Smaller pictures are enlarged to this many pixels, so that names can be read.
 _READABLE = 384
@@ -151,16 +152,16 @@ def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str], width: i
 def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequence[str], most: int = 8) -> None:
     """Draw so many validation images, evenly spread, with what the model finds; beside each what is there."""
     model.eval()
-    count = min(most, len(dataset))
+    numbers = evenly_spread(range(len(dataset)), most)
     pairs = []
-    for number in range(count):
-        item = dataset[number * len(dataset) // count]
+    for number in numbers:
+        item = dataset[number]
         [result] = model.test_step(pseudo_collate([item]))
         image = images.open_image(item["data_samples"].img_path, max_pixels=2**40)  # the data set has read it
         found = draw_sample(image, result, classes, width=_WIDTH)
         true = draw_truth(image, item["data_samples"], classes, width=_WIDTH)
         pairs.append([Tile(found, "found"), Tile(true, "true")])
-    title = f"{count} of {len(dataset)} validation images: what was found, and beside it what is there."
+    title = f"{len(numbers)} of {len(dataset)} validation images: what was found, and beside it what is there."
     legend = []
     if "pred_sem_seg" in result and len(classes) <= _MOST_NAMES:
         named = zip(classes, colors(len(classes)), strict=True)

@@ -28,7 +28,8 @@ from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
 from zoo.recipes.dense import configure, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
-from zoo.recipes.dense.data import DetectionData, SegmentationData, open_detection, open_segmentation
+from zoo.recipes.dense.detection_data import DetectionData, open_detection
+from zoo.recipes.dense.segmentation_data import SegmentationData, open_segmentation
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
@@ -46,8 +47,12 @@ SCORES = {
 }
 
 
-def train(cfg: DictConfig) -> dict[str, Any]:
+def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) -> dict[str, Any]:
     """Train as `cfg` says and return what `summary.json` holds.
+
+    Args:
+        cfg: The configuration.
+        write_report: Writes the report into the run folder when the run ends; None for no report.
 
     Raises:
         RunError: something that the user can mend.
@@ -60,11 +65,11 @@ def train(cfg: DictConfig) -> dict[str, Any]:
     data = open_data(cfg)
     with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
         if cfg.dense.digits_first and not cfg.pretrained:
-            cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder)})
-        return DenseRun(cfg, data, device, folder).run()
+            cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder, write_report)})
+        return DenseRun(cfg, data, device, folder, write_report).run()
 
 
-def _digits_first(cfg: DictConfig, folder: Path) -> str:
+def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], Any] | None) -> str:
     """Let the backbone learn to tell digits apart, in a run of its own below `folder`, and return that run's folder."""
     backbone = folder / "backbone"
     if distributed.share(run_checkpoints.has_checkpoint(folder)):
@@ -76,7 +81,7 @@ def _digits_first(cfg: DictConfig, folder: Path) -> str:
     OmegaConf.update(first, "log", cfg.log)
     OmegaConf.update(first, "log.wandb", "disabled")
     log.info("First the backbone learns to tell single digits apart (dense.digits_first=false leaves that out).")
-    classify(first, resume_command=command_to_resume(cfg, folder))
+    classify(first, write_report, resume_command=command_to_resume(cfg, folder))
     return str(backbone)
 
 
@@ -126,9 +131,16 @@ class _Runner(Runner):
 class DenseRun(BaseRun):
     """One run, from the data to `summary.json`."""
 
-    def __init__(self, cfg: DictConfig, data: DetectionData | SegmentationData, device: torch.device, folder: Path):
+    def __init__(
+        self,
+        cfg: DictConfig,
+        data: DetectionData | SegmentationData,
+        device: torch.device,
+        folder: Path,
+        write_report: Callable[[Path], Any] | None = None,
+    ):
         cfg, lowered = distributed.fitted(cfg, data.train.num_images)
-        super().__init__(cfg, device, folder)
+        super().__init__(cfg, device, folder, write_report)
         self.notes += lowered
         self.data = data
         self.steps = configure.steps(cfg, data.train.num_images)

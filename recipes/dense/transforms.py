@@ -10,7 +10,8 @@ from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 
 from zoo.recipes.corrupt import CorruptFile
-from zoo.recipes.dense.data import check_size, read_labels
+from zoo.recipes.dense.data_checks import check_size
+from zoo.recipes.dense.segmentation_data import read_labels
 from zoo.recipes.errors import RunError, of_the_system
 from zoo.recipes.files import DECODING_ERRORS, reason
 from zoo.recipes.images import MAX_PIXELS, open_image

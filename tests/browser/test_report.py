@@ -34,10 +34,12 @@ def pages(tmp_path_factory):
         root = scenes.ensure(folder / "scenes")
         for task, words in WORDS.items():
             data = (f"data.root={root}",) if task != "classify" else ()
-            tasks.task(task, "train").train(compose("config", [*COMMON, *words, *data, f"run={folder / task}"]))
+            tasks.load(task, "train").train(
+                compose("config", [*COMMON, *words, *data, f"run={folder / task}"]), report.write_or_warn
+            )
             found[task] = folder / task / "report.html"
         words = (*COMMON, f"run={folder / 'detect'}")
-        tasks.task("detect", "evaluate").evaluate(compose("eval", [*words]), [])
+        tasks.load("detect", "evaluate").evaluate(compose("eval", [*words]), [], report.write_or_warn)
     found["evaluation"] = folder / "detect" / "eval" / "report.html"
     other = folder / "other run with a rather long name, as a search over many settings makes it"
     shutil.copytree(folder / "classify", other)

@@ -154,7 +154,7 @@ def fit():
 
     Pictures take longer than these trainings, so they are drawn on request only.
     """
-    from zoo.recipes import plots
+    from zoo.recipes import plots, report
     from zoo.recipes.classify import train
 
     def run(folder: Path, root: Path | None, *overrides: str, pictures: bool = False):
@@ -164,7 +164,7 @@ def fit():
             if not pictures:
                 patch.setattr(plots, "plot_curves", lambda *args, **kwargs: None)
                 patch.setattr(train, "plot_predictions", lambda *args, **kwargs: None)
-            return train.train(_compose(*TINY, *data, *small, f"run={folder}", *overrides))
+            return train.train(_compose(*TINY, *data, *small, f"run={folder}", *overrides), report.write_or_warn)
 
     return run
 
@@ -231,17 +231,17 @@ def fit_dense(digit_scenes):
 
     Pictures take longer than these trainings, so they are drawn on request only.
     """
-    from zoo.recipes import plots, tasks
+    from zoo.recipes import plots, report, tasks
 
     def run(folder: Path, *overrides: str, task: str = "detect", pictures: bool = False):
-        train = tasks.task(task, "train")
+        train = tasks.load(task, "train")
         words = [f"task={task}", *QUIET, f"data.root={digit_scenes}", *DENSE, f"run={folder}", *overrides]
         config.register()
         with pytest.MonkeyPatch.context() as patch, initialize_config_dir(cli.CONF, version_base="1.3"):
             if not pictures:
                 patch.setattr(plots, "plot_curves", lambda *args, **kwargs: None)
                 patch.setattr(train.pictures, "draw_samples", lambda *args, **kwargs: None)
-            return train.train(hydra_compose("config", words))
+            return train.train(hydra_compose("config", words), report.write_or_warn)
 
     return run
 

@@ -17,22 +17,20 @@ import zoo
 from zoo.recipes import cli, config, tasks
 from zoo.recipes.errors import RunError
 
-configure = tasks.task("detect", "configure")
+configure = tasks.load("detect", "configure")
 
 from mmengine.dataset import pseudo_collate  # noqa: E402  after mmcv's operators are there
 from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import DATASETS, PARAM_SCHEDULERS  # noqa: E402
 
 from zoo.recipes.dense.backbone import param_groups  # noqa: E402
-from zoo.recipes.dense.data import (  # noqa: E402
-    DetectionData,
-    DetectionSplit,
+from zoo.recipes.dense.detection_data import DetectionData, DetectionSplit, open_detection  # noqa: E402
+from zoo.recipes.dense.optim import SkipBadLossAmpOptimWrapper, SkipBadLossOptimWrapper  # noqa: E402
+from zoo.recipes.dense.segmentation_data import (  # noqa: E402
     SegmentationData,
     SegmentationSplit,
-    open_detection,
     open_segmentation,
 )
-from zoo.recipes.dense.optim import SkipBadLossAmpOptimWrapper, SkipBadLossOptimWrapper  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

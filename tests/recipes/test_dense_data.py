@@ -12,9 +12,14 @@ from PIL import Image
 
 from zoo.recipes import scenes
 from zoo.recipes.config import DataConfig
+from zoo.recipes.dense import prepare
 from zoo.recipes.dense.annotations import normalise
-from zoo.recipes.dense.data import open_detection, open_segmentation, pair_files
+from zoo.recipes.dense.detection_data import open_detection
+from zoo.recipes.dense.segmentation_data import open_segmentation, pair_files
 from zoo.recipes.errors import RunError
+
+for task in ("detect", "segment"):
+    prepare(task)
 
 WIDTH, HEIGHT = 40, 30
 

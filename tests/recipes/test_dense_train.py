@@ -19,7 +19,7 @@ import zoo
 from zoo.recipes import tasks
 from zoo.recipes.errors import RunError
 
-train = tasks.task("detect", "train")
+train = tasks.load("detect", "train")
 
 TASKS = ("detect", "segment")
 
@@ -508,7 +508,7 @@ import torch
 from zoo.recipes import distributed, tasks
 from zoo.recipes.train import main
 
-train = tasks.task("detect", "train")
+train = tasks.load("detect", "train")
 finish = train.DenseRun.finish
 
 

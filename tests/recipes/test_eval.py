@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from zoo.recipes import report
 from zoo.recipes.classify import evaluate as module
 from zoo.recipes.classify.accuracy import Evaluation, plot_confusion
 from zoo.recipes.errors import RunError
@@ -29,7 +30,7 @@ def evaluate(compose):
 
     def call(*words):
         keys = [word.partition("=")[0].lstrip("+") for word in words]
-        return module.evaluate(compose(*words, name="eval"), keys)
+        return module.evaluate(compose(*words, name="eval"), keys, report.write_or_warn)
 
     return call
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from zoo.recipes import tasks
 
-tasks.task("detect", "pictures")
+tasks.load("detect", "pictures")
 
 from mmengine.structures import InstanceData, PixelData  # noqa: E402  after mmcv's operators are there
 

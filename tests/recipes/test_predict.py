@@ -15,13 +15,13 @@ from pycocotools.coco import COCO
 from safetensors.torch import load_file
 
 from zoo.recipes import predict as command
-from zoo.recipes import tasks
+from zoo.recipes import report, tasks
 from zoo.recipes.classify.model import save_weights
 from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Inputs
 
-evaluation = tasks.task("detect", "evaluate")
-predict = tasks.task("detect", "predict")
+evaluation = tasks.load("detect", "evaluate")
+predict = tasks.load("detect", "predict")
 
 from zoo.recipes.dense.confusion import Confusion  # noqa: E402
 
@@ -40,7 +40,7 @@ def evaluate(compose):
     def run(folder, out, *overrides):
         cfg = compose(f"run={folder}", f"out={out}", *overrides, name="eval")
         keys = [override.partition("=")[0].lstrip("+") for override in overrides]
-        return evaluation.evaluate(cfg, ["run", "out", *keys])
+        return evaluation.evaluate(cfg, ["run", "out", *keys], report.write_or_warn)
 
     return run
 

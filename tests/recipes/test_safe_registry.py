@@ -136,7 +136,7 @@ def test_strange_description_of_a_classifier(command, finished, tmp_path, conten
 
 @pytest.fixture
 def _guarded():
-    tasks.task("detect", "configure")
+    tasks.load("detect", "configure")
     init_default_scope("mmdet")
 
 

@@ -144,16 +144,16 @@ def test_end_says_what_to_do_next(fit, images, tmp_path):
 
 def test_end_says_which_weights_are_where(fit, images, tmp_path, monkeypatch):
     scores = iter((50.0, 25.0))
-    from zoo.recipes.classify import loop
+    from zoo.recipes.classify import train
 
-    evaluate = loop.evaluate
+    measure = train.measure
 
     def scored(*args):
-        result = evaluate(*args)
+        result = measure(*args)
         result.metrics["top1"] = next(scores)
         return result
 
-    monkeypatch.setattr(loop, "evaluate", scored)
+    monkeypatch.setattr(train, "measure", scored)
     fit(tmp_path, images, "trainer.epochs=2")
     text = _log(tmp_path)
     assert "model.safetensors: the last epoch; the best was epoch 1 (top-1 50.00 %): checkpoint=best." in text

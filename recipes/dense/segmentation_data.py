@@ -1,112 +1,40 @@
-"""Data for detection (COCO JSON) and segmentation (label PNGs): found, checked and counted before training starts.
+"""Data for segmentation (label PNGs): found, checked and counted before training starts.
 
-What the tools of COCO leave out or clip is left to them, and counted here; what would stop them half-way, or teach
-wrong classes without a word, is refused.
+What would teach wrong classes without a word is refused.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from zoo.messages import similar_path
-from zoo.recipes import distributed, scenes
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
-from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
+from zoo.recipes.dense.annotations import some
+from zoo.recipes.dense.data_checks import (
+    base_folder,
+    check_all,
+    check_folder,
+    named_splits,
+    read_size,
+    shares,
+    warn_shared_images,
+)
 from zoo.recipes.errors import RunError
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, is_text, read_classes, read_text, reason
-from zoo.recipes.images import ENDINGS, image_size
+from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, read_text, reason
+from zoo.recipes.images import ENDINGS
 from zoo.recipes.logs import log
-from zoo.recipes.progress import track
+from zoo.recipes.subsets import files_to_check
 
 _LABELS = frozenset({".png"})
 _MOST_LABELS = 2**16  # of the deepest PNGs
-
-
-@dataclass
-class DetectionSplit:
-    """One split of a detection data set.
-
-    Attributes:
-        annotations: The COCO JSON.
-        images: The folder that its file names start from.
-        classes: Names in the order of the labels, whatever order the JSON lists them in.
-        boxes: How many boxes each class has; those that nobody can learn and crowds are not counted.
-        num_images: Images that are used: in training those with a box, in evaluation all.
-        num_empty: Images without a box.
-        has_masks: Whether every object has a mask.
-    """
-
-    annotations: Path
-    images: Path
-    classes: list[str]
-    boxes: list[int]
-    num_images: int
-    num_empty: int
-    has_masks: bool
-
-    @property
-    def num_boxes(self) -> int:
-        """Boxes of all classes."""
-        return sum(self.boxes)
-
-    def dataset(self, pipeline: list[dict], training: bool) -> dict[str, Any]:
-        """The configuration of mmdet's data set; training leaves out images without a box."""
-        from zoo.recipes.dense import coco  # noqa: F401  registers the type
-
-        return {
-            "type": "mmdet.NamedCocoDataset",
-            "ann_file": str(self.annotations),
-            "data_prefix": {"img": str(self.images)},
-            "metainfo": {"classes": tuple(self.classes)},
-            "filter_cfg": {"filter_empty_gt": True} if training else None,
-            "test_mode": not training,
-            "pipeline": pipeline,
-        }
-
-    def metrics(self, masks: bool) -> dict[str, Any]:
-        """The configuration of COCO's scores, of boxes and with `masks` of masks too."""
-        from zoo.recipes.dense import coco  # noqa: F401  registers the type
-
-        metric = ["bbox", "segm"] if masks else ["bbox"]
-        return {
-            "type": "mmdet.NamedCocoMetric",
-            "ann_file": str(self.annotations),
-            "classes": self.classes,
-            "metric": metric,
-            "classwise": True,
-        }
-
-
-@dataclass
-class DetectionData:
-    """The splits of a detection data set; `train` is None where only evaluation is asked for."""
-
-    train: DetectionSplit | None
-    val: DetectionSplit
-    classes: list[str]
-    has_masks: bool
-
-    def summary(self) -> list[str]:
-        """A line on each split."""
-        lines = []
-        for name, split in _named(self.train, self.val):
-            line = f"{name}: {split.num_boxes} boxes in {split.num_images} images"
-            if split.num_empty:
-                fate = "more without a box are left out" if split is self.train else "of them without a box"
-                line += f", {split.num_empty} {fate}"
-            lines.append(f"{line}: {_shares(split.classes, split.boxes)}")
-        return lines
 
 
 @dataclass
@@ -135,8 +63,6 @@ class SegmentationSplit:
 
     def dataset(self, pipeline: list[dict], training: bool) -> dict[str, Any]:
         """The configuration of mmseg's data set."""
-        from zoo.recipes.dense import paired_dataset  # noqa: F401  registers the type
-
         return {
             "type": "mmseg.PairedDataset",
             "data_prefix": {"img_path": str(self.images), "seg_map_path": str(self.labels)},
@@ -165,197 +91,9 @@ class SegmentationData:
     def summary(self) -> list[str]:
         """A line on each split."""
         return [
-            f"{name}: {split.num_images} images, pixels of {split.num_checked}: {_shares(split.classes, split.pixels)}"
-            for name, split in _named(self.train, self.val)
+            f"{name}: {split.num_images} images, pixels of {split.num_checked}: {shares(split.classes, split.pixels)}"
+            for name, split in named_splits(self.train, self.val)
         ]
-
-
-def _named(train: Any, val: Any) -> Iterator[tuple[str, Any]]:
-    if train is not None:
-        yield "training", train
-    yield "validation", val
-
-
-def _shares(classes: Sequence[str], counts: Sequence[int], most: int = 12) -> str:
-    total = sum(counts) or 1
-    ranked = sorted(zip(classes, counts, strict=True), key=lambda pair: -pair[1])
-    named = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in ranked[:most])
-    return named + (f" and {len(ranked) - most} more" if len(ranked) > most else "")
-
-
-# Detection.
-
-
-def open_detection(
-    cfg: DataConfig, training: bool = True, classes: Sequence[str] | None = None, masks: bool = False
-) -> DetectionData:
-    """Open the COCO JSON files that `cfg` names, or the digit scenes, and check them.
-
-    Args:
-        cfg: The configuration.
-        training: Open both splits; otherwise the validation split alone.
-        classes: The names that labels have to follow, in order; from `data.class_map` or the training JSON (the
-            validation JSON where there is no training), in the order of its category ids, if None.
-        masks: The method learns masks, so every object has to have one.
-
-    Raises:
-        RunError: the data can't be used; the message names the file and what is wrong with it.
-    """
-    base = _base(cfg, cfg.val_ann)
-    splits = [(cfg.val_split, "val", cfg.val_ann, cfg.val_images)]
-    if training:
-        splits.insert(0, (cfg.train_split, "train", cfg.train_ann, cfg.train_images))
-    classes = list(classes) if classes else read_classes(Path(cfg.class_map)) if cfg.class_map else None
-    opened: list[DetectionSplit] = []
-    files: list[set[str]] = []
-    for split, key, given, images in splits:
-        path = _annotation_file(base, split, key, given)
-        content = load_annotations(path)
-        names = category_names(path, content)
-        if classes is None:
-            classes = list(names.values())
-        _check_same_classes(path, list(names.values()), classes)
-        folder = _image_folder(base, split, key, images, path, [str(image["file_name"]) for image in content["images"]])
-        _check_image_files(path, folder, content["images"], cfg)
-        learnt = key == "train"
-        boxes = count_boxes(path, content, names, classes, learnt, masks)
-        files.append({os.path.join(os.path.realpath(folder), image["file_name"]) for image in content["images"]})
-        total = len(content["images"])
-        used, empty = boxes.images if learnt else total, total - boxes.images
-        opened.append(DetectionSplit(path, folder, list(classes), boxes.by_class, used, empty, boxes.has_masks))
-    if cfg.num_classes and cfg.num_classes != len(classes):
-        raise RunError(
-            f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
-        )
-    _note_shared(files)
-    train, val = (opened[0], opened[1]) if training else (None, opened[0])
-    return DetectionData(train, val, classes, all(split.has_masks for split in opened))
-
-
-def _base(cfg: DataConfig, path: str | None) -> Path:
-    if cfg.name == "digit_scenes":
-        return scenes.ensure(Path(cfg.root) if cfg.root else None)
-    if cfg.root is None:
-        if path and os.path.isabs(path):
-            return Path()
-        raise RunError("data.root is not set: give the folder of the data, data.root=<folder>.")
-    _check_folder("data.root", Path(cfg.root))
-    return Path(cfg.root)
-
-
-def _check_folder(key: str, folder: Path) -> None:
-    if not folder.is_dir():
-        wrong = "is a file, not a folder." if folder.exists() else f"does not exist{similar_path(folder)}"
-        raise RunError(f"{key}={folder} {wrong}")
-
-
-def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Path:
-    if given:
-        path = base / given
-        if path.is_dir():
-            files = sorted(file.name for file in path.glob("*.json"))
-            there = f"the file in it, for example {path / files[0]}" if files else "a COCO JSON"
-            raise RunError(f"data.{key}_ann={path} is a folder: give {there}{_other_format(path)}.")
-        if not path.is_file():
-            raise RunError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
-        if path.suffix.lower() in (".txt", ".xml", ".yaml", ".yml"):
-            raise RunError(
-                f"data.{key}_ann={path} is no COCO JSON: labels of YOLO and VOC have to be converted to one."
-            )
-        return path
-    names = SPLIT_FOLDERS.get(split, (split,))
-    tried = [base / "annotations" / f"instances_{name}.json" for name in names]
-    tried += [base / name / "_annotations.coco.json" for name in names]
-    found = next((path for path in tried if path.is_file()), None)
-    if found is None:
-        raise RunError(
-            f"{base} has no annotations of the split {split!r} ({tried[0]} or {tried[len(names)]}): "
-            f"name them with data.{key}_ann=<file>{_other_format(base)}."
-        )
-    return found
-
-
-def _other_format(folder: Path) -> str:
-    """What else a data set seems to be, for the end of a sentence."""
-    if any((folder / name).is_dir() for name in ("labels", "train/labels")) or (folder / "data.yaml").is_file():
-        return "; labels of YOLO, which seem to be there, have to be converted to COCO JSON"
-    if any((folder / name).is_dir() for name in ("Annotations", "ImageSets")) or next(folder.glob("*.xml"), None):
-        return "; annotations of VOC, which seem to be there, have to be converted to COCO JSON"
-    return ""
-
-
-def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:
-    missing = [name for name in classes if name not in set(names)]
-    unknown = [name for name in names if name not in set(classes)]
-    if missing or unknown:
-        close = difflib.get_close_matches(unknown[0], missing or classes, n=1) if unknown else []
-        hint = f" (is {close[0]!r} meant?)" if close else ""
-        parts = [f"{len(missing)} missing, {some(missing)}"] if missing else []
-        parts += [f"{len(unknown)} unknown, {some(unknown)}{hint}"] if unknown else []
-        raise RunError(
-            f"{path} has other classes than the {len(classes)} of the training: {'; '.join(parts)}: "
-            "its names have to be the same."
-        )
-
-
-def _image_folder(base: Path, split: str, key: str, given: str | None, annotations: Path, names: Sequence[str]) -> Path:
-    if not names:
-        raise RunError(f"{annotations} has no images: there is nothing to do.")
-    if given:
-        folder = base / given
-        _check_folder(f"data.{key}_images", folder)
-        return folder
-    # A file of one's own says more than the split, which is the usual one then.
-    folders = [annotations.stem, *SPLIT_FOLDERS.get(split, (split,)), *SPLIT_FOLDERS[key]]
-    tried = [
-        parent / name for parent in (base / "images", base, annotations.parent, annotations.parent / "images")
-        for name in folders
-    ]  # fmt: skip
-    tried += [annotations.parent, base / "images", base]
-    tried = [folder for folder in dict.fromkeys(tried) if folder.is_dir()]
-    sample = _spread(names, 20)
-    best = max(tried, key=lambda folder: sum(os.path.isfile(folder / name) for name in sample))
-    if not any(os.path.isfile(best / name) for name in sample):
-        raise RunError(
-            f"the images of {annotations}, for example {names[0]}, are in none of {', '.join(map(str, tried))}: "
-            f"give data.{key}_images=<folder>."
-        )
-    return best
-
-
-def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, Any]], cfg: DataConfig) -> None:
-    present: dict[Path, set[str]] = {}
-    missing = []
-    for image in images:
-        file = folder / str(image["file_name"])
-        if file.parent not in present:
-            present[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
-        if file.name not in present[file.parent]:
-            missing.append(file)
-    if missing:
-        raise RunError(
-            f"{len(missing)} of the {len(images)} images of {path} do not exist, the first is {missing[0]}: "
-            "add them, or remove them from the annotations."
-        )
-    chosen = {str(folder / str(image["file_name"])): image for image in _chosen(images, cfg)}
-
-    def check(file: str) -> None:
-        size, image = read_size(file, cfg.max_pixels), chosen[file]
-        check_size(file, size, (image["width"], image["height"]), path)
-
-    _checked(check, list(chosen), f"images of {path.name}")
-
-
-def check_size(file: str, size: tuple[int, int], given: tuple[float, float], annotations: str | Path) -> None:
-    """Refuse an image of another width and height than its annotations give."""
-    if size != given:
-        raise RunError(
-            f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {annotations} gives "
-            f"{given[0]}x{given[1]}: the boxes would lie elsewhere."
-        )
-
-
-# Segmentation.
 
 
 def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[str] | None = None) -> SegmentationData:
@@ -370,7 +108,7 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
     Raises:
         RunError: the data can't be used; the message names the file and what is wrong with it.
     """
-    base = _base(cfg, cfg.val_images)
+    base = base_folder(cfg, cfg.val_images)
     classes = _segmentation_classes(cfg, base, classes)
     _check_ignore_index(cfg, len(classes))
     splits = [(cfg.val_split, "val", cfg.val_images, cfg.val_labels)]
@@ -383,8 +121,8 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
         labels = _split_folder(base, split, key, "labels", given_labels, ("annotations", "labels"))
         found = pair_files(images, labels, strict=True)
         files.append({os.path.join(os.path.realpath(images), image.relative_to(images)) for image, _ in found})
-        chosen = _chosen(found, cfg)
-        counted = _checked(lambda pair: (pair[1], _count_labels(pair, cfg.max_pixels)), chosen, f"labels in {labels}")
+        chosen = files_to_check(found, cfg)
+        counted = check_all(lambda pair: (pair[1], _count_labels(pair, cfg.max_pixels)), chosen, f"labels in {labels}")
         present = [counts for _, counts in counted]
         reduce = _reduces(cfg, labels, present, len(classes))
         pixels = _count_pixels(cfg, [label for label, _ in counted], present, classes, reduce)
@@ -394,7 +132,7 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
         opened.append(
             SegmentationSplit(images, labels, classes, cfg.ignore_index, reduce, len(found), pixels, len(present))
         )
-    _note_shared(files)
+    warn_shared_images(files)
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
     return SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
 
@@ -467,7 +205,7 @@ def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None
     names = SPLIT_FOLDERS.get(split, (split,))
     tried = [base / given] if given else [base / parent / name for parent in parents for name in names]
     if given:
-        _check_folder(f"data.{key}_{kind}", tried[0])
+        check_folder(f"data.{key}_{kind}", tried[0])
     found = next((folder for folder in tried if folder.is_dir()), None)
     if found is None:
         wanted = " or ".join(str(base / parent / split) for parent in parents)
@@ -638,76 +376,3 @@ def _check_pixels(
             some(without),
             hint,
         )
-
-
-# Both.
-
-
-def _note_shared(files: Sequence[set[str]]) -> None:
-    """Say that images of the training are validated on; VOC's lists of splits, for one, are not read."""
-    shared = set.intersection(*files) if len(files) > 1 else None
-    if shared:
-        log.warning(
-            "%d of the %d validation images are training images too, the first is %s: scores on them say nothing about "
-            "other images.",
-            len(shared),
-            len(files[-1]),
-            min(shared),
-        )
-
-
-def _chosen(items: Sequence[Any], cfg: DataConfig) -> list[Any]:
-    """All items, or `data.check_files` of them, spread evenly."""
-    return _spread(items, len(items) if cfg.check_files < 0 else cfg.check_files)
-
-
-def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    count = min(most, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
-
-
-def _checked(check: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
-    """What `check` makes of the items, without those that are corrupt: these are counted here, skipped and named later.
-
-    Text that is named like an image is another matter: an error page or a list, saved by mistake, spoils a whole data
-    set.
-
-    Raises:
-        RunError: a file is text, or all are corrupt.
-    """
-
-    def tried(item: Any) -> Any:
-        try:
-            return check(item)
-        except CorruptFile as error:
-            return error
-
-    with ThreadPool(min(8, distributed.cores())) as pool:  # decoding lets other threads run
-        results = list(track(pool.imap(tried, items), len(items), description))
-    corrupt = [result for result in results if isinstance(result, CorruptFile)]
-    text = next((error.path for error in corrupt if is_text(error.path)), None)
-    if text:
-        raise RunError(f"{text} is text, not an image: remove or replace it.")
-    if corrupt and len(corrupt) == len(items):
-        raise RunError(f"none of the {len(items)} {description} can be read, the first is {corrupt[0]}.")
-    if corrupt:
-        log.warning(
-            "%d of %d %s can't be read, the first is %s: they are skipped.",
-            len(corrupt),
-            len(items),
-            description,
-            corrupt[0],
-        )
-    return [result for result in results if not isinstance(result, CorruptFile)]
-
-
-def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
-    """Width and height of an image as it is shown, turned as its EXIF data say.
-
-    Raises:
-        CorruptFile: it can't be read.
-    """
-    try:
-        return image_size(path, max_pixels)
-    except DECODING_ERRORS as error:
-        raise CorruptFile(path, reason(error)) from error

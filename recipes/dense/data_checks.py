@@ -1,0 +1,130 @@
+"""What the checks of detection and segmentation data have in common."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+from zoo.messages import similar_path
+from zoo.recipes import distributed, scenes
+from zoo.recipes.config import DataConfig
+from zoo.recipes.corrupt import CorruptFile
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import DECODING_ERRORS, is_text, reason
+from zoo.recipes.images import image_size
+from zoo.recipes.logs import log
+from zoo.recipes.progress import track
+
+
+def named_splits(train: Any, val: Any) -> Iterator[tuple[str, Any]]:
+    """The splits that there are, with their names in messages."""
+    if train is not None:
+        yield "training", train
+    yield "validation", val
+
+
+def shares(classes: Sequence[str], counts: Sequence[int], most: int = 12) -> str:
+    """Each class's share of `counts` in percent, the most frequent classes first."""
+    total = sum(counts) or 1
+    ranked = sorted(zip(classes, counts, strict=True), key=lambda pair: -pair[1])
+    named = ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in ranked[:most])
+    return named + (f" and {len(ranked) - most} more" if len(ranked) > most else "")
+
+
+def base_folder(cfg: DataConfig, path: str | None) -> Path:
+    """The folder that relative paths of the data start from; the digit scenes are written there if need be.
+
+    Args:
+        cfg: The configuration.
+        path: A path that needs no folder if it is absolute.
+
+    Raises:
+        RunError: `data.root` is not set, or is not a folder.
+    """
+    if cfg.name == "digit_scenes":
+        return scenes.ensure(Path(cfg.root) if cfg.root else None)
+    if cfg.root is None:
+        if path and os.path.isabs(path):
+            return Path()
+        raise RunError("data.root is not set: give the folder of the data, data.root=<folder>.")
+    check_folder("data.root", Path(cfg.root))
+    return Path(cfg.root)
+
+
+def check_folder(key: str, folder: Path) -> None:
+    """Refuse what is not a folder; `key` names the setting."""
+    if not folder.is_dir():
+        wrong = "is a file, not a folder." if folder.exists() else f"does not exist{similar_path(folder)}"
+        raise RunError(f"{key}={folder} {wrong}")
+
+
+def check_size(file: str, size: tuple[int, int], given: tuple[float, float], annotations: str | Path) -> None:
+    """Refuse an image of another width and height than its annotations give."""
+    if size != given:
+        raise RunError(
+            f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {annotations} gives "
+            f"{given[0]}x{given[1]}: the boxes would lie elsewhere."
+        )
+
+
+def warn_shared_images(files: Sequence[set[str]]) -> None:
+    """Say that images of the training are validated on; VOC's lists of splits, for one, are not read."""
+    shared = set.intersection(*files) if len(files) > 1 else None
+    if shared:
+        log.warning(
+            "%d of the %d validation images are training images too, the first is %s: scores on them say nothing about "
+            "other images.",
+            len(shared),
+            len(files[-1]),
+            min(shared),
+        )
+
+
+def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
+    """What `check` makes of the items, without those that are corrupt: these are counted here, skipped and named later.
+
+    Text that is named like an image is another matter: an error page or a list, saved by mistake, spoils a whole data
+    set.
+
+    Raises:
+        RunError: a file is text, or all are corrupt.
+    """
+
+    def tried(item: Any) -> Any:
+        try:
+            return check(item)
+        except CorruptFile as error:
+            return error
+
+    with ThreadPool(min(8, distributed.cores())) as pool:  # decoding lets other threads run
+        results = list(track(pool.imap(tried, items), len(items), description))
+    corrupt = [result for result in results if isinstance(result, CorruptFile)]
+    text = next((error.path for error in corrupt if is_text(error.path)), None)
+    if text:
+        raise RunError(f"{text} is text, not an image: remove or replace it.")
+    if corrupt and len(corrupt) == len(items):
+        raise RunError(f"none of the {len(items)} {description} can be read, the first is {corrupt[0]}.")
+    if corrupt:
+        log.warning(
+            "%d of %d %s can't be read, the first is %s: they are skipped.",
+            len(corrupt),
+            len(items),
+            description,
+            corrupt[0],
+        )
+    return [result for result in results if not isinstance(result, CorruptFile)]
+
+
+def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
+    """Width and height of an image as it is shown, turned as its EXIF data say.
+
+    Raises:
+        CorruptFile: it can't be read.
+    """
+    try:
+        return image_size(path, max_pixels)
+    except DECODING_ERRORS as error:
+        raise CorruptFile(path, reason(error)) from error

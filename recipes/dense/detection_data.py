@@ -1,0 +1,246 @@
+"""Data for detection (COCO JSON): found, checked and counted before training starts.
+
+What the tools of COCO leave out or clip is left to them, and counted here; what would stop them half-way, or teach
+wrong classes without a word, is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.messages import similar_path
+from zoo.recipes.config import DataConfig
+from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
+from zoo.recipes.dense.data_checks import (
+    base_folder,
+    check_all,
+    check_folder,
+    check_size,
+    named_splits,
+    read_size,
+    shares,
+    warn_shared_images,
+)
+from zoo.recipes.errors import RunError
+from zoo.recipes.files import SPLIT_FOLDERS, read_classes
+from zoo.recipes.subsets import evenly_spread, files_to_check
+
+
+@dataclass
+class DetectionSplit:
+    """One split of a detection data set.
+
+    Attributes:
+        annotations: The COCO JSON.
+        images: The folder that its file names start from.
+        classes: Names in the order of the labels, whatever order the JSON lists them in.
+        boxes: How many boxes each class has; those that nobody can learn and crowds are not counted.
+        num_images: Images that are used: in training those with a box, in evaluation all.
+        num_empty: Images without a box.
+        has_masks: Whether every object has a mask.
+    """
+
+    annotations: Path
+    images: Path
+    classes: list[str]
+    boxes: list[int]
+    num_images: int
+    num_empty: int
+    has_masks: bool
+
+    @property
+    def num_boxes(self) -> int:
+        """Boxes of all classes."""
+        return sum(self.boxes)
+
+    def dataset(self, pipeline: list[dict], training: bool) -> dict[str, Any]:
+        """The configuration of mmdet's data set; training leaves out images without a box."""
+        return {
+            "type": "mmdet.NamedCocoDataset",
+            "ann_file": str(self.annotations),
+            "data_prefix": {"img": str(self.images)},
+            "metainfo": {"classes": tuple(self.classes)},
+            "filter_cfg": {"filter_empty_gt": True} if training else None,
+            "test_mode": not training,
+            "pipeline": pipeline,
+        }
+
+    def metrics(self, masks: bool) -> dict[str, Any]:
+        """The configuration of COCO's scores, of boxes and with `masks` of masks too."""
+        metric = ["bbox", "segm"] if masks else ["bbox"]
+        return {
+            "type": "mmdet.NamedCocoMetric",
+            "ann_file": str(self.annotations),
+            "classes": self.classes,
+            "metric": metric,
+            "classwise": True,
+        }
+
+
+@dataclass
+class DetectionData:
+    """The splits of a detection data set; `train` is None where only evaluation is asked for."""
+
+    train: DetectionSplit | None
+    val: DetectionSplit
+    classes: list[str]
+    has_masks: bool
+
+    def summary(self) -> list[str]:
+        """A line on each split."""
+        lines = []
+        for name, split in named_splits(self.train, self.val):
+            line = f"{name}: {split.num_boxes} boxes in {split.num_images} images"
+            if split.num_empty:
+                fate = "more without a box are left out" if split is self.train else "of them without a box"
+                line += f", {split.num_empty} {fate}"
+            lines.append(f"{line}: {shares(split.classes, split.boxes)}")
+        return lines
+
+
+def open_detection(
+    cfg: DataConfig, training: bool = True, classes: Sequence[str] | None = None, masks: bool = False
+) -> DetectionData:
+    """Open the COCO JSON files that `cfg` names, or the digit scenes, and check them.
+
+    Args:
+        cfg: The configuration.
+        training: Open both splits; otherwise the validation split alone.
+        classes: The names that labels have to follow, in order; from `data.class_map` or the training JSON (the
+            validation JSON where there is no training), in the order of its category ids, if None.
+        masks: The method learns masks, so every object has to have one.
+
+    Raises:
+        RunError: the data can't be used; the message names the file and what is wrong with it.
+    """
+    base = base_folder(cfg, cfg.val_ann)
+    splits = [(cfg.val_split, "val", cfg.val_ann, cfg.val_images)]
+    if training:
+        splits.insert(0, (cfg.train_split, "train", cfg.train_ann, cfg.train_images))
+    classes = list(classes) if classes else read_classes(Path(cfg.class_map)) if cfg.class_map else None
+    opened: list[DetectionSplit] = []
+    files: list[set[str]] = []
+    for split, key, given, images in splits:
+        path = _annotation_file(base, split, key, given)
+        content = load_annotations(path)
+        names = category_names(path, content)
+        if classes is None:
+            classes = list(names.values())
+        _check_same_classes(path, list(names.values()), classes)
+        folder = _image_folder(base, split, key, images, path, [str(image["file_name"]) for image in content["images"]])
+        _check_image_files(path, folder, content["images"], cfg)
+        learnt = key == "train"
+        boxes = count_boxes(path, content, names, classes, learnt, masks)
+        files.append({os.path.join(os.path.realpath(folder), image["file_name"]) for image in content["images"]})
+        total = len(content["images"])
+        used, empty = boxes.images if learnt else total, total - boxes.images
+        opened.append(DetectionSplit(path, folder, list(classes), boxes.by_class, used, empty, boxes.has_masks))
+    if cfg.num_classes and cfg.num_classes != len(classes):
+        raise RunError(
+            f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
+        )
+    warn_shared_images(files)
+    train, val = (opened[0], opened[1]) if training else (None, opened[0])
+    return DetectionData(train, val, classes, all(split.has_masks for split in opened))
+
+
+def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Path:
+    if given:
+        path = base / given
+        if path.is_dir():
+            files = sorted(file.name for file in path.glob("*.json"))
+            there = f"the file in it, for example {path / files[0]}" if files else "a COCO JSON"
+            raise RunError(f"data.{key}_ann={path} is a folder: give {there}{_other_format(path)}.")
+        if not path.is_file():
+            raise RunError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
+        if path.suffix.lower() in (".txt", ".xml", ".yaml", ".yml"):
+            raise RunError(
+                f"data.{key}_ann={path} is no COCO JSON: labels of YOLO and VOC have to be converted to one."
+            )
+        return path
+    names = SPLIT_FOLDERS.get(split, (split,))
+    tried = [base / "annotations" / f"instances_{name}.json" for name in names]
+    tried += [base / name / "_annotations.coco.json" for name in names]
+    found = next((path for path in tried if path.is_file()), None)
+    if found is None:
+        raise RunError(
+            f"{base} has no annotations of the split {split!r} ({tried[0]} or {tried[len(names)]}): "
+            f"name them with data.{key}_ann=<file>{_other_format(base)}."
+        )
+    return found
+
+
+def _other_format(folder: Path) -> str:
+    """What else a data set seems to be, for the end of a sentence."""
+    if any((folder / name).is_dir() for name in ("labels", "train/labels")) or (folder / "data.yaml").is_file():
+        return "; labels of YOLO, which seem to be there, have to be converted to COCO JSON"
+    if any((folder / name).is_dir() for name in ("Annotations", "ImageSets")) or next(folder.glob("*.xml"), None):
+        return "; annotations of VOC, which seem to be there, have to be converted to COCO JSON"
+    return ""
+
+
+def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:
+    missing = [name for name in classes if name not in set(names)]
+    unknown = [name for name in names if name not in set(classes)]
+    if missing or unknown:
+        close = difflib.get_close_matches(unknown[0], missing or classes, n=1) if unknown else []
+        hint = f" (is {close[0]!r} meant?)" if close else ""
+        parts = [f"{len(missing)} missing, {some(missing)}"] if missing else []
+        parts += [f"{len(unknown)} unknown, {some(unknown)}{hint}"] if unknown else []
+        raise RunError(
+            f"{path} has other classes than the {len(classes)} of the training: {'; '.join(parts)}: "
+            "its names have to be the same."
+        )
+
+
+def _image_folder(base: Path, split: str, key: str, given: str | None, annotations: Path, names: Sequence[str]) -> Path:
+    if not names:
+        raise RunError(f"{annotations} has no images: there is nothing to do.")
+    if given:
+        folder = base / given
+        check_folder(f"data.{key}_images", folder)
+        return folder
+    # A file of one's own says more than the split, which is the usual one then.
+    folders = [annotations.stem, *SPLIT_FOLDERS.get(split, (split,)), *SPLIT_FOLDERS[key]]
+    tried = [
+        parent / name for parent in (base / "images", base, annotations.parent, annotations.parent / "images")
+        for name in folders
+    ]  # fmt: skip
+    tried += [annotations.parent, base / "images", base]
+    tried = [folder for folder in dict.fromkeys(tried) if folder.is_dir()]
+    sample = evenly_spread(names, 20)
+    best = max(tried, key=lambda folder: sum(os.path.isfile(folder / name) for name in sample))
+    if not any(os.path.isfile(best / name) for name in sample):
+        raise RunError(
+            f"the images of {annotations}, for example {names[0]}, are in none of {', '.join(map(str, tried))}: "
+            f"give data.{key}_images=<folder>."
+        )
+    return best
+
+
+def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, Any]], cfg: DataConfig) -> None:
+    present: dict[Path, set[str]] = {}
+    missing = []
+    for image in images:
+        file = folder / str(image["file_name"])
+        if file.parent not in present:
+            present[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
+        if file.name not in present[file.parent]:
+            missing.append(file)
+    if missing:
+        raise RunError(
+            f"{len(missing)} of the {len(images)} images of {path} do not exist, the first is {missing[0]}: "
+            "add them, or remove them from the annotations."
+        )
+    chosen = {str(folder / str(image["file_name"])): image for image in files_to_check(images, cfg)}
+
+    def check(file: str) -> None:
+        size, image = read_size(file, cfg.max_pixels), chosen[file]
+        check_size(file, size, (image["width"], image["height"]), path)
+
+    check_all(check, list(chosen), f"images of {path.name}")
