@@ -24,10 +24,15 @@ from zoo.recipes import atomic_files, composition, config, distributed, logs, pl
 from zoo.recipes.classify.accuracy import percentage, plot_confusion
 from zoo.recipes.classify.model import load_weights
 from zoo.recipes.corrupt import worker_errors
-from zoo.recipes.dense import configure, pictures, train
+from zoo.recipes.dense import pictures
 from zoo.recipes.dense.coco import NamedCoco
 from zoo.recipes.dense.confusion import class_scores, pairs
+from zoo.recipes.dense.data import open_data
 from zoo.recipes.dense.detection_data import DetectionSplit
+from zoo.recipes.dense.model import build_model
+from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
+from zoo.recipes.dense.scores import score_title, scores
+from zoo.recipes.dense.settings import check
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
@@ -53,7 +58,7 @@ def evaluate(
     model, cfg, classes, weights = from_run(cfg, overridden)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
-    data = train.open_data(cfg, training=False, classes=classes)
+    data = open_data(cfg, training=False, classes=classes)
     for line in data.summary():
         log.info("%s", line)
     folder = Path(cfg.out) if cfg.out else Path(cfg.run) / "eval"
@@ -69,7 +74,7 @@ def evaluate(
         "method": cfg.dense.method,
         "weights": weights,
         "data": {"name": cfg.data.name, "root": cfg.data.root, "images": images},
-        "metrics": train.scores(metrics),
+        "metrics": scores(metrics),
         "corrupt_images": corrupt,
         "command": composition.command_line(),
     }
@@ -84,7 +89,7 @@ def evaluate(
         }
         if cfg.per_class:
             _print_classes(summary["per_class"])
-        figures = ", ".join(f"{train.title(name)} {value:.1f}" for name, value in summary["metrics"].items())
+        figures = ", ".join(f"{score_title(name)} {value:.1f}" for name, value in summary["metrics"].items())
         log.info("%s (%s): %s on %d images", cfg.model, weights, figures, images)
         # The figures are out: they are not lost with a folder that can't be written.
         run_folder.make_folder(folder, "out")
@@ -115,9 +120,9 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.
     """
     folder = Path(cfg.run)
     cfg = config.of_run(cfg, reading.load_config(folder), overridden)
-    configure.check(cfg)
+    check(cfg)
     weights, classes, path = load_weights(folder, cfg.checkpoint)
-    model = configure.build_model(cfg, classes, torch.device("cpu"), pretrained=False)
+    model = build_model(cfg, classes, torch.device("cpu"), pretrained=False)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -129,11 +134,11 @@ def _evaluate(
     cfg: DictConfig, model: torch.nn.Module, data: Any, folder: Path, device: torch.device
 ) -> tuple[dict[str, Any], Any, list[str]]:
     """The metrics, the runner, and the names of images that could not be read."""
-    settings = configure.runner_config(cfg, data, None, folder / "mmengine", device)
+    settings = runner_config(cfg, data, None, folder / "mmengine", device)
     if cfg.task == "detect":
         settings.val_evaluator.outfile_prefix = str(folder / "results")
-    with configure.mm_errors(cfg), worker_errors(), Progress(distributed.rank() == 0) as bar:
-        runner = train.make_runner(settings, model.to(device))
+    with mm_errors(cfg), worker_errors(), Progress(distributed.rank() == 0) as bar:
+        runner = make_runner(settings, model.to(device))
         hook = _Bar(bar)
         runner.register_hook(hook, "VERY_LOW")
         metrics = runner.val()
@@ -186,7 +191,7 @@ def _detection_details(
                 axes.plot(evaluation.params.recThrs, precision[0, :, label], color=color, linewidth=1,
                           label=split.classes[label])  # fmt: skip
         axes.plot(evaluation.params.recThrs, precision[0][:, seen].mean(1), color="black", linewidth=2, label="mean")
-        axes.set_title(f"{train.title(name + '_AP50')}: mean {100 * precision[0][:, seen].mean():.1f} %", fontsize=9)
+        axes.set_title(f"{score_title(name + '_AP50')}: mean {100 * precision[0][:, seen].mean():.1f} %", fontsize=9)
         axes.set_xlabel("recall at IoU 0.5")
         axes.set_ylabel("precision")
         axes.set_xlim(0, 1)
@@ -198,7 +203,7 @@ def _detection_details(
 
 def _print_classes(table: dict[str, dict[str, float | None]]) -> None:
     columns = list(next(iter(table.values())))
-    shown = Table("class", *(train.title(column) for column in columns))
+    shown = Table("class", *(score_title(column) for column in columns))
     for name, values in table.items():
         shown.add_row(Text(name), *(percentage(values[column]) for column in columns))
     logs.console.print(shown)

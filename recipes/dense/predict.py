@@ -15,7 +15,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from zoo.recipes import atomic_files, config, distributed, run_folder
-from zoo.recipes.dense import configure, evaluate, pictures
+from zoo.recipes.dense import evaluate, pictures
+from zoo.recipes.dense.pipelines import pipelines
 from zoo.recipes.inputs import Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
@@ -39,7 +40,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     device = distributed.setup(settings.device)
     model = model.to(device).eval()
     run_folder.make_folder(out, None)
-    steps = configure.pipelines(cfg, False)[1]
+    steps = pipelines(cfg, False)[1]
     pipeline = Compose([step for step in steps if not step["type"].startswith("Load")])
     written = _Written(cfg, out, classes, pictures.SCORE if settings.score is None else settings.score)
     try:

@@ -5,7 +5,6 @@ MMEngine's Runner trains; a hook keeps its state in the run folder, as classific
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 import warnings
@@ -26,25 +25,19 @@ from zoo.recipes.base_run import BaseRun, command_to_resume, of_few
 from zoo.recipes.classify.model import save_weights
 from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
-from zoo.recipes.dense import configure, pictures
+from zoo.recipes.dense import pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
-from zoo.recipes.dense.detection_data import DetectionData, open_detection
-from zoo.recipes.dense.segmentation_data import SegmentationData, open_segmentation
+from zoo.recipes.dense.data import open_data
+from zoo.recipes.dense.detection_data import DetectionData
+from zoo.recipes.dense.model import build_model, check_batchnorm
+from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
+from zoo.recipes.dense.scores import SCORES, score_title, scores
+from zoo.recipes.dense.segmentation_data import SegmentationData
+from zoo.recipes.dense.settings import check, learning_rate, run_length
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 from zoo.recipes.seeding import seed_all
-
-# MMEngine's names of the scores -> ours, in percent; the first one that a run has decides which epoch is the best.
-SCORES = {
-    "coco/segm_mAP": "mask_AP",
-    "coco/segm_mAP_50": "mask_AP50",
-    "coco/bbox_mAP": "bbox_AP",
-    "coco/bbox_mAP_50": "bbox_AP50",
-    "mIoU": "mIoU",
-    "mAcc": "mAcc",
-    "aAcc": "aAcc",
-}
 
 
 def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) -> dict[str, Any]:
@@ -58,7 +51,7 @@ def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) ->
         RunError: something that the user can mend.
         Stopped: a signal arrived; the state is saved.
     """
-    configure.check(cfg)
+    check(cfg)
     check_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
@@ -85,49 +78,6 @@ def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], 
     return str(backbone)
 
 
-def open_data(
-    cfg: DictConfig, training: bool = True, classes: list[str] | None = None
-) -> DetectionData | SegmentationData:
-    """The data of `cfg`, checked.
-
-    Raises:
-        RunError: they can't be used.
-    """
-    if cfg.task == "segment":
-        return open_segmentation(cfg.data, training, classes)
-    return open_detection(cfg.data, training, classes, masks=configure.finds_masks(cfg))
-
-
-def scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """MMEngine's metrics under our names, in percent. COCO's -1 (nothing to find) is left out."""
-    found = {}
-    for name, ours in SCORES.items():
-        if name in metrics and metrics[name] >= 0:
-            # COCO's are fractions, segmentation's percentages.
-            found[ours] = float(metrics[name]) * (100 if name.startswith("coco/") else 1)
-    return found
-
-
-def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runner:
-    """MMEngine's Runner for `settings` and `model`."""
-    known = inspect.signature(Runner).parameters
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return _Runner(model=model, cfg=settings, **{key: settings[key] for key in settings if key in known})
-
-
-class _Runner(Runner):
-    """MMEngine's Runner; where a run goes on, `restore` says."""
-
-    restore: Callable[[Runner], None] = staticmethod(lambda runner: None)
-
-    def load_or_resume(self) -> None:
-        self.restore(self)
-
-    def dump_config(self) -> None:
-        """The run folder has it."""
-
-
 class DenseRun(BaseRun):
     """One run, from the data to `summary.json`."""
 
@@ -143,16 +93,16 @@ class DenseRun(BaseRun):
         super().__init__(cfg, device, folder, write_report)
         self.notes += lowered
         self.data = data
-        self.steps = configure.steps(cfg, data.train.num_images)
-        self.effective_batch = self.steps.batch
-        self.last = min(self.steps.updates, cfg.trainer.max_updates or self.steps.updates)
+        self.length = run_length(cfg, data.train.num_images)
+        self.effective_batch = self.length.batch
+        self.last = min(self.length.updates, cfg.trainer.max_updates or self.length.updates)
         self.checkpoint = self.find_checkpoint()
         seed_all(cfg.seed)
         # The weights of a run that goes on come from its checkpoint.
         pretrained = False if self.checkpoint else cfg.pretrained
-        self.model = configure.build_model(cfg, data.classes, device, pretrained)
+        self.model = build_model(cfg, data.classes, device, pretrained)
         if cfg.trainer.batch_size == 1:
-            configure.check_batchnorm(cfg, self.model)
+            check_batchnorm(cfg, self.model)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.runner: Runner | None = None
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt, (self.checkpoint or {}).get("corrupt", ()))
@@ -189,7 +139,7 @@ class DenseRun(BaseRun):
         if self.checkpoint:
             self._load(runner, self.checkpoint)
             update = self.progress["update"]
-            runner.train_loop._iter = update * self.steps.accumulate
+            runner.train_loop._iter = update * self.length.accumulate
             evaluated = max((r["update"] for r in self.history if any(key.startswith("val_") for key in r)), default=0)
             if update > evaluated and self.evaluates(update):
                 runner.val_loop.run()  # the run was ended between an update and the evaluation that followed it
@@ -219,16 +169,16 @@ class DenseRun(BaseRun):
 
     def log_plan(self) -> None:
         """Say what is going to be trained."""
-        cfg, steps, classes = self.cfg, self.steps, len(self.data.classes)
+        cfg, length, classes = self.cfg, self.length, len(self.data.classes)
         log.info("%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6, classes)
         for line in self.data.summary():
             log.info("%s", line)
         log.info(
             "%d updates, %d for every image once; %s; learning rate %g; %s on %s",
-            steps.updates,
-            steps.per_epoch,
-            self.batch(steps.accumulate),
-            configure.learning_rate(cfg),
+            length.updates,
+            length.per_epoch,
+            self.batch(length.accumulate),
+            learning_rate(cfg),
             cfg.optim.opt,
             self.device,
         )
@@ -244,12 +194,12 @@ class DenseRun(BaseRun):
 
     def train(self) -> None:
         """Train to the end."""
-        settings = configure.runner_config(self.cfg, self.data, self.steps, self.folder / "mmengine", self.device)
-        settings.train_cfg.max_iters = self.last * self.steps.accumulate
+        settings = runner_config(self.cfg, self.data, self.length, self.folder / "mmengine", self.device)
+        settings.train_cfg.max_iters = self.last * self.length.accumulate
         if self.primary:
             atomic_files.write_text(self.folder / "mmengine.py", settings.pretty_text)
         self.bar = Progress(self.primary, 1, self.last, self.cfg.log.every, self.progress["update"])
-        with configure.mm_errors(self.cfg), self.bar:
+        with mm_errors(self.cfg), self.bar:
             runner = make_runner(settings, self.model)
             runner.restore = self.restore
             runner.register_hook(_ProgressHook(self), "VERY_LOW")
@@ -268,16 +218,16 @@ class DenseRun(BaseRun):
 
     def evaluates(self, update: int) -> bool:
         """Whether an evaluation follows update number `update`, from 1."""
-        return update % self.steps.evaluate_every == 0 or update >= self.last
+        return update % self.length.evaluate_every == 0 or update >= self.last
 
     def close_epoch(self, losses: dict[str, float], speed: float | None, metrics: dict[str, Any] | None) -> None:
         """An epoch is over or, with `metrics`, an evaluation."""
         update = self.progress["update"]
         self.corrupt.share()
         self.val_corrupt = {name for part in distributed.gather(self.val_corrupt) for name in part}
-        epochs, rest = divmod(update, self.steps.per_epoch)
+        epochs, rest = divmod(update, self.length.per_epoch)
         record = {
-            "epoch": round(update / self.steps.per_epoch, 3) if rest else epochs,
+            "epoch": round(update / self.length.per_epoch, 3) if rest else epochs,
             "update": update,
             "lr": max(self.runner.optim_wrapper.get_lr()["lr"], default=None),
             **{f"train_{name}": value for name, value in losses.items()},
@@ -309,7 +259,7 @@ class DenseRun(BaseRun):
             self.wandb.log({key: value for key, value in record.items() if value is not None})
         parts = [f"training loss {losses['loss']:.4f}"] if "loss" in losses else []
         if metrics is not None:
-            figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in scores(metrics).items())
+            figures = ", ".join(f"{score_title(name)} {value:.1f}" for name, value in scores(metrics).items())
             parts.append(f"{figures}{of_few(self.val_images())}{' (best)' if improved else ''}")
         log.info("update %d/%d | %s", update, self.last, " | ".join(parts))
 
@@ -317,7 +267,7 @@ class DenseRun(BaseRun):
         """The title of the curves, and the names of the scores in them with what people call them."""
         names = [name for name in SCORES.values() if any(f"val_{name}" in record for record in self.history)]
         heading = f"{self.cfg.dense.method} on {self.cfg.model}, {self.folder.name}"
-        return heading, {name: title(name) for name in names}
+        return heading, {name: score_title(name) for name in names}
 
     def _write_classes(self, metrics: dict[str, Any]) -> None:
         classes = self.data.classes
@@ -361,12 +311,12 @@ class DenseRun(BaseRun):
             skipped_updates=sum(r["skipped_updates"] for r in self.history),
             corrupt_images=sorted(self.corrupt.names),
         )
-        figures = ", ".join(f"{title(name)} {value:.1f}" for name, value in summary["metrics"].items())
+        figures = ", ".join(f"{score_title(name)} {value:.1f}" for name, value in summary["metrics"].items())
         log.info("%s on %d validation images after %.0f s", figures, self.val_images(), summary["seconds"])
         log.info("Pictures of predictions: %s", self.folder / "predictions.png")
         log.info("Run folder: %s", self.folder)
         main = next((name for name in SCORES.values() if name in self.best), None)
-        self.log_next_steps(f"{title(main)} {self.best[main]:.1f}" if main else "")
+        self.log_next_steps(f"{score_title(main)} {self.best[main]:.1f}" if main else "")
         distributed.share(None)  # no process leaves before the files are complete
         self.refuse_nonfinite(_bare(self.runner.model).state_dict().values())
         return summary
@@ -389,7 +339,7 @@ class _ProgressHook(Hook):
         self.run.corrupt.note(corrupt_names(data_batch))
         if not self.count:
             self.started = time.monotonic()
-        if runner.iter % self.run.steps.accumulate == 0:
+        if runner.iter % self.run.length.accumulate == 0:
             self.run.seed()  # an evaluation, or the start of a continued run, has drawn from it
 
     def after_train_iter(
@@ -400,7 +350,7 @@ class _ProgressHook(Hook):
             self.sums[name] += float(value.detach())
         self.count += 1
         run.times.lap("rest")
-        if (runner.iter + 1) % run.steps.accumulate:
+        if (runner.iter + 1) % run.length.accumulate:
             return
         run.check_corrupt()
         run.progress["update"] += 1
@@ -415,7 +365,7 @@ class _ProgressHook(Hook):
         run.seed()
         run.times.lap("rest")
         update = run.progress["update"]
-        if update % run.steps.per_epoch == 0 and not run.evaluates(update):
+        if update % run.length.per_epoch == 0 and not run.evaluates(update):
             self._close(self._speed(), None)
         run.save_or_stop()
         run.times.begin()
@@ -439,7 +389,7 @@ class _ProgressHook(Hook):
         self.run.times.restart()  # the next update has begun, and not with an evaluation
 
     def _speed(self) -> float | None:
-        images = self.count * self.run.effective_batch / self.run.steps.accumulate
+        images = self.count * self.run.effective_batch / self.run.length.accumulate
         return images / (time.monotonic() - self.started) if self.count else None
 
     def _close(self, speed: float | None, metrics: dict[str, Any] | None) -> None:
@@ -460,8 +410,3 @@ def _advance(runner: Runner) -> None:
 def _bare(model: torch.nn.Module) -> torch.nn.Module:
     """The model that may be wrapped for several processes."""
     return getattr(model, "module", model)
-
-
-def title(name: str) -> str:
-    """A score's name for people."""
-    return name.replace("bbox_", "box ").replace("mask_", "mask ")

@@ -17,12 +17,14 @@ import zoo
 from zoo.recipes import cli, config, tasks
 from zoo.recipes.errors import RunError
 
-configure = tasks.load("detect", "configure")
+settings = tasks.load("detect", "settings")
 
 from mmengine.dataset import pseudo_collate  # noqa: E402  after mmcv's operators are there
 from mmengine.optim import build_optim_wrapper  # noqa: E402
 from mmengine.registry import DATASETS, PARAM_SCHEDULERS  # noqa: E402
 
+from zoo.recipes.dense import model as models  # noqa: E402
+from zoo.recipes.dense import runner  # noqa: E402
 from zoo.recipes.dense.backbone import param_groups  # noqa: E402
 from zoo.recipes.dense.detection_data import DetectionData, DetectionSplit, open_detection  # noqa: E402
 from zoo.recipes.dense.optim import SkipBadLossAmpOptimWrapper, SkipBadLossOptimWrapper  # noqa: E402
@@ -80,13 +82,13 @@ REFUSED = [
 @pytest.mark.parametrize(("task", "override", "message"), REFUSED, ids=[row[1] for row in REFUSED])
 def test_setting_is_refused(compose, task, override, message):
     with pytest.raises(RunError, match=message):
-        configure.check(compose(f"task={task}", override))
+        settings.check(compose(f"task={task}", override))
 
 
 @pytest.mark.parametrize("task", ["detect", "segment"])
 @pytest.mark.parametrize("data", ["digit_scenes", "coco", "ade20k", "masks"])
 def test_settings_of_every_data_set_are_accepted(compose, task, data):
-    configure.check(compose(f"task={task}", f"data={data}"))
+    settings.check(compose(f"task={task}", f"data={data}"))
 
 
 @pytest.mark.parametrize(
@@ -102,12 +104,12 @@ def test_settings_of_every_data_set_are_accepted(compose, task, data):
     ids=range(1, 7),
 )
 def test_methods_that_find_masks(compose, words, found):
-    assert configure.finds_masks(compose("task=detect", *words)) is found
+    assert settings.finds_masks(compose("task=detect", *words)) is found
 
 
 def test_mask2former_needs_masks(compose):
     with pytest.raises(RunError, match=r"dense.masks=false can't be used with dense.method=mask2former"):
-        configure.finds_masks(compose("task=detect", "dense=mask2former", "dense.masks=false"))
+        settings.finds_masks(compose("task=detect", "dense=mask2former", "dense.masks=false"))
 
 
 @pytest.mark.parametrize(
@@ -123,13 +125,13 @@ def test_mask2former_needs_masks(compose):
 )
 def test_length(compose, words, expected):
     """Updates, updates an epoch, passes an update, images an update, updates between evaluations, of 18 images."""
-    found = configure.steps(compose("task=detect", "trainer.eval_every=1", *words), 18)
+    found = settings.run_length(compose("task=detect", "trainer.eval_every=1", *words), 18)
     assert (found.updates, found.per_epoch, found.accumulate, found.batch, found.evaluate_every) == expected
 
 
 def test_batch_that_can_not_be_reached(compose):
     with pytest.raises(RunError, match=r"trainer.effective_batch_size=6 is not a multiple of 4"):
-        configure.steps(compose("task=detect", "trainer.batch_size=4", "trainer.effective_batch_size=6"), 50)
+        settings.run_length(compose("task=detect", "trainer.batch_size=4", "trainer.effective_batch_size=6"), 50)
 
 
 # Stand-ins for data that are not here.
@@ -148,13 +150,13 @@ def _ade(classes=150, images=20_210):
 
 
 def _settings(cfg, data, device=GPU):
-    return configure.runner_config(cfg, data, configure.steps(cfg, data.train.num_images), Path("work"), device)
+    return runner.runner_config(cfg, data, settings.run_length(cfg, data.train.num_images), Path("work"), device)
 
 
 def _meta(cfg, classes):
     """The model of `cfg` without memory for its parameters."""
     with torch.device("meta"):
-        return configure.build_model(cfg, classes, CPU, False)
+        return models.build_model(cfg, classes, CPU, False)
 
 
 # What the user changes in MMEngine's terms.
@@ -170,7 +172,7 @@ def test_mm_changes_the_runner(compose):
 
 def test_mm_changes_the_model(compose):
     cfg = compose("task=detect", "++mm.model.rpn_head.loss_bbox.loss_weight=3.0")
-    model = configure.model_config(cfg, ["a"], CPU, False)
+    model = models.model_config(cfg, ["a"], CPU, False)
     assert model.rpn_head.loss_bbox.loss_weight == 3.0
     assert "model" not in _settings(cfg, _coco())
 
@@ -183,7 +185,7 @@ def test_mm_that_does_not_fit(compose):
 def test_model_that_can_not_be_built(compose):
     cfg = compose("task=detect", "++mm.model.roi_head.bbox_head.type=NoHead")
     with pytest.raises(RunError, match=r"dense.method=mask_rcnn can't be built on test_dinat: .*NoHead"):
-        configure.build_model(cfg, ["a"], CPU, False)
+        models.build_model(cfg, ["a"], CPU, False)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -203,8 +205,8 @@ def test_mixed_precision_elsewhere(compose, amp, dtype):
 
 def _rates(cfg, images, updates):
     """The learning rate of each update, by the schedulers that come out."""
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=configure.learning_rate(cfg))
-    parts = configure._schedule(cfg, configure.steps(cfg, images))
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.learning_rate(cfg))
+    parts = runner._schedule(cfg, settings.run_length(cfg, images))
     schedulers = [PARAM_SCHEDULERS.build(dict(part, optimizer=optimizer)) for part in parts]
     rates = []
     for _ in range(updates):
@@ -266,7 +268,7 @@ def test_warm_up_of_an_update_or_two_ends(compose, updates):
 
 
 def test_default_learning_rate(compose):
-    assert configure.learning_rate(compose("task=detect", "optim.lr=null")) == 1e-4
+    assert settings.learning_rate(compose("task=detect", "optim.lr=null")) == 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +278,7 @@ def detector():
     @functools.cache
     def build(compose):
         cfg = compose("task=detect")
-        return configure.build_model(cfg, ["a", "b"], CPU, False)
+        return models.build_model(cfg, ["a", "b"], CPU, False)
 
     return build
 
@@ -360,7 +362,7 @@ def test_unknown_optimizer(compose, detector):
 def dinat(compose):
     """Mask R-CNN with DiNAT-Mini on COCO: configuration, runner's configuration, model's, model."""
     cfg, data = compose("recipe=coco/mask_rcnn_dinat_mini"), _coco()
-    model = configure.model_config(cfg, data.classes, GPU, False)
+    model = models.model_config(cfg, data.classes, GPU, False)
     return cfg, _settings(cfg, data), model, _meta(cfg, data.classes)
 
 
@@ -368,7 +370,7 @@ def dinat(compose):
 def cswin(compose):
     """UPerNet with CSWin-Tiny on ADE20K, as above."""
     cfg, data = compose("recipe=ade20k/upernet_cswin_tiny"), _ade()
-    model = configure.model_config(cfg, data.classes, GPU, False)
+    model = models.model_config(cfg, data.classes, GPU, False)
     return cfg, _settings(cfg, data), model, _meta(cfg, data.classes)
 
 
@@ -528,7 +530,7 @@ def test_recipe_builds_its_model(compose, recipe):
     """In full size, without memory for the parameters."""
     cfg = compose(f"recipe={recipe}")
     config.check(cfg)
-    configure.check(cfg)
+    settings.check(cfg)
     data = _coco() if cfg.task == "detect" else _ade()
     model = _meta(cfg, data.classes)
     assert _settings(cfg, data).train_cfg.max_iters > 10_000
@@ -582,7 +584,7 @@ def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
     cfg, data = compose(*words), scenes_data(full.task)
     cfg.model_kwargs = {key: rate for key, rate in full.model_kwargs.items() if key == "drop_path_rate"}  # of any depth
     settings = _settings(cfg, data, CPU)
-    model = configure.build_model(cfg, data.classes, CPU, False)
+    model = models.build_model(cfg, data.classes, CPU, False)
     model.init_weights()  # as the runner does: DINO's level embedding is empty memory until then
     wrapper = build_optim_wrapper(model, settings.optim_wrapper)
     train = DATASETS.build(settings.train_dataloader.dataset)
@@ -601,4 +603,4 @@ def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
         assert found.pred_sem_seg.data.max() < 11
     else:
         assert found.pred_instances.scores.isfinite().all()
-        assert ("masks" in found.pred_instances) == configure.finds_masks(cfg)
+        assert ("masks" in found.pred_instances) == settings.finds_masks(cfg)

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.recipes import tasks
+from zoo.recipes.dense import prepare
 
-tasks.load("detect", "pictures")
+prepare("detect")
 
 from mmengine.structures import InstanceData, PixelData  # noqa: E402  after mmcv's operators are there
 

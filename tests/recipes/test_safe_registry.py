@@ -12,8 +12,7 @@ import torch
 import yaml
 from mmengine.registry import DATASETS, HOOKS, MODELS, TASK_UTILS, init_default_scope
 
-from zoo.recipes import tasks
-from zoo.recipes.dense import safe_registry
+from zoo.recipes.dense import prepare, safe_registry
 from zoo.recipes.errors import RunError
 
 # Places of a type, as `mm` gives them; {} is what is to be called.
@@ -136,7 +135,7 @@ def test_strange_description_of_a_classifier(command, finished, tmp_path, conten
 
 @pytest.fixture
 def _guarded():
-    tasks.load("detect", "configure")
+    prepare("detect")
     init_default_scope("mmdet")
 
 

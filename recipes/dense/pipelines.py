@@ -1,0 +1,89 @@
+"""The transforms of training and of test images, as configurations of mmdet and mmseg."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+
+def pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
+    """The transforms of training and of test images; prediction leaves those out that load."""
+    return (_detection_pipelines if cfg.task == "detect" else _segmentation_pipelines)(cfg, masks)
+
+
+def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
+    dense = cfg.dense
+    load = dict(type="LoadImage", max_pixels=cfg.data.max_pixels)
+    annotations = dict(type="LoadAnnotations", with_bbox=True, with_mask=masks)
+    several = dict(type="RandomChoiceResize", scales=[(dense.max_size, s) for s in dense.scales], keep_ratio=True)
+    one = dict(type="Resize", scale=(dense.max_size, dense.scales[-1]), keep_ratio=True)
+    train = [load, annotations]
+    if cfg.augment.hflip:
+        train.append(dict(type="RandomFlip", prob=cfg.augment.hflip))
+    if dense.photometric:
+        train.append(dict(type="PhotoMetricDistortion"))
+    if dense.crop:
+        size = (dense.crop[1], dense.crop[0])
+        train += [
+            dict(
+                type="RandomResize",
+                scale=size,
+                ratio_range=tuple(dense.ratio_range or (1, 1)),
+                resize_type="Resize",
+                keep_ratio=True,
+            ),
+            dict(
+                type="RandomCrop",
+                crop_size=tuple(dense.crop),
+                crop_type="absolute",
+                recompute_bbox=masks,
+                allow_negative_crop=True,
+            ),
+            dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-5, 1e-5), by_mask=masks),
+        ]
+    elif dense.detr_crop:
+        # DETR (arXiv 2005.12872, section 4): short sides of 400 to 600, crops of 384 to 600, then as the others.
+        longest = 4200 if dense.method == "dino" else dense.max_size
+        before = dict(type="RandomChoiceResize", scales=[(longest, s) for s in (400, 500, 600)], keep_ratio=True)
+        crop = dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)
+        train.append(dict(type="RandomChoice", transforms=[[several], [before, crop, several]]))
+    elif dense.ratio_range:
+        scale, ratios = (dense.max_size, dense.scales[-1]), tuple(dense.ratio_range)
+        train.append(dict(type="RandomResize", scale=scale, ratio_range=ratios, keep_ratio=True))
+    else:
+        train.append(several if len(dense.scales) > 1 else one)
+    train.append(dict(type="PackDetInputs"))
+    keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
+    return train, [load, one, annotations, dict(type="PackDetInputs", meta_keys=keys)]
+
+
+def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
+    dense = cfg.dense
+    load, annotations = dict(type="LoadImage", max_pixels=cfg.data.max_pixels), dict(type="LoadLabels")
+    one = dict(type="Resize", scale=(dense.max_size, dense.scales[-1]), keep_ratio=True)
+    train = [load, annotations]
+    if len(dense.scales) > 1:
+        train.append(
+            dict(
+                type="RandomChoiceResize",
+                scales=list(dense.scales),
+                resize_type="ResizeShortestEdge",
+                max_size=dense.max_size,
+            )
+        )
+    elif dense.ratio_range:
+        scale, ratios = (dense.max_size, dense.scales[-1]), tuple(dense.ratio_range)
+        train.append(dict(type="RandomResize", scale=scale, ratio_range=ratios, keep_ratio=True))
+    else:
+        train.append(one)
+    if dense.crop:
+        ignored = cfg.data.ignore_index
+        train.append(dict(type="RandomCrop", crop_size=tuple(dense.crop), cat_max_ratio=0.75, ignore_index=ignored))
+    if cfg.augment.hflip:
+        train.append(dict(type="RandomFlip", prob=cfg.augment.hflip))
+    if dense.photometric:
+        train.append(dict(type="PhotoMetricDistortion"))
+    test = [load, one]
+    if dense.test_divisor:
+        test.append(dict(type="ResizeToMultiple", size_divisor=dense.test_divisor))
+    # The labels stay as they are: predictions are resized to them.
+    return [*train, dict(type="PackSegInputs")], [*test, annotations, dict(type="PackSegInputs")]

@@ -1,0 +1,190 @@
+"""MMEngine's Runner for a run's settings.
+
+The length of the training is counted in iterations: one forward pass of one process, of which an update takes
+`accumulate`; the schedule is counted in updates.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config as MMConfig
+from mmengine.runner import Runner
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.recipes import config, distributed
+from zoo.recipes.dense.detection_data import DetectionData
+from zoo.recipes.dense.model import override
+from zoo.recipes.dense.pipelines import pipelines
+from zoo.recipes.dense.segmentation_data import SegmentationData
+from zoo.recipes.dense.settings import SCOPES, RunLength, finds_masks, learning_rate
+from zoo.recipes.errors import RunError
+
+
+def runner_config(
+    cfg: DictConfig,
+    data: DetectionData | SegmentationData,
+    length: RunLength | None,
+    work_dir: Path,
+    device: torch.device,
+) -> MMConfig:
+    """All that MMEngine's Runner is made from besides the model; `mm` in `cfg` has the last word.
+
+    Without a `length` it only evaluates.
+
+    Raises:
+        RunError: `mm` does not fit.
+    """
+    masks = cfg.task == "detect" and finds_masks(cfg)
+    train, test = pipelines(cfg, masks)
+    batch, workers = cfg.trainer.batch_size, distributed.check_open_files(_workers(cfg))
+    loading = dict(batch_size=batch, num_workers=workers, persistent_workers=workers > 0)
+    evaluated = dict(
+        dataset=data.val.dataset(test, training=False),
+        sampler=dict(type="DefaultSampler", shuffle=False),
+        **loading,
+    )
+    if cfg.task == "segment" and not cfg.dense.small:
+        evaluated["batch_size"] = 1  # mmseg tests batches of one size only
+    result = MMConfig(
+        dict(
+            work_dir=str(work_dir),
+            experiment_name=str(work_dir),  # else two runners of one second share a visualizer, and its folder
+            default_scope=SCOPES[cfg.task],
+            val_dataloader=evaluated,
+            val_cfg=dict(type="ValLoop"),
+            val_evaluator=data.val.metrics(masks),
+            # The run keeps its own checkpoints, and steps the schedule once an update.
+            default_hooks=dict(logger=None, checkpoint=None, param_scheduler=None),
+            log_level="ERROR",
+            randomness=dict(seed=cfg.seed, deterministic=cfg.trainer.deterministic),
+            launcher="pytorch" if distributed.world_size() > 1 else "none",
+            model_wrapper_cfg=dict(type="MMDistributedDataParallel", find_unused_parameters=False)
+            | ({} if device.type != "cpu" else dict(device_ids=None)),
+            env_cfg=dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0)),
+        )
+    )
+    if length is not None:
+        result.merge_from_dict(
+            dict(
+                train_dataloader=dict(
+                    dataset=data.train.dataset(train, training=True),
+                    sampler=dict(type="InfiniteSampler", shuffle=True, seed=cfg.seed),
+                    **loading,
+                ),
+                train_cfg=dict(
+                    type="IterBasedTrainLoop",
+                    max_iters=length.updates * length.accumulate,
+                    val_interval=length.evaluate_every * length.accumulate,
+                ),
+                optim_wrapper=_optimizer(cfg, length, device),
+                param_scheduler=_schedule(cfg, length),
+            )
+        )
+    changes = OmegaConf.to_container(cfg.mm, resolve=True)
+    result = override(result, {key: value for key, value in changes.items() if key != "model"})
+    if cfg.task == "segment":
+        confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
+        result.val_evaluator = [result.val_evaluator, confusion]
+    return result
+
+
+def _optimizer(cfg: DictConfig, length: RunLength, device: torch.device) -> dict[str, Any]:
+    optim = cfg.optim
+    optimizer = dict(type=optim.opt, lr=learning_rate(cfg), weight_decay=optim.weight_decay, momentum=optim.momentum)
+    optimizer |= {
+        name: list(optim[name]) if name == "betas" else optim[name] for name in ("betas", "eps") if optim[name]
+    }
+    wrapper = dict(
+        type="SkipBadLossOptimWrapper",
+        constructor="TimmOptimWrapperConstructor",
+        optimizer=optimizer,
+        paramwise_cfg=dict(
+            layer_decay=optim.layer_decay,
+            no_decay=None if cfg.dense.no_decay is None else list(cfg.dense.no_decay),
+            backbone_lr=cfg.dense.backbone_lr,
+        ),
+        accumulative_counts=length.accumulate,
+    )
+    if optim.clip_grad is not None:
+        wrapper["clip_grad"] = dict(max_norm=optim.clip_grad)
+    dtype = config.AMP[cfg.trainer.amp.lower()]
+    if dtype:
+        if device.type == "cpu":
+            raise RunError(
+                f"trainer.amp={cfg.trainer.amp} can't be used with task={cfg.task} on a CPU: leave it out there."
+            )
+        wrapper |= dict(type="SkipBadLossAmpOptimWrapper", dtype=dtype)
+    return wrapper
+
+
+def _schedule(cfg: DictConfig, length: RunLength) -> list[dict[str, Any]]:
+    """Counted in updates, whatever MMEngine calls it."""
+    schedule, end = cfg.schedule, length.updates
+    warmup = min(cfg.dense.warmup_updates, end)
+    parts: list[dict[str, Any]] = []
+    if warmup > 1:  # the last update of the warm-up has the whole learning rate
+        parts.append(dict(type="LinearLR", start_factor=cfg.dense.warmup_factor, by_epoch=False, begin=0, end=warmup))
+    if schedule.sched == "multistep":
+        milestones = [epoch * length.per_epoch for epoch in schedule.decay_milestones]
+        parts.append(
+            dict(type="MultiStepLR", by_epoch=False, begin=0, end=end, milestones=milestones, gamma=schedule.decay_rate)
+        )
+    elif warmup == end:
+        pass  # nothing comes after the warm-up
+    elif schedule.sched == "poly":
+        parts.append(
+            dict(
+                type="PolyLR", by_epoch=False, begin=warmup, end=end, power=schedule.decay_rate, eta_min=schedule.min_lr
+            )
+        )
+    elif schedule.sched == "cosine":
+        parts.append(dict(type="CosineAnnealingLR", by_epoch=False, begin=warmup, end=end, eta_min=schedule.min_lr))
+    return parts
+
+
+def _workers(cfg: DictConfig) -> int:
+    """Worker processes: few where images are small, since starting one takes seconds."""
+    if cfg.data.num_workers is not None:
+        return cfg.data.num_workers
+    return 0 if cfg.dense.small else distributed.spare_cores()
+
+
+@contextmanager
+def mm_errors(cfg: DictConfig) -> Iterator[None]:
+    """Say in a sentence that `mm` has what MMEngine can't use: it builds most parts when it is about to run."""
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = str(error.args[0] if error.args else error)
+        unknown = isinstance(error, KeyError) and " registry" in reason
+        if not unknown and not cfg.mm.keys() - {"model"}:
+            raise
+        reason = " ".join(reason.partition(" Please check")[0].split())[:300].rstrip(".")
+        raise RunError(f"mm can't be used ({reason}): correct it, every `type` in it is a registered name.") from error
+
+
+def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runner:
+    """MMEngine's Runner for `settings` and `model`."""
+    known = inspect.signature(Runner).parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _Runner(model=model, cfg=settings, **{key: settings[key] for key in settings if key in known})
+
+
+class _Runner(Runner):
+    """MMEngine's Runner; where a run goes on, `restore` says."""
+
+    restore: Callable[[Runner], None] = staticmethod(lambda runner: None)
+
+    def load_or_resume(self) -> None:
+        self.restore(self)
+
+    def dump_config(self) -> None:
+        """The run folder has it."""

@@ -1,0 +1,31 @@
+"""The scores of detection and segmentation: MMEngine's names, and those in the files of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# MMEngine's names of the scores -> ours, in percent; the first one that a run has decides which epoch is the best.
+SCORES = {
+    "coco/segm_mAP": "mask_AP",
+    "coco/segm_mAP_50": "mask_AP50",
+    "coco/bbox_mAP": "bbox_AP",
+    "coco/bbox_mAP_50": "bbox_AP50",
+    "mIoU": "mIoU",
+    "mAcc": "mAcc",
+    "aAcc": "aAcc",
+}
+
+
+def scores(metrics: dict[str, Any]) -> dict[str, float]:
+    """MMEngine's metrics under our names, in percent. COCO's -1 (nothing to find) is left out."""
+    found = {}
+    for name, ours in SCORES.items():
+        if name in metrics and metrics[name] >= 0:
+            # COCO's are fractions, segmentation's percentages.
+            found[ours] = float(metrics[name]) * (100 if name.startswith("coco/") else 1)
+    return found
+
+
+def score_title(name: str) -> str:
+    """A score's name for people."""
+    return name.replace("bbox_", "box ").replace("mask_", "mask ")

@@ -1,0 +1,117 @@
+"""Checks of a dense run's settings, and what follows from several of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, OmegaConf
+
+from zoo.recipes import config, distributed
+from zoo.recipes.errors import RunError
+
+METHODS = {"detect": config.DETECTORS, "segment": config.SEGMENTORS}
+# Where each task's models and transforms are registered.
+SCOPES = {"detect": "mmdet", "segment": "mmseg"}
+
+# Settings of classification that nothing here follows: a value of one's own would be lost without a word.
+_UNUSED = (
+    "augment.scale",
+    "augment.ratio",
+    "augment.vflip",
+    "augment.color_jitter",
+    "augment.auto_augment",
+    "augment.interpolation",
+    "augment.mixup",
+    "augment.cutmix",
+    "augment.smoothing",
+    "augment.re_prob",
+    "data.crop_pct",
+    "data.img_size",
+    "data.interpolation",
+    "optim.clip_mode",
+    "schedule.cooldown_epochs",
+    "schedule.warmup_epochs",
+    "trainer.channels_last",
+    "trainer.compile",
+    "trainer.ema_decay",
+)
+
+
+@dataclass
+class RunLength:
+    """The length of a run.
+
+    Attributes:
+        updates: of the weights, in all.
+        per_epoch: updates that see every training image once.
+        accumulate: iterations (forward passes of each process) in an update.
+        batch: images in an update, over all processes.
+        evaluate_every: updates between two evaluations.
+    """
+
+    updates: int
+    per_epoch: int
+    accumulate: int
+    batch: int
+    evaluate_every: int
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse settings that no dense run can use.
+
+    Raises:
+        RunError: names the key, its value and what is allowed.
+    """
+    config.check(cfg)
+    dense, defaults = cfg.dense, OmegaConf.structured(config.Config)
+    methods = METHODS[cfg.task]
+    if dense.method not in methods:
+        raise RunError(
+            f"dense.method={dense.method!r} can't be used with task={cfg.task}: it has {', '.join(methods)}."
+        )
+    _DIGIT_DEFAULTS = {"augment.scale": [1.0, 1.0], "augment.ratio": [1.0, 1.0], "augment.interpolation": "bicubic"}
+    for key in _UNUSED:
+        value = OmegaConf.select(cfg, key)
+        if value not in (OmegaConf.select(defaults, key), _DIGIT_DEFAULTS.get(key)):
+            raise RunError(f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense).")
+    rules = {
+        "dense.max_size": (dense.max_size >= max(dense.scales, default=0), "no less than the largest of dense.scales"),
+        "dense.detr_crop": (not dense.detr_crop or cfg.task == "detect", "false for task=segment"),
+        "schedule.sched": (
+            cfg.schedule.sched in ("cosine", "multistep", "poly", "constant"),
+            "cosine, multistep, poly or constant",
+        ),
+        "trainer.parallel": (cfg.trainer.parallel == "ddp", f"ddp for task={cfg.task}"),
+        "model_kwargs.in_chans": (cfg.model_kwargs.get("in_chans", 3) == 3, f"3 for task={cfg.task}"),
+    }
+    for key, (fine, allowed) in rules.items():
+        if not fine:
+            raise RunError(f"{key}={OmegaConf.select(cfg, key)} is not allowed: it has to be {allowed}.")
+
+
+def finds_masks(cfg: DictConfig) -> bool:
+    """Whether the method that `cfg` names finds instance masks, as far as the data have them.
+
+    Raises:
+        RunError: dense.masks=false with a method that knows masks only.
+    """
+    if cfg.dense.method == "mask2former" and not cfg.dense.masks:
+        raise RunError("dense.masks=false can't be used with dense.method=mask2former: it finds nothing but masks.")
+    return cfg.dense.masks and cfg.dense.method not in ("retinanet", "dino")
+
+
+def run_length(cfg: DictConfig, images: int) -> RunLength:
+    """The length of the run that `cfg` asks for on `images` training images.
+
+    Raises:
+        RunError: the images of an update can't be reached.
+    """
+    accumulate, batch = distributed.batches(cfg.trainer)
+    per_epoch = -(-images // batch)
+    updates = cfg.dense.updates or cfg.trainer.epochs * per_epoch
+    return RunLength(updates, per_epoch, accumulate, batch, min(cfg.trainer.eval_every * per_epoch, updates))
+
+
+def learning_rate(cfg: DictConfig) -> float:
+    """`optim.lr`, or what suits fine-tuning a transformer."""
+    return cfg.optim.lr if cfg.optim.lr is not None else 1e-4
