@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files: a file has its old content or all of the new one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from zoo.recipes.lock import temporary
 
 @contextmanager
 def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
-    """Open `path` for writing such that it holds either what it held before or all of the new content.
+    """Open `path` for writing, so that it holds either its old content or all of the new content.
 
     Args:
         path: The file.
-        before: What `path` held is found there afterwards.
+        before: Where the old content of `path` is kept.
 
     Raises:
-        RunError: the content could not be written (disk full, folder not writable); `path` is as it was.
+        RunError: The content could not be written (disk full, folder not writable); `path` is unchanged.
     """
     draft = temporary(path)
     try:
@@ -37,7 +37,7 @@ def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
         os.replace(draft, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name, too, has to survive a power cut
+            os.fsync(folder)  # the new name has to survive a power failure too
         finally:
             os.close(folder)
     except BaseException as error:
@@ -49,13 +49,13 @@ def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
         kept = f"; {path.name} is as it was before" if path.exists() else ""
         raise RunError(
             f"could not write {path}: {os.strerror(cause.errno) if cause.errno else cause}{kept}. "
-            f"{'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Mend that'} "
+            f"{'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Fix that'} "
             "and start the same command again."
         ) from error
 
 
 def _keep(path: Path, before: Path) -> None:
-    """Give what `path` holds the name `before`, too."""
+    """Link the content of `path` as `before` too."""
     if path.exists():
         before.unlink(missing_ok=True)
         try:
@@ -76,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with null for numbers that JSON does not have."""
+    """`value` with None in place of numbers that are not finite, which JSON lacks."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

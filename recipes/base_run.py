@@ -1,6 +1,6 @@
-"""What the course of a run is in every task: a folder taken up or begun, signals, checkpoints, an end.
+"""The lifecycle of a run, shared by all tasks: start or resume, signals, checkpoints, summary.
 
-A task's own class says what is trained and how; nothing that the run folder holds is lost, whatever ends the process.
+The class of a task adds what is trained and how. Whatever ends the process, nothing in the run folder is lost.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from zoo.recipes.lock import Lock
 from zoo.recipes.logs import log
 from zoo.recipes.timing import StepTimes
 
-# In what gloo and NCCL say when a process is gone.
+# Parts of the messages of gloo and NCCL about a lost process.
 _LOST = ("gloo", "NCCL", "Connection", "timed out")
-_FEW = 100  # so few validation images make a percentage coarse
-# What a run leaves at its end, in this order.
+_FEW = 100  # with fewer validation images, a percentage is coarse
+# The files that a run writes at its end, in this order.
 _LAST = ("model.safetensors", "summary.json", reading.REPORT)
 
 
 class BaseRun:
-    """One run in its folder.
+    """A run in its folder.
 
     A subclass trains in `train`, calls `save_or_stop` after every update, and ends in `finish`. It fills `progress`
     (`update` counts the steps of the optimizer), `history` (a record per evaluation), `best`.
@@ -51,7 +51,7 @@ class BaseRun:
     Args:
         cfg: The configuration.
         device: Where to train.
-        folder: The run folder; need not exist.
+        folder: The run folder; it does not have to exist.
         write_report: Writes the report into the folder when the run ends; None for no report.
         resume_command: The command that continues the run, if it is not the command of this process.
     """
@@ -72,25 +72,25 @@ class BaseRun:
         self.best: dict[str, Any] = {}
         self.wandb, self.wandb_id = None, None
         self.stop_signal = 0
-        self.damaged = False  # whether last.pt is, and the checkpoint before it was taken up
-        self.changed = ""  # what a continued run's configuration says now, and said before
-        self.effective_batch = 0  # images of an update
-        self.params = 0  # of the model
+        self.damaged = False  # whether last.pt is damaged, so that previous.pt was loaded
+        self.changed = ""  # the settings of a continued run that differ from before
+        self.effective_batch = 0  # images in an update
+        self.params = 0  # parameters of the model
         self.times = StepTimes(device)
-        self.notes: list[str] = []  # what is said before the training is introduced
+        self.notes: list[str] = []  # logged before the plan
 
-    # What a task says about itself.
+    # What a task defines.
 
     def identity(self) -> dict[str, Any]:
-        """What can't change within a run."""
+        """The settings that have to stay the same within a run."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What is needed to continue, besides what `save` adds. All processes are asked."""
+        """The state to continue from, besides what `save` adds. Called in all processes."""
         raise NotImplementedError
 
     def log_plan(self) -> None:
-        """Say what is going to be trained."""
+        """Log what is going to be trained."""
         raise NotImplementedError
 
     def describe_data(self) -> list[str]:
@@ -98,7 +98,7 @@ class BaseRun:
         raise NotImplementedError
 
     def is_complete(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether the training is complete."""
         raise NotImplementedError
 
     def train(self) -> None:
@@ -106,20 +106,20 @@ class BaseRun:
         raise NotImplementedError
 
     def curves(self) -> tuple[str, dict[str, str]]:
-        """The title of the curves, and the names of the scores in them with what people call them."""
+        """The title of the plotted curves, and the titles of the plotted scores by name."""
         raise NotImplementedError
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left behind and return the summary."""
+        """Write the final files and return the summary."""
         raise NotImplementedError
 
-    # Taking up what the folder holds.
+    # Resuming.
 
     def find_checkpoint(self) -> dict[str, Any] | None:
-        """The state to continue from, None for a new run.
+        """The state to continue from; None for a new run.
 
         Raises:
-            RunError: the folder holds another run, or `resume` says otherwise.
+            RunError: The folder holds another run, or the setting `resume` forbids it.
         """
         resume = self.cfg.resume
         if distributed.share(run_checkpoints.has_checkpoint(self.folder)):
@@ -133,7 +133,7 @@ class BaseRun:
         if resume == "must":
             raise RunError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
         if distributed.share((self.folder / "config.yaml").exists()):
-            # A run that ended before its first checkpoint: nothing of it is lost if it begins again.
+            # This run ended before its first checkpoint, so starting over loses nothing.
             before = reading.load_config(self.folder)
             for key in ("task", "model"):
                 if before.get(key) != self.cfg[key]:
@@ -158,19 +158,19 @@ class BaseRun:
         self.changed = ", ".join(changed)
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `save` wrote."""
+        """Load the state that `save` wrote."""
         self.progress, self.history = state["progress"], state["history"]
         self.best, self.wandb_id = state["best"], state.get("wandb")
 
     def unfit(self, error: Exception) -> RunError:
-        """What to say if the weights of a checkpoint can't be taken over."""
+        """The error for a checkpoint whose state can't be loaded."""
         return RunError(
             f"the checkpoint in {self.folder} does not fit these settings ({' '.join(str(error).split())[:200]}): "
             "choose another run=<folder>, or give the settings that it was started with."
         )
 
     def write_history(self) -> None:
-        """Write the curves, and then metrics.jsonl: where that has all lines, the curves are complete."""
+        """Write the curves, then metrics.jsonl: if that file is complete, so are the curves."""
         if self.primary:
             title, scores = self.curves()
             if scores:
@@ -191,18 +191,18 @@ class BaseRun:
             Lock(self.folder).check()
             run_checkpoints.save_checkpoint(self.folder / "last.pt", state)
             if not self.progress["finished"]:
-                # Of a shorter run that this one continues.
+                # These are from the shorter run that this one continues.
                 for name in _LAST:
                     (self.folder / name).unlink(missing_ok=True)
         self.saved_at = time.monotonic()
 
     def resume_hint(self) -> str:
-        """What is left if the run breaks off now, as a sentence."""
+        """A sentence that says which checkpoint is left if the run fails now."""
         if not run_checkpoints.has_checkpoint(self.folder):
             return "There was no checkpoint yet."
         return f"The last good checkpoint is {self.folder / 'last.pt'}."
 
-    # The course.
+    # Lifecycle.
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary."""
@@ -214,7 +214,7 @@ class BaseRun:
             if self.damaged:
                 run_checkpoints.set_aside(self.folder / "last.pt")
             if self.history and not run_folder.has_metrics(self.folder, self.history):
-                self.write_history()  # the run was ended between its checkpoint and these
+                self.write_history()  # the run ended between writing its checkpoint and these
         summary = distributed.share(self._finished_summary())
         if summary is not None:
             if self.changed:
@@ -236,7 +236,7 @@ class BaseRun:
             self.train()
             summary = self.finish()
             if self.stop_signal and self.resume_command:
-                # Another run follows in this process, and shall not.
+                # Another run would follow in this process: prevent that.
                 raise Stopped(f"Stopped. Continue with: {self.resume_command}", self.stop_signal)
             return summary
         except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
@@ -251,7 +251,7 @@ class BaseRun:
                 self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
 
     def _finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a run that ended and left all its files; None if it has to train or to write some of them."""
+        """The summary of a finished run with all its files; None if it has to train on or to write some of them."""
         if not self.progress["finished"] or not self.is_complete():
             return None
         last = [name for name in _LAST if self.write_report or name != reading.REPORT]
@@ -263,11 +263,11 @@ class BaseRun:
         except RunError:
             return None
         whole = isinstance(summary, dict) and isinstance(summary.get("metrics"), dict)
-        # A run that was continued and killed before its end may have the files of the shorter one.
+        # A run that was continued and then killed may have the files of the shorter run.
         return summary if whole and summary.get("updates") == self.progress["update"] else None
 
     def _note_start(self) -> None:
-        """Write `start.json`: what the report of a run can't know later."""
+        """Write `start.json`: what the report needs and can't find out later."""
         chosen, recipe = composition.recipe(self.cfg.task)
         start = {
             "command": composition.command_line(),
@@ -280,7 +280,7 @@ class BaseRun:
         atomic_files.write_json(self.folder / "start.json", start)
 
     def batch(self, accumulate: int, processes: str = "processes") -> str:
-        """The images of an update for people, and what they are made of where that is several passes."""
+        """A phrase for the images in an update, as a product if there are several processes or passes."""
         parts = [f"{self.cfg.trainer.batch_size} images"]
         if distributed.world_size() > 1:
             parts.append(f"{distributed.world_size()} {processes}")
@@ -289,7 +289,7 @@ class BaseRun:
         return f"{self.effective_batch} images an update" + (f" = {' x '.join(parts)}" if len(parts) > 1 else "")
 
     def seconds(self) -> float:
-        """How long the run has taken, over all its processes' lives."""
+        """The seconds that the run has taken, including the time before it was resumed."""
         return self.seconds_before + time.monotonic() - self.started
 
     def reached_max_updates(self) -> bool:
@@ -299,11 +299,11 @@ class BaseRun:
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self.stop_signal == number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked twice: the user means now
+            raise KeyboardInterrupt  # a second Ctrl-C: stop immediately
         self.stop_signal = number
 
     def save_or_stop(self) -> None:
-        """Save if it is time, or if a signal ends the run; all processes do the same."""
+        """Save if it is due; save and stop if a signal arrived. All processes do the same."""
         due = self.primary and time.monotonic() - self.saved_at > 60 * self.cfg.trainer.save_minutes
         stop, save = distributed.total([float(self.stop_signal > 0), float(due)], self.device)
         if stop:
@@ -312,18 +312,18 @@ class BaseRun:
             self.save()
 
     def stop_between_evaluations(self) -> None:
-        """Within an evaluation: end the run if a signal asks for it.
+        """Within an evaluation, stop the run if a signal arrived.
 
-        The state is still that before the evaluation, which a continued run begins again. Several processes have
-        different numbers of batches, and stop after the next update.
+        The state is the one from before the evaluation, which a resumed run repeats. Several processes have different
+        numbers of batches, so they stop after the next update instead.
         """
         if self.stop_signal and distributed.world_size() == 1:
             self.stop()
 
     def stop(self) -> None:
-        """Save and end the run."""
+        """Save and stop the run."""
         self.save()
-        number = self.stop_signal or signal.SIGTERM  # another process may have got it
+        number = self.stop_signal or signal.SIGTERM  # another process may have received it
         raise Stopped(
             f"Stopped by {signal.Signals(number).name} after update {self.progress['update']}, and saved. "
             f"Continue with: {self.resume_command or command_to_resume(self.cfg, self.folder)}",
@@ -331,10 +331,10 @@ class BaseRun:
         )
 
     def note_nonfinite(self) -> None:
-        """An update was left out since its loss was not finite.
+        """Count an update that was skipped because its loss was not finite.
 
         Raises:
-            RunError: one too many in a row.
+            RunError: Too many updates in a row were skipped.
         """
         self.progress["nonfinite"] += 1
         count, limit = self.progress["nonfinite"], self.cfg.trainer.max_nonfinite
@@ -362,7 +362,7 @@ class BaseRun:
             "versions": {"zoo": zoo.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         }
         if self.primary:
-            # The order tells a continued run what is there: each file is newer than those before it.
+            # Each file is newer than those before it: a resumed run relies on this order.
             (self.folder / reading.REPORT).unlink(missing_ok=True)
             atomic_files.write_json(self.folder / "summary.json", summary)
             if self.write_report:
@@ -372,7 +372,7 @@ class BaseRun:
         return summary
 
     def refuse_nonfinite(self, weights: Iterable[torch.Tensor]) -> None:
-        """Raise RunError if one of the final `weights` is not finite: the files are there, but no use."""
+        """Raise RunError if one of the final `weights` is not finite: the files exist, but they are of no use."""
         if not all(bool(weight.isfinite().all()) for weight in weights):
             raise RunError(
                 f"the final weights in {self.folder} are not finite: lower optim.lr or set optim.clip_grad=1, "
@@ -380,7 +380,7 @@ class BaseRun:
             )
 
     def log_next_steps(self, best: str) -> None:
-        """Say which weights are where, and what one may do with them; `best` is the score of the best epoch."""
+        """Log where the weights are and what to do with them; `best` is the score of the best epoch."""
         folder = shlex.quote(str(self.folder))
         where, same = self.best["epoch"] if self.best else None, self.best.get("epoch") == self.history[-1]["epoch"]
         text = f"Weights: {self.folder / 'model.safetensors'}: the last epoch"
@@ -394,7 +394,7 @@ class BaseRun:
             log.info("  zoo-export %s", folder)
 
     def _explained(self, error: Exception) -> RunError | None:
-        """What the user can do about `error`, if that is known."""
+        """An error that says what to do about `error`; None if that is not known."""
         hint = f"{self.resume_hint()} The same command continues from there."
         for cause in causes(error):
             text = " ".join(str(cause).split())[:200]
@@ -413,7 +413,7 @@ class BaseRun:
 
 
 def of_few(images: int) -> str:
-    """For behind a figure: how many images it comes from, if these are a handful."""
+    """The number of images behind a figure, as a suffix; empty unless they are few."""
     return f" of {images} image{'s'[: images != 1]}" if images < _FEW else ""
 
 

@@ -1,4 +1,4 @@
-"""What BatchNorm can't be trained on."""
+"""A check of the input size that BatchNorm needs in training."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import nn
 
 from zoo.recipes.errors import RunError
 
-TOO_FEW = "Expected more than 1 value per channel when training"  # torch's words
+TOO_FEW = "Expected more than 1 value per channel when training"  # part of torch's message
 
 
 def check_batchnorm(model: nn.Module, forward: Callable[[], Any], key: str) -> None:
-    """Refuse one image a pass where a BatchNorm of `model` sees maps of one pixel: a single value has no variance.
+    """Refuse a batch of one image if a BatchNorm of `model` gets a map of one pixel: a single value has no variance.
 
     Args:
-        model: The model, on the CPU; it is as before afterwards.
-        forward: Runs the model on one image of the size of training.
-        key: What sets that size.
+        model: The model, on the CPU; it is left unchanged.
+        forward: Runs the model on one image of the size used in training.
+        key: The setting for that size.
 
     Raises:
-        RunError: there is such a BatchNorm.
+        RunError: There is such a BatchNorm.
     """
     mode = model.training
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -41,7 +41,7 @@ def check_batchnorm(model: nn.Module, forward: Callable[[], Any], key: str) -> N
 
 
 def remedy(key: str) -> str:
-    """What to do about it."""
+    """The message that says what to do."""
     return (
         "trainer.batch_size=1 is too small for this model: its BatchNorm sees a single value of each channel, which "
         f"has no variance. Use trainer.batch_size=2 or more (of as many images), or a larger {key}."

@@ -18,7 +18,7 @@ from zoo.recipes import cli, config
 
 
 def command_line() -> str:
-    """The command line of this process, as one would type it."""
+    """The command line of this process, quoted for a shell."""
     name = Path(sys.argv[0]).name
     if name == "train.py":
         name = "python -m zoo.recipes.train"
@@ -26,11 +26,11 @@ def command_line() -> str:
 
 
 def recipe(task: str) -> tuple[str, dict[str, Any]]:
-    """What was chosen on the command line of this process of `task` and `recipe`, and the settings that these give."""
+    """The words of this process's command line that choose the task and the recipe, and the settings that result."""
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     words = tuple(word for word in words if word.lstrip("+").partition("=")[0] in ("task", "recipe"))
     settings = composed(words)
-    if settings["task"] != task:  # a run that another one starts
+    if settings["task"] != task:  # this run was started by another run
         words = (f"task={task}",)
         settings = composed(words)
     return " ".join(words), settings
@@ -38,7 +38,7 @@ def recipe(task: str) -> tuple[str, dict[str, Any]]:
 
 @cache
 def composed(words: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that these words of a command line give."""
+    """The settings that result from these words of a command line."""
     config.register()
     if GlobalHydra.instance().is_initialized():
         cfg = hydra.compose("config", list(words))

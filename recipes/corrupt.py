@@ -1,4 +1,4 @@
-"""Images that can't be read: skipped, named once each, and too many of them end a run."""
+"""Images that can't be read: they are skipped and logged once each, and too many of them end a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from zoo.recipes.logs import log
 
 
 class CorruptFile(Exception):
-    """An image, or what belongs to it, can't be read; `reason` says why."""
+    """An image or its label can't be read; `reason` says why."""
 
     def __init__(self, path: str | Path, reason: str):
         super().__init__(f"{path} ({reason})")
@@ -21,7 +21,7 @@ class CorruptFile(Exception):
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """What a worker has to tell the user comes without the worker's traceback."""
+    """Strip the traceback of a worker process from its RunError."""
     try:
         yield
     except RunError as error:
@@ -29,41 +29,45 @@ def worker_errors() -> Iterator[None]:
 
 
 class CorruptImages:
-    """What a run could not read so far.
+    """The images that a run could not read so far.
 
     Args:
-        folder: The run folder, for the list of them if there are too many.
+        folder: The run folder, for a list of the images if there are too many.
         limit: data.max_corrupt.
-        names: Those that the run knew before.
+        names: The images that are already known.
     """
 
     def __init__(self, folder: Path, limit: int, names: Iterable[str] = ()):
         self.folder, self.limit = folder, limit
         self.names = set(names)
-        self.known = len(self.names)  # how many of them all processes know of
+        self.known = len(self.names)  # how many of them all processes know
 
     @property
     def news(self) -> int:
-        """How many of them this process alone may know of."""
+        """How many of them only this process may know."""
         return len(self.names) - self.known
 
     def note(self, names: Iterable[str]) -> None:
-        """Say which images were skipped."""
+        """Log which images were skipped."""
         for name in names:
             if name not in self.names:
                 self.names.add(name)
                 log.warning("Skipped a corrupt image: %s", name)
 
     def share(self) -> None:
-        """Let all processes know all of them."""
+        """Exchange the names between all processes."""
         self.names = {name for part in distributed.gather(self.names) for name in part}
         self.known = len(self.names)
 
-    def check(self, news: float, kept: str) -> None:
-        """End the run if there are too many; `news` are those of all processes, `kept` says what is left of the run.
+    def check(self, news: float, hint: str) -> None:
+        """End the run if there are too many corrupt images.
+
+        Args:
+            news: The number of images that `share` has not exchanged yet, over all processes.
+            hint: How to resume the run, for the message.
 
         Raises:
-            RunError: there are; corrupt.txt in the run folder lists them.
+            RunError: There are too many; corrupt.txt in the run folder lists them.
         """
         if self.known + news <= self.limit:
             return
@@ -73,5 +77,5 @@ class CorruptImages:
             atomic_files.write_text(path, "\n".join(names) + "\n")
         raise RunError(
             f"{len(names)} images are corrupt, more than data.max_corrupt={self.limit}; {path} lists them, beginning "
-            f"with {names[0]}: repair or remove them, or raise data.max_corrupt. {kept}"
+            f"with {names[0]}: repair or remove them, or raise data.max_corrupt. {hint}"
         )

@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn as images: the data set of the quickest runs."""
+"""The handwritten digits of scikit-learn as images: the data set of the demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Digits(Dataset):
     """The 1,797 handwritten digits of scikit-learn, 8x8 pixels, as RGB images of 32x32.
 
     Args:
-        training: 1,437 images for training, or the other 360; the same ones always, the same share of every digit.
+        training: Whether to load the 1,437 images for training or the other 360. The split is fixed and stratified.
     """
 
     classes = tuple("0123456789")
@@ -24,7 +24,7 @@ class Digits(Dataset):
         parts = train_test_split(images, targets, test_size=360, random_state=0, stratify=targets)
         images, self.targets = (parts[0], parts[2]) if training else (parts[1], parts[3])
         images = (images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        # Crops are cut at whole pixels, and eight are too few for that.
+        # Crops are cut at whole pixels, and eight pixels are too few for that.
         self.images = [Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC) for image in images]
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The few questions that a training loop asks about its sibling processes. Everything works without any, too."""
+"""Distributed training: devices, ranks, and small exchanges between processes. All of it works in one process too."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from zoo.recipes.errors import RunError
 
 try:
     import resource
-except ImportError:  # Windows, which has no such limits
+except ImportError:  # Windows has no such limits
     resource = None
 
 T = TypeVar("T")
 
 
 def setup(device: str) -> torch.device:
-    """Join the process group that torchrun or SLURM describes, if any, and return this process's device.
+    """Join the process group that torchrun or SLURM describes, if there is one, and return this process's device.
 
     Args:
         device: `auto` (the accelerator if there is one), or a device's name.
 
     Raises:
-        RunError: there is no such device.
+        RunError: There is no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
@@ -40,31 +40,31 @@ def setup(device: str) -> torch.device:
     if kind != "cpu" and (accelerator is None or accelerator.type != kind):
         have = f"cpu or {accelerator.type}" if accelerator else "cpu only"
         raise RunError(f"trainer.device={device}: torch {torch.__version__} finds {have} on this machine.")
-    if is_distributed_env() and dist.is_initialized():  # a second run in the same process
+    if is_distributed_env() and dist.is_initialized():  # this is a second run in the same process
         return torch.device(device)
     return torch.device(init_distributed_device_so(device)["device"])
 
 
 def rank() -> int:
-    """The number of this process."""
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_world_size() -> int:
-    """How many of them share this machine."""
+    """The number of them on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def batches(trainer: TrainerConfig) -> tuple[int, int]:
-    """Forward passes of each process in an update, and images in an update over all processes.
+    """The forward passes of each process in an update, and the images in an update over all processes.
 
     Raises:
-        RunError: trainer.effective_batch_size can't be reached with trainer.batch_size.
+        RunError: trainer.effective_batch_size is not a multiple of trainer.batch_size over all processes.
     """
     per_pass = trainer.batch_size * world_size()
     wanted = trainer.effective_batch_size or per_pass
@@ -77,10 +77,13 @@ def batches(trainer: TrainerConfig) -> tuple[int, int]:
 
 
 def fitted(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]:
-    """`cfg` with an update that `images` training images fill, and what was lowered for that: a sentence, or none.
+    """Lower the batch size until `images` training images fill an update.
+
+    Returns:
+        The configuration, and a sentence that says what was lowered, in a list that is empty if nothing was.
 
     Raises:
-        RunError: there is not one image for each process (with mixup, which pairs them, not two).
+        RunError: There are fewer images than processes (with Mixup, which pairs images, than twice as many).
     """
     trainer, pairs = cfg.trainer, bool(cfg.augment.mixup or cfg.augment.cutmix)
     _, wanted = batches(trainer)
@@ -100,20 +103,20 @@ def fitted(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]:
 
 
 def cores() -> int:
-    """How many cores this process may use; macOS and Windows only tell how many there are."""
+    """The number of CPU cores that this process may use; on macOS and Windows, of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spare_cores() -> int:
-    """How many processes may load images for this one: its share of the cores, at most eight."""
+    """The number of workers to load images with: this process's share of the cores, at most eight."""
     return min(8, max(1, cores() // local_world_size()))
 
 
 def check_open_files(workers: int) -> int:
-    """`workers`, if as many files may be open as so many processes that load images for training and evaluation take.
+    """Return `workers` after raising the limit of open files to what the workers of training and evaluation need.
 
     Raises:
-        RunError: they may not.
+        RunError: The limit can't be raised that far.
     """
     if resource is None:
         return workers
@@ -136,7 +139,7 @@ def leave() -> None:
 
 
 def share(value: Any) -> Any:
-    """The first process's `value`, in every process."""
+    """Return the first process's `value` in every process."""
     if world_size() == 1:
         return value
     box = [value]
@@ -145,10 +148,10 @@ def share(value: Any) -> Any:
 
 
 def first(action: Callable[[], T]) -> T:
-    """What `action` gives in the first process, in every process.
+    """Call `action` in the first process, and return its result in every process.
 
     Raises:
-        RunError: it fails there; the other processes end without a word.
+        RunError: The call fails; the other processes end without a message.
     """
     if rank():
         done, value = share(None)
@@ -165,7 +168,7 @@ def first(action: Callable[[], T]) -> T:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's `value`, in every process."""
+    """Return every process's `value` in every process."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -183,6 +186,6 @@ def total(values: list[float], device: torch.device) -> list[float]:
 
 
 def average_batchnorm(module: nn.Module) -> None:
-    """Give BatchNorm the same running statistics in every process: their mean."""
+    """Average the running statistics of BatchNorm over all processes."""
     if world_size() > 1:
         distribute_bn(module, world_size(), reduce=True)

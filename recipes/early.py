@@ -1,4 +1,4 @@
-"""What can be known to be wrong without torch and timm, whose import takes seconds."""
+"""Checks before torch and timm are imported, which takes seconds: what is wrong is said at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.messages import similar_path, unknown_model
 from zoo.recipes.errors import RunError
 from zoo.recipes.tasks import TASKS
 
-# Keys that name something below data.root, or anywhere.
+# Keys that name a file or folder below data.root, or anywhere.
 _BELOW_ROOT = (
     *("data.class_map", "data.train_ann", "data.val_ann"),
     *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
@@ -22,16 +22,16 @@ _BELOW_ROOT = (
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a task, a model, data or weights that are not there; of a run's own, only what `cfg` says of them.
+    """Refuse a task, a model, data or weights that do not exist.
 
     Raises:
-        RunError: names the key, its value, and what may have been meant.
+        RunError: The message names the key, its value, and what may have been meant.
     """
     if cfg.task not in TASKS:
         raise RunError(f"task={cfg.task} is not allowed: it has to be {', '.join(TASKS)}.")
     check_model(cfg.model)
     root = Path(cfg.data.root) if cfg.data.root else None
-    if cfg.data.name in ("", "coco", "masks"):  # others are made or downloaded where there is no folder
+    if cfg.data.name in ("", "coco", "masks"):  # other data sets are generated or downloaded if there is no folder
         if not root:
             raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
         if not os.path.exists(root):
@@ -48,10 +48,10 @@ def check(cfg: DictConfig) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Refuse what is no run folder.
+    """Refuse what is not a run folder.
 
     Raises:
-        RunError: says what may have been meant.
+        RunError: The message says what may have been meant.
     """
     if not os.path.exists(folder):
         raise RunError(f"there is no run folder {folder}{similar_path(folder)}")
@@ -60,10 +60,10 @@ def check_run(folder: Path) -> None:
 
 
 def check_folder(folder: Path, what: str) -> None:
-    """Refuse a folder that can't be made or written to.
+    """Refuse a folder that can't be created or written to; `what` names it in messages.
 
     Raises:
-        RunError: says what stands in the way.
+        RunError: The message says why.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
@@ -73,24 +73,24 @@ def check_folder(folder: Path, what: str) -> None:
 
 
 def check_model(name: str) -> None:
-    """Refuse the name of a model that stands in no source of timm's or the zoo's.
+    """Refuse the name of a model that is not in the source code of timm or the zoo.
 
-    A model is a function of its name, so that reading is enough; timm itself looks again, and at the tag.
+    A model is a function of its name, so that reading the code is enough; timm checks the name again, and the tag.
 
     Raises:
-        RunError: with the nearest name.
+        RunError: The message has the nearest name.
     """
     model = name.partition(".")[0]
-    if ":" in name:  # a folder, or a place at Hugging Face
+    if ":" in name:  # a folder, or a repository at Hugging Face
         return
     names, sources = _models()
-    if not model or (model not in names and f"'{model}'" not in sources):  # a former name stands in quotes
+    if not model or (model not in names and f"'{model}'" not in sources):  # former names are quoted in timm's code
         raise RunError(unknown_model(model, names))
 
 
 @cache
 def _models() -> tuple[list[str], str]:
-    """The models of timm and the zoo, and the sources in which they stand."""
+    """The names of the models of timm and the zoo, and the source code that defines them."""
     sources = "\n".join(
         file.read_text(encoding="utf-8")
         for package, folder in (("timm", "models"), ("zoo", ""))

@@ -1,4 +1,4 @@
-"""zoo-eval: how good a run's model is, or a classifier by name.
+"""zoo-eval: evaluate the model of a run, or a classifier by name.
 
 zoo-eval runs/<folder>                             the run's model on its validation images
 zoo-eval runs/<folder> checkpoint=best data=imagefolder data.root=/data/pets/test per_class=true
@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from zoo.recipes import cli, config, early, reading, report, tasks
 
-# Keys and groups of training, which say nothing to an evaluation.
+# Keys and groups of training, which do not affect an evaluation.
 _OF_TRAINING = (
     *("augment", "optim", "schedule", "log", "recipe", "resume", "trainer", "dense", "mm", "published"),
     *("data.train_", "data.num_samples", "data.max_corrupt"),

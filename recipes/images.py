@@ -1,20 +1,20 @@
-"""The one reader of images, for every task: 8 bits a channel, upright, with as many channels as a model takes.
+"""The image reader of all tasks: 8 bits per channel, upright, with the number of channels that the model takes.
 
-| what a file holds                   | what a model gets                                                   |
+| in the file                         | for the model                                                       |
 |-------------------------------------|---------------------------------------------------------------------|
-| 8 bits a channel                    | the same numbers                                                    |
-| 16 bits a channel                   | the higher 8 (the number divided by 256)                            |
+| 8 bits per channel                  | the same numbers                                                    |
+| 16 bits per channel                 | the higher 8 (the number divided by 256)                            |
 | 1, 2 or 4 bits of grey              | black is 0 and white 255                                            |
 | floating-point grey                 | 0 to 1 becomes 0 to 255; more than 1, up to 255, stays as it is     |
 | 32-bit or signed integers           | 0 to 255 stay as they are                                           |
-| floats or such integers beyond that | refused: nothing says which number is white                         |
+| floats or such integers beyond that | refused: it is unknown which number is white                        |
 | a palette, CMYK, YCbCr, LAB         | converted to RGB                                                    |
 | transparency                        | kept for four channels (RGBA), otherwise dropped, colours unchanged |
 | grey, for three channels            | the same number three times                                         |
 | colours, for one channel            | luma: 0.299 red + 0.587 green + 0.114 blue                          |
 | several images (GIF, TIFF)          | the first                                                           |
 
-An image is turned as its EXIF orientation says, in every format that has one (JPEG, PNG, TIFF, WebP).
+Images are rotated by their EXIF orientation, in every format that has one (JPEG, PNG, TIFF, WebP).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
-# Endings of the files that are taken for images in a folder.
+# Endings of the files in a folder that count as images.
 ENDINGS = frozenset({".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
-# Mode of an image by its number of channels.
+# Pillow's mode for each number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-MAX_PIXELS = 178_956_970  # where Pillow refuses
+MAX_PIXELS = 178_956_970  # Pillow's limit for errors
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is one limit, max_pixels
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the only limit
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,62 +48,62 @@ _TURNS = {
 
 
 class ImageError(ValueError):
-    """A file holds no image that can be used; the message says why."""
+    """A file has no usable image; the message says why."""
 
 
 def open_image(file: str | Path | BinaryIO, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read an image.
 
     Args:
-        file: A path, or a file that is open for reading bytes.
+        file: A path, or a binary file that is open for reading.
         channels: 1, 3 or 4.
-        max_pixels: Images of more pixels are refused: a small file can claim more than the memory holds.
+        max_pixels: Images of more pixels are refused: a small file can claim to be larger than the memory.
 
     Returns:
         An image of the mode L, RGB or RGBA.
 
     Raises:
-        ImageError: the file holds no image that can be used.
-        OSError: the file can't be opened.
+        ImageError: The file has no usable image.
+        OSError: The file can't be opened.
     """
     with _opened(file, max_pixels) as image:
         return as_read(image, channels)
 
 
 def image_size(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of what `open_image` gives, mostly without decoding it; raises what it raises."""
+    """Width and height of the image that `open_image` returns, usually without decoding it; raises the same."""
     with _opened(file, max_pixels) as image:
         width, height = image.size
-        # Pillow turns TIFFs itself; to find a PNG's orientation it decodes it.
+        # Pillow rotates TIFFs itself, and decodes a PNG to find its orientation.
         turned = image.format != "TIFF" and width != height and _orientation(image) >= 5
         return (height, width) if turned else (width, height)
 
 
 def as_read(image: Image.Image, channels: int) -> Image.Image:
-    """What `open_image` gives, from an image of any mode that another reader opened.
+    """Convert an image of any mode that another reader opened to what `open_image` returns.
 
     Raises:
-        ImageError: nothing says which of its numbers is white.
+        ImageError: It is unknown which of its numbers is white.
     """
-    image.load()  # turns a TIFF
+    image.load()  # rotates a TIFF
     turn = _TURNS.get(_orientation(image))
     image = _with_channels(image, channels)
     if turn is not None:
         image = image.transpose(turn)
-        image.info = {}  # it would be turned again where this is called twice
+        image.info = {}  # otherwise it would be rotated again if this is called twice
     return image
 
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:
     mode = MODES[channels]
     image = _eight_bits(image)
-    if image.mode in ("La", "RGBa"):  # colours that are multiplied by the transparency
+    if image.mode in ("La", "RGBa"):  # premultiplied alpha
         image = image.convert(image.mode.upper())
     elif image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     if image.mode != mode:
-        # Not every mode can be made every other one, but these two can.
+        # Pillow converts every mode to these two, but not every mode to every other.
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     return image if image.mode == mode else image.convert(mode)
 
@@ -115,7 +115,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         return image
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if not 0 <= low <= high <= 255:  # NaN is neither
+    if not 0 <= low <= high <= 255:  # also false for NaN
         raise ImageError(
             f"its numbers go from {low:g} to {high:g} and nothing says which is white: save it with 8 or 16 bits, or "
             "as floats from 0 to 1"
@@ -126,18 +126,18 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8, where 1 is upright."""
+    """The EXIF orientation, 1 to 8; 1 is upright."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data raise anything; the image is none the worse for it
+    except Exception:  # damaged EXIF data raise anything, but the image can still be used
         return 1
     return value if value in range(1, 9) else 1
 
 
 @contextmanager
 def _opened(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
-    """Pillow's image; whatever it raises for what a file holds is an ImageError."""
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow itself refuses twice as many, wherever it meets them
+    """Pillow's image; an error about the content of the file becomes an ImageError."""
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow itself refuses twice as many, also within formats
     try:
         with Image.open(file) as image:
             if image.width * image.height > max_pixels:

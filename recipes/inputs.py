@@ -1,5 +1,4 @@
-"""The images that a command line names, read one after another: what is no image is named and left out, and the rest
-goes on."""
+"""The images that a command line names, read one after another; files that are not images are logged and left out."""
 
 from __future__ import annotations
 
@@ -19,14 +18,14 @@ from zoo.recipes.errors import RunError
 
 log = logging.getLogger("zoo")
 ENDINGS = images.ENDINGS | {".gif"}
-_LONGEST_NAME = 200  # bytes; file systems have 255, and an ending and what makes a name unique come on top
-# Resized to a model's size, the long side of anything narrower takes more memory than there is.
+_LONGEST_NAME = 200  # bytes; file systems allow 255, which have to hold an ending and a number too
+# The aspect ratio beyond which an image is refused: resized to a model's size, its long side would fill the memory.
 _MOST_NARROW = 200
 
 
 @dataclass(frozen=True)
 class Input:
-    """An image file, and its name below an output folder; no two of a command have the same but for the ending."""
+    """An image file, and its name below an output folder; names are unique even without their endings."""
 
     path: Path
     name: Path
@@ -37,15 +36,15 @@ class Inputs:
 
     Args:
         paths: Files and folders.
-        out: The output folder. What lies below it is left out of the folder around it.
+        out: The output folder. Files below it are left out if it is inside one of `paths`.
 
     Attributes:
-        found: The images.
-        unread: What turned out to be none.
-        failed: Images that the model could not take.
+        found: The image files.
+        unread: Those that can't be read as images.
+        failed: Images on which the model failed.
 
     Raises:
-        RunError: a path does not exist, or a folder has no images.
+        RunError: A path does not exist, or a folder has no images.
     """
 
     def __init__(self, paths: Sequence[Path], out: Path):
@@ -81,10 +80,10 @@ class Inputs:
         log.warning("The folder %s can't be read (%s).", shown(error.filename), error.strerror)
 
     def protect(self, targets: Iterable[Path]) -> None:
-        """Refuse to write over an image.
+        """Refuse to overwrite an image.
 
         Raises:
-            RunError: one of `targets` is an image of the command.
+            RunError: One of `targets` is an image of the command.
         """
         sources = {os.path.realpath(item.path) for item in self.found}
         for target in targets:
@@ -92,7 +91,7 @@ class Inputs:
                 raise RunError(f"the image {shown(target)} would be written over: give another output folder.")
 
     def read(self, channels: int, max_pixels: int, advance: Callable[[], None]) -> Iterator[tuple[Input, Image.Image]]:
-        """The images that can be read, upright, with so many channels; `advance` is called after each file."""
+        """Yield the images that can be read, upright, with `channels` channels; `advance` is called after each file."""
         for item in self.found:
             try:
                 image = _open(item.path, channels, max_pixels)
@@ -105,16 +104,16 @@ class Inputs:
             advance()
 
     def fail(self, item: Input, error: BaseException) -> None:
-        """Leave out an image on which the model, or what comes before and after it, raised `error`."""
+        """Leave out an image on which the model, its transform or its output raised `error`."""
         self.failed.append(item.path)
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         log.warning("%s is left out: the model can't take it (%s).", shown(item.path), reason)
 
     def conclude(self) -> None:
-        """Say at the end that something was left out.
+        """Check at the end that nothing was left out.
 
         Raises:
-            RunError: if it was.
+            RunError: Something was.
         """
         kinds = ((self.unread, "can't be read as images"), (self.failed, "are images that the model can't take"))
         parts = [
@@ -127,7 +126,7 @@ class Inputs:
 
 
 def _open(path: Path, channels: int, max_pixels: int) -> Image.Image:
-    """An image; a pipe or a device, which could keep one waiting for ever, is none."""
+    """Open an image; a pipe or a device, which could block for ever, is refused."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise images.ImageError("it is no regular file")
     image = images.open_image(path, channels, max_pixels)
@@ -138,25 +137,25 @@ def _open(path: Path, channels: int, max_pixels: int) -> Image.Image:
 
 
 def _unique(name: Path, taken: set[str], folders: set[str]) -> Path:
-    """`name`, or what it is called where something else has that name, such as an image with another ending."""
-    if name.parts[0].casefold() == "labels":  # where a segmentor's labels are written
+    """`name`, changed if it is taken, for example by an image with another ending."""
+    if name.parts[0].casefold() == "labels":  # a segmentor writes its labels there
         name = Path("labels_", *name.parts[1:])
     stem, ending = name.stem, name.suffix
     if len(os.fsencode(stem)) > _LONGEST_NAME:
         stem = os.fsencode(stem)[:_LONGEST_NAME].decode("utf-8", "ignore")
     for candidate in chain([stem, f"{stem}_{ending[1:]}"], (f"{stem}_{ending[1:]}_{number}" for number in count(2))):
-        key = str(name.with_name(candidate)).casefold()  # some file systems don't tell capitals from small letters
+        key = str(name.with_name(candidate)).casefold()  # some file systems ignore case
         if key not in taken and f"{key}.png" not in folders:
             taken.add(key)
             return name.with_name(candidate + ending)
-    raise AssertionError("there are numbers enough")
+    raise AssertionError("unreachable: the candidates never end")
 
 
 def as_text(text: str | Path) -> str:
-    """A path, or a class's name, as text that any file can hold: what is no Unicode is written out."""
+    """A path or the name of a class as text that any file can hold; bytes that are not Unicode are escaped."""
     return str(text).encode(errors="backslashreplace").decode()
 
 
 def shown(text: str | Path) -> str:
-    """The same for people: what can't be printed, such as a newline, is written out too."""
+    """The same for messages: characters that can't be printed, such as newlines, are escaped too."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in as_text(text))

@@ -1,4 +1,4 @@
-"""One writer at a time for a folder: a lock file, which the successor of a dead owner takes over."""
+"""A lock file that lets one run at a time write to a folder; the lock of a dead process is taken over."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from typing import Any
 from zoo.recipes.errors import RunError
 
 NAME = ".lock"
-BEAT = 15.0  # seconds between two signs of life
-SILENCE = 90.0  # seconds after which an owner elsewhere is dead; NFS may show a sign of life 60 s late
-_WRITING = 10.0  # the same for a file that names no owner: it is written at once after it is made
-_ANCIENT = 3600.0  # so old is nothing of a living owner, whatever the clocks of two machines say
+BEAT = 15.0  # seconds between two touches of the file
+SILENCE = 90.0  # seconds without a touch after which an owner elsewhere is dead; NFS may show one 60 s late
+_WRITING = 10.0  # the same for a file that names no owner, which is written right after it is created
+_ANCIENT = 3600.0  # a file this old has no living owner, even if the clocks of two machines differ
 
 
 class Lock:
     """The right to write to a folder, from `acquire` to `release`.
 
-    The file .lock names its owner: machine, process, when that began, command. On the owner's machine these tell
-    whether it lives. From other machines (a network's file system) nothing can be asked but whether the owner still
-    touches the file, which it does every 15 s: one that doesn't for 90 s is dead. All processes of a run are one
-    owner; the first acquires.
+    The file .lock names its owner: machine, process, start time, command. On the owner's machine these tell whether
+    the owner is alive. Other machines, which share a network file system, can only see whether the owner still touches
+    the file, which it does every 15 s: after 90 s without a touch it counts as dead. All processes of a run are one
+    owner; the first one acquires the lock.
 
     Args:
-        folder: The folder, which exists.
-        key: What the user sets to choose another.
+        folder: The folder, which has to exist.
+        key: The setting that chooses another folder, for messages.
     """
 
     def __init__(self, folder: Path, key: str = "run"):
@@ -51,17 +51,17 @@ class Lock:
         self._ended = threading.Event()
 
     def acquire(self) -> None:
-        """Take the folder, and remove what dead processes were writing there.
+        """Lock the folder, and remove the unfinished files of dead processes.
 
         Raises:
-            RunError: another process has it.
-            OSError: the folder can't be written to.
+            RunError: Another process has the lock.
+            OSError: The folder can't be written to.
         """
         dead = None
         while not self._create():
             text = self._read()
             if text is None:
-                continue  # it was released just now
+                continue  # it has just been released
             owner = _parse(text)
             if self._lives(owner, text):
                 raise RunError(self._in_use(owner))
@@ -73,10 +73,10 @@ class Lock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def check(self) -> None:
-        """Make sure that this process is still the owner.
+        """Check that this process is still the owner.
 
         Raises:
-            RunError: another one has taken the folder over, which did not see this one's signs of life.
+            RunError: Another process has taken over the lock, because it did not see that this one is alive.
         """
         text = self._read()
         if text is not None and not self._own(text):
@@ -85,7 +85,7 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Release the lock."""
         self._ended.set()
         text = self._read()
         if text is not None and self._own(text):
@@ -103,7 +103,7 @@ class Lock:
         return True
 
     def _read(self) -> str | None:
-        """What the file holds, None if there is none."""
+        """The content of the file; None if there is no file."""
         try:
             return self.path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
@@ -113,7 +113,7 @@ class Lock:
         return _parse(text) == self.owner
 
     def _remove(self, text: str) -> None:
-        """Remove the file if it still holds `text`: another process may be taking over, too."""
+        """Remove the file if its content is still `text`: another process may be taking over too."""
         aside = temporary(self.path)
         with suppress(FileNotFoundError):
             os.replace(self.path, aside)
@@ -122,11 +122,11 @@ class Lock:
             aside.unlink(missing_ok=True)
 
     def _lives(self, owner: dict[str, Any] | None, text: str) -> bool:
-        """Whether the owner that the file names lives; of one elsewhere, that may take 90 s."""
+        """Whether the owner that the file names is alive; for an owner elsewhere, that may take 90 s to find out."""
         if owner and owner["machine"] == self.owner["machine"]:
             now = _started(owner["pid"])
             if now is None or now != owner["started"]:
-                return False  # another process has its number now
+                return False  # its process id belongs to another process now
             if now:
                 return True
         first = self._touched()
@@ -142,9 +142,9 @@ class Lock:
         return False
 
     def _touched(self) -> float | None:
-        """When the file was last touched, None if there is none."""
+        """When the file was last touched; None if there is no file."""
         try:
-            with open(self.path, "rb") as file:  # NFS asks its server on opening, not for a mere stat
+            with open(self.path, "rb") as file:  # NFS asks its server when a file is opened, but not for a stat
                 return os.fstat(file.fileno()).st_mtime
         except FileNotFoundError:
             return None
@@ -168,12 +168,12 @@ class Lock:
 
 
 def temporary(path: Path) -> Path:
-    """The name under which this process writes what is to become `path`; no other process's."""
+    """The name under which this process, and no other, writes a file before it is renamed to `path`."""
     return path.with_name(f".{path.name[:40]}.{_short(_machine())}-{os.getpid()}.tmp")
 
 
 def _left_over(path: Path, dead: dict[str, Any] | None) -> bool:
-    """Whether a `temporary` file is that of a process which is gone; `dead` is one that surely is."""
+    """Whether a `temporary` file belongs to a dead process; `dead` is an owner that is known to be dead."""
     found = re.fullmatch(r"\..+\.([0-9a-f]{8})-([0-9]+)\.tmp", path.name)
     if found:
         machine, pid = found[1], int(found[2])
@@ -188,7 +188,7 @@ def _left_over(path: Path, dead: dict[str, Any] | None) -> bool:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """The owner that a lock file names, None if it names none."""
+    """The owner that a lock file names; None if it names none."""
     kinds = {"host": str, "machine": str, "pid": int, "started": str, "command": str}
     try:
         owner = json.loads(text)
@@ -199,7 +199,7 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 
 def _machine() -> str:
-    """What tells this machine from others, since it was started; containers count by themselves."""
+    """An identity of this machine since its last boot; each container has its own."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -213,9 +213,9 @@ def _short(machine: str) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a living process of this machine began, "" where the system does not tell; None if there is none."""
+    """When a process of this machine started; "" if the system does not tell, None if no such process is alive."""
     try:
-        # The name in brackets may hold anything.
+        # The name in brackets may contain anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]
     except FileNotFoundError:

@@ -19,7 +19,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def start_log(folder: Path | None, primary: bool) -> None:
-    """Print the log of the first process, and append it to `train.log` in `folder` too; others print warnings only."""
+    """Print the log, and append it to `train.log` in `folder`; processes other than the primary print warnings only."""
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()

@@ -1,4 +1,4 @@
-"""Diagrams drawn with Matplotlib."""
+"""Plots drawn with Matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(**settings: Any) -> Figure:
-    """A figure of Matplotlib's that draws names as they are: dollar signs in them are no formulas."""
+    """A Matplotlib figure that draws names literally: dollar signs in them do not start formulas."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -21,14 +21,14 @@ def new_figure(**settings: Any) -> Figure:
 
 
 def plot_curves(path: Path, history: list[dict[str, Any]], title: str, scores: dict[str, str]) -> None:
-    """Draw loss, scores and learning rate over the epochs.
+    """Plot loss, scores and learning rate over the epochs.
 
     Args:
-        path: The picture.
-        history: A record per epoch: `epoch`, `lr`, and what there is of `train_loss`, `val_loss`, `train_<score>`,
+        path: The PNG to write.
+        history: A record per epoch: `epoch`, `lr`, and any of `train_loss`, `val_loss`, `train_<score>`,
             `val_<score>`.
-        title: Of the picture.
-        scores: The names of the scores, in percent, and how to call them; the best of the first one is marked.
+        title: The title of the figure.
+        scores: The titles of the scores, which are in percent, by name; the best value of the first one is marked.
     """
     from matplotlib.ticker import MaxNLocator
 

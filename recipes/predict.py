@@ -46,7 +46,7 @@ _KEYS = [item.name for item in fields(PredictConfig)]
 
 
 def main() -> None:
-    """Read the command line and predict."""
+    """Parse the command line and predict."""
     words = sys.argv[1:]
     cli.begin()
     cli.show_help(_print_help, needs_words=True)
@@ -61,7 +61,7 @@ def main() -> None:
         from zoo.recipes import logs
 
         logs.start_log(None, True)
-        logs.console.on_broken_pipe = discard_output  # what is written does not depend on what is read
+        logs.console.on_broken_pipe = discard_output  # the files are written even if nothing reads the output
         name = reading.load_config(Path(cfg.run)).get("task", "classify")
         tasks.load(name, "predict").predict(cfg, inputs, out)
 
@@ -73,10 +73,10 @@ def _print_help() -> None:
 
 
 def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
-    """The settings, the images (files and folders) and the output folder that the words of a command line name.
+    """Parse the words of a command line into settings, images (files and folders) and the output folder.
 
     Raises:
-        RunError: they do not fit.
+        RunError: A word can't be used; the message says why.
     """
     cfg, paths = OmegaConf.structured(PredictConfig), []
     for word in words:

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar on a terminal, plain lines elsewhere."""
+"""Progress of training and of other long work: a bar on a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Shows the epochs of a run; a context manager.
+    """Shows the progress of a run; a context manager.
 
     Args:
-        shown: Whether this process shows anything at all.
-        epochs: How many there are.
-        updates: Updates in each.
-        every: Where there is no terminal, one line every so many updates.
-        done: Updates of the whole run that are done already.
-        last: The update that ends the run, if not the last one of the last epoch.
+        shown: Whether this process shows anything.
+        epochs: The number of epochs.
+        updates: Updates in an epoch.
+        every: Without a terminal, log a line after this number of updates.
+        done: Updates of the whole run that are already done.
+        last: The update that ends the run; None for the last one of the last epoch.
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class Progress:
         self.task = self.bar.add_task(description, total=total, completed=completed, note="")
 
     def start_epoch(self, epoch: int, done: int) -> None:
-        """Epoch number `epoch`, from 0, begins or goes on after `done` updates."""
+        """Begin epoch number `epoch`, from 0, or continue it after `done` updates."""
         self.start(f"epoch {epoch + 1}/{self.epochs}", done)
 
     def start(self, title: str, done: int) -> None:
-        """Training begins or goes on after `done` updates."""
+        """Begin training, or continue it after `done` updates."""
         self.done, self.images = done, 0
         self.title = title
         self._start(title, self.updates, done)
 
     def advance(self, note: str, lr: float, images: int) -> None:
-        """One update is done, on so many images; `note` says how it goes."""
+        """Show that one update on `images` images is done; `note` has the current figures."""
         self.done += 1
         note += self._remaining()
         if self.bar.disable:
@@ -75,13 +75,13 @@ class Progress:
                 log.info("%s, update %d/%d: %s, lr %.2e", self.title, self.done, self.updates, note, lr)
             return
         elapsed = self.bar.tasks[-1].elapsed or 0.0
-        if elapsed > 1:  # what came before is no measure of the speed
+        if elapsed > 1:  # the first second does not tell the speed
             note += f"  {self.images / elapsed:.0f} images/s"
         self.images += images
         self.bar.update(self.task, advance=1, note=note)
 
     def _remaining(self) -> str:
-        """How long the whole run will go on, evaluations included, by this process's time for an update so far."""
+        """The time left for the whole run, evaluations included, from the time per update of this process so far."""
         self.left -= 1
         if self.begun is None:  # the first update waits for workers and compilers
             self.begun = time.monotonic()
@@ -92,16 +92,16 @@ class Progress:
         return f"  {hours}:{minutes:02d}:{seconds % 60:02d} left"
 
     def start_evaluation(self, batches: int | None) -> None:
-        """Evaluation of `batches` batches begins."""
+        """Begin an evaluation of `batches` batches; None if their number is unknown."""
         self._start(f"{self.title} evaluation".lstrip(), batches)
 
     def advance_evaluation(self) -> None:
-        """One batch is evaluated."""
+        """Show that one batch is evaluated."""
         self.bar.advance(self.task)
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Yield `items`; on a terminal, a bar shows how far it is once two seconds have passed."""
+    """Yield `items`; after two seconds, a terminal shows a progress bar."""
     columns = (
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),

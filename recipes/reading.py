@@ -1,6 +1,6 @@
-"""What a run folder holds, read as plain values of the types that the commands write, whoever wrote it.
+"""Reading the files of a run folder, which may come from anyone: plain values of the types that the commands write.
 
-Nothing in such a file is resolved, called or followed; what does not fit ends in one sentence.
+Nothing in such a file is resolved, called or followed; anything unexpected is refused in one sentence.
 """
 
 import os
@@ -20,7 +20,7 @@ from zoo.recipes.errors import RunError
 from zoo.recipes.files import parse_json, read_json, read_text
 from zoo.recipes.tasks import TASKS
 
-REPORT = "report.html"  # the page on a run, or on an evaluation, in its folder
+REPORT = "report.html"  # the report of a run or an evaluation, in its folder
 
 _DEEPEST = 40  # levels of a config.yaml
 _LARGEST = 200_000  # bytes of it
@@ -28,7 +28,7 @@ _NAMES = {float: "a number", int: "a whole number", str: "a text", list: "a list
 
 
 class Epoch(TypedDict, total=False):
-    """A line of metrics.jsonl; scores and losses besides."""
+    """A line of metrics.jsonl, which also has scores and losses."""
 
     epoch: Required[float]
     update: Required[float]
@@ -88,7 +88,7 @@ class _Identity(TypedDict, total=False):
 
 
 class Checkpoint(TypedDict, total=False):
-    """last.pt, but for the state of training."""
+    """last.pt without the state of the training."""
 
     progress: Required[_Progress]
     history: Required[list[dict[str, Any]]]
@@ -109,10 +109,10 @@ class Classes(TypedDict):
 
 
 def load_config(folder: Path) -> DictConfig:
-    """The configuration of a run, in which `${...}` is text.
+    """The configuration of a run, in which `${...}` is plain text.
 
     Raises:
-        RunError: `folder` is not a run's, or its config.yaml holds something else than plain values for known keys.
+        RunError: `folder` is not a run folder, or its config.yaml has anything but plain values for known keys.
     """
     path = folder / "config.yaml"
     if not os.path.isdir(folder):
@@ -129,7 +129,7 @@ def load_config(folder: Path) -> DictConfig:
         if not isinstance(content, DictConfig):
             raise RunError(f"{path} is not the configuration of a run: it names no task and model.")
         known = OmegaConf.merge(OmegaConf.structured(Config), _known(content, Config))
-        OmegaConf.to_container(known, resolve=True)  # where a number is due, a text in place of it is found now
+        OmegaConf.to_container(known, resolve=True)  # finds a text where a number is needed
         if known.task not in TASKS or not content.get("model"):
             raise RunError(f"{path} is not the configuration of a run: it names no task and model.")
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
@@ -141,7 +141,7 @@ def load_config(folder: Path) -> DictConfig:
 
 
 def _check_plain(path: Path, text: str) -> None:
-    """Refuse YAML that is more than nested lists and mappings of plain values."""
+    """Refuse YAML other than nested lists and mappings of plain values."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
@@ -163,7 +163,7 @@ def _literal(value: Any) -> Any:
 
 
 def _known(content: DictConfig, schema: type) -> dict[str, Any]:
-    """The part of `content` that `schema` has keys for: a run of another version may have others."""
+    """The part of `content` whose keys are in `schema`: a run of another version may have other keys."""
     found = {}
     for item in fields(schema):
         if item.name in content:
@@ -174,23 +174,23 @@ def _known(content: DictConfig, schema: type) -> dict[str, Any]:
 
 
 def load(path: Path, kind: type) -> Any:
-    """The content of a JSON file, None if there is no such file; numbers that are not finite become None.
+    """The content of a JSON file; None if there is no such file. Numbers that are not finite become None.
 
     Args:
         path: The file.
-        kind: What it holds: one of the types of this module.
+        kind: The type of its content: one of this module.
 
     Raises:
-        RunError: it can't be read, or holds something else.
+        RunError: It can't be read, or its content is of another type.
     """
     return check(_finite(read_json(path)), kind, path) if os.path.exists(path) else None
 
 
 def load_history(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file.
+    """The lines of a run's metrics.jsonl; empty if there is no such file.
 
     Raises:
-        RunError: it can't be read, or holds something else.
+        RunError: It can't be read, or its content is of another type.
     """
     path, found = folder / "metrics.jsonl", []
     for number, line in enumerate(read_text(path).split("\n") if os.path.exists(path) else (), 1):
@@ -202,10 +202,10 @@ def load_history(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_classes(folder: Path) -> Classes | None:
-    """The content of classes.json, whose parts fit together; None if there is no such file.
+    """The content of classes.json, whose lists fit together; None if there is no such file.
 
     Raises:
-        RunError: it can't be read, or holds something else.
+        RunError: It can't be read, or its content is of another type.
     """
     found = load(folder / "classes.json", Classes)
     if found:
@@ -219,10 +219,10 @@ def load_classes(folder: Path) -> Classes | None:
 
 
 def check(content: Any, kind: type, source: Any) -> Any:
-    """`content`, if it is of the type `kind`.
+    """Return `content` if it is of the type `kind`.
 
     Raises:
-        RunError: it is not; the message begins with `source`.
+        RunError: It is not; the message begins with `source`.
     """
     if wrong := _misfit(content, kind, ""):
         raise RunError(f"{source} is not what zoo writes: {wrong}; repair it, or delete it and do without.")
@@ -231,18 +231,18 @@ def check(content: Any, kind: type, source: Any) -> Any:
 
 def _finite(value: Any, depth: int = 0) -> Any:
     if depth > _DEEPEST:
-        return None  # too deep to be anything of ours
+        return None  # too deep to be written by zoo
     if isinstance(value, dict):
         return {key: _finite(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item, depth + 1) for item in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return value if abs(value) < 1e100 else None  # NaN compares false
+        return value if abs(value) < 1e100 else None  # comparisons with NaN are false
     return value
 
 
 def _misfit(value: Any, kind: Any, where: str) -> str | None:
-    """What about `value` is not of the type `kind`, None if it is."""
+    """What part of `value` is not of the type `kind`; None if all is."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return None

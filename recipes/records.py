@@ -12,10 +12,10 @@ from zoo.recipes.logs import log
 
 
 def start_wandb(folder: Path, cfg: DictConfig, run_id: str | None) -> Any:
-    """Start (or continue, with its id) the run's record at Weights & Biases; None where it is disabled.
+    """Start the run's record at Weights & Biases, or resume it by its id; None if it is disabled.
 
     Raises:
-        RunError: it can't start, and `log.wandb=online` asked for it.
+        RunError: It can't start, and `log.wandb=online` asks for it.
     """
     if cfg.log.wandb == "disabled":
         return None
@@ -40,7 +40,7 @@ def start_wandb(folder: Path, cfg: DictConfig, run_id: str | None) -> Any:
 
 
 def log_pictures(record: Any, paths: list[Path]) -> None:
-    """Add pictures to a record of `start_wandb`."""
+    """Add pictures to a record that `start_wandb` returned."""
     import wandb
 
     record.log({path.stem: wandb.Image(str(path)) for path in paths})

@@ -1,10 +1,10 @@
 """zoo-report: a run in one page, or several runs side by side.
 
-zoo-report runs/<folder>                           write its report.html anew, from whatever the folder holds
+zoo-report runs/<folder>                           write its report.html again, from the files in the folder
 zoo-report runs/<folder>/eval                      the same for what zoo-eval wrote
 zoo-report runs/a runs/b -o comparison.html        scores, curves, settings and classes of several runs in one page
 
-zoo-train and zoo-eval write report.html themselves when they are done. The pages need no network and run no scripts.
+zoo-train and zoo-eval write report.html when they are done. The pages need no network and run no scripts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from zoo.recipes import cli, reading
+from zoo.recipes import cli, reading, sheet
 from zoo.recipes.atomic_files import write_text
 from zoo.recipes.composition import composed, flat
 from zoo.recipes.errors import RunError
@@ -40,23 +40,23 @@ if TYPE_CHECKING:
 _GENERATOR = '<meta name="generator" content="zoo-report">'
 _CLASS_SCORES = {"top1": "top-1", "IoU": "IoU", "accuracy": "accuracy", **SCORES["detect"]}
 _TASKS = {"classify": "classification", "detect": "detection", "segment": "segmentation"}
-_PICTURES = {  # file -> title, and what one sees
+_PICTURES = {  # file -> title and note
     "precision_recall.png": ("Precision over recall", "Of each class, at an IoU of 0.5."),
     "predictions.png": ("Sample predictions", ""),
 }
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
-_PUBLISHED = {  # keys of `published` -> their names for people
+_PUBLISHED = {  # keys of `published` -> titles
     "top1": "top-1",
     "mask_ap": "mask AP",
     "box_ap": "box AP",
     "miou": "mIoU",
     "miou_multi_scale": "mIoU, several scales",
 }
-_OWN = ("run", "resume")  # keys that say nothing about what is trained
-_MOST_CELLS = 40  # classes of a confusion matrix
-_MOST_ROWS = 20  # classes that keep the data's order; of more, the worst come first
-_FEW_IMAGES, _FEW_OF_A_CLASS = 100, 10  # fewer make a score that says little
-_VALIDATION = (  # settings that say what the scores are of
+_OWN = ("run", "resume")  # keys that do not affect what is trained
+_MOST_CELLS = 40  # classes in a confusion matrix
+_MOST_ROWS = 20  # classes in the order of the data; if there are more, the worst come first
+_FEW_IMAGES, _FEW_OF_A_CLASS = 100, 10  # a score on fewer says little
+_VALIDATION = (  # settings that identify the validation images
     *("data.name", "data.root", "data.val_split", "data.val_ann", "data.val_images", "data.val_labels"),
     *("data.class_map", "data.val_num_samples", "data.reduce_zero_label"),
 )
@@ -64,19 +64,19 @@ _VALIDATION = (  # settings that say what the scores are of
 
 @dataclass
 class Record:
-    """What a folder of zoo-train or zoo-eval holds.
+    """The content of a folder that zoo-train or zoo-eval wrote.
 
     Attributes:
         path: The folder.
-        task: classify, detect or segment.
+        task: `classify`, `detect` or `segment`.
         evaluation: Whether zoo-eval wrote it.
-        settings: Dotted key -> value.
-        recipe: The same before the user's changes; empty if that is not known.
-        recipe_name: What was chosen on the command line, such as "recipe=imagenet/van_b0".
-        facts: start.json; of an evaluation, eval.json.
+        settings: Values by dotted key.
+        recipe: The settings before the user's changes; empty if they are not known.
+        recipe_name: The task and recipe that were chosen on the command line, such as "recipe=imagenet/van_b0".
+        facts: The content of start.json or, for an evaluation, eval.json.
         history: A record per epoch or evaluation.
-        summary: summary.json, None if the run did not end.
-        classes: classes.json, None if there was no evaluation.
+        summary: The content of summary.json; None if the run did not end.
+        classes: The content of classes.json; None if there was no evaluation.
     """
 
     path: Path
@@ -101,7 +101,7 @@ class Record:
             ]
             found = {key.removeprefix("val_"): value for key, value in (evaluated or [{}])[-1].items()}
         names = [name for name in SCORES[self.task] if found.get(name) is not None]
-        # Of five classes, the right one is always among the first five.
+        # With five classes, the right one is always among the first five.
         return {
             name: found[name]
             for name in names
@@ -116,7 +116,7 @@ class Record:
 
     @property
     def images(self) -> int | None:
-        """How many images the scores are of, if that is known."""
+        """The number of images that the scores are computed on, if it is known."""
         if self.evaluation:
             return self.facts["metrics"].get("images") or (self.facts.get("data") or {}).get("images")
         counts = self.classes["counts"] if self.classes and self.classes["unit"] == "images" else ()
@@ -124,7 +124,7 @@ class Record:
 
     @property
     def main(self) -> str | None:
-        """The name of the score that counts."""
+        """The name of the score that decides which epoch is the best."""
         return next(iter(self.scores), None)
 
     @property
@@ -135,7 +135,7 @@ class Record:
 
     @property
     def model(self) -> str:
-        """The model, and the method that it is the backbone of."""
+        """The model, with the method if it is the backbone of a detector or segmentor."""
         settings = self.facts if self.evaluation else self.settings
         method = self.facts.get("method") if self.evaluation else self.settings.get("dense.method")
         return f"{method} on {settings['model']}" if method and self.task != "classify" else str(settings["model"])
@@ -145,10 +145,10 @@ class Record:
 
 
 def read(path: Path) -> Record:
-    """What the folder `path` holds.
+    """Read the folder `path`.
 
     Raises:
-        RunError: it is not the folder of a run or an evaluation, or a file in it can't be read.
+        RunError: It is not the folder of a run or an evaluation, or a file in it can't be read.
     """
     if os.path.exists(path / "config.yaml"):
         settings = OmegaConf.to_container(reading.load_config(path), resolve=True)
@@ -209,7 +209,7 @@ def comparison(records: Sequence[Record]) -> str:
     """The HTML of several runs side by side.
 
     Raises:
-        RunError: they are of different tasks.
+        RunError: They are of different tasks.
     """
     tasks = {record.task: record for record in records}
     if len(tasks) > 1:
@@ -227,7 +227,7 @@ def comparison(records: Sequence[Record]) -> str:
 
 
 def _made(**parts: tuple[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[str]]:
-    """What the parts of a page are made of, and a note on those that files with other content than zoo's leave out."""
+    """The content of the parts of a page, and a note on the parts that are left out because files are damaged."""
     made, left_out = {}, []
     for key, (name, make) in parts.items():
         try:
@@ -240,17 +240,17 @@ def _made(**parts: tuple[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[
 
 
 def write(path: Path) -> Path:
-    """Write the report of the folder `path` into it, and return where.
+    """Write the report of the folder `path` into it, and return its path.
 
     Raises:
-        RunError: the folder is no run's or evaluation's, or can't be written to.
+        RunError: It is not the folder of a run or an evaluation, or it can't be written to.
     """
     write_text(path / REPORT, page(read(path)))
     return path / REPORT
 
 
 def write_or_warn(path: Path) -> None:
-    """Write the report of a run that has just ended; whatever goes wrong with it must not spoil the run."""
+    """Write the report of a run that has just ended; an error is logged, since it must not spoil the run."""
     try:
         log.info("Report: %s", write(path))
     except Exception as error:
@@ -276,11 +276,11 @@ def _render(kind: str, **content: Any) -> str:
     return _template().render(kind=kind, generator=_GENERATOR, written=written, version=zoo.__version__, **content)
 
 
-# Parts of a page: plain values, which the template turns into HTML.
+# Parts of a page: plain values for the template.
 
 
 def _tiles(record: Record) -> list[tuple[str, str, str]]:
-    """Figures in large print: label, figure, small print."""
+    """Key figures: label, figure, small print."""
     names = SCORES[record.task]
     images = f"of {_counted(record.images, 'image')}" if record.images else ""
     tiles = [
@@ -309,7 +309,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _facts(record: Record) -> list[tuple[str, str]]:
-    """What else is known, in small print."""
+    """Further facts, in small print."""
     given = {**record.facts, **(record.summary or {})}
     facts = [(name, str(given[name])) for name in ("command", "weights", "device") if given.get(name)]
     if given.get("processes", 1) > 1:
@@ -322,7 +322,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _notes(record: Record) -> list[str]:
-    """What a reader should know before trusting the figures."""
+    """Caveats about the figures."""
     notes = []
     if not record.evaluation and record.summary is None:
         last = record.history[-1] if record.history else None
@@ -344,7 +344,7 @@ def _notes(record: Record) -> list[str]:
 
 
 def _data(record: Record) -> list[str]:
-    """Lines on the data."""
+    """Lines that describe the data."""
     if record.evaluation:
         data = record.facts.get("data") or {}
         lines = [f"{key}: {value}" for key, value in data.items() if value not in (None, "")]
@@ -365,7 +365,7 @@ def _data(record: Record) -> list[str]:
 
 
 def _changes(record: Record) -> list[tuple[str, Any, Any]]:
-    """Key, value, and the recipe's value, where the two differ."""
+    """Settings that differ from the recipe: key, value, the recipe's value."""
     if not record.recipe:
         return []
     keys = dict.fromkeys([*record.settings, *record.recipe])
@@ -377,16 +377,14 @@ def _changes(record: Record) -> list[tuple[str, Any, Any]]:
 
 
 def _is_known(key: str, settings: Sequence[dict[str, Any]]) -> bool:
-    """Whether `key` can be compared: where a folder of an older version lacks it, its value is not known."""
+    """Whether `key` can be compared: its value is unknown if a folder of an older version lacks it."""
     named_by_users = key.startswith(("model_kwargs.", "mm."))
     decides = key not in _OWN and not key.startswith("published.")
     return decides and (named_by_users or all(key in values for values in settings))
 
 
 def _pictures(folder: Path) -> list[dict[str, Any]]:
-    """Each with a title and a note, and either its pictures in groups, or the file as it is."""
-    from zoo.recipes import sheet  # with torch, which help need not wait for
-
+    """Pictures with title and note: the tiles of a sheet in groups, or the whole file."""
     found = []
     for name, (title, note) in _PICTURES.items():
         if (folder / name).exists():
@@ -452,13 +450,13 @@ def _class_table(record: Record) -> dict[str, Any] | None:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes' scores, the one that counts first."""
+    """The names of the scores of classes, the main one first."""
     given = set(names)
     return [name for name in _CLASS_SCORES if name in given]
 
 
 def _matrix(record: Record) -> dict[str, Any] | None:
-    """The confusion matrix, of many classes those that are mistaken most, and the most frequent mistakes."""
+    """The confusion matrix, of the most confused classes if there are many, and the most frequent mistakes."""
     if not record.classes or not record.classes["confusion"]:
         return None
     names, unit = record.classes["classes"], record.classes["unit"]
@@ -483,7 +481,7 @@ def _matrix(record: Record) -> dict[str, Any] | None:
             hint = f"{names[row]} taken for {names[column]}: {count:,} of {totals[row]:,} {unit}" if count else ""
             line.append({"share": round(share, 3), "text": text, "hint": hint, "right": row == column})
         rows.append({"name": names[row], "cells": line})
-    # Pixels are counted by the share of their class: the background's are the most, whatever they are taken for.
+    # Pixels are weighted by the share of their class: otherwise the background, which has the most, would come first.
     weight = [total if unit == "pixels" else 1 for total in totals]
     wrong = sorted(
         ((n, r, c) for (r, c), n in cells.items() if r != c), key=lambda item: (-item[0] / weight[item[1]], item)
@@ -499,7 +497,7 @@ def _matrix(record: Record) -> dict[str, Any] | None:
 
 
 def _steps(record: Record) -> dict[str, Any] | None:
-    """The mean milliseconds of an update's parts, the slowest first."""
+    """The mean milliseconds of the parts of an update, the slowest first."""
     timed = [r["step_seconds"] for r in record.history if (r.get("step_seconds") or {}).get("updates")]
     if not timed or not any(r.get(part) for r in timed for part in _PARTS):
         return None
@@ -522,7 +520,7 @@ def _steps(record: Record) -> dict[str, Any] | None:
 
 
 def _score_table(records: Sequence[Record]) -> dict[str, Any]:
-    """The latest scores of each run, the best of each column marked, unless they are of different data."""
+    """The latest scores of each run; the best of each column is marked, unless the data differ."""
     names = [name for name in SCORES[records[0].task] if any(name in record.scores for record in records)]
     columns = [[record.scores.get(name) for record in records] for name in names]
     best = [max((value for value in column if value is not None), default=None) for column in columns]
@@ -554,7 +552,7 @@ def _score_table(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _data_differences(records: Sequence[Record]) -> list[str]:
-    """In what the data differ that the runs' scores are of."""
+    """The differences between the data on which the runs were scored."""
     found = [f"{key}: {' / '.join(map(_value, values))}" for key, values in _validation(records) if _differ(values)]
     images = [record.images for record in records if record.images]
     if _differ(images):
@@ -565,7 +563,7 @@ def _data_differences(records: Sequence[Record]) -> list[str]:
 
 
 def _validation(records: Sequence[Record]) -> Iterator[tuple[str, list[Any]]]:
-    """The settings that say which the validation images are, those that all runs have; one folder has one path."""
+    """The settings that identify the validation images, as far as all runs have them, with resolved paths."""
     for key in _VALIDATION:
         if all(key in record.settings for record in records):
             values = [record.settings[key] for record in records]
@@ -577,7 +575,7 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def _setting_table(records: Sequence[Record]) -> list[tuple[str, list[Any]]]:
-    """The settings in which the runs differ."""
+    """The settings that differ between the runs."""
     settings = [record.settings for record in records]
     keys = dict.fromkeys(key for values in settings for key in values if _is_known(key, settings))
     rows = [(key, [values.get(key) for values in settings]) for key in keys]
@@ -625,7 +623,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
 
 
 def _charts(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Curves over the epochs: of one run several of a kind in one chart, of several runs one each."""
+    """Curves over the epochs: one chart has several curves of one run, or one curve of each of several runs."""
     task = records[0].task
     scores = [name for name in SCORES[task] if any(f"val_{name}" in r for record in records for r in record.history)]
     wanted: list[tuple[str, list[tuple[str, str]]]]
@@ -661,23 +659,23 @@ def _charts(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _points(record: Record, key: str) -> list[tuple[float, float]]:
-    """Epoch and value."""
+    """The points (epoch, value) of a curve."""
     return [(r["epoch"], r[key]) for r in record.history if isinstance(r.get(key), int | float)]
 
 
 def _chart(
     title: str, lines: Sequence[tuple[str, list[tuple[float, float]]]], percent: bool = False, from_zero: bool = False
 ) -> dict[str, Any] | None:
-    """A chart of `lines`: label and points of each; None if there are no points."""
+    """A chart of `lines`, which are labels with points; None if there are no points."""
     given = [(label, points, number) for number, (label, points) in enumerate(lines) if points]
     if not given:
         return None
     xs = [x for _, points, _ in given for x, _ in points]
     ys = [y for _, points, _ in given for _, y in points]
-    # Of a single epoch one sees when it was; and a lonely dot is not taken for a flat curve.
+    # A range of epochs around a single point shows which epoch it is, and that it is not a flat curve.
     x_low, x_high = (min(xs), max(xs)) if len(set(xs)) > 1 else (0, max(xs) or 1)
     x_ticks = _epochs(x_low, x_high)
-    margin = 0.02 * (x_high - x_low)  # dots keep clear of the labels
+    margin = 0.02 * (x_high - x_low)  # keeps dots away from the labels
     x_low, x_high = x_low - margin, x_high + margin
     y_ticks = _heights(0 if from_zero else min(ys), max(ys), 100 if percent else math.inf)
     unit = " %" if percent else ""
@@ -713,7 +711,7 @@ def _chart(
 
 
 def _epochs(low: float, high: float) -> list[float]:
-    """Ticks at whole epochs, or at parts of one if there are not two of them."""
+    """Ticks at whole epochs, or at fractions if there are fewer than two whole epochs."""
     from matplotlib.ticker import MaxNLocator
 
     if math.floor(high) <= math.ceil(low):
@@ -723,7 +721,7 @@ def _epochs(low: float, high: float) -> list[float]:
 
 
 def _heights(low: float, high: float, most: float = math.inf) -> list[float]:
-    """Ticks from below `low` to above `high`: from 0 on, unless values differ that are all far from it.
+    """Ticks from below `low` to above `high`; they start at 0, unless all values are far from it and differ.
 
     There are none above `most`, which no value exceeds.
     """
@@ -739,7 +737,7 @@ def _heights(low: float, high: float, most: float = math.inf) -> list[float]:
 
 
 def _tick(value: float, step: float) -> str:
-    """A tick's label, with the digits that tell it from its neighbours."""
+    """The label of a tick, with enough digits to differ from its neighbours."""
     if abs(value) < step / 1e6:
         return "0"
     if step < 1e-3 or abs(value) >= 1e5:
@@ -754,11 +752,11 @@ def _is_round(step: float) -> bool:
     return math.isclose(lead, round(lead))
 
 
-# Values for people.
+# Formatting of values.
 
 
 def _percent(value: float | None, task: str = "classify") -> str:
-    """A score; COCO's and mIoU have one digit behind the point, as everybody gives them."""
+    """A score in percent: one decimal for COCO's scores and mIoU, as is customary, and two for accuracy."""
     return "-" if value is None else f"{value:.2f} %" if task == "classify" else f"{value:.1f}"
 
 
@@ -771,7 +769,7 @@ def _counted(count: int, what: str) -> str:
 
 
 def _value(value: Any) -> str:
-    """A setting, as one would write it."""
+    """A setting as it is written on a command line."""
     return "not set" if value in (None, "") else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -797,7 +795,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Read the command line and write the page."""
+    """Parse the command line and write the page."""
     cli.begin()
     cli.show_help(parser().print_help, needs_words=arguments is None)
     options = parser().parse_args(arguments)
@@ -806,10 +804,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make(folders: Sequence[Path], out: Path | None) -> Path:
-    """Write the page of one folder, or of several side by side, and return where.
+    """Write the page of one folder, or of several side by side, and return its path.
 
     Raises:
-        RunError: the folders can't be read or compared, or `out` can't be written.
+        RunError: The folders can't be read or compared, or `out` can't be written.
     """
     start_log(None, True)
     folders = list(dict.fromkeys(folders))
@@ -821,7 +819,7 @@ def make(folders: Sequence[Path], out: Path | None) -> Path:
 
 
 def _check_out(path: Path) -> None:
-    """Refuse a path that can't be written, or holds something else than such a page."""
+    """Refuse a path that can't be written, or a file that is not such a page."""
     if path.is_dir():
         raise RunError(f"{path} is a folder: give a file, -o {path / 'comparison.html'}.")
     if not path.parent.is_dir():

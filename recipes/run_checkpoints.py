@@ -1,4 +1,4 @@
-"""The checkpoints that a run continues from: last.pt, and previous.pt before it."""
+"""The checkpoints that a run resumes from: last.pt, and previous.pt before it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from zoo.recipes.errors import RunError, of_the_system
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, atomically; what it held becomes previous.pt.
+    """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, atomically; the old file becomes previous.pt.
 
-    So a whole checkpoint is there at every moment, and the one before it too from the second on: twice the size of a
-    checkpoint on the disk, three times while one is being written.
+    There is a whole checkpoint at every moment and, from the second one on, also the one before it. This takes twice
+    the size of a checkpoint on the disk, and three times while one is being written.
     """
     with atomic(path, before=path.with_name("previous.pt")) as file:
         torch.save(state, file)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote. Nothing in the file is executed.
+    """Read what `save_checkpoint` wrote. No code in the file is executed.
 
     Raises:
-        RunError: the file is missing, damaged (to a single bit) or not such a checkpoint.
+        RunError: The file is missing, damaged (even a single bit) or not such a checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch reads without looking at its checksums; this takes half as long again
+            damaged = file.testzip()  # torch ignores the checksums; checking them makes loading 1.5 times as long
         if damaged:
             raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}: is {path.parent} the folder of a run?") from None
-    except Exception as error:  # zipfile's and torch's, of damaged files, are of many kinds
+    except Exception as error:  # zipfile and torch raise many kinds of errors for damaged files
         system = of_the_system(error)
         if system:
             raise RunError(f"the checkpoint {path} can't be read: {system}") from error
@@ -49,10 +49,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path, str]:
-    """The last checkpoint of a run that is whole, its file, and what was wrong with last.pt if it isn't that one.
+    """The last whole checkpoint of a run, its file, and what is wrong with last.pt if it is another file.
 
     Raises:
-        RunError: there is none.
+        RunError: There is none.
     """
     last, previous = folder / "last.pt", folder / "previous.pt"
     try:
@@ -67,10 +67,10 @@ def last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path, str]:
 
 
 def set_aside(last: Path) -> None:
-    """Give a damaged checkpoint the name damaged.pt, so that it never takes the place of a whole previous.pt.
+    """Rename a damaged checkpoint to damaged.pt, so that it never replaces a whole previous.pt.
 
     Raises:
-        RunError: it can't be renamed.
+        RunError: It can't be renamed.
     """
     if last.exists():
         try:
@@ -80,5 +80,5 @@ def set_aside(last: Path) -> None:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run left a checkpoint in `folder`, whole or not."""
+    """Whether `folder` has a checkpoint, whole or damaged."""
     return (folder / "last.pt").exists() or (folder / "previous.pt").exists()

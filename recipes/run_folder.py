@@ -1,20 +1,20 @@
-"""Run folders: what a run leaves behind, written so that nothing is lost.
+"""Run folders: who may write to them, and the files in them.
 
 config.yaml          the whole configuration
 start.json           command, data, and the settings of the recipe before the user's changes
 train.log            what was printed
 last.pt              everything needed to continue
-previous.pt          the same, one checkpoint before; taken up where last.pt is damaged
+previous.pt          the checkpoint before it; used if last.pt is damaged
 best.safetensors     weights of the best epoch so far
 metrics.jsonl        one line per epoch
-curves.png           the same, drawn
-classes.json         the last evaluation, class by class
+curves.png           the same as a picture
+classes.json         the last evaluation by class
 predictions.png      samples of the validation split
 model.safetensors    the final weights and
 config.json          their description: timm.create_model("local-dir:<run folder>") loads them
 summary.json         the figures
 report.html          all of it in one page
-.lock                who is writing to the folder, while somebody is
+.lock                the process that writes to the folder, while one does
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from zoo.recipes.logs import log
 
 
 def safe_name(name: str) -> str:
-    """`name` as part of a folder's name."""
+    """`name` with only the characters that are safe in the name of a folder."""
     return "".join(c if c.isalnum() or c in "._-=" else "-" for c in name).strip("-.")[:100]
 
 
 @contextmanager
 def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: str = "run") -> Iterator[Path]:
-    """Own a folder, which is made if need be: no other process writes to it meanwhile (`Lock`).
+    """Create a folder if necessary and lock it, so that no other process writes to it (`Lock`).
 
-    Of several processes of a run the first makes and locks it for all. If nothing was written, a new one goes again.
+    The first process of a run does so for all of them. A new folder is removed again if nothing was written to it.
 
     Args:
-        folder: The folder; a new one below runs/, of `prefix`, date, time and `name`, if None.
-        prefix: See above.
-        name: See above.
-        key: What the user sets to choose another folder.
+        folder: The folder; None for a new one below runs/, named by `prefix`, date, time and `name`.
+        prefix: Beginning of a new folder's name.
+        name: End of a new folder's name.
+        key: The setting that chooses another folder, for messages.
 
     Raises:
-        RunError: it can't be written to, or another process has it.
+        RunError: It can't be written to, or another process has locked it.
     """
     lock, new = None, False
 
@@ -79,10 +79,10 @@ def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: st
 
 
 def default_folder(prefix: str, name: str) -> Path:
-    """Make a new folder below runs/, named by `prefix`, date, time and `name`; no other process gets the same.
+    """Create a new folder below runs/, named by `prefix`, date, time and `name`; no other process gets the same one.
 
     Raises:
-        RunError: it can't be made.
+        RunError: It can't be created.
     """
     stem = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
     number, folder = 1, Path("runs") / stem
@@ -100,10 +100,10 @@ def default_folder(prefix: str, name: str) -> Path:
 
 
 def make_folder(folder: Path, key: str | None = "run") -> None:
-    """Create `folder`, which the configuration's `key` names (None: a word), and make sure that it can be written to.
+    """Create `folder` and check that it can be written to; `key` is the setting that names it, None if it is a word.
 
     Raises:
-        RunError: it can't.
+        RunError: It can't be created or written to.
     """
     with _writable(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ def _writable(folder: Path, key: str | None) -> Iterator[None]:
 
 
 def warn_unwritable(folder: Path) -> None:
-    """Say before a long evaluation that nothing can be written to `folder`: its figures are printed all the same."""
+    """Warn before a long evaluation that `folder` can't be written to: the figures will only be printed."""
     try:
         early.check_folder(folder, "out")
     except RunError as error:
@@ -137,13 +137,13 @@ def save_config(folder: Path, cfg: DictConfig) -> None:
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """Write `metrics.jsonl`, one line per epoch.
 
-    It is written anew every time, so that after a resume no epoch stands in it twice.
+    The whole file is written every time, so that no epoch is in it twice after a run is resumed.
     """
     write_text(folder / "metrics.jsonl", _lines(history))
 
 
 def has_metrics(folder: Path, history: list[dict[str, Any]]) -> bool:
-    """Whether `metrics.jsonl` is what `write_metrics` makes of `history`."""
+    """Whether `metrics.jsonl` is what `write_metrics` writes for `history`."""
     path = folder / "metrics.jsonl"
     return path.is_file() and path.read_bytes() == _lines(history).encode()
 
@@ -160,15 +160,15 @@ def write_classes(
     unit: str,
     confusion: list[list[int]] | None = None,
 ) -> None:
-    """Write `classes.json`: an evaluation, class by class.
+    """Write `classes.json`: an evaluation by class.
 
     Args:
-        folder: Of the run, or of the evaluation.
-        classes: The names.
-        scores: Name of a score -> its value for each class in percent, None where it has none.
-        counts: How much of each class was evaluated,
-        unit: and of what: images, objects or pixels.
-        confusion: [true label, predicted label, how many] for all pairs that occur.
+        folder: The folder of the run or the evaluation.
+        classes: The names of the classes.
+        scores: For each score, its value for each class in percent; None where there is no value.
+        counts: How many images, objects or pixels of each class were evaluated.
+        unit: What is counted: images, objects or pixels.
+        confusion: [true label, predicted label, count] for all pairs that occur.
     """
     content = {"classes": list(classes), "scores": scores, "counts": list(counts), "unit": unit, "confusion": confusion}
     write_text(folder / "classes.json", json.dumps(finite(content)) + "\n")

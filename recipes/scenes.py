@@ -1,13 +1,13 @@
-"""Digit scenes: handwritten digits on textured backgrounds, as real COCO and ADE20K-like files on disk.
+"""Digit scenes: handwritten digits on textured backgrounds, as files in the formats of COCO and ADE20K.
 
 images/{train,val,test}/*.png         RGB, 128x128
 annotations/instances_{...}.json      COCO: boxes, areas, polygons or, for digits with holes, RLE
 labels/{train,val,test}/*.png         0 background, 1 to 10 the digits "0" to "9"; every pixel counts
 classes.txt                           the names of 0 to 10
 
-A pixel belongs to the digit that covers at least half of it and lies on top; boxes and areas are those of what is left
-visible. The digits are scikit-learn's: those that `Digits` trains on are in the training scenes, one half
-of those it holds out is in val, the other in test.
+A pixel belongs to the topmost digit that covers at least half of it; boxes and areas are those of the visible part. The
+digits are scikit-learn's: the training scenes have those of the training split of `Digits`, val has one half of the
+others, and test has the other half.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from zoo.recipes.progress import track
 SIZE = 128
 SCENES = {"train": 600, "val": 150, "test": 150}
 CLASSES = ("background", *"0123456789")
-VERSION = "digit scenes 1\n"  # raise the number when anything in the files changes
+VERSION = "digit scenes 1\n"  # increase the number when anything in the files changes
 
 _MAX_DIGITS = 5
 _HEIGHTS = (16, 48)
 _MAX_OVERLAP = 0.15  # of the smaller box
-_INK = 0.4  # share of the full ink above which a pixel is the digit's
+_INK = 0.4  # share of the full ink above which a pixel belongs to the digit
 
 
 def cache_folder() -> Path:
-    """Where the scenes are where nobody names a folder: beside torch's cache."""
+    """The default folder of the scenes, beside torch's cache."""
     parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(parent) / "zoo" / VERSION.strip().replace(" scenes ", "_scenes-")
 
 
 def ensure(root: Path | None) -> Path:
-    """Write the scenes where they are not yet, and return their folder.
+    """Write the scenes unless they exist, and return their folder.
 
-    The bytes are the same every time. They appear at once and whole: several processes may ask at the same time, and
-    one that is killed leaves nothing that counts.
+    The bytes are the same every time. The folder appears complete, in one step: several processes may call this at the
+    same time, and one that is killed leaves nothing behind that would be used.
 
     Args:
-        root: The folder, new or empty or written by this before; `cache_folder()` if None.
+        root: The folder: a new one, an empty one, or one with the scenes; None for `cache_folder()`.
 
     Raises:
-        RunError: the folder has other content, or can't be written to.
+        RunError: The folder has other content, or can't be written to.
     """
     folder = Path(root if root is not None else cache_folder()).absolute().resolve()
     if _is_complete(folder):
@@ -71,9 +71,9 @@ def ensure(root: Path | None) -> Path:
         temporary.mkdir()
         log.info("Writing %d digit scenes to %s (once).", sum(SCENES.values()), folder)
         _write(temporary)
-        os.rename(temporary, folder)  # replaces an empty folder, never a full one
+        os.rename(temporary, folder)  # replaces an empty folder, but never one with files
     except OSError as error:
-        if _is_complete(folder):  # another process was quicker
+        if _is_complete(folder):  # another process was faster
             return folder
         raise RunError(
             f"the digit scenes can't be written to {folder} ({error.strerror or error}): "
@@ -106,9 +106,9 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left; what was begun within the hour may still be written."""
+    """Remove what killed processes left; folders of the last hour may still be in use."""
     for path in folder.parent.glob(f".{folder.name}-????????.tmp"):
-        with suppress(FileNotFoundError):  # it may just have been renamed
+        with suppress(FileNotFoundError):  # it may have been renamed just now
             if time.time() - path.stat().st_mtime > 3600:
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -125,7 +125,7 @@ def _write(folder: Path) -> None:
         labels = np.zeros((SIZE, SIZE), np.uint8)
         for digit, mask in zip(digits, masks, strict=True):
             labels[mask] = digit + 1
-        # Noise hardly compresses, so trying harder costs time for little.
+        # Noise hardly compresses, so a higher level only costs time.
         Image.fromarray(image).save(folder / "images" / split / name, compress_level=4)
         Image.fromarray(labels).save(folder / "labels" / split / name)
         content = files[split]
@@ -142,7 +142,7 @@ def _write(folder: Path) -> None:
 
 
 def _describe(mask: np.ndarray) -> dict[str, Any]:
-    """A mask (H, W), bool, in COCO's terms; a polygon where polygons say exactly the same."""
+    """Box, area and segmentation of a mask (H, W), bool, in COCO's format; polygons if they give exactly the mask."""
     from pycocotools import mask as coco
 
     rle = coco.encode(np.asfortranarray(mask, np.uint8))
@@ -162,10 +162,10 @@ def _describe(mask: np.ndarray) -> dict[str, Any]:
 
 
 def outlines(mask: np.ndarray) -> list[list[int]]:
-    """The outlines of a mask (H, W), bool, along the edges of its pixels, as lists x, y, x, y, ...; holes included."""
+    """The outlines of a mask (H, W), bool, along the edges of pixels, as lists x, y, x, y, ...; also those of holes."""
     padded = np.pad(mask, 1)
     follows: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    # Each edge between inside and outside, directed such that the inside is on the right.
+    # The edges between inside and outside, directed so that the inside is on the right.
     for (dy, dx), (y0, x0), (y1, x1) in (
         ((-1, 0), (0, 0), (0, 1)),
         ((0, 1), (0, 1), (1, 1)),
@@ -181,7 +181,7 @@ def outlines(mask: np.ndarray) -> list[list[int]]:
         before, polygon = None, []
         while before is None or here != start:
             ends = follows[here]
-            # Where two pixels touch at a corner, turning right stays with the same one.
+            # Where two pixels touch at a corner, a turn to the right stays on the same pixel.
             right = len(ends) > 1 and before is not None and _turns_right(before, here, ends[1])
             after = ends.pop(1 if right else 0)
             if not ends:
@@ -200,17 +200,17 @@ def _turns_right(before: tuple[int, int], here: tuple[int, int], after: tuple[in
 
 @cache
 def pools() -> dict[str, list[tuple[Image.Image, int]]]:
-    """The digits of each split: 32x32 images, mode L, and labels."""
+    """The digits of each split: images of 32x32 pixels, mode L, with labels."""
     train, held_out = ([*zip(d.images, map(int, d.targets), strict=True)] for d in (Digits(True), Digits(False)))
-    held_out.sort(key=lambda pair: pair[1])  # every second one: as many of each digit in both halves
+    held_out.sort(key=lambda pair: pair[1])  # alternate, so that both halves have the same number of each digit
     return {"train": train, "val": held_out[::2], "test": held_out[1::2]}
 
 
 def draw(split: str, number: int) -> tuple[np.ndarray, list[int], list[np.ndarray]]:
-    """Scene `number` of a split, whatever was drawn before.
+    """Draw scene `number` of a split; it does not depend on what was drawn before.
 
     Returns:
-        The image, uint8 (128, 128, 3); the digits, 0 to 9, from the bottom to the top; and of each the visible mask,
+        The image, uint8 (128, 128, 3); the digits, 0 to 9, from the bottom to the top; and the visible mask of each,
         bool (128, 128).
     """
     rng = np.random.default_rng([tuple(SCENES).index(split), number])
@@ -232,7 +232,7 @@ def draw(split: str, number: int) -> tuple[np.ndarray, list[int], list[np.ndarra
         if any(_overlap(box, other) > _MAX_OVERLAP for other in boxes):
             continue
         here = np.s_[y : y + height, x : x + width]
-        cover = np.clip((ink - _INK) * height / 10 + 0.5, 0, 1)[..., None]  # an edge about a pixel wide
+        cover = np.clip((ink - _INK) * height / 10 + 0.5, 0, 1)[..., None]  # edges are about one pixel wide
         image[here] = image[here] * (1 - cover) + colour * cover
         mask = np.zeros((SIZE, SIZE), bool)
         mask[here] = ink >= _INK
@@ -244,7 +244,7 @@ def draw(split: str, number: int) -> tuple[np.ndarray, list[int], list[np.ndarra
 
 
 def _scale(source: Image.Image, height: int) -> np.ndarray:
-    """The ink of a digit, 0 to 1, scaled smoothly such that what is above `_INK` is `height` pixels high."""
+    """The ink of a digit, 0 to 1, scaled so that the part above `_INK` is `height` pixels high."""
     padded = Image.new("L", (40, 40))
     padded.paste(source, (4, 4))
     ink = np.asarray(padded)
@@ -276,7 +276,7 @@ def _background(rng: np.random.Generator) -> tuple[np.ndarray, float]:
 
 
 def _colour(rng: np.random.Generator, background: float, others: list[np.ndarray]) -> np.ndarray:
-    """A colour that stands out from the background by lightness; of eight, the one least like the `others`."""
+    """A colour that differs from the background in lightness; of eight candidates, the one least like the `others`."""
     if background > 127:
         choices = rng.uniform(0, 1, (8, 3)) * (background - 85)
     else:
@@ -289,11 +289,11 @@ def _lightness(colour: np.ndarray) -> float:
 
 
 class DigitCrops(Dataset):
-    """The digits of the digit scenes, each cut out with what surrounds it; in training the plain digits, too.
+    """Crops of the single digits of the digit scenes; for training, also the plain digits.
 
     Args:
-        root: Folder of the scenes, written if need be; the cache if None.
-        training: The scenes of the split train, or of val.
+        root: The folder of the scenes, which are written there if necessary; None for the cache.
+        training: Whether to use the split train; otherwise val.
     """
 
     classes = Digits.classes
@@ -320,7 +320,7 @@ class DigitCrops(Dataset):
 
 
 def _around(image: Image.Image, box: Sequence[float]) -> Image.Image:
-    """The square around a box (left, top, width, height), half as long again as its longer side."""
+    """The square around a box (left, top, width, height), 1.5 times as large as its longer side."""
     left, top, width, height = box
     half = 0.75 * max(width, height)
     x, y = left + width / 2, top + height / 2

@@ -1,4 +1,4 @@
-"""Sheets of pictures with captions: one PNG to look at, which also says where each picture is, for pages to cut out."""
+"""Sheets of pictures with captions: a PNG that stores the place of each picture, so that reports can cut it out."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from zoo.recipes.atomic_files import atomic
 
-_KEY = "zoo sheet"  # of the text in the PNG
-_GAP, _LINE, _SIZE = 12, 18, 13  # pixels: between pictures, of a line of text, of its letters
-_MOST_LINES = 2  # of a caption on the sheet; on a page there is room for all
-_MOST_TILES = 200  # that are read
+_KEY = "zoo sheet"  # the key of the text chunk in the PNG
+_GAP, _LINE, _SIZE = 12, 18, 13  # pixels: gap between pictures, line height, font size
+_MOST_LINES = 2  # of a caption on the sheet; a report shows all of it
+_MOST_TILES = 200  # that `read` returns
 _WRONG = "#c01c28"
 
 
@@ -31,7 +31,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What `read` finds: a title, rows of tiles that belong together, and colours ("#rrggbb") with their names."""
+    """The content of a sheet: a title, groups of tiles that belong together, and a legend of names and "#rrggbb"."""
 
     title: str
     groups: list[list[Tile]]
@@ -47,15 +47,15 @@ def write(
     columns: int = 8,
     width: int = 168,
 ) -> None:
-    """Draw tiles, those of a group side by side, as many rows as they need.
+    """Draw tiles in rows; the tiles of a group are side by side.
 
     Args:
         path: The PNG to write, atomically.
-        groups: Groups of equally many tiles, at least one.
-        title: A line above them.
-        legend: Names and colours, "#rrggbb", below them.
-        columns: Tiles in a row, a multiple of those of a group.
-        width: Of a tile, in pixels; its picture is enlarged or made smaller to it, its shape stays.
+        groups: One or more groups, which have the same number of tiles.
+        title: A line above the tiles.
+        legend: Names and colours, "#rrggbb", below the tiles.
+        columns: Tiles in a row, a multiple of the tiles in a group.
+        width: The width of a tile in pixels; pictures are resized to it and keep their aspect ratio.
     """
     tiles = [tile for group in groups for tile in group]
     columns = min(columns, len(tiles))
@@ -106,7 +106,7 @@ def write(
 
 
 def read(path: Path) -> Sheet | None:
-    """What `write` drew; None if the file is none of its."""
+    """Read a sheet that `write` drew; None if the file is anything else."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -118,18 +118,18 @@ def read(path: Path) -> Sheet | None:
         step = content["group"]
         groups = [tiles[i : i + step] for i in range(0, len(tiles), step)]
         return Sheet(str(content["title"]), groups, [(str(name), str(colour)) for name, colour in content["legend"]])
-    except Exception:  # a picture of anybody, or a damaged one: whatever a decoder raises, or is missing
+    except Exception:  # the file may come from anyone: decoders raise anything, and keys may be missing
         return None
 
 
 def _cropped(image: Image.Image, left: int, top: int, right: int, bottom: int) -> Image.Image:
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
-        raise ValueError("outside")  # where Pillow would make a picture of any size
+        raise ValueError("outside")  # Pillow would allocate a picture of any size
     return image.crop((left, top, right, bottom))
 
 
 def _fitted(picture: Image.Image, width: int) -> Image.Image:
-    """As wide as a tile, but at most twice as high."""
+    """`picture` resized to the width of a tile, but at most twice as high as wide."""
     return ImageOps.contain(picture.convert("RGB"), (width, 2 * width))
 
 
@@ -141,7 +141,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, width: int, most: int = 100) -> list[str]:
-    """At most so many lines of at most so many pixels; an ellipsis stands for what has no room."""
+    """Break `text` into at most `most` lines of at most `width` pixels; an ellipsis replaces what does not fit."""
     lines: list[str] = []
     for word in text.split():
         longer = f"{lines[-1]} {word}" if lines else word
@@ -157,7 +157,7 @@ def _wrapped(text: str, width: int, most: int = 100) -> list[str]:
 def _cut(line: str, width: int) -> str:
     if _font().getlength(line) <= width:
         return line
-    line = line[: width // 2]  # no letter is narrower than 2 pixels, and few strings are long
+    line = line[: width // 2]  # no letter is narrower than 2 pixels
     while line and _font().getlength(f"{line}…") > width:
         line = line[:-1]
     return f"{line}…"

@@ -1,4 +1,4 @@
-"""Sweeps (-m): run folders that say what varied, and a table of all runs at the end."""
+"""Sweeps (-m): run folders named by what varies, and a table of all runs at the end."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from omegaconf import DictConfig
 
 from zoo.recipes.tasks import SCORES
 
-PRIMARY = os.environ.get("RANK", "0") == "0"  # under torchrun, one process names folders and prints
+PRIMARY = os.environ.get("RANK", "0") == "0"  # under torchrun, only one process names folders and prints
 
 
 def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
-    """What tells a run of a sweep from the others, key -> value.
+    """The values, by key, in which a run of a sweep differs from the others.
 
     Args:
         overrides: The words of the run.
-        asked: The words of the sweep. What none of them fixes was chosen by Hydra's sweeper.
+        asked: The words of the sweep. Keys that none of them sets to one value are chosen by Hydra's sweeper.
     """
     parser = OverridesParser.create()
     words = parser.parse_overrides([word for word in asked if "=" in word and not word.startswith("-")])
@@ -37,7 +37,7 @@ def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
 
 
 def name_folder(cfg: DictConfig, asked: Sequence[str]) -> list[str]:
-    """Name what a run of a sweep writes by what varied, where the user did not name it; returns that as words."""
+    """Name the output folder of a run by what varies, unless the user named it; returns the override as a list."""
     from zoo.recipes import run_folder
 
     key = "out" if "out" in cfg else "run"
@@ -54,12 +54,12 @@ def name_folder(cfg: DictConfig, asked: Sequence[str]) -> list[str]:
 
 def discard_folder(cfg: DictConfig) -> None:
     """Remove the folder of a run that failed before it wrote anything."""
-    with suppress(OSError):  # which says that something is in it
+    with suppress(OSError):  # it is not empty
         Path(cfg.get("out") or cfg.run or "").rmdir()
 
 
 class Sweep(Callback):
-    """Collects the runs of a sweep that run in this process, and prints them at the end."""
+    """Collects the runs of a sweep in this process, and prints a table of them at the end."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -77,13 +77,13 @@ class Sweep(Callback):
             self.runs.append((values, Path(folder), job_return.return_value))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print all runs, the best one marked, and end with 1 if one failed."""
+        """Print a table of the runs, with the best one marked, and exit with 1 if one failed."""
         if not self.runs or not PRIMARY:
             return
         from rich.console import Console
 
         done = [str(folder) for _, folder, result in self.runs if isinstance(result, dict)]
-        # A terminal folds what does not fit; in a file, lines may be long.
+        # A terminal needs folded lines; in a file, lines may be long.
         Console(width=None if sys.stdout.isatty() else 240).print(_table(self.runs))
         failed = [(folder, error) for _, folder, error in self.runs if not isinstance(error, dict)]
         if len(done) > 1:
@@ -94,7 +94,7 @@ class Sweep(Callback):
 
 
 def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
-    """A row for each run: what varied, the figures in percent or why there are none, and the folder."""
+    """A row for each run: what varies, the scores in percent or the error, and the folder."""
     from rich.table import Table
     from rich.text import Text
 

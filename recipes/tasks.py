@@ -9,7 +9,7 @@ from zoo.recipes.errors import RunError
 
 # Each package has modules `train`, `evaluate` and `predict` with functions of these names.
 TASKS = {"classify": "zoo.recipes.classify", "detect": "zoo.recipes.dense", "segment": "zoo.recipes.dense"}
-# Scores in percent -> their names for people. The first one that a run has decides which of its epochs is the best.
+# The titles of the scores, which are in percent. The first score that a run has decides which epoch is the best.
 SCORES = {
     "classify": {"top1": "top-1", "top5": "top-5"},
     "detect": {"mask_AP": "mask AP", "mask_AP50": "mask AP50", "bbox_AP": "box AP", "bbox_AP50": "box AP50"},
@@ -21,7 +21,7 @@ def load(task: str, module: str) -> ModuleType:
     """Prepare the package of `task` and import one of its modules: `train`, `evaluate`, `predict`, ...
 
     Raises:
-        UserError: there is no such task, or its packages are not installed.
+        UserError: There is no such task, or its packages are not installed.
     """
     if task not in TASKS:
         raise RunError(f"task={task} is not allowed: it has to be {', '.join(TASKS)}.")

@@ -1,4 +1,4 @@
-"""How long the parts of an update take."""
+"""Timing of the parts of an update: loading, forward, backward, optimizer."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 
 import torch
 
-EVERY = 11  # a prime: processes that load images in turn, up to ten of them, are met at every turn
+EVERY = 11  # a prime, so that each of up to ten workers, which load images in turn, is measured
 
 
 class StepTimes:
-    """Times the parts of one update in `EVERY`, from the second on; the others cost nothing.
+    """Times the parts of every `EVERY`-th update, from the second one on; other updates are not slowed down.
 
-    In a timed update the device is waited for between the parts, which it is not otherwise: what overlaps in ordinary
-    updates counts in full.
+    A timed update synchronizes with the device between its parts, so that work which overlaps in other updates counts
+    in full.
 
     Args:
         device: Where the model is trained.
@@ -26,17 +26,17 @@ class StepTimes:
         self.updates, self.seconds = 0, {}
 
     def begin(self) -> None:
-        """An update begins."""
+        """Begin an update."""
         self.count += 1
         self.active, self.started = self.count % EVERY == 2, False
         self.restart()
 
     def restart(self) -> None:
-        """What happened since the last `lap` is no part of an update."""
+        """Discard the time since the last `lap`: it is not part of an update."""
         self.last = self._now() if self.active else 0.0
 
     def lap(self, part: str) -> None:
-        """What happened since the last `lap`, or the beginning, was `part`."""
+        """Count the time since the last `lap` or `begin` as `part`."""
         if self.active:
             now = self._now()
             self.updates += not self.started  # an evaluation, and `take`, may come between `begin` and the first part
@@ -45,7 +45,7 @@ class StepTimes:
             self.last = now
 
     def take(self) -> dict[str, float]:
-        """How many updates were timed since this was last asked, as `updates`, and the seconds of each part of them."""
+        """The number of `updates` timed since the last call, and the seconds of each of their parts."""
         taken = {"updates": self.updates, **self.seconds}
         self.updates, self.seconds = 0, {}
         return taken

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from zoo.recipes.sheet import Tile
 
 @dataclass
 class Evaluation:
-    """What a pass over a data set gives.
+    """The result of a pass over a data set.
 
     `metrics` are mean cross-entropy `loss`, `top1` and `top5` in percent, and the number of `images`; `targets` and
     `predictions` are the labels, in no particular order where several processes share the work.
@@ -36,24 +36,24 @@ class Evaluation:
     corrupt: list[str]
 
     def confusion(self, num_classes: int) -> np.ndarray:
-        """How often class `row` was taken for class `column`."""
+        """The confusion matrix: how often class `row` was predicted as class `column`."""
         counts = np.bincount(self.targets * num_classes + self.predictions, minlength=num_classes**2)
         return counts.reshape(num_classes, num_classes)
 
     def pairs(self, num_classes: int) -> list[list[int]]:
-        """[label, prediction, how often] for all pairs that occur: of thousands of classes, few of the matrix's."""
+        """[label, prediction, count] for all pairs that occur: few, compared with the matrix of many classes."""
         pairs, counts = np.unique(self.targets * num_classes + self.predictions, return_counts=True)
         return np.stack([pairs // num_classes, pairs % num_classes, counts], axis=1).tolist()
 
     def per_class(self, num_classes: int) -> list[float | None]:
-        """Top-1 of each class in percent, None for a class without images."""
+        """Top-1 accuracy of each class in percent; None for a class without images."""
         right = np.bincount(self.targets[self.targets == self.predictions], minlength=num_classes)
         images = np.bincount(self.targets, minlength=num_classes)
         return [100 * r / n if n else None for r, n in zip(right.tolist(), images.tolist(), strict=True)]
 
 
 class Normalize:
-    """uint8 images to floats on the device, normalised with the model's mean and standard deviation."""
+    """Moves uint8 images to the device and normalizes them with the model's mean and standard deviation."""
 
     def __init__(self, data_config: dict[str, Any], device: torch.device, channels_last: bool = False):
         self.mean = 255 * torch.tensor(data_config["mean"], device=device).view(1, -1, 1, 1)
@@ -62,7 +62,7 @@ class Normalize:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (B, C, H, W), uint8, to float32 on the device."""
+        """Convert images (B, C, H, W), uint8, to float32 on the device."""
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return images.float().sub_(self.mean).div_(self.std)
 
@@ -73,19 +73,19 @@ def measure(
     loader: DataLoader,
     normalize: Normalize,
     autocast: AbstractContextManager,
-    on_batch: object = None,
+    on_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Evaluate `model`, in evaluation mode, on every image that `loader` gives; all processes together count each once.
+    """Evaluate `model`, in evaluation mode, on every image of `loader`; each image counts once over all processes.
 
     Args:
-        model: Images to logits (B, classes).
-        loader: Batches of data.collate; a label of -1 is an image that can't be read, which does not count.
-        normalize: From uint8 to the model's input.
-        autocast: Context of the forward pass; entered once per batch.
+        model: Maps images to logits (B, classes).
+        loader: Batches of data.collate; the label -1 marks an image that can't be read, which does not count.
+        normalize: Converts uint8 images to the model's input.
+        autocast: The context of the forward pass, entered once per batch.
         on_batch: Called after every batch, for progress.
 
     Raises:
-        RunError: not a single image can be read.
+        RunError: No image can be read.
     """
     evaluator = ClassificationEvaluator(device=normalize.device)
     left = evaluation_sample_limit(loader)
@@ -131,9 +131,9 @@ def plot_predictions(
     rows: int = 4,
     columns: int = 8,
 ) -> None:
-    """Draw validation images with what the model says of them: wrong ones first, the least certain next.
+    """Draw validation images with their predictions: wrong ones first, then the least certain ones.
 
-    Looks at 512 images at most, evenly spread.
+    At most 512 images are classified, evenly spread.
     """
     step = max(1, math.ceil(len(indices) / 512))
     items = [samples[0, index] for index in list(indices)[::step]]
@@ -147,7 +147,7 @@ def plot_predictions(
     )
     scores, answers = probabilities.max(1)
     targets = torch.tensor([target for _, target, _ in items])
-    # Half of the picture for the hard ones, half for ordinary ones.
+    # Half of the sheet shows hard images, and half shows ordinary ones.
     order = torch.argsort(scores + (answers == targets).float()).tolist()
     half = rows * columns // 2
     rest = order[half:]
@@ -172,7 +172,7 @@ def _short(name: str, length: int = 14) -> str:
 
 
 def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, limit: int = 40) -> None:
-    """Draw the confusion matrix in percent of each row; of many classes, those that are mistaken most."""
+    """Plot the confusion matrix in percent of each row; of many classes, the `limit` with the most mistakes."""
     images = confusion.sum(1)
     shown = np.arange(len(classes))
     if len(classes) > limit:
@@ -205,12 +205,12 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
 
 
 def write_classes(folder: Path, result: Evaluation, classes: Sequence[str]) -> None:
-    """Write the result's `classes.json`."""
+    """Write `classes.json` for the result."""
     counts = np.bincount(result.targets, minlength=len(classes)).tolist()
     scores = {"top1": result.per_class(len(classes))}
     run_folder.write_classes(folder, classes, scores, counts, "images", result.pairs(len(classes)))
 
 
 def percentage(value: float) -> str:
-    """A figure for people."""
+    """`value` in percent, formatted; "-" if there is none."""
     return "-" if value is None or math.isnan(value) else f"{value:.2f} %"

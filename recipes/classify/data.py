@@ -1,4 +1,4 @@
-"""Images for classification: the digits, folders, and whatever else timm.data.create_dataset reads."""
+"""Data for classification: the digits, folders of images, and everything that timm.data.create_dataset reads."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from zoo.recipes.subsets import files_to_check
 class Data:
     """The two splits (indexable, or streams) with the names of their classes.
 
-    `train` is None where only evaluation is asked for. The indices are the part of a data set that its split consists
-    of, all of it unless given; a stream has none.
+    `train` is None if the data are only for evaluation. The indices select the items of a split; by default all items.
+    A stream has no indices.
     """
 
     train: Dataset | None
@@ -65,16 +65,16 @@ class Data:
 
 
 def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequence[str] | None = None) -> Data:
-    """Open the data set that `cfg` names and check what can be checked before training.
+    """Open the data set that `cfg` names, and check it before training.
 
     Args:
         cfg: The configuration.
-        seed: Decides which images are held out of a folder without a validation split.
-        training: Open both splits; otherwise the validation split alone, the root itself where it has none.
-        classes: The class names that labels have to follow, in order; the training split's own if None.
+        seed: Determines which images are held out if a folder has no validation split.
+        training: Open both splits; otherwise only the validation split, or the root if there are no splits.
+        classes: The class names in the order of the labels; None for the classes of the training split.
 
     Raises:
-        RunError: the data can't be used; the message names the path.
+        RunError: The data can't be used; the message names the path.
     """
     if cfg.name == "digits":
         return Data(Digits(True) if training else None, Digits(False), list(Digits.classes))
@@ -105,7 +105,7 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
     if cfg.class_map:
         classes = read_classes(Path(cfg.class_map))
     if not training:
-        # A root without split folders is itself what is to be evaluated.
+        # A root without split folders is evaluated itself.
         folders = _class_folders(val_root or root, cfg)
         names = list(classes or folders.images)
         return Data(None, _labelled(folders, names, cfg, training=False), _checked_number(names, cfg))
@@ -152,7 +152,7 @@ def _class_folders(root: Path, cfg: DataConfig) -> ClassFolders | ClassTar:
 
 
 def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataConfig, training: bool) -> ImageDataset:
-    """The images of the classes `names`, in that order, of which other classes may be left out by a class map only."""
+    """The images labelled by `names`, in that order; other classes are refused, unless a class map leaves them out."""
     known, found = {class_name(name) for name in names}, list(folders.images)
     unknown = [name for name in found if name not in known]
     if unknown and not cfg.class_map:
@@ -192,7 +192,7 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
-    """The known name that `name` was meant to be, for people."""
+    """A hint at the known name that `name` may have been meant to be."""
     same = [other for other in known if other.casefold() == name.casefold()]
     close = same or difflib.get_close_matches(name, list(known), n=1)
     return f" (is {close[0]!r} meant?)" if close else ""
@@ -210,29 +210,31 @@ def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, in
             class_map=class_map,
             download=cfg.download,
             num_samples=cfg.num_samples if training else cfg.val_num_samples,
-            input_img_mode="RGB" if cfg.name.lower().startswith("tfds/") else None,  # what they give is prepared here
+            input_img_mode="RGB" if cfg.name.lower().startswith("tfds/") else None,  # their images are converted here
             input_key=cfg.input_key,
             target_key=cfg.target_key,
         )
-    except Exception as error:  # five libraries read here, and raise anything
+    except Exception as error:  # any of five libraries reads the data and may raise anything
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = f"data.name={cfg.name!r}, data.root={cfg.root}, split {split!r}"
         raise RunError(f"the data set can't be opened ({where}): {what}") from error
 
 
 def _refuse_commands(cfg: DataConfig, split: str) -> None:
-    """Keep webdataset from running the shell commands that it takes in place of shards, `pipe:...`."""
+    """Keep webdataset from running shell commands, `pipe:...`, which it accepts in place of shards."""
     if "pipe:" in f"{cfg.root} {split}":
         raise RunError(f"data.root={cfg.root}, split {split!r} is a command, which is not run: give files.")
     with suppress(ImportError):
         from webdataset.gopen import gopen_schemes
 
-        gopen_schemes.pop("pipe", None)  # which a list of shards may name, too
+        gopen_schemes.pop("pipe", None)  # a list of shards may contain commands too
 
 
 def _class_index(dataset: Dataset) -> dict[str, int] | None:
     reader = getattr(dataset, "reader", None)
-    return getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)  # folders, tar files
+    return getattr(reader, "class_to_idx", None) or getattr(
+        reader, "class_name_to_idx", None
+    )  # of folders and tar files
 
 
 def _class_names(dataset: Dataset, cfg: DataConfig) -> list[str]:
@@ -271,7 +273,7 @@ def _check_not_empty(data: Data, cfg: DataConfig) -> None:
 
 
 def _split(root: Path, split: str, cfg: DataConfig) -> Path | None:
-    """The folder or tar file of a split, if there is one; a class may have its name, too."""
+    """The folder or tar file of a split; None if there is none, or if it is a class of the same name."""
     names = SPLIT_FOLDERS.get(split, (split,))
     name = next((name for name in names if os.path.isdir(root / name)), None)
     if name is None:
@@ -285,9 +287,9 @@ def _split(root: Path, split: str, cfg: DataConfig) -> Path | None:
 
 
 def _check_files(reader: ClassFolders, cfg: DataConfig) -> None:
-    """Refuse text that is named like an image: an error page or a list, saved by mistake, spoils a whole data set.
+    """Refuse text files with the name of an image: error pages or lists, saved by mistake, spoil a whole data set.
 
-    A damaged image is another matter: training skips and names it.
+    Damaged images are not refused: training skips and logs them.
     """
     names = reader.filenames(absolute=True)
     chosen = files_to_check(names, cfg)
@@ -298,7 +300,7 @@ def _check_files(reader: ClassFolders, cfg: DataConfig) -> None:
 
 
 def _hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split positions into two sorted lists, the second with `fraction` of every class, at least one of two."""
+    """Split positions into two sorted lists; the second has `fraction` of every class, at least one of two or more."""
     rng = np.random.default_rng(seed)
     held = []
     for label in sorted(set(targets)):
@@ -315,7 +317,7 @@ def is_stream(dataset: Dataset) -> bool:
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
-    """timm's strongest posterizing keeps no bits, which leaves black: Pillow refuses that from 13 on."""
+    """timm's strongest posterizing keeps 0 bits, that is, a black image; Pillow 13 and later refuse that."""
     return auto_augment.posterize(image, bits_to_keep, **options) if bits_to_keep else Image.new(image.mode, image.size)
 
 
@@ -323,10 +325,10 @@ auto_augment.NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing"
 
 
 def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> Any:
-    """timm's transform to an uint8 array (C, H, W): random for training with `cfg`, or for evaluation with None.
+    """timm's transform to a uint8 array (C, H, W): for training with `cfg`, or for evaluation if that is None.
 
     Raises:
-        RunError: `cfg` can't be applied to images of so many channels.
+        RunError: `cfg` can't be applied to images with this number of channels.
     """
     common = {"input_size": data_config["input_size"], "use_prefetcher": True}
     channels = data_config["input_size"][0]
@@ -356,14 +358,14 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
             f"augment.auto_augment={cfg.auto_augment} is no policy of timm's ({type(error).__name__}: {error}): "
             "give one such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, or null."
         ) from error
-    if cfg.auto_augment and channels == 1:  # its policies are for colours
+    if cfg.auto_augment and channels == 1:  # its policies are for RGB images
         *steps, to_array = transform.transforms
         return Compose([Grayscale(3), *steps, Grayscale(1), to_array])
     return transform
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Cut the ends off a very long image: resizing its short side would make the other huge, and they don't count."""
+    """Crop the ends of a very long image, which a center crop ignores: resizing the short side would make it huge."""
     most = 64 * min(image.size)
     width, height = (min(side, most) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
@@ -376,9 +378,9 @@ Sample = tuple[torch.Tensor, int, list[str]]
 class Samples(Dataset):
     """Transformed images: uint8 (C, H, W), label, and the names of images that could not be read.
 
-    An item's randomness comes from the seed, the epoch and the index alone, so it does not matter which process makes
-    it, or when. A corrupt image is replaced by the next good one of `indices` in training (None: of all); in
-    evaluation it gets the label -1.
+    The random transform of an item depends on the seed, the epoch and the index only, so it does not matter which
+    process makes it, or when. In training, a corrupt image is replaced by the next good one of `indices` (None: of all
+    images); in evaluation, it gets the label -1.
     """
 
     def __init__(
@@ -415,7 +417,7 @@ class Samples(Dataset):
             try:
                 image, target = self._read(position)
             except DECODING_ERRORS as error:
-                if of_the_system(error):  # not the image's fault
+                if of_the_system(error):  # the image is not the cause
                     raise
                 corrupt.append(f"{self._name(position)} ({reason(error)})")
                 continue
@@ -433,7 +435,7 @@ class Samples(Dataset):
         if not isinstance(self.dataset, ImageDataset):
             image, target = self.dataset[position]
             return as_read(image, self.channels), target
-        # timm's own way would put another image in the place of one that can't be read, which nobody could count.
+        # timm itself would silently replace an image that can't be read by another one, so that it would go uncounted.
         try:
             file, target = self.dataset.reader[position]
         except (AssertionError, KeyError, TypeError, EOFError, tarfile.TarError) as error:
@@ -442,7 +444,7 @@ class Samples(Dataset):
             return self._open(file), target
 
     def finish(self, image: Image.Image) -> torch.Tensor:
-        """An image of the right number of channels, transformed."""
+        """Transform an image that has the right number of channels."""
         return torch.as_tensor(self.transform(image))
 
     def _name(self, position: int) -> str:
@@ -455,7 +457,7 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same for data sets that can only be read in their own order; its place takes the index's."""
+    """The same for data sets that can only be read in order; the position takes the place of the index."""
 
     def __init__(self, dataset: IterableDataset, samples: Samples):
         self.dataset, self.samples, self.epoch = dataset, samples, 0
@@ -484,10 +486,10 @@ class Stream(IterableDataset):
 
 
 class EpochSampler(Sampler):
-    """This process's share of an epoch in a shuffled order, as (epoch, index) pairs; can start in the middle.
+    """This process's share of an epoch in shuffled order, as (epoch, index) pairs; it can start in the middle.
 
-    All processes together take `effective_batch` images an update, and the same ones whatever their number; what is
-    left at the end of an epoch is dropped.
+    All processes together take `effective_batch` images per update, which do not depend on the number of processes.
+    Images left over at the end of an epoch are dropped.
     """
 
     def __init__(self, indices: Sequence[int], effective_batch: int, seed: int, rank: int, world_size: int):
@@ -508,8 +510,8 @@ class EpochSampler(Sampler):
 class EvalSampler(OrderedDistributedSampler):
     """This process's share of the validation images, as (0, index) pairs.
 
-    Every process gets as many, so that those which gather sharded weights keep in step; `num_valid_samples` says how
-    many of this one's count.
+    Every process gets the same number, so that processes that gather sharded weights stay in step;
+    `num_valid_samples` is the number of images that count in this process.
     """
 
     def __init__(self, indices: Sequence[int], rank: int, world_size: int):
@@ -526,7 +528,7 @@ def collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[str
 
 
 def next_batch(batches: Iterator[Any]) -> Any:
-    """The next batch; what a worker has to tell the user comes without the worker's traceback."""
+    """The next batch; the traceback of a worker process is stripped from its RunError."""
     try:
         return next(batches)
     except RunError as error:
@@ -534,28 +536,28 @@ def next_batch(batches: Iterator[Any]) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # The main process decides what a signal to the whole group means; a worker ends when it does.
+    # The main process handles signals to the whole group; a worker ends when the main process does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def _end_workers() -> None:
-    """End what multiprocessing would wait for at the end of this process: workers ignore the signal that it sends."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an accident
+    """Kill the workers at exit: multiprocessing would wait for them, and they ignore the signal that it sends."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise torch would report their end as a crash
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
-atexit.register(_end_workers)  # after multiprocessing's own, so it runs before
+atexit.register(_end_workers)  # registered after multiprocessing's handler, so it runs before it
 
 
 def num_workers(cfg: DataConfig) -> int:
-    """How many processes load images: as configured, or the cores' share of this process, at most eight."""
+    """The number of workers that load images: as configured, or this process's share of the cores, at most eight."""
     if cfg.num_workers is not None:
         return cfg.num_workers
-    if cfg.name in ("digits", "digit_crops"):  # small and quick
+    if cfg.name in ("digits", "digit_crops"):  # in memory
         return 0
     return distributed.spare_cores()
 
@@ -563,10 +565,10 @@ def num_workers(cfg: DataConfig) -> int:
 def build_loader(
     dataset: Dataset, sampler: Sampler | None, batch_size: int, cfg: DataConfig, device: torch.device, training: bool
 ) -> DataLoader:
-    """A loader of `collate`d batches; without a sampler, `dataset` is a stream."""
+    """A loader of batches made by `collate`; without a sampler, `dataset` is a stream."""
     workers = distributed.check_open_files(num_workers(cfg))
     if sampler is None and training:
-        # A stream's reader counts how often it was read; a new process for every epoch starts as a resumed run does.
+        # A stream's reader counts how often it was read; a new worker for every epoch starts as in a resumed run.
         workers = max(workers, 1)
     return DataLoader(
         dataset,

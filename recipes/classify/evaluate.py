@@ -1,4 +1,4 @@
-"""Scoring a classifier: `zoo-eval`."""
+"""Evaluation of a classifier: `zoo-eval`."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def evaluate(
 
     Args:
         cfg: The composed configuration.
-        overridden: The keys and groups that the user set; the others come from the run, where one is named.
+        overridden: The keys and groups that the user set; others come from the run, if one is named.
         write_report: Writes the report into the output folder; None for no report.
 
     Raises:
-        RunError: something that the user can mend.
+        RunError: The user can correct the cause; the message says how.
     """
     config.check(cfg)
     logs.start_log(None, distributed.rank() == 0)
@@ -52,7 +52,7 @@ def evaluate(
         raise RunError("nothing to evaluate: give run=<folder>, or model=<name> with pretrained=true or =<file>.")
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
-    # A run's own data set is opened as in training, which finds the images that were held out.
+    # The data set of the run is opened as in training, to find the images that were held out.
     own_data = cfg.run and not any(key == "data" or key.startswith("data.") for key in overridden)
     data = open_data(cfg.data, cfg.seed, training=bool(own_data), classes=classes)
     if len(data.classes) != model.num_classes:
@@ -83,7 +83,7 @@ def evaluate(
 
 
 def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, list[str], str]:
-    """The model of a run, the run's configuration with the user's changes, its classes, and where the weights stood."""
+    """The model of a run, its configuration with the user's changes, its classes, and the file of its weights."""
     folder = Path(cfg.run)
     trained = reading.load_config(folder)
     merged = config.of_run(cfg, trained, overridden)
@@ -124,7 +124,7 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         logs.console.print(table)
     for name in result.corrupt:
         log.warning("A corrupt image does not count: %s", name)
-    names = {"top1": "top-1"} | ({"top5": "top-5"} if len(classes) > 5 else {})  # else it is 100 %
+    names = {"top1": "top-1"} | ({"top5": "top-5"} if len(classes) > 5 else {})  # otherwise it is 100 %
     log.info(
         "%s (%s): %s, loss %.4f on %d images",
         summary["model"],
@@ -133,7 +133,7 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         metrics["loss"],
         metrics["images"],
     )
-    # The figures are out: they are not lost with a folder that can't be written.
+    # The figures are logged first, so that they are not lost if the folder can't be written to.
     run_folder.make_folder(folder, "out")
     atomic_files.write_json(folder / "eval.json", summary)
     title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"

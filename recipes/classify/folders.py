@@ -1,4 +1,4 @@
-"""Class folders: which images there are, and of which classes. What is checked is what is read: one walk finds both."""
+"""Class folders: finding the images and their classes, in one walk whose result is both checked and read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from zoo.recipes.logs import log
 
 
 class _ByClass(Reader):
-    """Images in class folders, for timm's ImageDataset.
+    """A reader of images in class folders, for timm's ImageDataset.
 
-    The classes are the folders of the first level, whatever folders they have themselves. Hidden files and folders and
-    those of operating systems do not count.
+    The classes are the folders of the first level, which may have subfolders. Hidden files and folders, and those that
+    operating systems create, are ignored.
 
     Attributes:
-        root: Where they are.
-        images: The paths of each class, by the names of the classes in natural order (a2 before a10).
-        samples: The paths that have a label, in natural order, each with its label.
+        root: The folder or tar file.
+        images: The paths of the images of each class; classes are in natural order (a2 before a10).
+        samples: Paths with labels, in natural order.
     """
 
     def __init__(self, root: Path, images: dict[str, list[str]], stray: Sequence[str], nested: int):
@@ -51,7 +51,7 @@ class _ByClass(Reader):
             )
 
     def label(self, classes: Sequence[str]) -> None:
-        """Give the images the places of their classes in `classes` as labels; those of others are left out."""
+        """Label the images with the positions of their classes in `classes`; images of other classes are left out."""
         labels = {class_name(name): label for label, name in enumerate(classes)}
         samples = [(path, labels[name]) for name, paths in self.images.items() if name in labels for path in paths]
         self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
@@ -65,14 +65,14 @@ class _ByClass(Reader):
 
 
 class ClassFolders(_ByClass):
-    """The images in a folder of class folders; links are followed, but a folder counts once in a class: loops end.
+    """The images in a folder of class folders. Links are followed, but a class visits a folder only once.
 
     Args:
         root: The folder.
-        endings: Endings of image files, in lower case.
+        endings: Endings of image files in lower case.
 
     Raises:
-        RunError: a folder can't be read, there is no class folder, one has no images, or two have the same name.
+        RunError: A folder can't be read, there is no class folder, one has no images, or two have the same name.
     """
 
     def __init__(self, root: Path, endings: Collection[str]):
@@ -99,14 +99,14 @@ class ClassFolders(_ByClass):
 
 
 class ClassTar(_ByClass):
-    """The images in a tar file of class folders, or of a tar file for each class; a folder around them is seen through.
+    """The images in a tar file of class folders, or of one tar file per class; folders around all of them are skipped.
 
     Args:
-        root: The file, which is not compressed.
-        endings: Endings of image files, in lower case.
+        root: The uncompressed tar file.
+        endings: Endings of image files in lower case.
 
     Raises:
-        RunError: it can't be read to its end, or has no class folders.
+        RunError: It can't be read to its end, or has no class folders.
     """
 
     def __init__(self, root: Path, endings: Collection[str]):
@@ -120,7 +120,7 @@ class ClassTar(_ByClass):
             if os.path.getsize(root) % tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it ends within a file")
         except (OSError, EOFError, tarfile.TarError) as error:
-            raise RunError(f"{root} can't be read as a tar file ({error}): mend or replace it.") from error
+            raise RunError(f"{root} can't be read as a tar file ({error}): repair or replace it.") from error
         tops = [path.split("/") for path in self.places]
         around = 0
         while tops and all(len(parts) > around + 2 and parts[around] == tops[0][around] for parts in tops):
@@ -142,17 +142,17 @@ class ClassTar(_ByClass):
 
 
 def class_name(text: str) -> str:
-    """A class name as it is compared: file systems write the same letters with and without composing accents."""
+    """A class name for comparisons: file systems differ in how they compose letters with accents."""
     return unicodedata.normalize("NFC", text.strip())
 
 
 def natural_key(text: str) -> tuple[list[int | str], str]:
-    """Sorts numbers within names by size, as timm does; what differs in case alone comes in a fixed order."""
+    """A sort key that orders numbers within names by value, as timm does, and breaks ties in case."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())], text
 
 
 def folders_in(folder: Path) -> list[str]:
-    """Names of the folders in `folder` that could be classes; raises RunError where it can't be read."""
+    """The names of the folders in `folder` that could be classes; raises RunError if it can't be read."""
     return _listing(str(folder))[1]
 
 
@@ -161,7 +161,7 @@ def _ending(name: str) -> str:
 
 
 def _listing(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
-    """What `folder` is to the file system, and the names of the folders and files in it that are not hidden."""
+    """The identity of `folder` in the file system, and the names of its folders and files that are not hidden."""
     folders, files = [], []
     try:
         status = os.stat(folder)
@@ -171,11 +171,11 @@ def _listing(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
                     continue
                 if _is_folder(entry):
                     folders.append(entry.name)
-                # A link to nothing is an image that can't be read; a pipe would wait for ever.
+                # A broken link counts as an image that can't be read; a pipe would block for ever.
                 elif entry.is_symlink() or entry.is_file():
                     files.append(entry.name)
     except OSError as error:
-        raise RunError(f"{folder} can't be read ({error.strerror}): mend that, or remove it.") from error
+        raise RunError(f"{folder} can't be read ({error.strerror}): fix that, or remove it.") from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
 
 
@@ -197,7 +197,7 @@ def _images(folder: str, endings: Collection[str], visited: set[tuple[int, int]]
 
 
 def _members(file: BinaryIO, start: int, inside: str) -> Iterator[tuple[str, int, int]]:
-    """Path, place and size of the files in a tar file that begins at `start` of the outermost one."""
+    """Path, offset and size of the files in a tar file that begins at `start` of the outermost tar file."""
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for info in archive:
             if not info.isfile():

@@ -1,4 +1,4 @@
-"""The classes of images outside of a data set: `zoo-predict`."""
+"""Predictions of a classifier for any images: `zoo-predict`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from zoo.recipes.progress import Progress
 from zoo.recipes.subsets import evenly_spread
 
 NAMES = ("predictions.csv", "predictions.json", "predictions.png")
-_TOP = 5  # classes written of each image
-_MOST_ROWS = 20  # of the printed table
-_LEAST_ROOM = 32  # characters of a path in it
-_MOST_PICTURES = 40  # of the contact sheet
+_TOP = 5  # classes written for each image
+_MOST_ROWS = 20  # rows of the printed table
+_LEAST_ROOM = 32  # characters of a path in the table
+_MOST_PICTURES = 40  # pictures on the contact sheet
 
-Guesses = list[tuple[str, float]]  # classes with their probabilities, the first first
+Guesses = list[tuple[str, float]]  # classes with their probabilities, the most probable first
 
 
 @dataclass
@@ -47,15 +47,15 @@ class _Prediction:
 
 
 def predict(settings: Any, inputs: Inputs, out: Path) -> None:
-    """Print, write and draw which classes the model of a run sees in images.
+    """Print, write and draw the classes that the model of a run predicts for images.
 
     Args:
         settings: A `PredictConfig`.
         inputs: The images.
-        out: The output folder; need not exist.
+        out: The output folder; it does not have to exist.
 
     Raises:
-        RunError: something that the user can mend; at the end, if images were left out.
+        RunError: The user can correct the cause; or, at the end, images were left out.
     """
     if settings.score is not None:
         raise RunError(f"score={settings.score} is for detectors: {settings.run} is a classifier's run, leave it out.")
@@ -74,7 +74,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
 
     @torch.no_grad()
     def run(batch: list[torch.Tensor]) -> torch.Tensor:
-        """Images (C, H, W), uint8, to probabilities (B, classes)."""
+        """The probabilities (B, classes) of images (C, H, W), uint8."""
         with autocast(cfg.trainer.amp, device):
             return model(normalize(torch.stack(batch))).float().softmax(1).cpu()
 
@@ -99,12 +99,12 @@ Prepared = tuple[Input, torch.Tensor, Image.Image | None]
 def _prepared(
     read: Iterable[tuple[Input, Image.Image]], transform: Callable, pictured: set[Input], inputs: Inputs
 ) -> Iterator[Prepared]:
-    """Each image as the model takes it, with its thumbnail where it is drawn."""
+    """Yield each image transformed for the model, with a thumbnail if it is drawn."""
     for item, image in read:
         try:
             pixels = torch.as_tensor(transform(image))
             thumbnail = _thumbnail(image) if item in pictured else None
-        except Exception as error:  # Pillow's, for want of memory
+        except Exception as error:  # Pillow's, if memory runs out
             inputs.fail(item, error)
         else:
             yield item, pixels, thumbnail
@@ -126,10 +126,10 @@ def _classify(
 ) -> Iterator[_Prediction]:
     try:
         probabilities = run([pixels for _, pixels, _ in batch])
-    except Exception as error:  # whatever a model raises
+    except Exception as error:  # models raise anything
         if len(batch) == 1:
             inputs.fail(batch[0][0], error)
-        else:  # one image is to blame, or the memory has no room for a batch
+        else:  # one image is the cause, or the batch does not fit in memory
             for one in batch:
                 yield from _classify([one], run, classes, inputs)
         return
@@ -142,7 +142,7 @@ def _classify(
         yield _Prediction(item.path, guesses, thumbnail)
 
 
-# What is written.
+# Output.
 
 
 def _write(
@@ -177,7 +177,7 @@ def _write(
 
 
 def _print(predictions: list[_Prediction]) -> None:
-    """Print a table of the first images, with as many of their classes as leave room for the paths."""
+    """Print a table of the first images, with as many classes as leave room for the paths."""
     if not predictions:
         return
     cells = [
@@ -202,7 +202,7 @@ def _print(predictions: list[_Prediction]) -> None:
 
 
 def _summary(predictions: list[_Prediction]) -> str:
-    """How often the most frequent classes come first."""
+    """How often the most frequent classes are the first prediction."""
     counts = Counter(item.guesses[0][0] for item in predictions)
     parts = [f"{shown(name)} ({count})" for name, count in counts.most_common(5)]
     if len(counts) > len(parts):
@@ -211,17 +211,17 @@ def _summary(predictions: list[_Prediction]) -> str:
 
 
 def _cut(text: str, length: int) -> str:
-    """`text` with an ellipsis for what is too long."""
+    """`text` shortened to `length` characters, with an ellipsis."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
-# The contact sheet; all measures are pixels.
+# The contact sheet; sizes are in pixels.
 
 _CELL, _PICTURE, _LINE, _GAP = 240, 180, 19, 14
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:
-    """`image` as RGB in the size of a picture of the sheet."""
+    """`image` as RGB, resized for the sheet."""
     small = ImageOps.contain(image, (_CELL, _PICTURE))
     background = Image.new("RGB", small.size, "white")
     background.paste(small, mask=small.getchannel("A") if small.mode == "RGBA" else None)
@@ -229,7 +229,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 
 def _sheet(predictions: Sequence[_Prediction], title: str) -> Image.Image:
-    """A picture of images with the first three classes and the file's name below each."""
+    """A picture of the images, each with its first three classes and its file name below."""
     from matplotlib.font_manager import findfont  # ships DejaVu Sans
 
     plain = ImageFont.truetype(findfont("DejaVu Sans"), 13)
@@ -258,7 +258,7 @@ def _sheet(predictions: Sequence[_Prediction], title: str) -> Image.Image:
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """As much of `text` as fits."""
+    """`text` shortened to `width` pixels."""
     text = _cut(text, 60)
     while font.getlength(text) > width:
         text = f"{text[:-2]}…"

@@ -1,8 +1,7 @@
 """Training a classifier: `zoo-train task=classify`.
 
-Built from timm's task, optimizers, schedules, transforms and Mixup. What is its own is the order of things, chosen so
-that nothing is lost and a run that was killed continues as if it had not been: whatever is random is drawn from the
-seed and the place in the run, never from what happened before.
+Built from timm's task, optimizers, schedules, transforms and Mixup. Random numbers depend on the seed and the position
+in the run only, never on what happened before, so that a run that was killed continues as if it had not been.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from zoo.recipes.seeding import seed_all
 def train(
     cfg: DictConfig, write_report: Callable[[Path], Any] | None = None, resume_command: str | None = None
 ) -> dict[str, Any]:
-    """Train as `cfg` says and return what `summary.json` holds.
+    """Train as `cfg` says and return the content of `summary.json`.
 
     Args:
         cfg: The configuration.
@@ -55,8 +54,8 @@ def train(
         resume_command: The command that continues the run, if it is not the command of this process.
 
     Raises:
-        RunError: something that the user can mend.
-        Stopped: a signal arrived; the state is saved.
+        RunError: The user can correct the cause; the message says how.
+        Stopped: A signal arrived; the state is saved.
     """
     config.check(cfg)
     check_name(cfg.model)
@@ -68,7 +67,7 @@ def train(
 
 
 class ClassifyRun(BaseRun):
-    """One run, from the data to `summary.json`."""
+    """A run of classification, from the data to `summary.json`."""
 
     def __init__(
         self,
@@ -89,14 +88,14 @@ class ClassifyRun(BaseRun):
             torch.backends.cudnn.benchmark = False
         seed_all(cfg.seed)
         model = build_model(cfg, len(data.classes))
-        self.description = copy.copy(model)  # keeps timm's records of how it was made, whatever wraps the model
+        self.description = copy.copy(model)  # has timm's configuration of the model, even if the model is wrapped
         self.params = sum(p.numel() for p in model.parameters())
         self.data_config = input_config(model, cfg.data)
         if cfg.trainer.batch_size == 1:
             check_batchnorm(model, lambda: model(torch.zeros(1, *self.data_config["input_size"])), "data.img_size")
         self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)
         self._build_loaders()
-        # The place in the run; `samples` counts into the epoch, over all processes.
+        # The position in the run; `samples` counts the images of this epoch over all processes.
         self.progress |= {"epoch": 0, "samples": 0}
         self.tallies = _new_tallies()
         self.best = {"epoch": None, "top1": -1.0}
@@ -107,7 +106,7 @@ class ClassifyRun(BaseRun):
         if state:
             self.load_state(state)
 
-    # What the run works on.
+    # Data.
 
     def _build_loaders(self) -> None:
         cfg, data, seed = self.cfg, self.data, self.cfg.seed
@@ -129,10 +128,10 @@ class ClassifyRun(BaseRun):
         self.loader = build_loader(samples, self.sampler, batch, cfg.data, self.device, training=True)
         self.val_loader = build_val_loader(data, self.val_samples, batch, cfg.data, self.device)
 
-    # What it leaves behind, and takes up again.
+    # State.
 
     def identity(self) -> dict[str, Any]:
-        """What can't change within a run."""
+        """The settings that have to stay the same within a run."""
         return {
             "model": self.cfg.model,
             "classes": list(self.data.classes),
@@ -143,11 +142,13 @@ class ClassifyRun(BaseRun):
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `save` wrote."""
+        """Load the state that `save` wrote."""
         super().load_state(state)
         try:
             self.train_state.load_state_dict(state["training"])
-            if len(state["tallies"]) == distributed.world_size():  # else the epoch's training figures start anew
+            if (
+                len(state["tallies"]) == distributed.world_size()
+            ):  # otherwise the training figures of this epoch start again
                 self.tallies = state["tallies"][distributed.rank()]
             self.corrupt = CorruptImages(self.folder, self.cfg.data.max_corrupt, state["corrupt"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -155,17 +156,17 @@ class ClassifyRun(BaseRun):
         self.train_state.set_schedule(self.progress["update"])
 
     def state(self) -> dict[str, Any]:
-        """What is needed to continue."""
+        """The state to continue from."""
         return {
             "training": self.train_state.state_dict(),
             "tallies": distributed.gather(self.tallies),
             "corrupt": sorted(self.corrupt.names),
         }
 
-    # Its course.
+    # Lifecycle.
 
     def is_complete(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether the training is complete."""
         return self.progress["epoch"] >= self.epochs
 
     def train(self) -> None:
@@ -174,12 +175,12 @@ class ClassifyRun(BaseRun):
         last = min(self.epochs * self.updates_per_epoch, limit or sys.maxsize)
         self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, every, done, last)
         with self.bar:
-            # An epoch that trainer.max_updates cut is closed again, for its evaluation.
+            # An epoch that trainer.max_updates cut short is closed again, to evaluate it.
             while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self.reached_max_updates()):
                 self._epoch()
 
     def log_plan(self) -> None:
-        """Say what is going to be trained."""
+        """Log what is going to be trained."""
         cfg = self.cfg
         size = "x".join(map(str, self.data_config["input_size"]))
         log.info(
@@ -227,24 +228,24 @@ class ClassifyRun(BaseRun):
         self._close_epoch(speed * distributed.world_size())
 
     def _batches_from(self, epoch: int, samples: int) -> Iterator[Any]:
-        """This process's batches of the rest of an epoch."""
-        if self.sampler is not None:  # one with nothing left counts as false
+        """The batches of this process for the rest of an epoch."""
+        if self.sampler is not None:  # an empty sampler is falsy, hence `is not None`
             self.sampler.epoch, self.sampler.start = epoch, samples
             return iter(self.loader)
         self.loader.dataset.epoch = epoch
         if hasattr(self.data.train, "set_epoch"):
             self.data.train.set_epoch(epoch)
-        seed_all(self.cfg.seed, epoch, distributed.rank())  # for the seeds of the workers
+        seed_all(self.cfg.seed, epoch, distributed.rank())  # determines the seeds of the workers
         batches = _endless(self.loader)
         for _ in range(samples // self.effective_batch * self.accumulate):
             next_batch(batches)
         return batches
 
     def _update(self, batches: Iterator[Any]) -> None:
-        """One step of the optimizer, from `accumulate` batches."""
+        """One step of the optimizer, on `accumulate` batches."""
         progress, tallies, training = self.progress, self.tallies, self.train_state
         self.times.begin()
-        # A forward pass on bad numbers spoils BatchNorm's running statistics too, not only the gradients.
+        # A forward pass with non-finite values spoils not only the gradients but BatchNorm's running statistics too.
         buffers = list(training.task.trainable_module.buffers())
         kept = [buffer.clone() for buffer in buffers]
         finite = True
@@ -254,8 +255,8 @@ class ClassifyRun(BaseRun):
             self.times.lap("waiting for images")
             self.corrupt.note(corrupt)
             if not finite:
-                continue  # the batch is taken, so that the next update has the images that it would have had
-            # Drop path, Mixup and erasing are random: drawn from here, they do not depend on the past.
+                continue  # the batch is consumed, so that the next update has its usual images
+            # Drop path, Mixup and erasing draw random numbers: seeded here, they do not depend on earlier updates.
             seed_all(self.cfg.seed, progress["update"], number, distributed.rank(), 1)
             with training.accumulating(last=number == self.accumulate - 1):
                 inputs, labels = self.normalize(images), labels.to(self.device, non_blocking=True)
@@ -295,7 +296,7 @@ class ClassifyRun(BaseRun):
         cfg, progress = self.cfg, self.progress
         cut = progress["samples"] < self.updates_per_epoch * self.effective_batch  # by trainer.max_updates
         if cut:
-            self.save()  # a run with more updates continues from here, not from the next epoch
+            self.save()  # a run with more updates continues this epoch from here
         epoch = progress["epoch"] + 1
         last = epoch >= self.epochs or self.reached_max_updates()
         names = ("loss", "right", "images", "skipped")
@@ -305,7 +306,7 @@ class ClassifyRun(BaseRun):
             "update": progress["update"],
             "lr": max(group["lr"] for group in self.train_state.optimizer.param_groups),
             "train_loss": loss / max(images, 1),
-            # Mixed images have no single right answer.
+            # Mixed images have no single correct class.
             "train_top1": None if self.train_state.mixup else 100 * right / max(images, 1),
             "skipped_updates": int(skipped) // distributed.world_size(),
             "images_per_second": speed,
@@ -336,7 +337,7 @@ class ClassifyRun(BaseRun):
         log.info("%s | %s | %.0f images/s", self.bar.title, _line(record, improved, self.val_images), speed)
 
     def curves(self) -> tuple[str, dict[str, str]]:
-        """The title of the curves, and the names of the scores in them with what people call them."""
+        """The title of the plotted curves, and the titles of the plotted scores by name."""
         return f"{self.cfg.model}, {self.folder.name}", {"top1": "top-1"}
 
     def _after_evaluating_batch(self) -> None:
@@ -350,7 +351,7 @@ class ClassifyRun(BaseRun):
         return weights
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left behind and return the summary."""
+        """Write the final files and return the summary."""
         record = self.history[-1]
         weights = self._write_weights("model.safetensors")
         if self.primary:
@@ -375,12 +376,12 @@ class ClassifyRun(BaseRun):
         )
         log.info("Run folder: %s", self.folder)
         self.log_next_steps(f"top-1 {percentage(self.best['top1'])}")
-        distributed.share(None)  # no process leaves before the files are complete
+        distributed.share(None)  # no process exits before the files are complete
         self.refuse_nonfinite(weights.values())
         return summary
 
     def _describe(self, weights: dict[str, torch.Tensor]) -> None:
-        """Write what `timm.create_model("local-dir:<folder>")` needs beside the weights, and draw predictions."""
+        """Write what `timm.create_model("local-dir:<folder>")` needs besides the weights, and draw predictions."""
         names = ("input_size", "mean", "std", "interpolation", "crop_pct")
         with atomic_files.atomic(self.folder / "config.json") as file:
             save_config_for_hf(
@@ -401,7 +402,7 @@ class ClassifyRun(BaseRun):
 
 
 def _line(record: dict[str, Any], improved: bool, val_images: int) -> str:
-    """An epoch's record for people."""
+    """The line of the log on an epoch."""
     text = f"training loss {record['train_loss']:.4f}"
     if record["train_top1"] is not None:
         text += f" top-1 {record['train_top1']:.2f} %"
@@ -412,12 +413,12 @@ def _line(record: dict[str, Any], improved: bool, val_images: int) -> str:
 
 
 def _count(dataset: Dataset, indices: Sequence[int] | None) -> int:
-    """How many images a split has; a stream has no indices."""
+    """The number of images in a split; a stream has no indices."""
     return len(dataset if indices is None else indices)
 
 
 def _new_tallies() -> dict[str, float]:
-    """This process's sums over the epoch so far."""
+    """The sums of this process over the epoch so far."""
     return {"loss": 0.0, "right": 0, "images": 0, "skipped": 0}
 
 

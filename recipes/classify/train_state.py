@@ -1,4 +1,4 @@
-"""What one update of the weights consists of: task, mixing, optimizer, schedule, averaged weights, and their state."""
+"""The state of a classifier in training: model, optimizer, schedule, averaged weights, and one update of them."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _FULL = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 class TrainState:
-    """A model being trained.
+    """A model in training, with all that an update changes.
 
     Args:
         cfg: The configuration.
-        model: The model; moved, wrapped or sharded here.
-        num_classes: How many classes the labels have.
-        updates_per_epoch: The schedule's unit.
+        model: The model, which is moved, wrapped or sharded.
+        num_classes: The number of classes.
+        updates_per_epoch: The updates in an epoch, the unit of the schedule.
         device: Where to train.
     """
 
@@ -111,7 +111,7 @@ class TrainState:
             raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mix and erase normalised images (B, C, H, W) with labels (B,); return the task's `loss` and `output`."""
+        """Mix and erase normalized images (B, C, H, W) with labels (B,), and return the task's `loss` and `output`."""
         if self.mixup:
             images, labels = self.mixup(images, labels)
         if self.erase:
@@ -120,7 +120,7 @@ class TrainState:
             return self.task(images, labels)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """The context of one of several passes before a step: only the last one exchanges gradients."""
+        """The context of one of several passes before a step: only the last pass exchanges gradients."""
         return nullcontext() if last or self.sharded else self.task.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -138,7 +138,7 @@ class TrainState:
         self.scaler.update()
 
     def end_update(self, number: int, stepped: bool) -> None:
-        """Update number `number`, from 1, is over: clear gradients, move the schedule and the averaged weights on."""
+        """Finish update number `number`, from 1: clear gradients, and advance the schedule and the averaged weights."""
         self.optimizer.zero_grad(set_to_none=True)
         if stepped:
             self.task.update_ema(step=number)
@@ -150,7 +150,7 @@ class TrainState:
             self.scheduler.step_update(number)
 
     def eval_model(self) -> nn.Module:
-        """The model to evaluate: averaged weights where there are; BatchNorm alike in all processes."""
+        """The model to evaluate: with averaged weights if there are any, and the same BatchNorm in all processes."""
         ema = self.task.get_trainable_module(ema=True)
         for module in (self.task.trainable_module, ema):
             if module is not None:
@@ -169,12 +169,12 @@ class TrainState:
         return model.state_dict()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The weights that are evaluated, whole and on the CPU. All processes have to ask where they are sharded."""
+        """The weights to evaluate, unsharded, on the CPU. If they are sharded, all processes have to call this."""
         model, ema = self._modules()
         return {name: value.detach().cpu().contiguous() for name, value in self._model_state(ema or model).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to continue. All processes have to ask where weights are sharded."""
+        """The state for `load_state_dict`. If the weights are sharded, all processes have to call this."""
         model, ema = self._modules()
         if self.sharded:
             optimizer = sharded_state.get_optimizer_state_dict(model, self.optimizer, options=_FULL)
@@ -188,7 +188,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Load a state that `state_dict` returned."""
         model, ema = self._modules()
         if self.sharded:
             options = sharded_state.StateDictOptions(full_state_dict=True)
@@ -211,7 +211,7 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
 
 
 def shard(model: nn.Module) -> None:
-    """Shard `model` over all processes with FSDP2: every block of a list or sequence, and what is left as a whole."""
+    """Shard `model` over all processes with FSDP2: every block of a list or sequence, and then the rest as a whole."""
     for parent in reversed(list(model.modules())):
         if isinstance(parent, nn.Sequential | nn.ModuleList):
             for block in parent.children():

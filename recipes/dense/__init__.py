@@ -20,10 +20,10 @@ def prepare(task: str) -> None:
     3. MMEngine loads no checkpoint that runs code, and builds nothing that is not registered.
 
     Args:
-        task: detect or segment.
+        task: `detect` or `segment`.
 
     Raises:
-        UserError: the packages are not installed.
+        UserError: The packages are not installed.
     """
     require(f"task={task}", "dense")
     _replace_compiled_operators()

@@ -1,8 +1,8 @@
-"""COCO's annotations: every number is looked at before anything is handed to the tools of COCO.
+"""Checks of COCO's annotations before COCO's tools read them.
 
-pycocotools trusts what it reads: a polygon with a coordinate that is none takes all memory, a mask whose runs do not
-fill the image is read beyond its end. What those tools leave out or clip is left to them, and counted here; what would
-stop them half-way, or teach wrong classes or masks without a word, is refused.
+pycocotools trusts what it reads: a polygon with a NaN coordinate takes all memory, and a mask whose runs do not fill
+the image is read beyond its end. Annotations that the tools leave out or clip are only counted. Those on which the
+tools would fail, or which would silently teach wrong classes or masks, are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from zoo.recipes.files import read_json
 from zoo.recipes.logs import log
 
 _MAX_SIDE = 100_000  # pixels of an image's side
-_REACH = 10  # how many times its image's longer side a coordinate may be: what is further away is a mistake
-_RUNS_LIMIT = 2**31  # pixels of an image: COCO's tools count them in 32 bits
+_REACH = 10  # limit of a coordinate, in longer sides of its image: anything beyond is a mistake
+_RUNS_LIMIT = 2**31  # pixels of an image: COCO's tools count in 32 bits
 _FORMATS = {
     "segments_info": "COCO's panoptic annotations",
     "neg_category_ids": "annotations of LVIS, whose images are labelled in part and scored in another way",
@@ -35,7 +35,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a file or a class can have the name: half a surrogate pair, which JSON can hold, is no text."""
+    """Whether a file or a class can have this name; JSON may contain half a surrogate pair, which is not text."""
     return isinstance(value, str) and value != "" and not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -47,7 +47,7 @@ def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 1 <= value <= _MAX_SIDE and value % 1 == 0
 
 
-# What COCO's tools can't do without.
+# The fields that COCO's tools need.
 _FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {
         "id": (_is_id, "a whole number or a text"),
@@ -66,11 +66,11 @@ _FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
 
 @dataclass
 class Boxes:
-    """What a file has to learn from, or to score by.
+    """The boxes of a file.
 
     Attributes:
-        by_class: How many boxes each class has; those that nobody can learn and crowds are not counted.
-        images: How many images have one of them.
+        by_class: The number of boxes of each class, without crowds and unusable boxes.
+        images: The number of images with such a box.
         has_masks: Whether every object has a mask.
     """
 
@@ -80,10 +80,10 @@ class Boxes:
 
 
 def load_annotations(path: Path) -> dict[str, Any]:
-    """The content of a COCO JSON, with the fields that everything needs.
+    """The content of a COCO JSON, after a check of the fields that COCO's tools need.
 
     Raises:
-        RunError: it can't be read, is no COCO JSON, or a field is missing or of the wrong kind.
+        RunError: It can't be read, is not a COCO JSON, or a field is missing or of the wrong type.
     """
     content = read_json(path)
     kinds = tuple(_FIELDS)
@@ -92,16 +92,16 @@ def load_annotations(path: Path) -> dict[str, Any]:
         raise RunError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
     for kind in ("annotations", "images"):
         first = content[kind][0] if content[kind] else None
-        for field, format in _FORMATS.items():
-            if isinstance(first, dict) and field in first:
-                raise RunError(f"{path} has {format} ({field}), which can't be used: give COCO's instances.")
+        for key, format in _FORMATS.items():
+            if isinstance(first, dict) and key in first:
+                raise RunError(f"{path} has {format} ({key}), which can't be used: give COCO's instances.")
     for kind, fields in _FIELDS.items():
         for place, item in enumerate(content[kind]):
-            for field, (fine, allowed) in fields.items():
-                value = item.get(field) if isinstance(item, dict) else None
+            for key, (fine, allowed) in fields.items():
+                value = item.get(key) if isinstance(item, dict) else None
                 if not fine(value):
                     raise RunError(
-                        f"{path}: number {place} of its {kind} has {field}={_short(value)}: it has to be {allowed}."
+                        f"{path}: number {place} of its {kind} has {key}={_short(value)}: it has to be {allowed}."
                     )
     ids = [image["id"] for image in content["images"]]
     if len({type(number) for number in ids}) > 1:
@@ -120,25 +120,25 @@ def load_annotations(path: Path) -> dict[str, Any]:
 
 
 def find_twice(items: Iterable[Any]) -> list[Any]:
-    """Those of `items` that occur more than once."""
+    """The items that occur more than once."""
     return [item for item, count in Counter(items).items() if count > 1]
 
 
 def some(items: Sequence[Any], most: int = 5) -> str:
-    """The first of `items` for people."""
+    """The first of `items`, for messages."""
     return ", ".join(map(repr, items[:most])) + (", ..." if len(items) > most else "")
 
 
 def _short(value: Any) -> str:
-    """A value of any size, or with any character, in a few words."""
+    """A short representation of any value."""
     return reprlib.repr(value)
 
 
 def category_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
-    """Names by id, in the order of the ids.
+    """The names of the categories by id, in the order of the ids.
 
     Raises:
-        RunError: there are none, or ids or names are not unique.
+        RunError: There are none, or ids or names are not unique.
     """
     categories = content["categories"]
     if not categories:
@@ -156,6 +156,21 @@ def category_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
     return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda category: category["id"])}
 
 
+@dataclass
+class _Findings:
+    """What the annotations of a file hold; the lists have the names of annotations, for messages."""
+
+    by_class: list[int]  # boxes to learn
+    full: set[Any] = field(default_factory=set)  # ids of images with such a box
+    crowds: int = 0
+    without_image: list[str] = field(default_factory=list)
+    without_category: list[str] = field(default_factory=list)
+    unusable: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    maskless: list[str] = field(default_factory=list)
+    shortened: list[str] = field(default_factory=list)  # with polygons that are left out
+
+
 def count_boxes(
     path: Path,
     content: Mapping[str, Any],
@@ -164,112 +179,128 @@ def count_boxes(
     training: bool,
     masks: bool,
 ) -> Boxes:
-    """Check and count the annotations of `content`, which `load_annotations` gave.
+    """Check and count the annotations of `content`, which `load_annotations` returned.
 
     Args:
         path: The file, for messages.
         content: The file's content.
-        names: Its categories' names by id.
+        names: The names of its categories by id.
         classes: The same names in the order of the labels.
-        training: The boxes are to be learnt; otherwise they are to be found.
+        training: The boxes are for training; otherwise predictions are scored against them.
         masks: The method learns masks, so every object has to have one.
 
     Raises:
-        RunError: an annotation can't be used, or there are none.
+        RunError: An annotation can't be used, or there are none.
+    """
+    found = _examine(path, content, names, classes)
+    _refuse(path, found, names, training, masks)
+    _warn(path, found, content, classes, masks)
+    return Boxes(found.by_class, len(found.full), not found.maskless)
+
+
+def _examine(path: Path, content: Mapping[str, Any], names: Mapping[int, str], classes: Sequence[str]) -> _Findings:
+    """Sort the annotations by what is wrong with them.
+
+    Raises:
+        RunError: An annotation has a value that COCO's tools can't read.
     """
     images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     label = {number: classes.index(name) for number, name in names.items()}
-    by_class, full, crowds = [0] * len(classes), set(), 0
-    strays, uncategorised, unusable, outside, maskless, shortened = [], [], [], [], [], []
+    found = _Findings([0] * len(classes))
     for place, annotation in enumerate(content["annotations"]):
         number = annotation.get("id")
         name = f"annotation {number}" if _is_id(number) else f"annotation number {place}"
         size = images.get(annotation["image_id"])
         if size is None:
-            strays.append(f"{name} with image_id {_short(annotation['image_id'])}")
-            continue
-        if annotation["category_id"] not in label:
-            uncategorised.append(f"{name} with category_id {annotation['category_id']!r}")
-            continue
-        fault = _fault(annotation, *size)
-        if fault:
+            found.without_image.append(f"{name} with image_id {_short(annotation['image_id'])}")
+        elif annotation["category_id"] not in label:
+            found.without_category.append(f"{name} with category_id {annotation['category_id']!r}")
+        elif fault := _fault(annotation, *size):
             raise RunError(f"{path}: {name} has {fault}.")
-        if not _is_usable(annotation, *size):
-            unusable.append(name)
-            continue
-        x, y, width, height = annotation["bbox"]
-        if min(x, y) < -1 or x + width > size[0] + 1 or y + height > size[1] + 1:  # rounded up to a pixel is usual
-            outside.append(name)
-        segmentation = annotation.get("segmentation")
-        fault = _mask_fault(segmentation, *size)
-        if fault:
-            maskless.append(f"{name} ({fault})")
-        elif isinstance(segmentation, list) and not all(map(_encloses, segmentation)):
-            shortened.append(name)
-        if annotation.get("iscrowd"):
-            crowds += 1
-            continue
-        by_class[label[annotation["category_id"]]] += 1
-        full.add(annotation["image_id"])
-    if strays:
+        elif not _is_usable(annotation, *size):
+            found.unusable.append(name)
+        else:
+            _examine_mask(found, name, annotation, *size)
+            if annotation.get("iscrowd"):
+                found.crowds += 1
+            else:
+                found.by_class[label[annotation["category_id"]]] += 1
+                found.full.add(annotation["image_id"])
+    return found
+
+
+def _examine_mask(found: _Findings, name: str, annotation: Mapping[str, Any], width: int, height: int) -> None:
+    """Note what is wrong with the extent and the mask of a usable annotation."""
+    x, y, w, h = annotation["bbox"]
+    if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:  # boxes rounded up to a pixel are common
+        found.outside.append(name)
+    segmentation = annotation.get("segmentation")
+    if fault := _mask_fault(segmentation, width, height):
+        found.maskless.append(f"{name} ({fault})")
+    elif isinstance(segmentation, list) and not all(map(_encloses, segmentation)):
+        found.shortened.append(name)
+
+
+def _refuse(path: Path, found: _Findings, names: Mapping[int, str], training: bool, masks: bool) -> None:
+    """Raise RunError for annotations that training or scoring can't use."""
+    if found.without_image:
         raise RunError(
-            f"{path}: {len(strays)} annotations name an image that is not among its images, the first is {strays[0]}: "
-            "remove them or add the images."
+            f"{path}: {len(found.without_image)} annotations name an image that is not among its images, the first is "
+            f"{found.without_image[0]}: remove them or add the images."
         )
-    if uncategorised:
+    if found.without_category:
+        ids = f"{', '.join(map(str, [*names][:10]))}{', ...' if len(names) > 10 else ''}"
         raise RunError(
-            f"{path}: {len(uncategorised)} annotations have a category that is not among its categories, the first is "
-            f"{uncategorised[0]}: the ids are {', '.join(map(str, [*names][:10]))}{', ...' if len(names) > 10 else ''}."
+            f"{path}: {len(found.without_category)} annotations have a category that is not among its categories, the "
+            f"first is {found.without_category[0]}: the ids are {ids}."
         )
-    if not full:
+    if not found.full:
         purpose = "learn from" if training else "score predictions by"
         raise RunError(
             f"{path} has no boxes to {purpose}: every image is empty, or all boxes are crowds or without area."
         )
-    if masks and maskless:
+    if masks and found.maskless:
         raise RunError(
-            f"{path}: {len(maskless)} objects have no mask (a polygon, or RLE that fills the image), the first is "
-            f"{maskless[0]}: mend segmentation, or find boxes alone with dense.masks=false."
+            f"{path}: {len(found.maskless)} objects have no mask (a polygon, or RLE that fills the image), the first "
+            f"is {found.maskless[0]}: correct segmentation, or find boxes alone with dense.masks=false."
         )
-    if unusable:
-        log.warning(
+
+
+def _warn(path: Path, found: _Findings, content: Mapping[str, Any], classes: Sequence[str], masks: bool) -> None:
+    """Log what is left out, clipped or counted twice."""
+    repeated = find_twice(number for a in content["annotations"] if _is_id(number := a.get("id")))
+    kinds = (
+        (
+            found.unusable,
             "%s has %d boxes of less than a pixel within their image or marked `ignore`, the first is %s: training "
             "leaves them out, COCO's scores count them as missed.",
-            path,
-            len(unusable),
-            unusable[0],
-        )
-    if outside:
-        log.warning(
-            "%s has %d boxes that reach outside, the first is %s: they are clipped.", path, len(outside), outside[0]
-        )
-    if masks and shortened:
-        log.warning(
+        ),
+        (found.outside, "%s has %d boxes that reach outside, the first is %s: they are clipped."),
+        (
+            found.shortened if masks else [],
             "%s has %d masks with polygons of fewer than three points or half a point, the first is %s: those polygons "
             "are left out.",
-            path,
-            len(shortened),
-            shortened[0],
-        )
-    twice = find_twice(number for a in content["annotations"] if _is_id(number := a.get("id")))
-    if twice:
-        log.warning(
+        ),
+        (
+            repeated,
             "%s uses %d annotation ids more than once, the first is %s: all of them count, also where the objects are "
             "the same.",
-            path,
-            len(twice),
-            twice[0],
+        ),
+    )
+    for items, text in kinds:
+        if items:
+            log.warning(text, path, len(items), items[0])
+    if found.crowds:
+        log.info(
+            "%s has %d crowds (iscrowd): no objects to learn; finding them counts neither way.", path, found.crowds
         )
-    if crowds:
-        log.info("%s has %d crowds (iscrowd): no objects to learn; finding them counts neither way.", path, crowds)
-    without = [name for name, count in zip(classes, by_class, strict=True) if not count]
+    without = [name for name, count in zip(classes, found.by_class, strict=True) if not count]
     if without:
         log.warning("%s has no box of %d of the %d classes: %s.", path, len(without), len(classes), some(without))
-    return Boxes(by_class, len(full), not maskless)
 
 
 def _fault(annotation: Mapping[str, Any], image_width: int, image_height: int) -> str | None:
-    """What is wrong with an annotation, its mask apart."""
+    """What is wrong with an annotation other than its mask; None if nothing is."""
     box, area = annotation["bbox"], annotation.get("area")
     limit = _REACH * max(image_width, image_height)
     if len(box) != 4 or not all(type(value) in (int, float) and value == value for value in box):
@@ -293,7 +324,7 @@ def _is_usable(annotation: Mapping[str, Any], image_width: int, image_height: in
 
 
 def _mask_fault(segmentation: Any, width: int, height: int) -> str | None:
-    """Why `segmentation` is no mask of an image of `width` x `height` pixels; None if it is one."""
+    """Why `segmentation` is not a mask of an image of `width` x `height` pixels; None if it is one."""
     if isinstance(segmentation, dict):
         return _runs_fault(segmentation, width, height)
     if not isinstance(segmentation, list) or not segmentation:
@@ -305,7 +336,7 @@ def _mask_fault(segmentation: Any, width: int, height: int) -> str | None:
         if not set(map(type, polygon)) <= {int, float}:
             wrong = next(value for value in polygon if type(value) not in (int, float))
             return f"a polygon has {_short(wrong)} in place of a number"
-        # The sum is NaN if a number is, which min and max may not see.
+        # The sum is NaN if a number is; min and max may miss it.
         if polygon and not (-limit <= min(polygon) and max(polygon) <= limit and not math.isnan(sum(polygon))):
             wrong = next(value for value in polygon if not -limit <= value <= limit)
             return f"a polygon has {_short(wrong)}, far from its image of {width}x{height} pixels"
@@ -320,7 +351,7 @@ def _encloses(polygon: list[float]) -> bool:
 
 
 def _runs_fault(mask: Mapping[str, Any], width: int, height: int) -> str | None:
-    """Why a run-length encoding (RLE) is no mask of the image."""
+    """Why a run-length encoding (RLE) is not a mask of the image; None if it is one."""
     size, counts = mask.get("size"), mask.get("counts")
     if size != [height, width] or set(map(type, size)) != {int}:
         return f"its RLE has size={_short(size)}, but the image has height {height} and width {width}"
@@ -341,10 +372,10 @@ def _runs_fault(mask: Mapping[str, Any], width: int, height: int) -> str | None:
 
 
 def _decode_runs(text: str) -> np.ndarray | None:
-    """The runs of COCO's compressed RLE, int64 (N,); None if the text is none.
+    """The runs of COCO's compressed RLE, int64 (N,); None if the text is not one.
 
-    A number is 5 bits a character, the lowest first, with a bit that says whether more follow and the sign in the
-    last; from the fourth on, numbers are differences to the one before the last.
+    Each character has 5 bits of a number, the lowest first, and a bit that says whether more follow; the last one has
+    the sign. From the fourth number on, numbers are differences from the last but one.
     """
     codes = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - ord("0")
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
@@ -363,13 +394,12 @@ def _decode_runs(text: str) -> np.ndarray | None:
 
 
 def normalise(content: Mapping[str, Any], classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Checked annotations in the form in which COCO's tools number the classes as `classes` does.
+    """Normalize checked annotations, so that COCO's tools number the classes in the order of `classes`.
 
-    mmdet numbers classes in the order in which a file lists its categories, and pycocotools scores them in the order of
-    their ids; both are made the order of `classes`. The ids of a file that has them in that order stay as they are.
-    Fields that may be absent get their defaults, those that nothing reads are left out, and annotations get new ids: 0
-    means "not found" to pycocotools. A mask that is none, of boxes without area or where nobody looks at masks, becomes
-    the box.
+    mmdet numbers classes in the order of a file's list of categories, and pycocotools in the order of their ids; both
+    become the order of `classes`. If the ids have that order already, they do not change. Absent fields get their
+    defaults, and unused fields are left out. Annotations get new ids, since 0 means "not found" to pycocotools. A
+    segmentation that is not a mask, which is allowed for unusable boxes and if masks are not used, becomes the box.
     """
     by_name = {str(category["name"]): category["id"] for category in content["categories"]}
     ids = dict(zip((by_name[name] for name in classes), sorted(by_name.values()), strict=True))

@@ -26,30 +26,30 @@ T = TypeVar("T")
 
 @MODELS.register_module()
 class TimmBackbone(BaseModule):
-    """A timm model that gives its stages' features: images (B, C, H, W) to a tuple of (B, channels, h, w).
+    """A timm model that returns the features of its stages: images (B, C, H, W) to a tuple of (B, channels, h, w).
 
     Args:
-        model: any name that timm knows.
-        model_kwargs: its keywords, for example {"drop_path_rate": 0.2}.
+        model: The name of a model in timm.
+        model_kwargs: Its keyword arguments, for example {"drop_path_rate": 0.2}.
         pretrained: False, True for the published weights, a checkpoint, or the folder of a `zoo-train` run.
-        out_indices: stages whose features are used, rising, negative ones from the end; the last four if None, or all
-            if there are fewer.
-        output_norm: a LayerNorm on each feature. None for what the family's dense-prediction code has; other models get
-            them if their classifier follows a LayerNorm.
-        frozen_stages: the stem and so many stages, as timm groups their parameters, are not trained and stay in
-            evaluation mode; -1 for none.
-        norm_eval: BatchNorm keeps its statistics in training.
-        grad_checkpointing: recompute instead of keeping activations.
-        init_cfg: mmengine's, without effect: timm initialises its models.
+        out_indices: The stages whose features are used, in increasing order; negative ones count from the end. None for
+            the last four, or for all if there are fewer.
+        output_norm: Whether each feature gets a LayerNorm. None for the default of the family's dense-prediction code;
+            models of timm then get them if their classifier follows a LayerNorm.
+        frozen_stages: The stem and this number of stages, as timm groups parameters, are not trained and stay in
+            evaluation mode; -1 freezes nothing.
+        norm_eval: Whether BatchNorm keeps its statistics in training.
+        grad_checkpointing: Whether activations are recomputed instead of stored.
+        init_cfg: MMEngine's argument, without effect: timm initializes its models.
 
     Attributes:
-        channels: of each feature.
-        reductions: stride of each feature, in pixels.
-        mean, std: of the model's images, for values from 0 to 1.
-        arguments: what builds the same backbone again, without pretrained weights.
+        channels: The channels of each feature.
+        reductions: The stride of each feature in pixels.
+        mean, std: The statistics that images are normalized with, for values from 0 to 1.
+        arguments: The arguments that build the same backbone without pretrained weights.
 
     Raises:
-        RunError: no such model, keyword, weights or stages.
+        RunError: There is no such model, keyword argument, weights or stage.
     """
 
     def __init__(
@@ -82,19 +82,19 @@ class TimmBackbone(BaseModule):
         taken = inspect.signature(type(classifier).__init__).parameters
         indices = _indices(model, classifier, out_indices)
         kwargs = model_kwargs | {"features_only": True, "out_indices": tuple(indices)}
-        if "dynamic_img_size" in taken:  # Swin's and ViT's that take one size only otherwise
+        if "dynamic_img_size" in taken:  # some Swins and ViTs of timm take a single size otherwise
             kwargs.setdefault("dynamic_img_size", True)
         elif classifier.pretrained_cfg["fixed_input_size"]:
             log.warning("%s is made for images of one size: others may fail, or need certain multiples.", model)
         final = _final_norm(classifier)
-        if "output_norm" in taken:  # ours know where they have them
+        if "output_norm" in taken:  # models of the zoo know which features have them
             kwargs["output_norm"] = kwargs.get("output_norm", True) if output_norm is None else output_norm
             output_norm = False
         elif output_norm is None:
             output_norm = final is not None
 
         if isinstance(pretrained, str) and not type(classifier).__module__.startswith("zoo."):
-            # timm lets a feature extractor take any file, in part or not at all; a classifier has to fit.
+            # timm loads any file into a feature extractor, even if nothing in it fits; a classifier is strict.
             self.body = _build(model, kwargs)
             weights = _build(model, model_kwargs, pretrained).state_dict()
             self.body.load_state_dict(self._by_own_names(weights, self.body.state_dict()))
@@ -107,7 +107,7 @@ class TimmBackbone(BaseModule):
         if len(set(self.reductions)) < len(indices):
             strides = ", ".join(map(str, self.reductions))
             log.warning("%s has features at strides %s: no pyramid for objects of all sizes.", model, strides)
-        # Wrappers around `forward_intermediates` ask for NCHW themselves, and some wrappers do not say.
+        # Wrappers around `forward_intermediates` convert to NCHW themselves, and some have no `output_fmt`.
         self._channels_last = str(getattr(self.body, "output_fmt", "")).endswith("NHWC")
         eps = 1e-5 if final is None else final.eps
         self.norms = nn.ModuleList(LayerNorm2d(dim, eps=eps) for dim in self.channels) if output_norm else None
@@ -118,15 +118,15 @@ class TimmBackbone(BaseModule):
         self._frozen = self._freeze(classifier, frozen_stages)
 
     def classifier(self) -> nn.Module:
-        """The whole model, with the names that its own methods know but without memory for its parameters."""
+        """The whole model on the meta device, whose methods know its parameters by name."""
         kwargs = {key: value for key, value in self.arguments["model_kwargs"].items() if key != "output_norm"}
         with torch.device("meta"):
             return _build(self.arguments["model"], kwargs)
 
     def layer_scales(self, layer_decay: float) -> dict[str, float]:
-        """`layer_decay` to the power of each parameter's distance from the classifier, in timm's layers of the model.
+        """`layer_decay` to the power of each parameter's distance from the classifier, counted in timm's layers.
 
-        By names below the backbone. Parameters that a classifier does not have are as new as it, and left out.
+        The keys are names below the backbone. Parameters that the classifier does not have are left out.
         """
         model = self.classifier()
         if hasattr(model, "group_matcher"):
@@ -137,7 +137,7 @@ class TimmBackbone(BaseModule):
         return self._by_backbone_names(scales)
 
     def undecayed(self) -> set[str]:
-        """Names, below the backbone, of the parameters that the model's own `no_weight_decay` lists."""
+        """The parameters, by their names below the backbone, that the model's `no_weight_decay` lists."""
         model = self.classifier()
         patterns = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
         listed = {name: any(fnmatch(name, pattern) for pattern in patterns) for name, _ in model.named_parameters()}
@@ -149,8 +149,8 @@ class TimmBackbone(BaseModule):
 
     @staticmethod
     def _by_own_names(values: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
-        """`values` of a whole model by those `names` of the feature extractor that stand for the same."""
-        # timm's extractors put a module around the model, or flatten "stages.0" into "stages_0".
+        """`values` of the whole model by the corresponding `names` in the feature extractor."""
+        # timm's extractors wrap the model in a module, or flatten "stages.0" into "stages_0".
         flat = {name.replace(".", "_"): value for name, value in values.items()}
         found = {}
         for name in names:
@@ -161,7 +161,7 @@ class TimmBackbone(BaseModule):
         return found
 
     def _freeze(self, classifier: nn.Module, stages: int) -> list[nn.Module]:
-        """Freeze the stem and `stages` stages; the modules that are frozen altogether."""
+        """Freeze the stem and `stages` stages; returns the modules that are frozen completely."""
         if stages < 0:
             return []
         name = self.arguments["model"]
@@ -182,10 +182,10 @@ class TimmBackbone(BaseModule):
         return [module for module, own in owned if own and not any(parameter.requires_grad for parameter in own)]
 
     def init_weights(self) -> None:
-        """Nothing: timm has initialised the model, or loaded its weights."""
+        """Do nothing: timm has initialized the model, or loaded its weights."""
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Training mode for all but what is frozen, and the BatchNorms if they keep their statistics."""
+        """Set training mode, except for frozen modules, and for BatchNorms that keep their statistics."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
@@ -196,7 +196,7 @@ class TimmBackbone(BaseModule):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Images (B, C, H, W) to features (B, channels, h, w)."""
+        """Return the features (B, channels, h, w) of images (B, C, H, W)."""
         features = self.body(x)
         if self._channels_last:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
@@ -213,16 +213,16 @@ def param_groups(
     no_decay: Sequence[str] | None = None,
     backbone_lr: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Parameter groups, one for each pair of learning rate and weight decay, of a model on a `TimmBackbone`.
+    """Parameter groups of a model with a `TimmBackbone`, one per learning rate and weight decay.
 
     Args:
-        model: detector or segmentor, its backbone under `backbone`.
-        lr: learning rate of all but the backbone, and of its parameters that a classifier does not have.
-        weight_decay: of the parameters that are decayed.
-        layer_decay: factor of the learning rate from each of the backbone's layers to the one before; none if None.
-        no_decay: parameters with one of these in their name are not decayed; if None, vectors, biases and what the
-            backbone's `no_weight_decay` lists are not.
-        backbone_lr: factor of the learning rate for the whole backbone.
+        model: A detector or segmentor with a `backbone`.
+        lr: The learning rate of everything but the backbone, and of backbone parameters that a classifier lacks.
+        weight_decay: The weight decay of parameters that are decayed.
+        layer_decay: The factor of the learning rate from each layer of the backbone to the one before; None for 1.
+        no_decay: Parameters with one of these in their name are not decayed; None for vectors, biases and the
+            parameters that the backbone's `no_weight_decay` lists.
+        backbone_lr: The factor of the learning rate for the whole backbone.
     """
     backbone = model.backbone
     scales = {} if layer_decay is None else backbone.layer_scales(layer_decay)
@@ -262,14 +262,14 @@ def _indices(name: str, model: nn.Module, out_indices: Sequence[int] | None) -> 
 
 
 def _final_norm(model: nn.Module) -> nn.LayerNorm | None:
-    """The LayerNorm between the last stage and the classifier, wherever timm's models have it."""
+    """The LayerNorm between the last stage and the classifier, under any of timm's names; None if there is none."""
     modules = dict(model.named_modules())
     found = (modules.get(name) for name in ("norm", "fc_norm", "head.norm"))
     return next((norm for norm in found if isinstance(norm, nn.LayerNorm)), None)
 
 
 def _drop_unused_norms(body: nn.Module, indices: Sequence[int]) -> None:
-    """Remove the norms of features that nobody asked for: parameters without gradients would stop DDP."""
+    """Remove the norms of unused features: DDP fails on parameters without gradients."""
     norms = getattr(getattr(body, "model", None), "output_norms", None) or ()
     for i in set(range(len(norms))) - set(indices):
         norms[i] = nn.Identity()

@@ -1,4 +1,4 @@
-"""mmdet's COCO reader and scores, with classes told apart by name."""
+"""mmdet's COCO data set and metric, with classes identified by name."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class NamedCoco(COCO):
 
     Args:
         path: The JSON, checked by `open_detection`.
-        classes: Its class names, in the order of the labels.
+        classes: Its class names in the order of the labels.
     """
 
     def __init__(self, path: str, classes: Sequence[str]):
         super().__init__()
-        # pycocotools would open the file itself, and know no other text than the system's.
+        # pycocotools would open the file itself, in the system's encoding.
         self.dataset = normalise(read_json(Path(path)), classes)
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints that it is done
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints messages
             self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
 
 @DATASETS.register_module()
 class NamedCocoDataset(SkipsCorrupt, CocoDataset):
-    """Labels follow `metainfo["classes"]`, not the order in which the file lists its categories."""
+    """Labels are in the order of `metainfo["classes"]`, not of the file's list of categories."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Read the annotations."""
@@ -47,26 +47,26 @@ class NamedCocoDataset(SkipsCorrupt, CocoDataset):
         return super().load_data_list()
 
     def filter_data(self) -> list[dict[str, Any]]:
-        """In training, leave out images without an object to learn."""
+        """In training, omit images without an object to learn."""
         if self.test_mode or not (self.filter_cfg or {}).get("filter_empty_gt"):
             return self.data_list
         return [item for item in self.data_list if not all(i["ignore_flag"] for i in item["instances"])]
 
     def exclude(self, sample: Any, idx: int) -> None:
-        """The scores know images by their ids."""
+        """Set the id of the corrupt image, by which the metric excludes it."""
         sample.set_metainfo({"img_id": self.get_data_info(idx)["img_id"]})
 
 
 @METRICS.register_module()
 class NamedCocoMetric(CocoMetric):
-    """COCO's scores, with the labels of predictions in the order of `classes`.
+    """COCO's metric, with the labels of predictions in the order of `classes`.
 
-    Category ids in result files are those of the annotations where these list the classes in the same order.
+    Category ids in result files are those of the annotations if these have the classes in the same order.
 
     Args:
         ann_file: The COCO JSON.
         classes: Class names in the order of the labels.
-        options: Those of CocoMetric.
+        options: Further arguments of CocoMetric.
     """
 
     def __init__(self, ann_file: str, classes: Sequence[str], **options: Any):
@@ -74,7 +74,7 @@ class NamedCocoMetric(CocoMetric):
         self._coco_api = NamedCoco(ann_file, classes)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Keep what was found in a batch; of a corrupt image, that it is one."""
+        """Store the predictions for a batch; for a corrupt image, store only its id."""
         for sample in data_samples:
             if sample.get("corrupt"):
                 self.results.append(({"img_id": sample["img_id"]}, None))
@@ -82,11 +82,11 @@ class NamedCocoMetric(CocoMetric):
                 super().process(data_batch, [sample])
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Score without pycocotools' tables; finding nothing at all, of which mmdet says nothing, scores 0.
+        """Score without pycocotools' printed tables; no predictions at all, for which mmdet has no scores, score 0.
 
-        Objects in corrupt images count neither way.
+        Objects in corrupt images do not count.
 
-        `per_class` holds each class's AP, 0-1 and NaN where there is nothing to find: of masks, if they are scored.
+        `per_class` has the AP of each class, 0-1, of masks if they are scored; NaN if there is nothing to find.
         """
         corrupt = {truth["img_id"] for truth, found in results if found is None}
         self.img_ids = [number for number in self._coco_api.get_img_ids() if number not in corrupt]

@@ -1,4 +1,4 @@
-"""Which classes a segmentor takes for which."""
+"""The confusion matrix of a segmentor, as a metric of MMEngine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mmengine.registry import METRICS
 
 @METRICS.register_module()
 class Confusion(BaseMetric):
-    """How many pixels of class `row` were taken for class `column`, as the metric `confusion`: an array (K, K).
+    """The metric `confusion`: an array (K, K) of the pixels of class `row` that are predicted as class `column`.
 
     Args:
-        classes: K.
-        ignore_index: Label of pixels that do not count.
+        classes: The number of classes K.
+        ignore_index: The label of ignored pixels.
     """
 
     def __init__(self, classes: int, ignore_index: int):
@@ -25,7 +25,7 @@ class Confusion(BaseMetric):
         self.classes, self.ignore_index = classes, ignore_index
 
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
-        """Count the pixels of a batch; of an image, only the pairs that occur are kept, few of many classes'."""
+        """Count the pixels of a batch; only pairs of classes that occur in an image are stored."""
         for sample in data_samples:
             found = sample["pred_sem_seg"]["data"].flatten().cpu()
             true = sample["gt_sem_seg"]["data"].flatten().cpu()
@@ -36,7 +36,7 @@ class Confusion(BaseMetric):
             self.results.append((present.numpy(), counts[present].numpy()))
 
     def compute_metrics(self, results: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Add up the images' counts."""
+        """Sum the counts of all images."""
         total = np.zeros(self.classes**2, dtype=np.int64)
         for present, counts in results:
             total[present] += counts
@@ -44,7 +44,7 @@ class Confusion(BaseMetric):
 
 
 def class_scores(confusion: np.ndarray) -> dict[str, list[float | None]]:
-    """Each class's `IoU` and `accuracy` in percent, None where there is nothing to find, from an array (K, K)."""
+    """The `IoU` and `accuracy` of each class in percent from an array (K, K); None if there is nothing to find."""
     right, true, found = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     return {"IoU": _percent(right, true + found - right), "accuracy": _percent(right, true)}
 
@@ -54,6 +54,6 @@ def _percent(part: np.ndarray, whole: np.ndarray) -> list[float | None]:
 
 
 def pairs(confusion: np.ndarray) -> list[list[int]]:
-    """[true label, predicted label, pixels] for all pairs that occur in an array (K, K)."""
+    """[true label, predicted label, pixels] for all pairs that occur, from an array (K, K)."""
     rows, columns = confusion.nonzero()
     return np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()

@@ -1,4 +1,4 @@
-"""What the checks of detection and segmentation data have in common."""
+"""Checks that detection and segmentation data have in common."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zoo.recipes.progress import track
 
 
 def named_splits(train: Any, val: Any) -> Iterator[tuple[str, Any]]:
-    """The splits that there are, with their names in messages."""
+    """Yield the existing splits with their names in messages."""
     if train is not None:
         yield "training", train
     yield "validation", val
@@ -62,7 +62,7 @@ def check_folder(key: str, folder: Path) -> None:
 
 
 def check_size(file: str, size: tuple[int, int], given: tuple[float, float], annotations: str | Path) -> None:
-    """Refuse an image of another width and height than its annotations give."""
+    """Refuse an image whose width and height differ from those in its annotations."""
     if size != given:
         raise RunError(
             f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {annotations} gives "
@@ -71,7 +71,7 @@ def check_size(file: str, size: tuple[int, int], given: tuple[float, float], ann
 
 
 def warn_shared_images(files: Sequence[set[str]]) -> None:
-    """Say that images of the training are validated on; VOC's lists of splits, for one, are not read."""
+    """Warn if validation images are also training images, for example since VOC's lists of splits are not read."""
     shared = set.intersection(*files) if len(files) > 1 else None
     if shared:
         log.warning(
@@ -84,13 +84,12 @@ def warn_shared_images(files: Sequence[set[str]]) -> None:
 
 
 def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
-    """What `check` makes of the items, without those that are corrupt: these are counted here, skipped and named later.
+    """Call `check` on the items, and return its results; corrupt files, which have none, are counted in a warning.
 
-    Text that is named like an image is another matter: an error page or a list, saved by mistake, spoils a whole data
-    set.
+    Text files with the name of an image are refused: error pages or lists, saved by mistake, spoil a whole data set.
 
     Raises:
-        RunError: a file is text, or all are corrupt.
+        RunError: A file is text, or all files are corrupt.
     """
 
     def tried(item: Any) -> Any:
@@ -99,7 +98,7 @@ def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: st
         except CorruptFile as error:
             return error
 
-    with ThreadPool(min(8, distributed.cores())) as pool:  # decoding lets other threads run
+    with ThreadPool(min(8, distributed.cores())) as pool:  # decoding releases the GIL
         results = list(track(pool.imap(tried, items), len(items), description))
     corrupt = [result for result in results if isinstance(result, CorruptFile)]
     text = next((error.path for error in corrupt if is_text(error.path)), None)
@@ -119,10 +118,10 @@ def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: st
 
 
 def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
-    """Width and height of an image as it is shown, turned as its EXIF data say.
+    """Width and height of an image, rotated by its EXIF orientation.
 
     Raises:
-        CorruptFile: it can't be read.
+        CorruptFile: It can't be read.
     """
     try:
         return image_size(path, max_pixels)

@@ -1,7 +1,7 @@
 """Data for detection (COCO JSON): found, checked and counted before training starts.
 
-What the tools of COCO leave out or clip is left to them, and counted here; what would stop them half-way, or teach
-wrong classes without a word, is refused.
+Annotations that COCO's tools leave out or clip are only counted. Those on which the tools would fail, or which would
+silently teach wrong classes, are refused.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class DetectionSplit:
 
     Attributes:
         annotations: The COCO JSON.
-        images: The folder that its file names start from.
-        classes: Names in the order of the labels, whatever order the JSON lists them in.
-        boxes: How many boxes each class has; those that nobody can learn and crowds are not counted.
+        images: The folder that its file names are relative to.
+        classes: Names in the order of the labels, which may differ from their order in the JSON.
+        boxes: The number of boxes of each class, without crowds and unusable boxes.
         num_images: Images that are used: in training those with a box, in evaluation all.
         num_empty: Images without a box.
         has_masks: Whether every object has a mask.
@@ -55,11 +55,11 @@ class DetectionSplit:
 
     @property
     def num_boxes(self) -> int:
-        """Boxes of all classes."""
+        """The number of boxes of all classes."""
         return sum(self.boxes)
 
     def dataset(self, pipeline: list[dict], training: bool) -> dict[str, Any]:
-        """The configuration of mmdet's data set; training leaves out images without a box."""
+        """The configuration of mmdet's data set; training omits images without a box."""
         return {
             "type": "mmdet.NamedCocoDataset",
             "ann_file": str(self.annotations),
@@ -71,7 +71,7 @@ class DetectionSplit:
         }
 
     def metrics(self, masks: bool) -> dict[str, Any]:
-        """The configuration of COCO's scores, of boxes and with `masks` of masks too."""
+        """The configuration of COCO's metric for boxes and, with `masks`, for masks too."""
         metric = ["bbox", "segm"] if masks else ["bbox"]
         return {
             "type": "mmdet.NamedCocoMetric",
@@ -84,7 +84,7 @@ class DetectionSplit:
 
 @dataclass
 class DetectionData:
-    """The splits of a detection data set; `train` is None where only evaluation is asked for."""
+    """The splits of a detection data set; `train` is None if the data are only for evaluation."""
 
     train: DetectionSplit | None
     val: DetectionSplit
@@ -110,13 +110,13 @@ def open_detection(
 
     Args:
         cfg: The configuration.
-        training: Open both splits; otherwise the validation split alone.
-        classes: The names that labels have to follow, in order; from `data.class_map` or the training JSON (the
-            validation JSON where there is no training), in the order of its category ids, if None.
+        training: Open both splits; otherwise only the validation split.
+        classes: The class names in the order of the labels; None for those of `data.class_map` or of the training JSON
+            (the validation JSON if there is no training), in the order of its category ids.
         masks: The method learns masks, so every object has to have one.
 
     Raises:
-        RunError: the data can't be used; the message names the file and what is wrong with it.
+        RunError: The data can't be used; the message names the file and what is wrong with it.
     """
     base = base_folder(cfg, cfg.val_ann)
     splits = [(cfg.val_split, "val", cfg.val_ann, cfg.val_images)]
@@ -176,7 +176,7 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
 
 
 def _other_format(folder: Path) -> str:
-    """What else a data set seems to be, for the end of a sentence."""
+    """A hint at another format that the data set seems to have, to end a message."""
     if any((folder / name).is_dir() for name in ("labels", "train/labels")) or (folder / "data.yaml").is_file():
         return "; labels of YOLO, which seem to be there, have to be converted to COCO JSON"
     if any((folder / name).is_dir() for name in ("Annotations", "ImageSets")) or next(folder.glob("*.xml"), None):
@@ -205,7 +205,7 @@ def _image_folder(base: Path, split: str, key: str, given: str | None, annotatio
         folder = base / given
         check_folder(f"data.{key}_images", folder)
         return folder
-    # A file of one's own says more than the split, which is the usual one then.
+    # The name of an annotation file that the user gives says more than the split, which then has its default name.
     folders = [annotations.stem, *SPLIT_FOLDERS.get(split, (split,)), *SPLIT_FOLDERS[key]]
     tried = [
         parent / name for parent in (base / "images", base, annotations.parent, annotations.parent / "images")

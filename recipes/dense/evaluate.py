@@ -1,4 +1,4 @@
-"""Scoring a run's detector or segmentor: `zoo-eval`."""
+"""Evaluation of a detector or segmentor: `zoo-eval`."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def evaluate(
 
     Args:
         cfg: The composed configuration.
-        overridden: The keys and groups that the user set; the others come from the run.
+        overridden: The keys and groups that the user set; others come from the run.
         write_report: Writes the report into the output folder; None for no report.
 
     Raises:
-        RunError: something that the user can mend.
+        RunError: The user can correct the cause; the message says how.
     """
     logs.start_log(None, distributed.rank() == 0)
     if not cfg.run:
@@ -91,7 +91,7 @@ def evaluate(
             _print_classes(summary["per_class"])
         figures = ", ".join(f"{score_title(name)} {value:.1f}" for name, value in summary["metrics"].items())
         log.info("%s (%s): %s on %d images", cfg.model, weights, figures, images)
-        # The figures are out: they are not lost with a folder that can't be written.
+        # The figures are logged first, so that they are not lost if the folder can't be written to.
         run_folder.make_folder(folder, "out")
         atomic_files.write_json(folder / "eval.json", summary)
         if cfg.task == "detect":
@@ -113,10 +113,10 @@ def evaluate(
 
 
 def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.Module, DictConfig, list[str], str]:
-    """The model of the run `cfg.run`, the run's configuration with the user's changes, its classes, its weights' file.
+    """The model of the run `cfg.run`, its configuration with the user's changes, its classes, the file of its weights.
 
     Raises:
-        RunError: there is no such run, or its weights can't be read.
+        RunError: There is no such run, or its weights can't be read.
     """
     folder = Path(cfg.run)
     cfg = config.of_run(cfg, reading.load_config(folder), overridden)
@@ -149,7 +149,7 @@ def _evaluate(
 
 
 class _Bar(Hook):
-    """Moves a progress bar on, and collects the images that can't be read."""
+    """Advances a progress bar, and collects the images that can't be read."""
 
     def __init__(self, bar: Progress):
         self.bar, self.corrupt = bar, set()
@@ -165,7 +165,7 @@ class _Bar(Hook):
 def _detection_details(
     results: dict[str, bytes], split: DetectionSplit, title: str, images: Sequence[int | str]
 ) -> tuple[dict[str, list[float | None]], Figure]:
-    """Each class's average precisions in percent, on the images of these ids, and precision over recall, drawn."""
+    """Average precisions of each class in percent on the images with these ids, and a plot of precision over recall."""
     kinds = [(name, kind) for name, kind in (("bbox", "bbox"), ("mask", "segm")) if f"results.{kind}.json" in results]
     table: dict[str, list[float | None]] = {}
     figure = plots.new_figure(figsize=(6.2 * len(kinds), 4.6), dpi=110)

@@ -26,9 +26,9 @@ NAME = "mmcv._ext"
 
 
 def install() -> None:
-    """Make `mmcv.ops` importable: with its compiled operators where MMCV has them, else with torchvision's.
+    """Make `mmcv.ops` importable: with its compiled operators if MMCV has them, otherwise with torchvision's.
 
-    To be called before anything imports `mmcv.ops`; mmdet and mmseg do. Calling it again changes nothing.
+    Call this before anything imports `mmcv.ops`, as mmdet and mmseg do. Calling it again changes nothing.
     """
     try:
         importlib.import_module(NAME)
@@ -65,7 +65,7 @@ class _StandIn(ModuleType):
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Indices (int64) of the boxes (N, 4) to keep, best first; widths and heights are x2 - x1 + `offset`."""
     boxes = _at_least_float32(boxes)
-    # NMS does not change where all boxes are moved: only their far corners have to take in the last pixel.
+    # NMS does not depend on a common shift of all boxes: only their far corners have to include the last pixel.
     boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
     return torchvision.ops.nms(boxes, scores.to(boxes.dtype), iou_threshold)
 
@@ -185,7 +185,7 @@ def deform_conv_backward_input(
     columns: Tensor,
     **geometry: int,
 ) -> None:
-    """The gradients of `deform_conv_forward` by `input` and `offset`, in `grad_input` and `grad_offset`."""
+    """Write the gradients of `deform_conv_forward` by `input` and `offset` to `grad_input` and `grad_offset`."""
     grads = _deform_backward(grad_output, *_deform_arguments(input, weight, offset, geometry))
     grad_input.copy_(grads[0])
     grad_offset.copy_(grads[2])
@@ -201,8 +201,8 @@ def deform_conv_backward_parameters(
     scale: float,
     **geometry: int,
 ) -> None:
-    """`scale` times the gradient of `deform_conv_forward` by the weight, added to `grad_weight`."""
-    # The gradient by the weight does not depend on the weight, which the extension is not told either.
+    """`scale` times the gradient of `deform_conv_forward` with respect to the weight, added to `grad_weight`."""
+    # The gradient with respect to the weight does not depend on the weight, which is not an argument either.
     arguments = _deform_arguments(input, torch.zeros_like(grad_weight), offset, geometry)
     grad_weight.add_(_deform_backward(grad_output, *arguments)[1], alpha=scale)
 
@@ -224,10 +224,10 @@ def modulated_deform_conv_forward(
     Args:
         input, weight, offset: as in `deform_conv_forward`.
         bias: (channels,) if `with_bias`.
-        mask: a factor for each offset.
+        mask: A factor for each offset.
         output: (B, channels, h, w).
         ones, columns: buffers of the extension.
-        with_bias: whether `bias` is added.
+        with_bias: Whether `bias` is added.
         geometry: kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, group,
             deformable_group.
     """
@@ -269,7 +269,7 @@ def _deform_arguments(
     mask: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> tuple:
-    """What torchvision's deformable convolution, and its backward after the gradient, is called with."""
+    """The arguments of torchvision's deformable convolution; its backward takes the gradient first, then the same."""
     input = _at_least_float32(input)
     use_mask = mask is not None
     mask = input.new_zeros(len(input), 1) if mask is None else mask
@@ -282,7 +282,7 @@ def _deform_arguments(
 
 
 def _deform_backward(grad_output: Tensor, input: Tensor, *arguments) -> tuple[Tensor, ...]:
-    """The gradients by input, weight, offset, mask and bias."""
+    """The gradients with respect to input, weight, offset, mask and bias."""
     return torch.ops.torchvision._deform_conv2d_backward(grad_output.to(input.dtype), input, *arguments)
 
 
@@ -302,7 +302,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """The derivative of each loss by its logit, in `grad_input` (N, C)."""
+    """The derivative of each loss with respect to its logit, in `grad_input` (N, C)."""
     sign, factor, logit = _focal(input, target, weight, alpha)
     log_p = F.logsigmoid(logit)
     p = log_p.exp()
@@ -310,7 +310,7 @@ def sigmoid_focal_loss_backward(
 
 
 def _focal(input: Tensor, target: Tensor, weight: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
-    """For each logit: 1 at the label and -1 elsewhere, the loss's factor, the logit of what should be the case."""
+    """For each logit: 1 at the label and -1 elsewhere, the factor of the loss, and the logit of the correct answer."""
     hit = target[:, None] == torch.arange(input.shape[1], device=input.device)
     input = _at_least_float32(input)
     factor = torch.where(hit, alpha, 1 - alpha).to(input.dtype)
@@ -328,7 +328,7 @@ def ms_deform_attn_forward(
     attention_weights: Tensor,
     im2col_step: int,
 ) -> Tensor:
-    """Multi-scale deformable attention, by mmcv's own PyTorch function: (B, Q, N D).
+    """Multi-scale deformable attention with mmcv's own PyTorch function: (B, Q, N D).
 
     Args:
         value: (B, K, N, D), the tokens of all levels one after the other.
@@ -336,11 +336,11 @@ def ms_deform_attn_forward(
         value_level_start_index: (L,), which follows from the shapes.
         sampling_locations: (B, Q, N, L, P, 2), x and y from 0 to 1.
         attention_weights: (B, Q, N, L, P).
-        im2col_step: images that the extension computes at a time.
+        im2col_step: Images that the extension computes at a time.
     """
-    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # importable after `install` only
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch  # only importable after `install`
 
-    # As plain numbers the sizes are waited for once, not at each of their uses.
+    # As plain numbers, the sizes need one synchronization, not one at each use.
     shapes = value_spatial_shapes.tolist()
     return multi_scale_deformable_attn_pytorch(value, shapes, sampling_locations, attention_weights).to(value.dtype)
 
@@ -357,7 +357,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """The gradients of `ms_deform_attn_forward`, which is computed once more, in `grad_value`, ..."""
+    """The gradients of `ms_deform_attn_forward`, which is computed again, in `grad_value`, ..."""
     value, locations, weights = (x.detach().requires_grad_() for x in (value, sampling_locations, attention_weights))
     with torch.enable_grad():
         output = ms_deform_attn_forward(
@@ -369,17 +369,17 @@ def ms_deform_attn_backward(
 
 
 def get_compiler_version() -> str:
-    """What mmcv's list of versions shows."""
+    """The entry in mmcv's list of versions."""
     return "none: operators from torchvision"
 
 
 def get_compiling_cuda_version() -> str:
-    """What mmcv's list of versions shows."""
+    """The entry in mmcv's list of versions."""
     return "none: operators from torchvision"
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    """Torchvision's operators lack the half types on some devices, and boxes in them are too coarse anyway."""
+    """Convert half precision to float32: torchvision lacks it on some devices, and it is too coarse for boxes."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 

@@ -23,10 +23,10 @@ from zoo.recipes.dense.backbone import TimmBackbone
 from zoo.recipes.dense.settings import SCOPES, finds_masks
 from zoo.recipes.errors import RunError
 
-# Below the packages' folder of configurations.
+# Paths below the packages' folder of configurations.
 _DETECTORS = {
     "mask_rcnn": "_base_/models/mask-rcnn_r50_fpn.py",
-    # Heads of four convolutions and a linear layer with BatchNorm and GIoU, which the papers take over from Swin's.
+    # Heads of four convolutions and a linear layer with BatchNorm and GIoU, as in the paper on Swin.
     "cascade_mask_rcnn": "convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py",
     "retinanet": "_base_/models/retinanet_r50_fpn.py",
     "dino": "dino/dino-4scale_r50_8xb2-12e_coco.py",
@@ -47,7 +47,7 @@ def model_config(cfg: DictConfig, classes: Sequence[str], device: torch.device, 
     model = MMConfig.fromfile(path, import_custom_modules=False).model
     model.pop("pretrained", None)
     arguments = backbone_arguments(cfg)
-    backbone = TimmBackbone(**arguments)  # for what the rest has to fit
+    backbone = TimmBackbone(**arguments)  # its channels determine the rest of the model
     channels = list(backbone.channels)
     model.backbone = dict(arguments, type="mmengine.TimmBackbone", pretrained=pretrained)
     for name in ("mean", "std"):
@@ -67,13 +67,13 @@ def build_model(
     """The model of `cfg` for `classes`; its backbone starts from `pretrained`.
 
     Raises:
-        RunError: it can't be built.
+        RunError: It can't be built.
     """
     settings = model_config(cfg, classes, device, pretrained)
     init_default_scope(SCOPES[cfg.task])
     try:
         with warnings.catch_warnings():
-            # A setting that can't be changed where classes have weights.
+            # The setting can't be changed if classes have weights.
             warnings.filterwarnings("ignore", message="Default ``avg_non_ignore``")
             model = MODELS.build(settings)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -85,14 +85,14 @@ def build_model(
 
 
 def check_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
-    """Refuse one image a pass where it can't train BatchNorm, as far as layers are concerned that need no labels.
+    """Refuse a batch of one image if it can't train BatchNorm; layers that need labels are not checked.
 
     Args:
         cfg: The configuration.
         model: The detector or segmentor, on the CPU.
 
     Raises:
-        RunError: it can't.
+        RunError: It can't.
     """
     divisor, side = cfg.dense.size_divisor, min(cfg.dense.scales)
     size = cfg.dense.crop or [-(-side // divisor) * divisor] * 2
@@ -103,12 +103,12 @@ def check_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
 
 
 def _synchronised(device: torch.device) -> bool:
-    """Whether BatchNorm runs over all processes, which needs accelerators."""
+    """Whether BatchNorm is synchronized over all processes, which needs accelerators."""
     return distributed.world_size() > 1 and device.type != "cpu"
 
 
 def backbone_arguments(cfg: DictConfig) -> dict[str, Any]:
-    """What TimmBackbone is made from, but for its weights."""
+    """The arguments of TimmBackbone without its weights."""
     dense = cfg.dense
     return dict(
         model=cfg.model,
@@ -123,7 +123,7 @@ def backbone_arguments(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _out_indices(cfg: DictConfig) -> list[int] | None:
-    """The stages that the method reads: RetinaNet and DINO leave the first one of four out."""
+    """The stages that the method uses: RetinaNet and DINO omit the first of the four."""
     if cfg.dense.out_indices is not None:
         return list(cfg.dense.out_indices)
     if cfg.dense.method == "dino" or (cfg.dense.method == "retinanet" and not cfg.dense.small):
@@ -139,7 +139,7 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
         head.update(in_channels=channels, strides=[4, 8, 16, 32], num_things_classes=classes, num_stuff_classes=0)
         head.loss_cls.class_weight = [1.0] * classes + [0.1]
         model.panoptic_fusion_head.update(num_things_classes=classes, num_stuff_classes=0)
-        # Its images are cropped to one size; padding to it again costs nothing where they are.
+        # Images that are smaller than the crop are padded to its size; for others this changes nothing.
         model.data_preprocessor.batch_augments = (
             [
                 dict(
@@ -174,11 +174,11 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
     if dense.small:
         _shrink_detector(model)
     elif dense.method == "retinanet":
-        model.neck.start_level = 0  # of the three that the backbone gives
+        model.neck.start_level = 0  # of the three stages that the backbone returns
 
 
 def _heads(model: MMConfig) -> list[Any]:
-    """The parts of a detector that tell classes apart."""
+    """The heads of a detector that predict classes."""
     parts = [model.bbox_head] if "bbox_head" in model else []
     for name in ("bbox_head", "mask_head"):
         part = model.get("roi_head", {}).get(name)
@@ -187,7 +187,7 @@ def _heads(model: MMConfig) -> list[Any]:
 
 
 def _shrink_detector(model: MMConfig) -> None:
-    """For images of some 128 pixels on a CPU: 64 channels, strides 4 to 32, anchors of 16 to 128, fewer samples."""
+    """Shrink a detector for images of some 128 pixels: 64 channels, strides of 4 to 32, anchors of 16 to 128 pixels."""
     width = 64
     model.neck.update(out_channels=width, num_outs=4, start_level=0, add_extra_convs=False)
     if "rpn_head" not in model:
@@ -226,7 +226,7 @@ def _set_segmentor(model: MMConfig, cfg: DictConfig, channels: list[int], classe
     dense, head = cfg.dense, model.decode_head
     model.data_preprocessor.seg_pad_val = cfg.data.ignore_index
     model.data_preprocessor.test_cfg = dict(size_divisor=dense.size_divisor)
-    # Training images of one batch have one size, the crop's, or are padded to a multiple.
+    # The training images of a batch are crops of one size, or are padded to a multiple.
     model.data_preprocessor.pop("size", None)
     model.data_preprocessor.update(
         dict(size=tuple(dense.crop)) if dense.crop else dict(size_divisor=dense.size_divisor)
@@ -253,7 +253,7 @@ def _set_segmentor(model: MMConfig, cfg: DictConfig, channels: list[int], classe
         if "auxiliary_head" in model:
             model.auxiliary_head.update(channels=64, dropout_ratio=0.0)
         if cfg.data.name == "digit_scenes":
-            # Nine pixels of ten are background, and a small model would long see nothing else.
+            # Nine of ten pixels are background: without weights, a small model would predict nothing else for long.
             head.loss_decode.class_weight = [0.1] + [1.0] * (classes - 1)
 
 
@@ -265,7 +265,7 @@ def _set_norm(part: Any, norm: str) -> None:
 
 
 def override(settings: MMConfig, changes: dict[str, Any]) -> MMConfig:
-    """`settings` with what `mm` in the configuration says."""
+    """`settings` with the changes that `mm` in the configuration makes."""
     try:
         settings.merge_from_dict(changes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

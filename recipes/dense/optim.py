@@ -1,4 +1,4 @@
-"""The optimizer of detection and segmentation, and updates that a bad loss can't spoil."""
+"""The optimizer of detection and segmentation, which skips updates whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class TimmOptimWrapperConstructor:
     """Any optimizer of timm, on parameter groups with timm's layer-wise decay of the backbone.
 
     Args:
-        optim_wrapper_cfg: what the wrapper is made from; `optimizer` has timm's name as `type`, `lr`, `weight_decay`.
-        paramwise_cfg: `layer_decay`, `no_decay`, `backbone_lr` of `param_groups`.
+        optim_wrapper_cfg: The wrapper's configuration; `optimizer` has timm's name as `type`, `lr`, `weight_decay`.
+        paramwise_cfg: The arguments `layer_decay`, `no_decay`, `backbone_lr` of `param_groups`.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any]):
@@ -42,11 +42,11 @@ class TimmOptimWrapperConstructor:
 
 
 class _SkipBadLoss:
-    """Leaves an update out, in all processes, if the loss of one of them is not finite.
+    """A mixin that skips an update in all processes if the loss of one of them is not finite.
 
     Attributes:
-        stepped: whether the last one was not.
-        times: measures the parts of an update, if given.
+        stepped: Whether the last update was not skipped.
+        times: Measures the parts of an update, if given.
     """
 
     stepped = True
@@ -54,7 +54,7 @@ class _SkipBadLoss:
     _bad = False
 
     def update_params(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Add the gradients of `loss` and, with the last of an update, step the optimizer."""
+        """Add the gradients of `loss` and, with the last loss of an update, step the optimizer."""
         finite = bool(torch.isfinite(loss.detach()))
         self._bad = self._bad or bool(distributed.total([float(not finite)], loss.device)[0])
         self._lap("forward")
@@ -85,9 +85,9 @@ class _SkipBadLoss:
 
 @OPTIM_WRAPPERS.register_module()
 class SkipBadLossOptimWrapper(_SkipBadLoss, OptimWrapper):
-    """MMEngine's OptimWrapper without updates on a bad loss."""
+    """MMEngine's OptimWrapper without updates on a loss that is not finite."""
 
 
 @OPTIM_WRAPPERS.register_module()
 class SkipBadLossAmpOptimWrapper(_SkipBadLoss, AmpOptimWrapper):
-    """MMEngine's AmpOptimWrapper without updates on a bad loss."""
+    """MMEngine's AmpOptimWrapper without updates on a loss that is not finite."""

@@ -1,4 +1,4 @@
-"""mmseg's reader for images and label PNGs that share their names."""
+"""A data set for mmseg of images and label PNGs with the same names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.recipes.dense.transforms import SkipsCorrupt
 
 @DATASETS.register_module()
 class PairedDataset(SkipsCorrupt, BaseSegDataset):
-    """Images of any ending, mixed ones too: mmseg by itself takes one."""
+    """Images may have different endings: mmseg itself takes only one."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """List the pairs."""
@@ -30,5 +30,5 @@ class PairedDataset(SkipsCorrupt, BaseSegDataset):
         ]
 
     def exclude(self, sample: Any, idx: int) -> None:
-        """No pixel of it counts."""
+        """Set all labels to `ignore_index`."""
         sample.gt_sem_seg.data.fill_(self.ignore_index)

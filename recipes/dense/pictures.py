@@ -1,4 +1,4 @@
-"""Predictions drawn on images."""
+"""Pictures of predictions and annotations of detectors and segmentors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from zoo.recipes.subsets import evenly_spread
 
 # Smaller pictures are enlarged to this many pixels, so that names can be read.
 _READABLE = 384
-_WIDTH = 320  # of a sample's picture
+_WIDTH = 320  # pixels, of a picture in the sheet of samples
 SCORE = 0.5
 _BACKGROUND = "background"
-_MOST_NAMES = 36  # that a legend has room for
+_MOST_NAMES = 36  # names for which a legend has room
 
 
 def colors(count: int) -> list[tuple[int, int, int]]:
-    """As many colours that differ as far as hue and brightness allow."""
-    hues = [(i * 0.618034) % 1 for i in range(count)]  # the golden ratio spreads any number evenly
+    """`count` colours that differ in hue and brightness as much as possible."""
+    hues = [(i * 0.618034) % 1 for i in range(count)]  # the golden ratio spreads any number of hues evenly
     return [
         tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, 0.85, 1.0 if i % 2 == 0 else 0.75))
         for i, hue in enumerate(hues)
@@ -69,7 +69,7 @@ def draw_objects(
     draw = ImageDraw.Draw(picture)
     line = max(2, round(min(picture.size) / 250))
     font = ImageFont.truetype(findfont("DejaVu Sans:bold"), max(14, round(min(picture.size) / 40)))
-    # All boxes before the first label, so that no box crosses one.
+    # All boxes are drawn before the first label, so that no box crosses a label.
     places = (boxes.cpu() * factor).tolist()
     for box, colour in zip(places, palette, strict=True):
         draw.rectangle(_upright(box), outline=colour, width=line)
@@ -79,7 +79,7 @@ def draw_objects(
 
 
 def _upright(box: Sequence[float]) -> tuple[float, float, float, float]:
-    """Pillow takes no box that ends before it begins, as detectors sometimes find."""
+    """The box with sorted corners: Pillow refuses others, which detectors sometimes predict."""
     left, top, right, bottom = box
     return left, top, max(left, right), max(top, bottom)
 
@@ -87,7 +87,7 @@ def _upright(box: Sequence[float]) -> tuple[float, float, float, float]:
 def _label(
     draw: ImageDraw.ImageDraw, box: Sequence[float], text: str, colour: tuple[int, int, int], font: ImageFont.ImageFont
 ) -> None:
-    """Write beside a box: above it, where there is no room below, else at its top; always inside of the picture."""
+    """Write the label of a box: above it, or below if there is no room, or at its top; always inside the picture."""
     left, top, _, bottom = box
     width, height = draw.im.size
     wide, high = font.getlength(text) + 6, sum(font.getmetrics()) + 2
@@ -104,7 +104,7 @@ def _readable_on(colour: tuple[int, int, int]) -> str:
 
 
 def _resized(image: Image.Image, width: int | None) -> tuple[float, torch.Tensor]:
-    """The factor to the size that is drawn in, and the image in it, (3, H, W)."""
+    """The scale at which the image is drawn, and the scaled image, (3, H, W)."""
     factor = width / image.width if width else max(1.0, _READABLE / min(image.size))
     size = [max(1, round(side * factor)) for side in image.size]
     return factor, pil_to_tensor(image.resize(size, Image.Resampling.BICUBIC))
@@ -129,7 +129,7 @@ def draw_labels(
 def draw_sample(
     image: Image.Image, sample: Any, classes: Sequence[str], score: float = SCORE, width: int | None = None
 ) -> Image.Image:
-    """Draw what a model found: `sample` is mmdet's or mmseg's result for `image`."""
+    """Draw predictions: `sample` is the result of mmdet or mmseg for `image`."""
     if "pred_sem_seg" in sample:
         return draw_labels(image, sample.pred_sem_seg.data[0].cpu(), classes, width)
     found = sample.pred_instances
@@ -139,7 +139,7 @@ def draw_sample(
 
 
 def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str], width: int | None = None) -> Image.Image:
-    """Draw what is there, from the annotations in `sample`."""
+    """Draw the annotations in `sample`."""
     if "gt_sem_seg" in sample:
         return draw_labels(image, sample.gt_sem_seg.data[0], classes, width)
     there = sample.gt_instances
@@ -150,14 +150,14 @@ def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str], width: i
 
 @torch.no_grad()
 def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequence[str], most: int = 8) -> None:
-    """Draw so many validation images, evenly spread, with what the model finds; beside each what is there."""
+    """Draw at most `most` validation images, evenly spread, with predictions, and their annotations beside."""
     model.eval()
     numbers = evenly_spread(range(len(dataset)), most)
     pairs = []
     for number in numbers:
         item = dataset[number]
         [result] = model.test_step(pseudo_collate([item]))
-        image = images.open_image(item["data_samples"].img_path, max_pixels=2**40)  # the data set has read it
+        image = images.open_image(item["data_samples"].img_path, max_pixels=2**40)  # the data set has checked its size
         found = draw_sample(image, result, classes, width=_WIDTH)
         true = draw_truth(image, item["data_samples"], classes, width=_WIDTH)
         pairs.append([Tile(found, "found"), Tile(true, "true")])

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 
 def pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
-    """The transforms of training and of test images; prediction leaves those out that load."""
+    """The transforms of training and of test images; prediction omits the transforms that load."""
     return (_detection_pipelines if cfg.task == "detect" else _segmentation_pipelines)(cfg, masks)
 
 
@@ -41,7 +41,7 @@ def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list
             dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-5, 1e-5), by_mask=masks),
         ]
     elif dense.detr_crop:
-        # DETR (arXiv 2005.12872, section 4): short sides of 400 to 600, crops of 384 to 600, then as the others.
+        # DETR (arXiv 2005.12872, section 4): short sides of 400 to 600, crops of 384 to 600, then resized as usual.
         longest = 4200 if dense.method == "dino" else dense.max_size
         before = dict(type="RandomChoiceResize", scales=[(longest, s) for s in (400, 500, 600)], keep_ratio=True)
         crop = dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)
@@ -85,5 +85,5 @@ def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], l
     test = [load, one]
     if dense.test_divisor:
         test.append(dict(type="ResizeToMultiple", size_divisor=dense.test_divisor))
-    # The labels stay as they are: predictions are resized to them.
+    # Labels keep their size: predictions are resized to them.
     return [*train, dict(type="PackSegInputs")], [*test, annotations, dict(type="PackSegInputs")]

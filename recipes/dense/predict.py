@@ -1,4 +1,4 @@
-"""Predictions for images outside of a data set: `zoo-predict`."""
+"""Predictions of a detector or segmentor for any images: `zoo-predict`."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from zoo.recipes.progress import Progress
 
 
 def predict(settings: Any, inputs: Inputs, out: Path) -> None:
-    """Draw and write what the model of a run finds in images.
+    """Draw and write the predictions of a run's model for images.
 
     Args:
         settings: A `PredictConfig`.
         inputs: The images.
-        out: The output folder; need not exist.
+        out: The output folder; it does not have to exist.
 
     Raises:
-        RunError: something that the user can mend; at the end, if images were left out.
+        RunError: The user can correct the cause; or, at the end, images were left out.
     """
     inputs.protect(target for item in inputs.found for target in (_picture(out, item.name), _labels(out, item.name)))
     base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
@@ -47,14 +47,14 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         with Progress(True) as bar:
             bar.start_evaluation(len(inputs.found))
             for item, image in inputs.read(3, cfg.data.max_pixels, bar.advance_evaluation):
-                # mmcv's readers give BGR, and the models turn it.
+                # mmcv's readers return BGR, which the models convert.
                 data = {"img": np.asarray(image)[..., ::-1], "img_path": str(item.path), "img_id": len(written.images),
                         "ori_shape": image.size[::-1], "img_shape": image.size[::-1]}  # fmt: skip
                 try:
                     with torch.no_grad():
                         [found] = model.test_step(pseudo_collate([pipeline(data)]))
                     picture = pictures.draw_sample(image, found, classes, written.score)
-                except Exception as error:  # whatever mmdet and mmseg raise of one image: the others go on
+                except Exception as error:  # mmdet and mmseg raise anything; the other images go on
                     inputs.fail(item, error)
                 else:
                     written.add(item.name, image, found, picture)
@@ -73,7 +73,7 @@ def _labels(out: Path, name: Path) -> Path:
 
 
 class _Written:
-    """What has been written to the output folder."""
+    """Writes predictions to the output folder, and keeps what concerns all images."""
 
     def __init__(self, cfg: DictConfig, out: Path, classes: Sequence[str], score: float):
         self.out, self.classes, self.task, self.score = out, classes, cfg.task, score
@@ -116,7 +116,7 @@ class _Written:
             picture.save(file, format="png")
 
     def close(self) -> None:
-        """Write what concerns all images."""
+        """Write the files on all images."""
         if self.task == "detect":
             categories = [{"id": i, "name": name} for i, name in enumerate(self.classes, start=1)]
             content = {"images": self.images, "annotations": self.objects, "categories": categories}
@@ -125,5 +125,5 @@ class _Written:
             atomic_files.write_text(self.out / "classes.txt", "".join(f"{name}\n" for name in self.classes))
 
     def summary(self) -> str:
-        """What was found."""
+        """A summary of the predictions for the log."""
         return f"{len(self.objects)} objects" if self.task == "detect" else "labels of all pixels"

@@ -1,7 +1,7 @@
 """MMEngine's Runner for a run's settings.
 
-The length of the training is counted in iterations: one forward pass of one process, of which an update takes
-`accumulate`; the schedule is counted in updates.
+MMEngine counts the training in iterations, forward passes of each process, of which an update takes `accumulate`. The
+schedule is counted in updates.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def runner_config(
     work_dir: Path,
     device: torch.device,
 ) -> MMConfig:
-    """All that MMEngine's Runner is made from besides the model; `mm` in `cfg` has the last word.
+    """The configuration of MMEngine's Runner, without the model; `mm` in `cfg` overrides it.
 
-    Without a `length` it only evaluates.
+    Without a `length`, the Runner only evaluates.
 
     Raises:
         RunError: `mm` does not fit.
@@ -51,16 +51,16 @@ def runner_config(
         **loading,
     )
     if cfg.task == "segment" and not cfg.dense.small:
-        evaluated["batch_size"] = 1  # mmseg tests batches of one size only
+        evaluated["batch_size"] = 1  # mmseg needs images of one size in a test batch
     result = MMConfig(
         dict(
             work_dir=str(work_dir),
-            experiment_name=str(work_dir),  # else two runners of one second share a visualizer, and its folder
+            experiment_name=str(work_dir),  # otherwise two runners of the same second share a visualizer and its folder
             default_scope=SCOPES[cfg.task],
             val_dataloader=evaluated,
             val_cfg=dict(type="ValLoop"),
             val_evaluator=data.val.metrics(masks),
-            # The run keeps its own checkpoints, and steps the schedule once an update.
+            # The run saves its own checkpoints, and steps the schedule once per update.
             default_hooks=dict(logger=None, checkpoint=None, param_scheduler=None),
             log_level="ERROR",
             randomness=dict(seed=cfg.seed, deterministic=cfg.trainer.deterministic),
@@ -125,11 +125,11 @@ def _optimizer(cfg: DictConfig, length: RunLength, device: torch.device) -> dict
 
 
 def _schedule(cfg: DictConfig, length: RunLength) -> list[dict[str, Any]]:
-    """Counted in updates, whatever MMEngine calls it."""
+    """The learning rate schedule, counted in updates, although MMEngine calls them iterations."""
     schedule, end = cfg.schedule, length.updates
     warmup = min(cfg.dense.warmup_updates, end)
     parts: list[dict[str, Any]] = []
-    if warmup > 1:  # the last update of the warm-up has the whole learning rate
+    if warmup > 1:  # the last update of the warm-up has the full learning rate
         parts.append(dict(type="LinearLR", start_factor=cfg.dense.warmup_factor, by_epoch=False, begin=0, end=warmup))
     if schedule.sched == "multistep":
         milestones = [epoch * length.per_epoch for epoch in schedule.decay_milestones]
@@ -137,7 +137,7 @@ def _schedule(cfg: DictConfig, length: RunLength) -> list[dict[str, Any]]:
             dict(type="MultiStepLR", by_epoch=False, begin=0, end=end, milestones=milestones, gamma=schedule.decay_rate)
         )
     elif warmup == end:
-        pass  # nothing comes after the warm-up
+        pass  # the run ends with the warm-up
     elif schedule.sched == "poly":
         parts.append(
             dict(
@@ -150,7 +150,7 @@ def _schedule(cfg: DictConfig, length: RunLength) -> list[dict[str, Any]]:
 
 
 def _workers(cfg: DictConfig) -> int:
-    """Worker processes: few where images are small, since starting one takes seconds."""
+    """The number of workers: none for the small models of the demo, since starting one takes seconds."""
     if cfg.data.num_workers is not None:
         return cfg.data.num_workers
     return 0 if cfg.dense.small else distributed.spare_cores()
@@ -158,7 +158,7 @@ def _workers(cfg: DictConfig) -> int:
 
 @contextmanager
 def mm_errors(cfg: DictConfig) -> Iterator[None]:
-    """Say in a sentence that `mm` has what MMEngine can't use: it builds most parts when it is about to run."""
+    """Turn MMEngine's errors about `mm` into a RunError; most of them are raised when the Runner starts."""
     try:
         yield
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -179,7 +179,7 @@ def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runne
 
 
 class _Runner(Runner):
-    """MMEngine's Runner; where a run goes on, `restore` says."""
+    """MMEngine's Runner, which resumes through `restore`."""
 
     restore: Callable[[Runner], None] = staticmethod(lambda runner: None)
 
@@ -187,4 +187,4 @@ class _Runner(Runner):
         self.restore(self)
 
     def dump_config(self) -> None:
-        """The run folder has it."""
+        """Skip this: the run folder has the configuration."""

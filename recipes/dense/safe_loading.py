@@ -1,4 +1,4 @@
-"""MMEngine's checkpoints, read without running what a file says."""
+"""Loading of MMEngine's checkpoints without running code from the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zoo.recipes.errors import RunError
 
 
 def _statistic(owner: Any, name: str) -> Any:
-    """What a run's curves need of `getattr`: the statistics that they can be asked for."""
+    """The only use of `getattr` that the curves of a run need: their statistics."""
     if owner is not HistoryBuffer or name not in ("min", "max", "mean", "current"):
         raise pickle.UnpicklingError(f"it asks for the attribute {name!r}")
     return getattr(HistoryBuffer, name)
@@ -29,10 +29,10 @@ _SAFE = [
 
 
 def refuse_unpickling() -> None:
-    """From now on every loader of mmengine refuses checkpoints that hold more than tensors and plain values.
+    """Patch the loaders of MMEngine to refuse checkpoints with more than tensors and plain values.
 
-    As it comes, mmengine unpickles a file that torch refuses, and all that it downloads: either runs whatever code the
-    file names. It also lets every file call `getattr`, through which all modules can be reached and changed.
+    By default, MMEngine unpickles files that torch refuses, and everything that it downloads, which runs any code that
+    the file names. It also lets a file call `getattr`, which gives access to all modules.
 
     A refused file raises RunError. Calling this again changes nothing.
     """
@@ -41,7 +41,7 @@ def refuse_unpickling() -> None:
 
 
 def _load(file: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
-    """`torch.load` of tensors, plain values, and the NumPy arrays and curves of an mmengine run."""
+    """`torch.load` of tensors, plain values, and the NumPy arrays and curves of a run of MMEngine."""
     with _errors(file if isinstance(file, str | os.PathLike) else "the checkpoint"):
         return torch.load(file, map_location=map_location, weights_only=True)
 
@@ -57,7 +57,7 @@ def _errors(source: Any) -> Iterator[None]:
         with torch.serialization.safe_globals(_SAFE):
             yield
     except pickle.UnpicklingError as error:
-        # torch advises at length to unpickle it all the same; the reason is what follows.
+        # torch first gives advice on how to unpickle the file anyway; the reason follows.
         reason = _short(str(error).rpartition("WeightsUnpickler error: ")[2])
         raise RunError(
             f"{source} can't be loaded without running code that it brings along ({reason}): give a file with tensors."

@@ -1,7 +1,7 @@
-"""MMEngine's registries and readers, kept from running what a configuration or a file names.
+"""Restrictions of MMEngine's registries and readers, so that a configuration or a file can't run code.
 
-As they come, any importable name is a `type` (`os.system`), a scope is a package to import, and some parts evaluate
-texts, run configurations in Python or unpickle files that a configuration points to.
+By default, any importable name is a `type` (`os.system`), a scope is a package to import, and some parts evaluate
+strings, run configurations in Python or unpickle files that a configuration names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mmengine.registry import registry
 from zoo.recipes.errors import RunError
 
 _PACKAGES = ("mmengine", "mmcv", "mmdet", "mmseg")
-# What is registered and yet evaluates a text or unpickles a file of the configuration: nothing here needs it.
+# Registered classes that evaluate a string or unpickle a file of the configuration; nothing here needs them.
 _LEFT_OUT = (
     "CameraMotionCompensation",
     "Detectron2Wrapper",
@@ -34,16 +34,16 @@ _fromfile = Config.fromfile
 
 
 def only_registered_names() -> None:
-    """From now on configurations build what is registered and nothing else, and files are read as plain values.
+    """Patch MMEngine so that configurations build only registered classes, and files are read as plain values.
 
-    To be called when the packages are imported and have registered their parts. Calling it again changes nothing.
+    Call this after the packages have registered their classes. Calling it again changes nothing.
     """
     registry.import_module = _import_module
-    registry.get_object_from_string = lambda name: None  # not registered: the registry's own message follows
+    registry.get_object_from_string = lambda name: None  # the registry then says that the name is not registered
     Config.fromfile = staticmethod(_package_file)
     PickleHandler.load_from_fileobj = _refuse_pickle
     yaml_handler.Loader = yaml.SafeLoader
-    importlib.import_module("mmcv.ops.nms").eval = _nms  # in place of Python's, of the operator's name
+    importlib.import_module("mmcv.ops.nms").eval = _nms  # replaces Python's eval of the operator's name
     for package in _PACKAGES:
         for value in vars(sys.modules.get(f"{package}.registry", registry)).values():
             if isinstance(value, registry.Registry):
@@ -58,7 +58,7 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _package_file(filename: str | Path, *args: Any, **options: Any) -> Config:
-    """`Config.fromfile` of the configurations that the packages bring along: others are programs."""
+    """`Config.fromfile`, restricted to the configurations in the packages: a configuration is a program."""
     path = Path(filename).resolve()
     folders = [Path(importlib.util.find_spec(name).origin).resolve().parent for name in ("mmdet", "mmseg")]
     if not any(path.is_relative_to(folder) for folder in folders):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# MMEngine's names of the scores -> ours, in percent; the first one that a run has decides which epoch is the best.
+# MMEngine's names of the scores -> ours, in percent. The first score that a run has decides which epoch is the best.
 SCORES = {
     "coco/segm_mAP": "mask_AP",
     "coco/segm_mAP_50": "mask_AP50",
@@ -17,15 +17,15 @@ SCORES = {
 
 
 def scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """MMEngine's metrics under our names, in percent. COCO's -1 (nothing to find) is left out."""
+    """MMEngine's metrics under our names, in percent, without COCO's -1, which means that there is nothing to find."""
     found = {}
     for name, ours in SCORES.items():
         if name in metrics and metrics[name] >= 0:
-            # COCO's are fractions, segmentation's percentages.
+            # COCO's metrics are fractions; those of segmentation are percentages.
             found[ours] = float(metrics[name]) * (100 if name.startswith("coco/") else 1)
     return found
 
 
 def score_title(name: str) -> str:
-    """A score's name for people."""
+    """The title of a score in the log."""
     return name.replace("bbox_", "box ").replace("mask_", "mask ")

@@ -1,6 +1,6 @@
 """Data for segmentation (label PNGs): found, checked and counted before training starts.
 
-What would teach wrong classes without a word is refused.
+Labels that would silently teach wrong classes are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from zoo.recipes.logs import log
 from zoo.recipes.subsets import files_to_check
 
 _LABELS = frozenset({".png"})
-_MOST_LABELS = 2**16  # of the deepest PNGs
+_MOST_LABELS = 2**16  # values of a PNG with 16 bits
 
 
 @dataclass
@@ -43,13 +43,13 @@ class SegmentationSplit:
 
     Attributes:
         images: The folder of images.
-        labels: The folder of labels, one channel of numbers of 8 or 16 bits, or a palette's indices.
+        labels: The folder of labels, with one channel of 8 or 16 bits, or palette indices.
         classes: Names in the order of the labels.
-        ignore_index: The label of pixels that do not count.
-        reduce_zero_label: 0 in the files does not count either, and the classes are 1, 2, ... there.
+        ignore_index: The label of ignored pixels.
+        reduce_zero_label: In the files, 0 is ignored too, and the classes are 1, 2, ...
         num_images: Images with labels.
-        pixels: How many pixels each class has in the `num_checked` labels that were looked at.
-        num_checked: How many those are.
+        pixels: The number of pixels of each class in the label files that were checked.
+        num_checked: The number of label files that were checked.
     """
 
     images: Path
@@ -74,13 +74,13 @@ class SegmentationSplit:
         }
 
     def metrics(self, masks: bool = False) -> dict[str, Any]:
-        """The configuration of mIoU; `masks` is detection's."""
+        """The configuration of the metric mIoU; `masks` only matters for detection."""
         return {"type": "mmseg.IoUMetric", "iou_metrics": ["mIoU"], "ignore_index": self.ignore_index}
 
 
 @dataclass
 class SegmentationData:
-    """The splits of a segmentation data set; `train` is None where only evaluation is asked for."""
+    """The splits of a segmentation data set; `train` is None if the data are only for evaluation."""
 
     train: SegmentationSplit | None
     val: SegmentationSplit
@@ -101,12 +101,12 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
 
     Args:
         cfg: The configuration.
-        training: Open both splits; otherwise the validation split alone.
-        classes: The names of the labels in order; from `data.class_map`, <root>/classes.txt or `data.num_classes` if
-            None, and compared with the former two otherwise.
+        training: Open both splits; otherwise only the validation split.
+        classes: The class names in the order of the labels, which `data.class_map` or <root>/classes.txt have to match;
+            None for those of these files or of `data.num_classes`.
 
     Raises:
-        RunError: the data can't be used; the message names the file and what is wrong with it.
+        RunError: The data can't be used; the message names the file and what is wrong with it.
     """
     base = base_folder(cfg, cfg.val_images)
     classes = _segmentation_classes(cfg, base, classes)
@@ -194,7 +194,7 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
 
 
 def _class_file(path: Path) -> list[str]:
-    """The classes of a file in which a line's number is the label: an empty one between others would shift those."""
+    """Read a file of classes; an empty line is refused, since line numbers are labels and it would shift them."""
     lines = [line.strip() for line in read_text(path).rstrip().split("\n")] if path.exists() else []
     if len(lines) > 1 and "" in lines:
         raise RunError(f"{path} has to name one class per line, but line {lines.index('') + 1} is empty.")
@@ -226,11 +226,11 @@ def _listing(folder: Path) -> str:
 
 
 def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[Path, Path]]:
-    """Images and label PNGs of the same path below the two folders, endings apart, in the order of those paths.
+    """Pairs of images and label PNGs whose paths below the two folders are the same without endings, sorted.
 
     Raises:
-        RunError: two images have the same path but for the ending; or, if `strict`, an image has no label, or nothing
-            is there.
+        RunError: Two images differ only in their endings; or, if `strict`, an image has no label, or a folder has no
+            files.
     """
     by_stem = _files(images, ENDINGS)
     labels_by_stem = _files(labels, _LABELS)
@@ -271,7 +271,7 @@ def _files(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
 
 
 def _count_labels(pair: tuple[Path, Path], max_pixels: int) -> Counter:
-    """How many pixels have which label; also checks that the image belongs to it."""
+    """Count the pixels of each label; also checks that the label fits the image."""
     image, label = pair
     pixels = read_labels(label, image, read_size(image, max_pixels))
     if pixels.dtype == np.uint8:
@@ -281,16 +281,16 @@ def _count_labels(pair: tuple[Path, Path], max_pixels: int) -> Counter:
 
 
 def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> np.ndarray:
-    """The labels in a PNG, as they are stored: (H, W), uint8, or int32 if they have more bits.
+    """The labels in a PNG as they are stored: (H, W), uint8, or int32 if they have more bits.
 
     Args:
         label: The PNG.
-        image: The image that it belongs to, for messages.
-        size: Width and height of that image, turned as its EXIF data say.
+        image: Its image, for messages.
+        size: Width and height of the image, rotated by its EXIF orientation.
 
     Raises:
-        CorruptFile: it can't be read.
-        RunError: it is no label, or of another image.
+        CorruptFile: The label can't be read.
+        RunError: It is not a label, or its size differs from the image's.
     """
     try:
         with Image.open(label) as opened:
@@ -312,7 +312,7 @@ def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> 
 
 
 def _reduces(cfg: DataConfig, folder: Path, present: Sequence[Counter], num_classes: int) -> bool:
-    """Whether 0 is no class: as configured; not guessed, since a wrong guess shifts every class by one."""
+    """Whether 0 is not a class: as configured, and not guessed, since a wrong guess shifts every class by one."""
     if cfg.reduce_zero_label is not None:
         return cfg.reduce_zero_label
     values = set().union(*present) - {cfg.ignore_index}
@@ -337,7 +337,7 @@ def _count_pixels(
         remedy = "" if reduce else ", or data.reduce_zero_label=true where 0 is no class"
         raise RunError(
             f"{label} has the label {values[-1]}{more}, but {len(classes)} classes have {first} to "
-            f"{len(classes) + first - 1}, and {'0 and ' if reduce else ''}{cfg.ignore_index} do not count: mend "
+            f"{len(classes) + first - 1}, and {'0 and ' if reduce else ''}{cfg.ignore_index} do not count: correct "
             f"it, or set data.ignore_index=<label> for pixels that do not count, or data.num_classes{remedy}."
         )
     total = sum(present, Counter())
@@ -354,7 +354,7 @@ def _check_pixels(
     reduce: bool,
     all_training: bool,
 ) -> None:
-    """Refuse labels that teach nothing; that they are all of one class is known where `all_training` ones are here."""
+    """Refuse labels with no class or, if they are `all_training` labels, a single one; warn of missing classes."""
     ignored = f"{'0 and ' if reduce else ''}{ignore_index}"
     if not any(pixels):
         raise RunError(f"no pixel in {folder} counts, all labels are {ignored}: check data.ignore_index and the files.")

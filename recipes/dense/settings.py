@@ -1,4 +1,4 @@
-"""Checks of a dense run's settings, and what follows from several of them."""
+"""Checks of the settings for detection and segmentation, and values that follow from several settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ METHODS = {"detect": config.DETECTORS, "segment": config.SEGMENTORS}
 # Where each task's models and transforms are registered.
 SCOPES = {"detect": "mmdet", "segment": "mmseg"}
 
-# Settings of classification that nothing here follows: a value of one's own would be lost without a word.
+# Settings of classification that have no effect here: refused, so that a value is not ignored silently.
 _UNUSED = (
     "augment.scale",
     "augment.ratio",
@@ -35,6 +35,8 @@ _UNUSED = (
     "trainer.compile",
     "trainer.ema_decay",
 )
+# Values of the demo's augmentation, which are not refused.
+_DEMO_VALUES = {"augment.scale": [1.0, 1.0], "augment.ratio": [1.0, 1.0], "augment.interpolation": "bicubic"}
 
 
 @dataclass
@@ -42,11 +44,11 @@ class RunLength:
     """The length of a run.
 
     Attributes:
-        updates: of the weights, in all.
-        per_epoch: updates that see every training image once.
-        accumulate: iterations (forward passes of each process) in an update.
-        batch: images in an update, over all processes.
-        evaluate_every: updates between two evaluations.
+        updates: All updates of the weights.
+        per_epoch: Updates that see every training image once.
+        accumulate: Iterations (forward passes of each process) in an update.
+        batch: Images in an update, over all processes.
+        evaluate_every: Updates between two evaluations.
     """
 
     updates: int
@@ -57,10 +59,10 @@ class RunLength:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse settings that no dense run can use.
+    """Refuse settings that can't be used for detection or segmentation.
 
     Raises:
-        RunError: names the key, its value and what is allowed.
+        RunError: The message names the key, its value and what is allowed.
     """
     config.check(cfg)
     dense, defaults = cfg.dense, OmegaConf.structured(config.Config)
@@ -69,10 +71,9 @@ def check(cfg: DictConfig) -> None:
         raise RunError(
             f"dense.method={dense.method!r} can't be used with task={cfg.task}: it has {', '.join(methods)}."
         )
-    _DIGIT_DEFAULTS = {"augment.scale": [1.0, 1.0], "augment.ratio": [1.0, 1.0], "augment.interpolation": "bicubic"}
     for key in _UNUSED:
         value = OmegaConf.select(cfg, key)
-        if value not in (OmegaConf.select(defaults, key), _DIGIT_DEFAULTS.get(key)):
+        if value not in (OmegaConf.select(defaults, key), _DEMO_VALUES.get(key)):
             raise RunError(f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense).")
     rules = {
         "dense.max_size": (dense.max_size >= max(dense.scales, default=0), "no less than the largest of dense.scales"),
@@ -90,10 +91,10 @@ def check(cfg: DictConfig) -> None:
 
 
 def finds_masks(cfg: DictConfig) -> bool:
-    """Whether the method that `cfg` names finds instance masks, as far as the data have them.
+    """Whether the method of `cfg` predicts instance masks, if the data have them.
 
     Raises:
-        RunError: dense.masks=false with a method that knows masks only.
+        RunError: dense.masks=false with a method that predicts only masks.
     """
     if cfg.dense.method == "mask2former" and not cfg.dense.masks:
         raise RunError("dense.masks=false can't be used with dense.method=mask2former: it finds nothing but masks.")
@@ -101,10 +102,10 @@ def finds_masks(cfg: DictConfig) -> bool:
 
 
 def run_length(cfg: DictConfig, images: int) -> RunLength:
-    """The length of the run that `cfg` asks for on `images` training images.
+    """The length of a run with `cfg` on `images` training images.
 
     Raises:
-        RunError: the images of an update can't be reached.
+        RunError: trainer.effective_batch_size is not a multiple of trainer.batch_size over all processes.
     """
     accumulate, batch = distributed.batches(cfg.trainer)
     per_epoch = -(-images // batch)
@@ -113,5 +114,5 @@ def run_length(cfg: DictConfig, images: int) -> RunLength:
 
 
 def learning_rate(cfg: DictConfig) -> float:
-    """`optim.lr`, or what suits fine-tuning a transformer."""
+    """`optim.lr`, or by default a value for fine-tuning a transformer."""
     return cfg.optim.lr if cfg.optim.lr is not None else 1e-4

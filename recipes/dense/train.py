@@ -1,6 +1,6 @@
 """Training a detector or segmentor: `zoo-train task=detect` and `task=segment`.
 
-MMEngine's Runner trains; a hook keeps its state in the run folder, as classification does, and takes it up again.
+MMEngine's Runner trains; a hook saves its state in the run folder, as in classification.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from zoo.recipes.seeding import seed_all
 
 
 def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) -> dict[str, Any]:
-    """Train as `cfg` says and return what `summary.json` holds.
+    """Train as `cfg` says and return the content of `summary.json`.
 
     Args:
         cfg: The configuration.
         write_report: Writes the report into the run folder when the run ends; None for no report.
 
     Raises:
-        RunError: something that the user can mend.
-        Stopped: a signal arrived; the state is saved.
+        RunError: The user can correct the cause; the message says how.
+        Stopped: A signal arrived; the state is saved.
     """
     check(cfg)
     check_name(cfg.model)
@@ -63,7 +63,7 @@ def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) ->
 
 
 def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], Any] | None) -> str:
-    """Let the backbone learn to tell digits apart, in a run of its own below `folder`, and return that run's folder."""
+    """Train the backbone to classify digits first, in a run of its own below `folder`, and return that run's folder."""
     backbone = folder / "backbone"
     if distributed.share(run_checkpoints.has_checkpoint(folder)):
         return str(backbone)
@@ -79,7 +79,7 @@ def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], 
 
 
 class DenseRun(BaseRun):
-    """One run, from the data to `summary.json`."""
+    """A run of detection or segmentation, from the data to `summary.json`."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class DenseRun(BaseRun):
         self.last = min(self.length.updates, cfg.trainer.max_updates or self.length.updates)
         self.checkpoint = self.find_checkpoint()
         seed_all(cfg.seed)
-        # The weights of a run that goes on come from its checkpoint.
+        # A resumed run loads its weights from its checkpoint.
         pretrained = False if self.checkpoint else cfg.pretrained
         self.model = build_model(cfg, data.classes, device, pretrained)
         if cfg.trainer.batch_size == 1:
@@ -106,14 +106,14 @@ class DenseRun(BaseRun):
         self.params = sum(p.numel() for p in self.model.parameters())
         self.runner: Runner | None = None
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt, (self.checkpoint or {}).get("corrupt", ()))
-        self.val_corrupt: set[str] = set()  # in the last evaluation
+        self.val_corrupt: set[str] = set()  # images that the last evaluation could not read
         if self.checkpoint:
             self.load_state(self.checkpoint)
 
-    # What it leaves behind, and takes up again.
+    # State.
 
     def identity(self) -> dict[str, Any]:
-        """What can't change within a run."""
+        """The settings that have to stay the same within a run."""
         return {
             "task": self.cfg.task,
             "model": self.cfg.model,
@@ -124,7 +124,7 @@ class DenseRun(BaseRun):
         }
 
     def state(self) -> dict[str, Any]:
-        """What is needed to continue."""
+        """The state to continue from."""
         runner = self.runner
         return {
             "model": _bare(runner.model).state_dict(),
@@ -133,7 +133,7 @@ class DenseRun(BaseRun):
         }
 
     def restore(self, runner: Runner) -> None:
-        """Bring `runner`, which is about to train, to the place of the checkpoint."""
+        """Load the checkpoint into `runner`, which is about to train."""
         self.runner = runner
         runner.optim_wrapper.times = self.times
         if self.checkpoint:
@@ -142,11 +142,11 @@ class DenseRun(BaseRun):
             runner.train_loop._iter = update * self.length.accumulate
             evaluated = max((r["update"] for r in self.history if any(key.startswith("val_") for key in r)), default=0)
             if update > evaluated and self.evaluates(update):
-                runner.val_loop.run()  # the run was ended between an update and the evaluation that followed it
+                runner.val_loop.run()  # the run was ended between this update and its evaluation
         self.seed()
 
     def _load(self, runner: Runner, state: dict[str, Any]) -> None:
-        for _ in range(self.progress["update"]):  # this configuration's schedule, which may be another now
+        for _ in range(self.progress["update"]):  # the schedule of this configuration, which may have changed
             _advance(runner)
         rates = [group["lr"] for group in runner.optim_wrapper.param_groups]
         try:
@@ -158,17 +158,17 @@ class DenseRun(BaseRun):
             group["lr"] = rate
 
     def seed(self) -> None:
-        """Draw what is random in the next update from its number, not from what happened before."""
+        """Seed the next update by its number, so that it does not depend on earlier updates."""
         seed_all(self.cfg.seed, self.progress["update"], distributed.rank())
 
-    # Its course.
+    # Lifecycle.
 
     def describe_data(self) -> list[str]:
         """A line on each split."""
         return self.data.summary()
 
     def log_plan(self) -> None:
-        """Say what is going to be trained."""
+        """Log what is going to be trained."""
         cfg, length, classes = self.cfg, self.length, len(self.data.classes)
         log.info("%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6, classes)
         for line in self.data.summary():
@@ -189,7 +189,7 @@ class DenseRun(BaseRun):
         log.info("Run folder: %s", self.folder)
 
     def is_complete(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether the training is complete."""
         return self.progress["update"] >= self.last
 
     def train(self) -> None:
@@ -208,12 +208,12 @@ class DenseRun(BaseRun):
                 runner.train()
 
     def check_corrupt(self) -> None:
-        """After an update: end the run if too many images could not be read."""
+        """After an update, end the run if too many images could not be read."""
         [news] = distributed.total([float(self.corrupt.news)], self.device)
         self.corrupt.check(news, self.resume_hint())
 
     def val_images(self) -> int:
-        """The images that the last evaluation counts."""
+        """The number of images that count in the last evaluation."""
         return self.data.val.num_images - len(self.val_corrupt)
 
     def evaluates(self, update: int) -> bool:
@@ -221,7 +221,7 @@ class DenseRun(BaseRun):
         return update % self.length.evaluate_every == 0 or update >= self.last
 
     def close_epoch(self, losses: dict[str, float], speed: float | None, metrics: dict[str, Any] | None) -> None:
-        """An epoch is over or, with `metrics`, an evaluation."""
+        """Record the end of an epoch or, with `metrics`, of an evaluation."""
         update = self.progress["update"]
         self.corrupt.share()
         self.val_corrupt = {name for part in distributed.gather(self.val_corrupt) for name in part}
@@ -239,7 +239,7 @@ class DenseRun(BaseRun):
             "seconds": self.seconds(),
         }
         if self.history and self.history[-1]["update"] == update:
-            record = {**self.history.pop(), **record}  # the epoch was closed, and the evaluation comes afterwards
+            record = {**self.history.pop(), **record}  # the epoch has a record already, and this adds its evaluation
         self.history.append(record)
         main = self.main_score(record)
         improved = main is not None and record[f"val_{main}"] > self.best.get(main, -1.0)
@@ -264,7 +264,7 @@ class DenseRun(BaseRun):
         log.info("update %d/%d | %s", update, self.last, " | ".join(parts))
 
     def curves(self) -> tuple[str, dict[str, str]]:
-        """The title of the curves, and the names of the scores in them with what people call them."""
+        """The title of the plotted curves, and the titles of the plotted scores by name."""
         names = [name for name in SCORES.values() if any(f"val_{name}" in record for record in self.history)]
         heading = f"{self.cfg.dense.method} on {self.cfg.model}, {self.folder.name}"
         return heading, {name: score_title(name) for name in names}
@@ -282,7 +282,7 @@ class DenseRun(BaseRun):
 
     @staticmethod
     def main_score(record: dict[str, Any]) -> str | None:
-        """The score of `record` that decides which epoch is the best; None if nothing could be scored."""
+        """The name of the score that decides which epoch is the best; None if nothing could be scored."""
         return next((name for name in SCORES.values() if f"val_{name}" in record), None)
 
     def _write_weights(self, name: str) -> None:
@@ -292,7 +292,7 @@ class DenseRun(BaseRun):
             save_weights(self.folder / name, weights, self.cfg.model, self.data.classes)
 
     def finish(self) -> dict[str, Any]:
-        """Write what is left behind and return the summary."""
+        """Write the final files and return the summary."""
         record = self.history[-1]
         self._write_weights("model.safetensors")
         if self.primary:
@@ -317,13 +317,13 @@ class DenseRun(BaseRun):
         log.info("Run folder: %s", self.folder)
         main = next((name for name in SCORES.values() if name in self.best), None)
         self.log_next_steps(f"{score_title(main)} {self.best[main]:.1f}" if main else "")
-        distributed.share(None)  # no process leaves before the files are complete
+        distributed.share(None)  # no process exits before the files are complete
         self.refuse_nonfinite(_bare(self.runner.model).state_dict().values())
         return summary
 
 
 class _ProgressHook(Hook):
-    """Tells a `DenseRun` how far MMEngine's Runner is."""
+    """Reports the progress of MMEngine's Runner to a `DenseRun`."""
 
     def __init__(self, run: DenseRun):
         self.run = run
@@ -340,7 +340,7 @@ class _ProgressHook(Hook):
         if not self.count:
             self.started = time.monotonic()
         if runner.iter % self.run.length.accumulate == 0:
-            self.run.seed()  # an evaluation, or the start of a continued run, has drawn from it
+            self.run.seed()  # an evaluation, or the start of a resumed run, has drawn random numbers
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -386,7 +386,7 @@ class _ProgressHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
         self._close(self.speed, metrics)
         self.run.bar.start("training", self.run.progress["update"])
-        self.run.times.restart()  # the next update has begun, and not with an evaluation
+        self.run.times.restart()  # the evaluation is not part of the next update
 
     def _speed(self) -> float | None:
         images = self.count * self.run.effective_batch / self.run.length.accumulate
@@ -400,13 +400,13 @@ class _ProgressHook(Hook):
 
 
 def _advance(runner: Runner) -> None:
-    """An update is done: on with the schedule."""
+    """Step the schedule after an update."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a schedule ahead of its optimizer, as after skipped updates
+        warnings.simplefilter("ignore")  # the schedule is ahead of the optimizer after skipped updates
         for scheduler in runner.param_schedulers or []:
             scheduler.step()
 
 
 def _bare(model: torch.nn.Module) -> torch.nn.Module:
-    """The model that may be wrapped for several processes."""
+    """The model without the wrapper for several processes."""
     return getattr(model, "module", model)

@@ -1,4 +1,4 @@
-"""How images and labels come into the pipelines of mmdet and mmseg: by the reader that all tasks share."""
+"""Transforms that load images and labels for mmdet and mmseg, with the reader that all tasks share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zoo.recipes.errors import RunError, of_the_system
 from zoo.recipes.files import DECODING_ERRORS, reason
 from zoo.recipes.images import MAX_PIXELS, open_image
 
-_MOST = 1000  # that are tried in place of a corrupt image
+_MOST = 1000  # items that are tried in place of a corrupt image
 
 
 @TRANSFORMS.register_module()
@@ -34,14 +34,14 @@ class LoadImage(BaseTransform):
         """Read the image.
 
         Raises:
-            CorruptFile: it can't be read.
-            RunError: it is of another size than its annotations say.
+            CorruptFile: It can't be read.
+            RunError: Its size differs from the one in its annotations.
         """
         path = results["img_path"]
         try:
             image = open_image(path, max_pixels=self.max_pixels)
         except DECODING_ERRORS as error:
-            if of_the_system(error):  # not the image's fault
+            if of_the_system(error):  # the image is not the cause
                 raise
             raise CorruptFile(path, reason(error)) from error
         if "instances" in results:
@@ -52,14 +52,14 @@ class LoadImage(BaseTransform):
 
 @TRANSFORMS.register_module()
 class LoadLabels(BaseTransform):
-    """The labels of `seg_map_path` as `gt_seg_map` (H, W), of any number of classes: mmseg by itself takes bytes."""
+    """The labels of `seg_map_path` as `gt_seg_map` (H, W), for any number of classes: mmseg itself reads 8 bits."""
 
     def transform(self, results: dict) -> dict:
         """Read the labels.
 
         Raises:
-            CorruptFile: they can't be read.
-            RunError: the file holds no labels, those of another image, or one that is no class.
+            CorruptFile: They can't be read.
+            RunError: The file has no labels, labels of another size, or a label that is not a class.
         """
         height, width = results["ori_shape"]
         path, ignored, reduce = results["seg_map_path"], results["ignore_index"], results["reduce_zero_label"]
@@ -73,7 +73,7 @@ class LoadLabels(BaseTransform):
         most = int(labels.max(where=labels != ignored, initial=0))
         if most >= results["num_classes"]:
             raise RunError(
-                f"{path} has the label {most + reduce}, but there are {results['num_classes']} classes: mend it; "
+                f"{path} has the label {most + reduce}, but there are {results['num_classes']} classes: correct it; "
                 "data.check_files=-1 looks at all files before training."
             )
         results["gt_seg_map"] = labels
@@ -82,16 +82,16 @@ class LoadLabels(BaseTransform):
 
 
 class SkipsCorrupt:
-    """A data set of mmengine that puts the next good item in the place of one that can't be read.
+    """A mixin for MMEngine's data sets that replaces an item that can't be read by the next good one.
 
-    The item carries the names of those that it stands for as `corrupt` in its sample. In evaluation it does not count.
+    The replacement has the names of the corrupt items as `corrupt` in its sample. In evaluation it does not count.
     """
 
     def prepare_data(self, idx: int) -> Any:
-        """What the pipeline makes of an item.
+        """Load and transform an item.
 
         Raises:
-            RunError: too many items in a row can't be read.
+            RunError: Too many items in a row can't be read.
         """
         corrupt: list[str] = []
         for attempt in range(min(len(self), _MOST)):
@@ -108,10 +108,10 @@ class SkipsCorrupt:
         raise RunError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
 
     def exclude(self, sample: Any, idx: int) -> None:
-        """Let the scores leave out `sample`, which stands for the item `idx`."""
+        """Exclude `sample`, which replaces the item `idx`, from the scores."""
         raise NotImplementedError
 
 
 def corrupt_names(data_batch: dict[str, Any]) -> list[str]:
-    """The images of a batch that could not be read."""
+    """The names of the images of a batch that could not be read."""
     return [name for sample in data_batch["data_samples"] for name in sample.get("corrupt", ())]

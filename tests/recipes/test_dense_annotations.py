@@ -264,8 +264,8 @@ MASKS = {
 @pytest.mark.parametrize(("segmentation", "reason"), MASKS.values(), ids=MASKS)
 def test_mask_that_is_none(count, segmentation, reason):
     _refuse(
-        rf"boxes\.json: 1 objects have no mask \(.*\), the first is annotation 2 \(.*{reason}.*\): mend segmentation, "
-        r"or find boxes alone with dense\.masks=false",
+        rf"boxes\.json: 1 objects have no mask \(.*\), the first is annotation 2 \(.*{reason}.*\): correct "
+        r"segmentation, or find boxes alone with dense\.masks=false",
         lambda: count(segmentation=segmentation),
     )
 

@@ -1187,7 +1187,7 @@ def test_more_classes_than_a_byte_holds_survive_what_is_done_to_images(many, ste
 def test_unchecked_label_that_is_no_class_ends_in_a_sentence(masks, reduce):
     masks.label("train", "a", np.where(masks.pixels() == 1, 77, masks.pixels()).astype(np.uint8))
     split = masks.open(check_files=0, reduce_zero_label=reduce).train
-    _refuse(r"a\.png has the label 77, but there are 3 classes: mend it", lambda: _segments(split)[0])
+    _refuse(r"a\.png has the label 77, but there are 3 classes: correct it", lambda: _segments(split)[0])
 
 
 def test_unchecked_label_of_another_size_ends_in_a_sentence(masks):

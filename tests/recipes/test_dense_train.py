@@ -467,7 +467,7 @@ def test_digits_come_first_and_once(fit_dense, tmp_path, monkeypatch):
 
 def test_digits_come_first_with_the_models_settings(fit_dense, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "classify", lambda cfg, resume_command: asked.append(cfg) or _killed())
+    monkeypatch.setattr(train, "classify", lambda cfg, write_report, resume_command: asked.append(cfg) or _killed())
     with pytest.raises(SystemError):
         fit_dense(tmp_path / "run", "dense.digits_first=true", "seed=3", "+model_kwargs.drop_path_rate=0.1")
     (cfg,) = asked

@@ -189,7 +189,7 @@ def test_folder_that_can_not_be_read_is_named(write, monkeypatch, inside):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(RunError, match=re.escape(f"{locked} can't be read (Permission denied): mend that")):
+    with pytest.raises(RunError, match=re.escape(f"{locked} can't be read (Permission denied): fix that")):
         _open(root)
 
 
