@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
+from zoo.messages import one_line
 from zoo.recipes import (
     atomic_files,
     batchnorm,
@@ -165,7 +166,7 @@ class BaseRun:
     def unfit(self, error: Exception) -> RunError:
         """The error for a checkpoint whose state can't be loaded."""
         return RunError(
-            f"the checkpoint in {self.folder} does not fit these settings ({' '.join(str(error).split())[:200]}): "
+            f"the checkpoint in {self.folder} does not fit these settings ({one_line(error, 200)}): "
             "choose another run=<folder>, or give the settings that it was started with."
         )
 
@@ -397,7 +398,7 @@ class BaseRun:
         """An error that says what to do about `error`; None if that is not known."""
         hint = f"{self.resume_hint()} The same command continues from there."
         for cause in causes(error):
-            text = " ".join(str(cause).split())[:200]
+            text = one_line(cause, 200)
             if isinstance(cause, torch.OutOfMemoryError):
                 return RunError(
                     "the device's memory is too small: lower trainer.batch_size and keep the images per update with "

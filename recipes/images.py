@@ -28,6 +28,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms
 
+from zoo.messages import one_line
+
 # Endings of the files in a folder that count as images.
 ENDINGS = frozenset({".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 # Pillow's mode for each number of channels.
@@ -152,4 +154,4 @@ def _opened(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Imag
     except Exception as error:  # decoders raise anything
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ImageError(one_line(error)) from None

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from zoo.messages import similar_path
+from zoo.messages import one_line, similar_path
 from zoo.recipes import images
 from zoo.recipes.errors import RunError
 
@@ -97,7 +97,7 @@ class Inputs:
                 image = _open(item.path, channels, max_pixels)
             except (OSError, images.ImageError) as error:
                 self.unread.append(item.path)
-                reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+                reason = getattr(error, "strerror", None) or one_line(error)
                 log.warning("%s can't be read as an image (%s).", shown(item.path), reason)
             else:
                 yield item, image
@@ -106,7 +106,7 @@ class Inputs:
     def fail(self, item: Input, error: BaseException) -> None:
         """Leave out an image on which the model, its transform or its output raised `error`."""
         self.failed.append(item.path)
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200)
         log.warning("%s is left out: the model can't take it (%s).", shown(item.path), reason)
 
     def conclude(self) -> None:

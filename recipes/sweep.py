@@ -17,6 +17,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from zoo.messages import one_line
 from zoo.recipes.tasks import SCORES
 
 PRIMARY = os.environ.get("RANK", "0") == "0"  # under torchrun, only one process names folders and prints
@@ -116,6 +117,6 @@ def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
                 row[len(keys)] += " best"
             row.append(str(folder))
         else:
-            row += [*["-"] * len(names), f"failed: {' '.join(str(result).split())}"]
+            row += [*["-"] * len(names), f"failed: {one_line(result)}."]
         table.add_row(*map(Text, row), style="bold" if result is best else None)
     return table

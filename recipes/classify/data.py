@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import atexit
 import bisect
-import difflib
 import multiprocessing
 import os
 import signal
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import Compose, Grayscale
 
-from zoo.messages import similar_path
+from zoo.messages import first_few, nearest, similar_path
 from zoo.recipes import distributed
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
@@ -158,13 +157,13 @@ def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataC
     if unknown and not cfg.class_map:
         raise RunError(
             f"{folders.root} has {len(unknown)} {'class' if len(unknown) == 1 else 'classes'} that training does not "
-            f"have, {_some(map(repr, unknown))}{_meant(unknown[0], names)}: it has to use the names of the "
+            f"have, {first_few(map(repr, unknown))}{_meant(unknown[0], names)}: it has to use the names of the "
             f"{len(names)} training classes."
         )
     if len(unknown) == len(found):
         raise RunError(
             f"{folders.root} has none of the {len(names)} classes of data.class_map={cfg.class_map}: it has "
-            f"{_some(map(repr, found))}{_meant(unknown[0], names)}."
+            f"{first_few(map(repr, found))}{_meant(unknown[0], names)}."
         )
     if unknown and training:
         log.warning(
@@ -173,12 +172,12 @@ def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataC
             len(unknown),
             len(found),
             folders.root,
-            _some(unknown),
+            first_few(unknown),
         )
     missing = [name for name in names if class_name(name) not in folders.images]
     if missing:
         log.warning(
-            "%s has no images of %d of the %d classes: %s.", folders.root, len(missing), len(names), _some(missing)
+            "%s has no images of %d of the %d classes: %s.", folders.root, len(missing), len(names), first_few(missing)
         )
     folders.label(names)
     if isinstance(folders, ClassFolders):
@@ -186,15 +185,9 @@ def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataC
     return ImageDataset(folders.root, reader=folders)
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
 def _meant(name: str, known: Sequence[str]) -> str:
     """A hint at the known name that `name` may have been meant to be."""
-    same = [other for other in known if other.casefold() == name.casefold()]
-    close = same or difflib.get_close_matches(name, list(known), n=1)
+    close = nearest(name, known)
     return f" (is {close[0]!r} meant?)" if close else ""
 
 

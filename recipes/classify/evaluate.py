@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from zoo.recipes import atomic_files, composition, config, distributed, logs, reading, run_folder
+from zoo.recipes import atomic_files, composition, config, distributed, logs, run_folder
 from zoo.recipes.classify.accuracy import (
     Evaluation,
     Normalize,
@@ -22,11 +22,12 @@ from zoo.recipes.classify.accuracy import (
     write_classes,
 )
 from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
-from zoo.recipes.classify.model import build_model, input_config, load_weights
+from zoo.recipes.classify.model import build_model, input_config
 from zoo.recipes.classify.train_state import autocast
 from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.run_weights import load_model
 
 
 def evaluate(
@@ -83,18 +84,12 @@ def evaluate(
 
 
 def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[nn.Module, DictConfig, list[str], str]:
-    """The model of a run, its configuration with the user's changes, its classes, and the file of its weights."""
-    folder = Path(cfg.run)
-    trained = reading.load_config(folder)
-    merged = config.of_run(cfg, trained, overridden)
-    config.check(merged)
-    weights, classes, path = load_weights(folder, cfg.checkpoint)
-    model = build_model(OmegaConf.merge(merged, {"pretrained": False}), len(classes))
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"the weights in {path} do not fit {merged.model}: {' '.join(str(error).split())}") from error
-    return model, merged, classes, str(path)
+    """`load_model` for a classifier."""
+
+    def build(cfg: DictConfig, classes: list[str]) -> nn.Module:
+        return build_model(OmegaConf.merge(cfg, {"pretrained": False}), len(classes))
+
+    return load_model(cfg, overridden, config.check, build)
 
 
 def _evaluate(cfg: DictConfig, model: nn.Module, data: Any, device: torch.device) -> Evaluation:

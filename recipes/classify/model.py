@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from timm.data import resolve_model_data_config
 from torch import nn
 
-import zoo
 from zoo.messages import one_line
 from zoo.opening import open_model
-from zoo.recipes import atomic_files, reading, run_checkpoints
 from zoo.recipes.config import Config, DataConfig
 from zoo.recipes.errors import RunError
-from zoo.recipes.logs import log
 
 
 def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = None) -> nn.Module:
@@ -78,47 +69,3 @@ def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
         raise RunError(f"data.img_size={input_size[1]} can't be used with this model: {one_line(first)}.") from error
     finally:
         model.train(training)
-
-
-def save_weights(path: Path, weights: dict[str, torch.Tensor], model: str, classes: Sequence[str]) -> None:
-    """Write `weights` as safetensors, atomically. The metadata names the model and the classes."""
-    metadata = {"format": "pt", "model": model, "classes": json.dumps(list(classes)), "zoo": zoo.__version__}
-    with atomic_files.atomic(path) as file:
-        file.write(to_safetensors(weights, metadata))
-
-
-class _Weights(TypedDict):
-    model: dict[str, torch.Tensor]
-
-
-class _Training(_Weights, total=False):
-    """The weights in a checkpoint."""
-
-    ema: dict[str, torch.Tensor] | None
-
-
-def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], list[str], Path]:
-    """The weights of a run, the names of its classes, and the file that holds them.
-
-    Args:
-        folder: The run folder.
-        which: `best`, or `last`: the final weights, or those of the last checkpoint if the run is not finished.
-
-    Raises:
-        RunError: There are no such weights, or they can't be read.
-    """
-    path = folder / ("best.safetensors" if which == "best" else "model.safetensors")
-    if not path.is_file():
-        state, path, damage = run_checkpoints.last_checkpoint(folder)
-        if damage:
-            log.warning("%s", damage)
-        training = state.get("training", state)  # detectors and segmentors have no averaged weights
-        reading.check(training, _Training, path)
-        classes = reading.check(state["identity"].get("classes"), list[str], f"{path}: its list of classes")
-        return training.get("ema") or training["model"], classes, path
-    try:
-        with safe_open(path, framework="pt") as opened:
-            classes = reading.check(json.loads((opened.metadata() or {})["classes"]), list[str], "its list of classes")
-        return load_file(path), classes, path
-    except (SafetensorError, OSError, RunError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} can't be read ({error}): delete it, and last.pt is read instead.") from error

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from zoo.recipes import atomic_files, config, distributed, logs, run_folder
+from zoo.recipes import atomic_files, distributed, logs, run_folder
 from zoo.recipes.classify.accuracy import Normalize
 from zoo.recipes.classify.data import build_transform
 from zoo.recipes.classify.evaluate import from_run
@@ -28,6 +27,7 @@ from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Input, Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.run_weights import prediction_config
 from zoo.recipes.subsets import evenly_spread
 
 NAMES = ("predictions.csv", "predictions.json", "predictions.png")
@@ -60,9 +60,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     if settings.score is not None:
         raise RunError(f"score={settings.score} is for detectors: {settings.run} is a classifier's run, leave it out.")
     inputs.protect(out / name for name in NAMES)
-    base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
-    base.checkpoint = settings.checkpoint
-    model, cfg, classes, weights = from_run(base)
+    model, cfg, classes, weights = from_run(prediction_config(settings.run, settings.checkpoint))
     device = distributed.setup(settings.device)
     run_folder.make_folder(out, None)
     data_config = input_config(model, cfg.data)

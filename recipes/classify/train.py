@@ -35,11 +35,12 @@ from zoo.recipes.classify.data import (
     next_batch,
     open_data,
 )
-from zoo.recipes.classify.model import build_model, input_config, save_weights
+from zoo.recipes.classify.model import build_model, input_config
 from zoo.recipes.classify.train_state import TrainState, autocast
 from zoo.recipes.corrupt import CorruptImages
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.run_weights import save_weights
 from zoo.recipes.seeding import seed_all
 
 

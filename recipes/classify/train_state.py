@@ -107,7 +107,7 @@ class TrainState:
                 layer_decay=cfg.layer_decay,
                 **extra,
             )
-        except Exception as error:  # of many optimizers, and packages that some of them need
+        except Exception as error:  # raised by many optimizers, and by packages that some of them need
             raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:

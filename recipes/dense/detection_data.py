@@ -6,14 +6,13 @@ silently teach wrong classes, are refused.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo.messages import similar_path
+from zoo.messages import nearest, similar_path
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
 from zoo.recipes.dense.data_checks import (
@@ -188,7 +187,7 @@ def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]
     missing = [name for name in classes if name not in set(names)]
     unknown = [name for name in names if name not in set(classes)]
     if missing or unknown:
-        close = difflib.get_close_matches(unknown[0], missing or classes, n=1) if unknown else []
+        close = nearest(unknown[0], missing or classes) if unknown else []
         hint = f" (is {close[0]!r} meant?)" if close else ""
         parts = [f"{len(missing)} missing, {some(missing)}"] if missing else []
         parts += [f"{len(unknown)} unknown, {some(unknown)}{hint}"] if unknown else []

@@ -20,9 +20,8 @@ from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from rich.text import Text
 
-from zoo.recipes import atomic_files, composition, config, distributed, logs, plots, reading, run_folder
+from zoo.recipes import atomic_files, composition, distributed, logs, plots, run_folder
 from zoo.recipes.classify.accuracy import percentage, plot_confusion
-from zoo.recipes.classify.model import load_weights
 from zoo.recipes.corrupt import worker_errors
 from zoo.recipes.dense import pictures
 from zoo.recipes.dense.coco import NamedCoco
@@ -37,6 +36,7 @@ from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.run_weights import load_model
 
 
 def evaluate(
@@ -113,21 +113,12 @@ def evaluate(
 
 
 def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.Module, DictConfig, list[str], str]:
-    """The model of the run `cfg.run`, its configuration with the user's changes, its classes, the file of its weights.
+    """`load_model` for a detector or segmentor."""
 
-    Raises:
-        RunError: There is no such run, or its weights can't be read.
-    """
-    folder = Path(cfg.run)
-    cfg = config.of_run(cfg, reading.load_config(folder), overridden)
-    check(cfg)
-    weights, classes, path = load_weights(folder, cfg.checkpoint)
-    model = build_model(cfg, classes, torch.device("cpu"), pretrained=False)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise RunError(f"the weights in {path} do not fit {cfg.model}: {' '.join(str(error).split())[:400]}") from error
-    return model, cfg, classes, str(path)
+    def build(cfg: DictConfig, classes: list[str]) -> torch.nn.Module:
+        return build_model(cfg, classes, torch.device("cpu"), pretrained=False)
+
+    return load_model(cfg, overridden, check, build)
 
 
 def _evaluate(

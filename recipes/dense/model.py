@@ -18,6 +18,7 @@ from mmengine.registry import MODELS, init_default_scope
 from omegaconf import DictConfig, OmegaConf
 
 from zoo import families
+from zoo.messages import one_line
 from zoo.recipes import batchnorm, distributed
 from zoo.recipes.dense.backbone import TimmBackbone
 from zoo.recipes.dense.settings import SCOPES, finds_masks
@@ -77,8 +78,9 @@ def build_model(
             warnings.filterwarnings("ignore", message="Default ``avg_non_ignore``")
             model = MODELS.build(settings)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise RunError(f"dense.method={cfg.dense.method} can't be built on {cfg.model}: {reason}") from error
+        raise RunError(
+            f"dense.method={cfg.dense.method} can't be built on {cfg.model}: {one_line(error, 400)}."
+        ) from error
     if cfg.task == "segment" and _synchronised(device):
         model.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     return model

@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from mmcv.transforms import Compose
 from mmengine.dataset import pseudo_collate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from zoo.recipes import atomic_files, config, distributed, run_folder
+from zoo.recipes import atomic_files, distributed, run_folder
 from zoo.recipes.dense import evaluate, pictures
 from zoo.recipes.dense.pipelines import pipelines
 from zoo.recipes.inputs import Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.run_weights import prediction_config
 
 
 def predict(settings: Any, inputs: Inputs, out: Path) -> None:
@@ -34,9 +35,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         RunError: The user can correct the cause; or, at the end, images were left out.
     """
     inputs.protect(target for item in inputs.found for target in (_picture(out, item.name), _labels(out, item.name)))
-    base = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": settings.run})
-    base.checkpoint = settings.checkpoint
-    model, cfg, classes, _ = evaluate.from_run(base)
+    model, cfg, classes, _ = evaluate.from_run(prediction_config(settings.run, settings.checkpoint))
     device = distributed.setup(settings.device)
     model = model.to(device).eval()
     run_folder.make_folder(out, None)

@@ -156,33 +156,15 @@ def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
 
 
 def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | None) -> list[str]:
-    names = None
+    """The classes of the data, which have to be `given` if that is not None."""
     source = Path(cfg.class_map) if cfg.class_map else base / "classes.txt"
-    if cfg.class_map or source.is_file():
-        names = _class_file(source)
-        if cfg.num_classes and cfg.num_classes != len(names):
-            raise RunError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
+    names = _class_file(source) if cfg.class_map or source.is_file() else None
+    if names and cfg.num_classes and cfg.num_classes != len(names):
+        raise RunError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
     if given is not None:
-        number = len(names) if names else cfg.num_classes or len(given)
-        different = [i for i, (a, b) in enumerate(zip(names or given, given, strict=False)) if a != b]
-        if number != len(given):
-            raise RunError(
-                f"{source if names else 'data.num_classes'} says {number} classes, but the training had {len(given)}: "
-                "they have to be the same."
-            )
-        if different:
-            first = different[0]
-            raise RunError(
-                f"{source} has other classes than the training, label {first} is {names[first]!r} and was "
-                f"{given[first]!r} ({len(different)} differ): names and order have to be the same."
-            )
+        _check_trained_classes(cfg, source, names, given)
         return list(given)
-    if names is None and cfg.num_classes == 150 and cfg.reduce_zero_label:
-        from mmseg.utils.class_names import ade_classes
-
-        names = [name.strip() for name in ade_classes()]
-    if names is None and cfg.num_classes:
-        names = [str(label) for label in range(cfg.num_classes)]
+    names = names or _numbered_classes(cfg)
     if names is None:
         raise RunError(
             f"{base} does not tell its classes: write {base / 'classes.txt'} with one name a line, in the order of the "
@@ -191,6 +173,32 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
     if len(names) < 2:
         raise RunError(f"the data has {len(names)} class, {names[0]!r}: segmentation needs two or more.")
     return names
+
+
+def _numbered_classes(cfg: DataConfig) -> list[str] | None:
+    """`data.num_classes` classes: those of ADE20K if the settings are its own, otherwise numbers; None if not set."""
+    if cfg.num_classes == 150 and cfg.reduce_zero_label:
+        from mmseg.utils.class_names import ade_classes
+
+        return [name.strip() for name in ade_classes()]
+    return [str(label) for label in range(cfg.num_classes)] if cfg.num_classes else None
+
+
+def _check_trained_classes(cfg: DataConfig, source: Path, names: Sequence[str] | None, trained: Sequence[str]) -> None:
+    """Refuse data with other classes than those of the training."""
+    number = len(names) if names else cfg.num_classes or len(trained)
+    if number != len(trained):
+        raise RunError(
+            f"{source if names else 'data.num_classes'} says {number} classes, but the training had {len(trained)}: "
+            "they have to be the same."
+        )
+    different = [i for i, (a, b) in enumerate(zip(names or trained, trained, strict=True)) if a != b]
+    if different:
+        first = different[0]
+        raise RunError(
+            f"{source} has other classes than the training, label {first} is {names[first]!r} and was "
+            f"{trained[first]!r} ({len(different)} differ): names and order have to be the same."
+        )
 
 
 def _class_file(path: Path) -> list[str]:

@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.opening import check_name
 from zoo.recipes import atomic_files, distributed, logs, records, run_checkpoints, run_folder
 from zoo.recipes.base_run import BaseRun, command_to_resume, of_few
-from zoo.recipes.classify.model import save_weights
 from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
 from zoo.recipes.dense import pictures
@@ -37,6 +36,7 @@ from zoo.recipes.dense.settings import check, learning_rate, run_length
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.run_weights import save_weights
 from zoo.recipes.seeding import seed_all
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 
 from zoo.recipes import predict as command
 from zoo.recipes import report, tasks
-from zoo.recipes.classify.model import save_weights
 from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Inputs
+from zoo.recipes.run_weights import save_weights
 
 evaluation = tasks.load("detect", "evaluate")
 predict = tasks.load("detect", "predict")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from zoo.recipes import atomic_files, run_checkpoints
 from zoo.recipes.classify import train
-from zoo.recipes.classify.model import load_weights
 from zoo.recipes.errors import RunError
+from zoo.recipes.run_weights import load_weights
 
 # Everything random at once, saved at every update.
 ARGS = (

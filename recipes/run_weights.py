@@ -1,0 +1,103 @@
+"""The weights of a run: writing and reading their files, and the model that they belong to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+import zoo
+from zoo.messages import one_line
+from zoo.recipes import config, reading
+from zoo.recipes.atomic_files import atomic
+from zoo.recipes.errors import RunError
+from zoo.recipes.logs import log
+from zoo.recipes.run_checkpoints import last_checkpoint
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], model: str, classes: Sequence[str]) -> None:
+    """Write `weights` as safetensors, atomically. The metadata names the model and the classes."""
+    metadata = {"format": "pt", "model": model, "classes": json.dumps(list(classes)), "zoo": zoo.__version__}
+    with atomic(path) as file:
+        file.write(to_safetensors(weights, metadata))
+
+
+class _Weights(TypedDict):
+    model: dict[str, torch.Tensor]
+
+
+class _Training(_Weights, total=False):
+    """The weights in a checkpoint."""
+
+    ema: dict[str, torch.Tensor] | None
+
+
+def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], list[str], Path]:
+    """The weights of a run, the names of its classes, and the file that holds them.
+
+    Args:
+        folder: The run folder.
+        which: `best`, or `last`: the final weights, or those of the last checkpoint if the run is not finished.
+
+    Raises:
+        RunError: There are no such weights, or they can't be read.
+    """
+    path = folder / ("best.safetensors" if which == "best" else "model.safetensors")
+    if not path.is_file():
+        state, path, damage = last_checkpoint(folder)
+        if damage:
+            log.warning("%s", damage)
+        training = state.get("training", state)  # detectors and segmentors have no averaged weights
+        reading.check(training, _Training, path)
+        classes = reading.check(state["identity"].get("classes"), list[str], f"{path}: its list of classes")
+        return training.get("ema") or training["model"], classes, path
+    try:
+        with safe_open(path, framework="pt") as opened:
+            classes = reading.check(json.loads((opened.metadata() or {})["classes"]), list[str], "its list of classes")
+        return load_file(path), classes, path
+    except (SafetensorError, OSError, RunError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} can't be read ({error}): delete it, and last.pt is read instead.") from error
+
+
+def load_model(
+    cfg: DictConfig,
+    overridden: Sequence[str],
+    check: Callable[[DictConfig], None],
+    build: Callable[[DictConfig, list[str]], nn.Module],
+) -> tuple[nn.Module, DictConfig, list[str], str]:
+    """The model of the run `cfg.run`, its configuration with the user's changes, its classes, the file of its weights.
+
+    Args:
+        cfg: The composed configuration of an evaluation.
+        overridden: The keys and groups that the user set; others come from the run.
+        check: Checks the configuration.
+        build: Builds the model for a configuration and classes.
+
+    Raises:
+        RunError: There is no such run, or its weights can't be read or do not fit.
+    """
+    folder = Path(cfg.run)
+    cfg = config.of_run(cfg, reading.load_config(folder), overridden)
+    check(cfg)
+    weights, classes, path = load_weights(folder, cfg.checkpoint)
+    model = build(cfg, classes)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(f"the weights in {path} do not fit {cfg.model}: {one_line(error, 400)}.") from error
+    return model, cfg, classes, str(path)
+
+
+def prediction_config(run: str, checkpoint: str) -> DictConfig:
+    """The configuration of an evaluation of `run`, of which `load_model` needs the folder and the checkpoint."""
+    cfg = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": run})
+    cfg.checkpoint = checkpoint
+    return cfg
