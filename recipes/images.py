@@ -150,7 +150,7 @@ def _opened(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Imag
     except Image.DecompressionBombError:
         raise ImageError(f"it has more than data.max_pixels={max_pixels} pixels") from None
     except Image.UnidentifiedImageError:
-        raise ImageError("it is no image that Pillow can read") from None
+        raise ImageError("it is not an image that Pillow can read") from None
     except Exception as error:  # decoders raise anything
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -128,7 +128,7 @@ class Inputs:
 def _open(path: Path, channels: int, max_pixels: int) -> Image.Image:
     """Open an image; a pipe or a device, which could block for ever, is refused."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise images.ImageError("it is no regular file")
+        raise images.ImageError("it is not a regular file")
     image = images.open_image(path, channels, max_pixels)
     if max(image.size) > _MOST_NARROW * min(image.size):
         size = f"{image.width}x{image.height}"

@@ -133,7 +133,7 @@ class Lock:
         if first is None or time.time() - first > _ANCIENT:
             return False
         patience = SILENCE if owner else _WRITING
-        logging.getLogger("zoo").info("%s Waiting up to %.0f s for a sign of life.", self._in_use(owner), patience)
+        logging.getLogger("zoo").info("%s Waiting up to %.0f s for activity.", self._in_use(owner), patience)
         end = time.monotonic() + patience
         while time.monotonic() < end:
             time.sleep(min(1.0, patience / 10))
@@ -158,7 +158,7 @@ class Lock:
 
     def _in_use(self, owner: dict[str, Any] | None) -> str:
         touched = self._touched()
-        age = f", last sign of life {max(time.time() - touched, 0):.0f} s ago" if touched else ""
+        age = f", last active {max(time.time() - touched, 0):.0f} s ago" if touched else ""
         folder, other = self.path.parent, f"choose another folder with {self.key}=<folder>"
         if owner is None:
             return f"{folder} is in use by an unknown process{age}: {other}, or delete {self.path}."

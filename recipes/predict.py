@@ -10,7 +10,7 @@ five classes of every image with their probabilities) and predictions.png (a she
 Of a detector's or segmentor's run it gets a picture for each image, and predictions.json (COCO's format; detection) or
 a PNG of labels for each image in labels/ (segmentation; 16 bits if there are more than 256 classes).
 
-What can't be read as an image is named and left out, and makes the command end with 1 when the others are written.
+Files that can't be read as images are named and left out; the command then ends with exit code 1.
 """
 
 from __future__ import annotations

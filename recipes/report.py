@@ -235,7 +235,7 @@ def _made(**parts: tuple[str, Callable[[], Any]]) -> tuple[dict[str, Any], list[
         except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError):
             made[key] = []
             left_out.append(name)
-    note = f"Files are damaged or incomplete. What would be made of them is left out: {', '.join(left_out)}."
+    note = f"Files are damaged or incomplete. The parts that need them are left out: {', '.join(left_out)}."
     return made, [note] * bool(left_out)
 
 
@@ -335,7 +335,7 @@ def _notes(record: Record) -> list[str]:
         )
     skipped = sum(r.get("skipped_updates") or 0 for r in record.history)
     if skipped:
-        notes.append(f"{skipped} updates were left out since their loss was not finite.")
+        notes.append(f"{skipped} updates were skipped because their loss was not finite.")
     corrupt = (record.summary or {}).get("corrupt_images") or record.facts.get("corrupt_images")
     if corrupt:
         names = ", ".join(map(str, corrupt[:5])) + (", ..." if len(corrupt) > 5 else "")
@@ -478,7 +478,7 @@ def _matrix(record: Record) -> dict[str, Any] | None:
             count = cells.get((row, column), 0)
             share = count / totals[row] if totals[row] else 0.0
             text = "" if not count else "<1" if share < 0.01 else f"{100 * share:.0f}"
-            hint = f"{names[row]} taken for {names[column]}: {count:,} of {totals[row]:,} {unit}" if count else ""
+            hint = f"{names[row]} predicted as {names[column]}: {count:,} of {totals[row]:,} {unit}" if count else ""
             line.append({"share": round(share, 3), "text": text, "hint": hint, "right": row == column})
         rows.append({"name": names[row], "cells": line})
     # Pixels are weighted by the share of their class: otherwise the background, which has the most, would come first.
@@ -828,7 +828,7 @@ def _check_out(path: Path) -> None:
         with open(path, "rb") as file:
             head = file.read(2000)
         if _GENERATOR.encode() not in head:
-            raise RunError(f"{path} exists and is no page of zoo-report: give another file with -o.")
+            raise RunError(f"{path} exists and is not a page of zoo-report: give another file with -o.")
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def _class_names(dataset: Dataset, cfg: DataConfig) -> list[str]:
     if not names and cfg.num_classes:
         names = [str(label) for label in range(cfg.num_classes)]
     if not names:
-        raise RunError(f"the data set {cfg.name!r} does not tell its classes: give data.num_classes=<number>.")
+        raise RunError(f"the data set {cfg.name!r} does not name its classes: give data.num_classes=<number>.")
     return _checked_number([str(name) for name in names], cfg)
 
 
@@ -261,7 +261,7 @@ def _check_not_empty(data: Data, cfg: DataConfig) -> None:
             continue
         if len(dataset) == 0:
             option = "num_samples" if dataset is data.train else "val_num_samples"
-            what = f"does not tell its length: give data.{option}=<number>" if is_stream(dataset) else "has no images"
+            what = f"has no known length: give data.{option}=<number>" if is_stream(dataset) else "has no images"
             raise RunError(f"the split {split!r} of data.name={cfg.name!r} {what}.")
 
 
@@ -275,7 +275,7 @@ def _split(root: Path, split: str, cfg: DataConfig) -> Path | None:
     others = [other for other in folders_in(root) if other != name]
     if folders_in(root / name) or not others or splits & set(others):
         return root / name
-    log.info("%s has no class folders: it is taken for a class.", root / name)
+    log.info("%s has no class folders, so it counts as a class.", root / name)
     return None
 
 
@@ -348,7 +348,7 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
         )
     except (AssertionError, LookupError, TypeError, ValueError) as error:
         raise RunError(
-            f"augment.auto_augment={cfg.auto_augment} is no policy of timm's ({type(error).__name__}: {error}): "
+            f"augment.auto_augment={cfg.auto_augment} is not a policy of timm ({type(error).__name__}: {error}): "
             "give one such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, or null."
         ) from error
     if cfg.auto_augment and channels == 1:  # its policies are for RGB images

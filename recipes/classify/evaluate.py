@@ -58,7 +58,7 @@ def evaluate(
     data = open_data(cfg.data, cfg.seed, training=bool(own_data), classes=classes)
     if len(data.classes) != model.num_classes:
         raise RunError(
-            f"{cfg.model} tells {model.num_classes} classes apart, but the data has {len(data.classes)}: "
+            f"{cfg.model} has {model.num_classes} classes, but the data has {len(data.classes)}: "
             "evaluate on the classes that it was trained on (data.class_map=<file> lists them in order)."
         )
     folder = Path(cfg.out) if cfg.out else _folder(cfg)

@@ -199,8 +199,8 @@ class ClassifyRun(BaseRun):
             self.loader.num_workers,
         )
         if left := self.train_images % self.effective_batch:
-            others = "" if self.sampler is None else ", other ones each time"
-            log.info("%d training images are left out in every epoch%s: they don't fill an update.", left, others)
+            others = "" if self.sampler is None else ", different ones each time"
+            log.info("%d training images are left out in every epoch%s: they do not fill an update.", left, others)
         if self.progress["update"]:
             log.info("Continues in epoch %d after update %d.", self.progress["epoch"] + 1, self.progress["update"])
         if self.changed:

@@ -291,9 +291,7 @@ def _warn(path: Path, found: _Findings, content: Mapping[str, Any], classes: Seq
         if items:
             log.warning(text, path, len(items), items[0])
     if found.crowds:
-        log.info(
-            "%s has %d crowds (iscrowd): no objects to learn; finding them counts neither way.", path, found.crowds
-        )
+        log.info("%s has %d crowds (iscrowd): no objects to learn; detections of them are ignored.", path, found.crowds)
     without = [name for name, count in zip(classes, found.by_class, strict=True) if not count]
     if without:
         log.warning("%s has no box of %d of the %d classes: %s.", path, len(without), len(classes), some(without))
@@ -332,7 +330,7 @@ def _mask_fault(segmentation: Any, width: int, height: int) -> str | None:
     limit = _REACH * max(width, height)
     for polygon in segmentation:
         if not isinstance(polygon, list):
-            return f"segmentation={_short(segmentation)} is no list of polygons [x, y, x, y, ...]"
+            return f"segmentation={_short(segmentation)} is not a list of polygons [x, y, x, y, ...]"
         if not set(map(type, polygon)) <= {int, float}:
             wrong = next(value for value in polygon if type(value) not in (int, float))
             return f"a polygon has {_short(wrong)} in place of a number"

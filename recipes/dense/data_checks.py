@@ -65,7 +65,7 @@ def check_size(file: str, size: tuple[int, int], given: tuple[float, float], ann
     """Refuse an image whose width and height differ from those in its annotations."""
     if size != given:
         raise RunError(
-            f"{file} is {size[0]}x{size[1]} pixels (turned as its EXIF data say), but {annotations} gives "
+            f"{file} is {size[0]}x{size[1]} pixels (rotated by its EXIF data), but {annotations} gives "
             f"{given[0]}x{given[1]}: the boxes would lie elsewhere."
         )
 

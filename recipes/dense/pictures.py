@@ -115,7 +115,7 @@ def draw_labels(
 ) -> Image.Image:
     """Draw the classes of pixels, (H, W) integers, on an RGB image; `width` is that of `draw_objects`.
 
-    What is no class (255), or one named background, stays as it is.
+    Pixels without a class (255), and those of a class named background, are not drawn over.
     """
     _, pixels = _resized(image, width)
     enlarged = torch.nn.functional.interpolate(labels[None, None].float(), size=pixels.shape[1:], mode="nearest")[0, 0]
@@ -161,7 +161,7 @@ def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequ
         found = draw_sample(image, result, classes, width=_WIDTH)
         true = draw_truth(image, item["data_samples"], classes, width=_WIDTH)
         pairs.append([Tile(found, "found"), Tile(true, "true")])
-    title = f"{len(numbers)} of {len(dataset)} validation images: what was found, and beside it what is there."
+    title = f"{len(numbers)} of {len(dataset)} validation images: predictions, each beside its annotations."
     legend = []
     if "pred_sem_seg" in result and len(classes) <= _MOST_NAMES:
         named = zip(classes, colors(len(classes)), strict=True)

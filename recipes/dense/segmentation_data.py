@@ -140,12 +140,12 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
 def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
     index = cfg.ignore_index
     if classes >= _MOST_LABELS:
-        raise RunError(f"the data has {classes} classes, but PNGs tell {_MOST_LABELS} labels apart at most.")
+        raise RunError(f"the data has {classes} classes, but a PNG holds at most {_MOST_LABELS} labels.")
     if not 0 <= index < _MOST_LABELS:
         raise RunError(f"data.ignore_index={index} is not allowed: labels are 0 to {_MOST_LABELS - 1}.")
     if cfg.reduce_zero_label and index <= classes:
         raise RunError(
-            f"data.ignore_index={index} can't be used with data.reduce_zero_label=true, where 0 is no class and "
+            f"data.ignore_index={index} can't be used with data.reduce_zero_label=true, where 0 is not a class and "
             f"1 to {classes} are classes: it has to be a label above, for example {_MOST_LABELS - 1}."
         )
     if index == DataConfig.ignore_index < classes:
@@ -167,7 +167,7 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
     names = names or _numbered_classes(cfg)
     if names is None:
         raise RunError(
-            f"{base} does not tell its classes: write {base / 'classes.txt'} with one name a line, in the order of the "
+            f"{base} does not name its classes: write {base / 'classes.txt'} with one name a line, in the order of the "
             "labels, or give data.class_map=<file> or data.num_classes=<number>."
         )
     if len(names) < 2:
@@ -313,8 +313,8 @@ def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> 
         )
     if pixels.shape != size[::-1]:
         raise RunError(
-            f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (turned as its "
-            "EXIF data say): they have to be of the same size."
+            f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (rotated by "
+            "its EXIF data): they have to be of the same size."
         )
     return pixels.astype(np.uint8 if pixels.dtype.itemsize == 1 else np.int32, copy=False)
 
@@ -327,7 +327,7 @@ def _reduces(cfg: DataConfig, folder: Path, present: Sequence[Counter], num_clas
     if values and max(values) == num_classes:
         raise RunError(
             f"the labels in {folder} go up to {num_classes}, but {num_classes} classes have 0 to {num_classes - 1}: "
-            "set data.reduce_zero_label=true where 0 is no class and they count from 1, or name one class more."
+            "set data.reduce_zero_label=true if 0 is not a class and they count from 1, or name one more class."
         )
     return False
 
@@ -342,7 +342,7 @@ def _count_pixels(
     if wrong:
         label, values = wrong[0]
         more = f" ({len(wrong)} of {len(labels)} files have such labels)" if len(wrong) > 1 else ""
-        remedy = "" if reduce else ", or data.reduce_zero_label=true where 0 is no class"
+        remedy = "" if reduce else ", or data.reduce_zero_label=true if 0 is not a class"
         raise RunError(
             f"{label} has the label {values[-1]}{more}, but {len(classes)} classes have {first} to "
             f"{len(classes) + first - 1}, and {'0 and ' if reduce else ''}{cfg.ignore_index} do not count: correct "

@@ -73,7 +73,7 @@ def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], 
     OmegaConf.update(first, "run", str(backbone))
     OmegaConf.update(first, "log", cfg.log)
     OmegaConf.update(first, "log.wandb", "disabled")
-    log.info("First the backbone learns to tell single digits apart (dense.digits_first=false leaves that out).")
+    log.info("First, the backbone learns to classify single digits (dense.digits_first=false skips this).")
     classify(first, write_report, resume_command=command_to_resume(cfg, folder))
     return str(backbone)
 

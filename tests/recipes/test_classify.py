@@ -624,8 +624,11 @@ def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("augment.auto_augment=nonsense", r"augment.auto_augment=nonsense is no policy of timm's .*: give one such as"),
-        ("augment.auto_augment=rand-n-5", r"augment.auto_augment=rand-n-5 is no policy of timm's"),
+        (
+            "augment.auto_augment=nonsense",
+            r"augment.auto_augment=nonsense is not a policy of timm .*: give one such as",
+        ),
+        ("augment.auto_augment=rand-n-5", r"augment.auto_augment=rand-n-5 is not a policy of timm"),
         ("optim.opt=nonsense", r"the optimizer can't be made from .*: Optimizer nonsense not found"),
         ("optim.opt=os.system", r"the optimizer can't be made from .*: Optimizer os.system not found"),
     ],

@@ -414,7 +414,7 @@ def test_stages_from_the_end():
 
 @pytest.mark.parametrize("indices", [(0, 4), (-5,), (2, 1), (1, 1), (3, -1), ()])
 def test_stages_that_are_not_there(indices):
-    with pytest.raises(RunError, match="test_van has 4 stages, so it has to be rising numbers from 0 to 3"):
+    with pytest.raises(RunError, match="test_van has 4 stages, so it has to be increasing numbers from 0 to 3"):
         TimmBackbone("test_van", out_indices=indices)
 
 

@@ -892,7 +892,7 @@ def test_labels_without_zero_are_pointed_out(masks, caplog):
 def test_labels_one_too_high(masks):
     (masks.root / "classes.txt").write_text("car\nsky\n")
     _refuse(
-        r"the labels in .* go up to 2, but 2 classes have 0 to 1: set data\.reduce_zero_label=true where 0 is no class",
+        r"the labels in .* go up to 2, but 2 classes have 0 to 1: set data\.reduce_zero_label=true if 0 is not a class",
         masks.open,
     )
 
@@ -938,7 +938,7 @@ def test_label_beyond_a_byte(masks):
 
 def test_reduced_labels_with_an_ignore_index(masks):
     _refuse(
-        r"data\.ignore_index=3 can't be used with data\.reduce_zero_label=true, where 0 is no class and 1 to 3 are",
+        r"data\.ignore_index=3 can't be used with data\.reduce_zero_label=true, where 0 is not a class and 1 to 3 are",
         lambda: masks.open(reduce_zero_label=True, ignore_index=3),
     )
 
@@ -957,7 +957,7 @@ def test_ignore_index_of_a_class(masks):
 
 def test_more_classes_than_labels(masks):
     (masks.root / "classes.txt").unlink()
-    _refuse("the data has 70000 classes, but PNGs tell 65536 labels apart", lambda: masks.open(num_classes=70000))
+    _refuse("the data has 70000 classes, but a PNG holds at most 65536 labels", lambda: masks.open(num_classes=70000))
 
 
 def test_nothing_counts(masks):
@@ -1062,7 +1062,7 @@ def test_truncated_image_or_label_is_skipped(masks, kind, caplog):
 
 def test_no_classes_named(masks):
     (masks.root / "classes.txt").unlink()
-    _refuse(r"does not tell its classes: write .*classes\.txt .* data\.num_classes=<number>", masks.open)
+    _refuse(r"does not name its classes: write .*classes\.txt .* data\.num_classes=<number>", masks.open)
 
 
 def test_single_class(masks):

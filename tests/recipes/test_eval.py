@@ -226,7 +226,7 @@ def test_unknown_checkpoint(evaluate, run):
 def test_wrong_number_of_classes(evaluate, finished, make_folder, tmp_path):
     make_folder(tmp_path / "two", classes=("day", "night"))
     words = ("model=test_vit", "data=imagefolder", f"data.root={tmp_path / 'two'}", "data.img_size=32")
-    with pytest.raises(RunError, match="tells 3 classes apart, but the data has 2"):
+    with pytest.raises(RunError, match="has 3 classes, but the data has 2"):
         evaluate(f"pretrained={finished}", *words)
 
 

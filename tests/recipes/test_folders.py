@@ -199,7 +199,7 @@ def test_folder_that_can_not_be_read_is_named(write, monkeypatch, inside):
 def test_class_named_like_a_split(write, said):
     data = _open(write(*(f"{kind}/{i}.png" for kind in ("boat", "car", "train") for i in range(2))))
     assert data.classes == ["boat", "car", "train"]
-    assert "train has no class folders: it is taken for a class" in said.text
+    assert "train has no class folders, so it counts as a class" in said.text
 
 
 def test_class_named_like_a_split_within_a_split(write):

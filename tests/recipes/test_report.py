@@ -214,7 +214,7 @@ def test_left_out_updates_and_images_are_named(tmp_path):
     record.history[0]["skipped_updates"] = 3
     record.summary["corrupt_images"] = ["a.jpg"]
     assert report._notes(record)[1:] == [
-        "3 updates were left out since their loss was not finite.",
+        "3 updates were skipped because their loss was not finite.",
         "Corrupt images were left out, 1 of them: a.jpg",
     ]
 
@@ -329,7 +329,7 @@ def test_comparison_leaves_out_what_files_do_not_hold(tmp_path):
     records = [report.read(_write_run(tmp_path / name)) for name in ("one", "two")]
     records[1].summary = {"seconds": 1}
     text = _Reader(report.comparison(records)).text
-    assert "What would be made of them is left out: scores" in text
+    assert "The parts that need them are left out: scores" in text
     assert "Settings that differ" in text
 
 
@@ -555,7 +555,7 @@ def test_other_json_is_refused(tmp_path):
 def test_files_of_others_are_kept(tmp_path):
     folder, other = _write_run(tmp_path / "run"), tmp_path / "thesis.html"
     other.write_text("mine")
-    with pytest.raises(RunError, match=r"thesis.html exists and is no page of zoo-report"):
+    with pytest.raises(RunError, match=r"thesis.html exists and is not a page of zoo-report"):
         report.make([folder], other)
     assert other.read_text() == "mine"
 

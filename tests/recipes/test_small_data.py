@@ -72,7 +72,7 @@ def test_detector_of_fewer_images_than_a_batch_trains(fit_dense, tmp_path):
 
 def test_images_that_are_left_out_are_said(fit, images, tmp_path):
     fit(tmp_path, images, "trainer.batch_size=10")
-    assert "4 training images are left out in every epoch, other ones each time" in _log(tmp_path)
+    assert "4 training images are left out in every epoch, different ones each time" in _log(tmp_path)
 
 
 def test_nothing_is_said_where_none_is_left_out(fit, images, tmp_path):
