@@ -1,4 +1,4 @@
-"""The model of a classifier: creating it, its input, and its weights on disk."""
+"""The model of a classifier: creating it, and its input."""
 
 from __future__ import annotations
 

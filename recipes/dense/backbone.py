@@ -255,8 +255,8 @@ def _indices(name: str, model: nn.Module, out_indices: Sequence[int] | None) -> 
     indices = [index + count if index < 0 else index for index in out_indices]
     if not indices or indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < count:
         raise RunError(
-            f"dense.out_indices={list(out_indices)}: {name} has {count} stages, so it has to be increasing numbers from "
-            f"0 to {count - 1}."
+            f"dense.out_indices={list(out_indices)}: {name} has {count} stages, so it has to be increasing numbers "
+            f"from 0 to {count - 1}."
         )
     return indices
 

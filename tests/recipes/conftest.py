@@ -1,4 +1,4 @@
-"""What the tests of the recipes share: image folders, configurations, child processes."""
+"""Fixtures of the tests of recipes: image folders, configurations, child processes."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from zoo.recipes import cli, config
 
-# Small, without BatchNorm, at 32 pixels a few milliseconds a step.
+# Small, without BatchNorm, and a few milliseconds per step at 32 pixels.
 TINY = ("model=test_vit", "data.img_size=32")
 QUIET = ("log.wandb=disabled", "trainer.device=cpu")
 THREE = ("apple", "banana", "cherry")
@@ -46,7 +46,7 @@ def _compose(*overrides: str, name: str = "config"):
 
 
 def _environment(**extra: str) -> dict[str, str]:
-    # Bit-identical sums need as many threads in every run, and one is quickest when tests run side by side.
+    # Bit-identical sums need the same number of threads in every run, and one is fastest when tests run in parallel.
     return {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "WANDB_SILENT": "true", **extra}
 
 
@@ -74,7 +74,7 @@ def _start(*args: str, cwd: Path, module: str = "train", processes: int = 0, pro
 
 
 def _run(*args: str, cwd: Path, timeout: float = 300, **options) -> tuple[int, str]:
-    """Run to the end; the exit code and all that was printed."""
+    """Run a command to its end; returns the exit code and the output."""
     process = _start(*args, cwd=cwd, **options)
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -105,11 +105,11 @@ def run_cli():
 
 @pytest.fixture
 def command(monkeypatch, capfd, tmp_path):
-    """Run a command in this process, in an empty folder: `command("eval", "run=...")`; its exit code and its output."""
+    """Run a command in this process, in an empty folder: `command("eval", "run=...")`; returns exit code and output."""
 
     def call(name: str, *words: str) -> tuple[int, str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # which commands set for their own process
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # commands set it in their own process
         module = "tools" if name in ("models", "convert", "export", "look") else "recipes"
         monkeypatch.setattr(sys, "argv", [f"zoo-{name}", *map(str, words)])
         try:
@@ -124,7 +124,7 @@ def command(monkeypatch, capfd, tmp_path):
 
 @pytest.fixture
 def call_predict(monkeypatch, capsys):
-    """Run zoo-predict in this process, where it is: its exit code and what it printed."""
+    """Run zoo-predict in this process and folder; returns the exit code and the output."""
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["zoo-predict", *map(str, words)])
@@ -215,7 +215,7 @@ def digit_scenes(tmp_path_factory):
         return scenes.ensure(tmp_path_factory.mktemp("scenes") / "digits")
 
 
-# On the few scenes, a second or two of training.
+# A second or two of training on the few scenes.
 DENSE = (
     "dense.digits_first=false",
     "dense.warmup_updates=0",
@@ -261,6 +261,6 @@ def finished_dense(fit_dense, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _restore_torch():
-    """What a run in this process may leave behind."""
+    """Restore the state that a run in this process may change."""
     yield
     torch.use_deterministic_algorithms(False)

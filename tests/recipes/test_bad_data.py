@@ -32,7 +32,7 @@ ARGS = (
 
 @pytest.fixture
 def folder(make_folder, tmp_path):
-    """A folder of one's own with train/ (24 images) and val/ (15)."""
+    """A folder with train/ (24 images) and val/ (15) for one test, which may change it."""
     make_folder(tmp_path / "data" / "train")
     make_folder(tmp_path / "data" / "val", per_class=5, seed=1)
     return tmp_path / "data"
@@ -284,7 +284,7 @@ def test_missing_device(fit, folder, tmp_path):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Make the loss of chosen updates (from 1) not finite; what the passes computed before that stays."""
+    """Make the loss of chosen updates (from 1) not finite; everything computed before that is kept."""
 
     def install(updates, value=float("nan")):
         calls = {"number": 0}

@@ -1,4 +1,4 @@
-"""Training a classifier in this process: data, options, determinism, what a run leaves. About 40 s; slow ones 3 min."""
+"""Training a classifier in this process: data, options, determinism, files of a run. About 40 s; slow ones 3 min."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def options(compose):
     return lambda root, *overrides: compose("data=imagefolder", f"data.root={root}", *overrides).data
 
 
-# What a run leaves.
+# Files of a run.
 
 FILES = {
     "config.yaml",
@@ -94,7 +94,7 @@ def test_log_names_data_and_result(finished):
 
 
 def _logits(model, images):
-    """Logits of the validation images, prepared as the model's own configuration says."""
+    """The logits of the validation images, transformed by the configuration of the model."""
     config = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**config)
     files = sorted((images / "val").rglob("*.jpg"))
@@ -160,7 +160,7 @@ def test_digits_splits_share_no_image():
 def test_digits_in_a_few_updates(fit, tmp_path):
     result = fit(tmp_path / "run", None, "data=digits", "trainer.max_updates=2", pictures=True)
     assert (result["train_images"], result["val_images"], result["classes"]) == (1437, 360, 10)
-    # There is one checkpoint, that of the cut.
+    # The only checkpoint is that of the cut epoch.
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES - {"previous.pt"}
 
 
@@ -256,7 +256,7 @@ def test_class_map_orders_the_classes(make_folder, options, tmp_path):
 
 
 def test_class_map_that_leaves_classes_out_is_noted(make_folder, options, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(log, "propagate", True)  # a run that another test started has changed it
+    monkeypatch.setattr(log, "propagate", True)  # the run of another test has changed it
     make_folder(tmp_path / "all", per_class=4)
     (tmp_path / "classes.txt").write_text("cherry\napple\n")
     with caplog.at_level("WARNING"):
@@ -266,7 +266,7 @@ def test_class_map_that_leaves_classes_out_is_noted(make_folder, options, tmp_pa
     assert "all: banana." in caplog.text
 
 
-# Whatever else timm reads.
+# Other data sets of timm.
 
 
 def _tar(root, file):
@@ -394,7 +394,7 @@ def test_wrong_model_keyword(compose):
         build_model(compose("+model_kwargs.colour=red"), 2)
 
 
-# The loop's options.
+# Options of the training loop.
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def test_exported_weights_are_the_averaged_ones(fit, images, tmp_path, weights, 
 
 
 def test_averaged_weights_follow_their_formula(fit, images, tmp_path):
-    """timm's first average is the weights themselves, so the second is the first with two terms."""
+    """timm's first average equals the weights, so the second one is the first that has two terms."""
     states = []
     for updates in (1, 2):
         fit(tmp_path / "run", images, "trainer.ema_decay=0.75", f"trainer.max_updates={updates}")
@@ -495,7 +495,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(fit, images, tmp_pat
     fit(tmp_path / "whole", images, *common, "trainer.batch_size=8")
     fit(tmp_path / "parts", images, *common, "trainer.batch_size=4", "trainer.effective_batch_size=8")
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    # Sums in another order: a few units in the last place of each gradient, times few small steps.
+    # Sums in another order change each gradient by a few units in the last place, over a few small steps.
     assert [name for name in whole if not torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-6)] == []
 
 
@@ -527,7 +527,7 @@ def test_warmup_is_at_most_half_of_the_training(compose, epochs, asked, used):
     for number in range(10 * epochs):
         training.set_schedule(number)
         rates.append(training.optimizer.param_groups[0]["lr"])
-    assert rates.index(max(rates)) == 10 * used - 1  # timm's cosine goes on from its own place after the warm-up
+    assert rates.index(max(rates)) == 10 * used - 1  # after the warm-up, timm's cosine continues at its own position
 
 
 def test_vectors_are_not_decayed(compose):
@@ -611,7 +611,7 @@ def test_evaluation_counts_every_image_once(count, world):
     assert sorted(counted) == list(range(count))
 
 
-# Values that no training survives.
+# Values that make training fail.
 
 
 def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path, monkeypatch):

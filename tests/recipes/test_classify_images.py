@@ -1,4 +1,4 @@
-"""What reaches a classifier from images of all kinds, by every way in; a few seconds."""
+"""Input of a classifier from images of all kinds, in training, evaluation and prediction. A few seconds."""
 
 import errno
 import io
@@ -34,7 +34,7 @@ def _means(samples):
 
 @pytest.fixture
 def deep(tmp_path):
-    """Class folders of grey images of 16 bits, a dark and a bright one."""
+    """Class folders of grey images of 16 bits: one class is dark, the other bright."""
     for name, value in (("dark", 3000), ("white", 40000)):
         (tmp_path / "deep" / name).mkdir(parents=True)
         for i in range(2):
@@ -146,7 +146,7 @@ def test_normalisation_of_another_number_of_channels_is_refused(fit, images, tmp
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("policy", ["rand-m10-n9-inc1", "v0"], ids=["strongest", "v0"])
 def test_every_augmentation_works(policy, channels):
-    """Grey is no colour for timm's policies, and Pillow 13 refuses what their strongest posterizing asks for."""
+    """timm's policies need colours, and Pillow 13 refuses the arguments of their strongest posterizing."""
     transform = build_transform(AugmentConfig(auto_augment=policy), _size(channels))
     random.seed(0)
     shapes = {transform(Image.new("L" if channels == 1 else "RGB", (30, 30), 99)).shape for _ in range(100)}
@@ -166,7 +166,7 @@ def test_images_are_turned(tmp_path, name):
     image = Image.fromarray(np.repeat([[255], [0]], 4, 1).repeat(4, 0)[..., None].repeat(3, -1).astype(np.uint8))
     image = image.resize((8, 16), Image.Resampling.NEAREST)
     exif = image.getexif()
-    exif[0x0112] = 6  # its left side is down: the white top goes to the right
+    exif[0x0112] = 6  # rotated by a quarter turn: the white top is on the right
     samples = _samples(_write(tmp_path, image, name, exif=exif))
     pixels = samples[0, 0][0][0].float()
     assert pixels[:, :3].mean() < 50
@@ -203,7 +203,7 @@ def test_damaged_images_in_tar_files_are_named(images, tmp_path, content):
 
 
 class _Rows(Reader):
-    """Rows of a table, as the readers of Hugging Face's and other data sets give them: the second has no image."""
+    """Rows of a table, as readers of Hugging Face and others return them: the second row has no image."""
 
     def __getitem__(self, index):
         if index:

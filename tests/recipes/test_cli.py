@@ -1,4 +1,4 @@
-"""The words of a command line: paths as they are, and what is wrong in one sentence. 10 s, 40 s with the slow ones."""
+"""Command lines: paths are taken literally, and errors are one sentence. 10 s, 40 s with the slow ones."""
 
 import importlib
 import json
@@ -16,7 +16,7 @@ from zoo.recipes.errors import RunError
 
 @pytest.fixture
 def called(monkeypatch, capsys, tmp_path):
-    """What a command prints in this process, in an empty folder, and its exit code."""
+    """Run a command in this process, in an empty folder; returns its output and exit code."""
     monkeypatch.chdir(tmp_path)
 
     def call(module, *words):
@@ -107,7 +107,7 @@ def test_flags_may_stand_between_keys(called):
     assert (OmegaConf.create(output).seed, OmegaConf.create(output).optim.lr) == (3, 0.5)
 
 
-# What is wrong.
+# Errors.
 
 WRONG = {
     "--epochs 3": "write trainer.epochs=3 for --epochs",
@@ -236,7 +236,7 @@ def test_sweeper_of_another_kind_chooses_keys_too():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Runs of a sweep that end at once; a seed of 2 fails."""
+    """Runs of a sweep that end immediately; the seed 2 fails."""
     import zoo.recipes.train as command
 
     def train(cfg):

@@ -1,4 +1,4 @@
-"""Configurations, the schema, and what a misspelt command says. About 10 s, 30 s with the slow ones."""
+"""Configurations, the schema, and the messages for misspelt keys. About 10 s, 30 s with the slow ones."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ GROUP_OPTIONS = [
     for group in config.GROUPS
     if group != "recipe"
     for option in cli.options(group)
-    if f"{group}={option}" != "data=timm"  # its name is for the user to give
+    if f"{group}={option}" != "data=timm"  # the user has to give its name
 ]
 
 
@@ -33,7 +33,7 @@ def _leaves(schema, prefix=""):
 
 @pytest.fixture
 def of_run(compose, tmp_path):
-    """What `zoo-eval` with these words takes from a run that had those."""
+    """The configuration of `zoo-eval` with `words` for a run that was started with others."""
 
     def call(run, *words):
         run_folder.save_config(tmp_path, compose(*run))
@@ -179,7 +179,7 @@ def test_nearest_key_knows_the_keys_of_eval():
     assert config.nearest_key("perclass", config.EvalConfig) == "per_class"
 
 
-# Values that no run can use.
+# Invalid values.
 
 REFUSED = [
     ("trainer.epochs=0", "1 or more"),
@@ -218,7 +218,7 @@ REFUSED = [
 
 RANGES = {name: field.metadata.get("allowed") for name, field in _leaves(config.EvalConfig)}
 NUMBERS = [name for name, field in _leaves(config.EvalConfig) if re.search("int|float", str(field.type))]
-# Texts that name something of the user's, or what only other packages know.
+# Strings that name something of the user, or that only other packages can check.
 FREE = """
 data.name data.root data.train_split data.val_split data.class_map data.input_key data.target_key data.train_ann
 data.val_ann data.train_images data.val_images data.train_labels data.val_labels augment.auto_augment optim.opt
@@ -332,7 +332,7 @@ def test_wrong_value_on_the_command_line(run_cli, tmp_path, override, message):
 
 @pytest.fixture
 def printed(monkeypatch, capsys):
-    """What a command prints in this process, and its exit code."""
+    """Run a command in this process; returns its output and exit code."""
 
     def call(module, *words):
         monkeypatch.setattr("sys.argv", [f"zoo-{module}", *words])

@@ -1,4 +1,4 @@
-"""COCO JSON with bad numbers and masks: what is refused, what is counted, what reaches the tools. A few seconds."""
+"""COCO JSON with bad numbers and masks: what is refused, what is counted, what COCO's tools get. A few seconds."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ def _content():
 
 @pytest.fixture
 def count(tmp_path):
-    """Write two images with a box each, the second one changed, as JSON; count its boxes."""
+    """Write a JSON of two images with a box each, of which the second is changed, and count its boxes."""
 
     def run(masks=True, content=None, **change):
         path = tmp_path / "boxes.json"
@@ -161,7 +161,7 @@ def test_image_id_that_is_none(count, value):
 
 
 def test_image_ids_of_both_kinds(count):
-    """pycocotools would make texts of the numbers, and find no box of theirs."""
+    """pycocotools would convert the numbers to strings, and find no boxes for them."""
     content = _changed("images", id="b")
     _refuse("has image ids of both kinds, numbers and texts such as 'b'", lambda: count(content=content, image_id="b"))
 
@@ -278,7 +278,7 @@ def test_mask_that_is_none_becomes_the_box_where_nobody_looks_at_masks(count, se
 
 
 def test_bad_mask_of_a_box_that_is_left_out(count):
-    """Training leaves it out, but COCO's scores rasterise it."""
+    """Training omits it, but COCO's metric rasterizes it."""
     assert count(bbox=[5, 6, 0, 8], segmentation=[[None] * 6]).by_class == [1, 0]
     content = normalise(_changed("annotations", bbox=[5, 6, 0, 8], segmentation=[[None] * 6]), CLASSES)
     assert content["annotations"][1]["segmentation"] == [[5, 6, 5, 6, 5, 14, 5, 14]]

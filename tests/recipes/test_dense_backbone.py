@@ -35,7 +35,7 @@ STAGES = dict.fromkeys(OURS, (4, 8, 16, 32)) | {
     "convnext_atto": (4, 8, 16, 32),
     "davit_tiny": (4, 8, 16, 32),
     "resnet10t": (4, 8, 16, 32),
-    "swin_tiny_patch4_window7_224": (4, 8, 16, 32),  # NHWC features, and images of one size unless told otherwise
+    "swin_tiny_patch4_window7_224": (4, 8, 16, 32),  # NHWC features, and images of one size by default
     "test_mambaout": (4, 8, 16, 32),  # NHWC features
     "test_efficientnet": (4, 8, 16, 32),  # five stages, an extractor of its own
     "test_vit": (16, 16, 16, 16),
@@ -53,7 +53,7 @@ def _seed():
 
 @pytest.fixture
 def said(monkeypatch):
-    """What the backbone warns of."""
+    """The warnings of the backbone."""
     lines = []
     monkeypatch.setattr(module.log, "warning", lambda text, *values: lines.append(text % values))
     return lines
@@ -94,7 +94,7 @@ def test_output_norm_as_asked(name, output_norm):
         feature.mean(dim=1).abs().max() < 1e-2 and (feature.var(dim=1, unbiased=False) - 1).abs().max() < 1e-2
         for feature in features
     )
-    # VAN's stages end in a norm anyway
+    # the stages of VAN end in a norm already
     assert normed == (output_norm or name == "test_van")
 
 
@@ -219,7 +219,7 @@ def test_gradient_checkpointing_changes_no_gradient(name):
 
 
 class Detector(nn.Module):
-    """What param_groups sees of a model."""
+    """A detector with only what `param_groups` reads."""
 
     def __init__(self, backbone):
         super().__init__()

@@ -1,4 +1,4 @@
-"""From zoo-train's configuration to MMEngine's: what is refused, what comes out, and every recipe's model.
+"""From zoo-train's settings to MMEngine's: refused settings, results, and the model of every recipe.
 
 About 25 s; 4 min with the slow ones, which build every recipe's model, and train one of each kind for a step.
 """
@@ -37,7 +37,7 @@ from zoo.recipes.dense.segmentation_data import (  # noqa: E402
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-# What is refused.
+# Refused settings.
 
 REFUSED = [
     (
@@ -124,7 +124,7 @@ def test_mask2former_needs_masks(compose):
     ids=[1, 2, 3, 4, 5],
 )
 def test_length(compose, words, expected):
-    """Updates, updates an epoch, passes an update, images an update, updates between evaluations, of 18 images."""
+    """Updates, updates per epoch, passes and images per update, updates between evaluations, with 18 images."""
     found = settings.run_length(compose("task=detect", "trainer.eval_every=1", *words), 18)
     assert (found.updates, found.per_epoch, found.accumulate, found.batch, found.evaluate_every) == expected
 
@@ -134,7 +134,7 @@ def test_batch_that_can_not_be_reached(compose):
         settings.run_length(compose("task=detect", "trainer.batch_size=4", "trainer.effective_batch_size=6"), 50)
 
 
-# Stand-ins for data that are not here.
+# Replacements for data sets that are not installed.
 
 
 def _coco(classes=80, images=117_266):
@@ -154,12 +154,12 @@ def _settings(cfg, data, device=GPU):
 
 
 def _meta(cfg, classes):
-    """The model of `cfg` without memory for its parameters."""
+    """The model of `cfg` on the meta device."""
     with torch.device("meta"):
         return models.build_model(cfg, classes, CPU, False)
 
 
-# What the user changes in MMEngine's terms.
+# Changes through `mm`.
 
 
 def test_mm_changes_the_runner(compose):
@@ -204,7 +204,7 @@ def test_mixed_precision_elsewhere(compose, amp, dtype):
 
 
 def _rates(cfg, images, updates):
-    """The learning rate of each update, by the schedulers that come out."""
+    """The learning rate of each update from the configured schedulers."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.learning_rate(cfg))
     parts = runner._schedule(cfg, settings.run_length(cfg, images))
     schedulers = [PARAM_SCHEDULERS.build(dict(part, optimizer=optimizer)) for part in parts]
@@ -273,7 +273,7 @@ def test_default_learning_rate(compose):
 
 @pytest.fixture(scope="module")
 def detector():
-    """A small detector, by its configuration; not to be changed."""
+    """Small detectors, cached by configuration; read only."""
 
     @functools.cache
     def build(compose):
@@ -387,7 +387,7 @@ def test_dinat_optimizer(dinat):
 
 
 def test_dinat_schedule(dinat):
-    """16 images an update, 7330 updates an epoch, 36 epochs, a tenth after 27 and 33, 500 updates of warm-up."""
+    """16 images per update, 7330 updates per epoch, 36 epochs, a tenth after 27 and 33, 500 updates of warm-up."""
     cfg, settings, _, _ = dinat
     assert cfg.trainer.batch_size * settings.optim_wrapper.accumulative_counts == 16
     assert settings.train_cfg.max_iters == 36 * 7330 * 8
@@ -446,7 +446,7 @@ def test_cswin_optimizer(cswin):
 
 
 def test_cswin_schedule(cswin):
-    """16 images an update, 160,000 updates, linear decay to nothing after 1500 of warm-up."""
+    """16 images per update, 160,000 updates, linear decay to nothing after 1500 of warm-up."""
     cfg, settings, _, _ = cswin
     assert cfg.trainer.batch_size * settings.optim_wrapper.accumulative_counts == 16
     assert settings.train_cfg.max_iters == 160_000 * 8
@@ -527,7 +527,7 @@ PUBLISHED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_builds_its_model(compose, recipe):
-    """In full size, without memory for the parameters."""
+    """The full model on the meta device."""
     cfg = compose(f"recipe={recipe}")
     config.check(cfg)
     settings.check(cfg)
@@ -570,10 +570,10 @@ def _one_of_each() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", _one_of_each())
 def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
-    """One update and one prediction of its small version."""
+    """One update and one prediction of the small version."""
     full = compose(f"recipe={recipe}")
     small = timm.list_models("test_*", module=timm.model_entrypoint(full.model.partition(".")[0]).__module__[4:])[0]
-    size = 96 if full.dense.method == "dino" else 64  # its encoder has to have more places than queries
+    size = 96 if full.dense.method == "dino" else 64  # its encoder needs more positions than queries
     words = [
         *(f"recipe={recipe}", f"model={small}", "pretrained=false"),
         *("trainer.batch_size=2", "trainer.effective_batch_size=2", "trainer.amp=none", "data.num_workers=0"),
@@ -585,7 +585,7 @@ def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
     cfg.model_kwargs = {key: rate for key, rate in full.model_kwargs.items() if key == "drop_path_rate"}  # of any depth
     settings = _settings(cfg, data, CPU)
     model = models.build_model(cfg, data.classes, CPU, False)
-    model.init_weights()  # as the runner does: DINO's level embedding is empty memory until then
+    model.init_weights()  # as the Runner does: DINO's level embedding is uninitialized before
     wrapper = build_optim_wrapper(model, settings.optim_wrapper)
     train = DATASETS.build(settings.train_dataloader.dataset)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

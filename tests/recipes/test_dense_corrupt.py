@@ -1,4 +1,4 @@
-"""Images and labels that can't be read, in the training of detectors and segmentors. 5 s; the slow ones 30 s."""
+"""Images and labels that can't be read, in training and evaluation of detectors and segmentors. 5 s, slow 30 s."""
 
 import json
 import re

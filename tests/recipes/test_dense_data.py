@@ -1,4 +1,4 @@
-"""Detection and segmentation data: what is found, what is refused and with which words. 20 s, most of it imports."""
+"""Detection and segmentation data: what is found, what is refused, and the messages. 20 s, most of it imports."""
 
 import json
 import logging
@@ -51,7 +51,7 @@ def _annotation(number, image, category, box=(5, 6, 10, 8), **more):
 
 
 def _content():
-    """Three images, the last without a box; category ids with gaps, not in their order."""
+    """Three images, the last without a box; category ids have gaps and are not sorted."""
     images = [{"id": 10 * i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(1, 4)]
     return {
         "images": images,
@@ -61,7 +61,7 @@ def _content():
 
 
 class Folder:
-    """A data set in COCO's own layout, which tests change before they open it."""
+    """A data set in the layout of COCO, which tests change before they open it."""
 
     def __init__(self, root):
         self.root, self.contents = root, {"train": _content(), "val": _content()}
@@ -255,7 +255,7 @@ def test_summary_of_detection(coco):
     ]
 
 
-# Detection: what is warned about.
+# Detection: warnings.
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_class_without_boxes_is_named(coco, caplog):
     assert "instances_train.json has no box of 1 of the 2 classes: 'dog'" in caplog.text
 
 
-# Detection: what is refused.
+# Detection: errors.
 
 
 def _refuse(message, call):
@@ -566,7 +566,7 @@ def test_unchecked_files_are_not_opened(coco):
     assert coco.open(check_files=0).train.num_images == 2
 
 
-# Detection: what mmdet makes of it.
+# Detection: what mmdet reads.
 
 
 def _dataset(split, training=True):
@@ -609,7 +609,7 @@ def test_mmdet_labels_follow_the_names(coco):
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
 def test_text_of_other_editors(coco, encoding):
-    """What the check reads, mmdet's reader and COCO's scores read too."""
+    """mmdet's reader and COCO's metric accept what the checks accept."""
     for split in coco.contents:
         text = json.dumps(coco.contents[split], indent=1, ensure_ascii=False).replace("\n", "\r\n")
         mark = "\ufeff" if encoding == "utf-16-le" else ""
@@ -633,7 +633,7 @@ def test_mmdet_keeps_empty_images_in_evaluation(coco):
 
 
 def _score(data, classes, masks=False, content=None, **options):
-    """COCO's scores of predictions that equal the annotations, with the labels of `classes`."""
+    """COCO's scores of predictions that equal the annotations, with labels in the order of `classes`."""
     from mmdet.registry import METRICS
     from pycocotools import mask as coco_mask
 
@@ -668,7 +668,7 @@ def test_perfect_predictions_score_one(coco):
 @pytest.mark.parametrize("ids", [(7, 3), (3, 7), (0, 1)], ids=["as-in-training", "other-ids", "from-zero"])
 @pytest.mark.parametrize("listed", [1, -1], ids=["as-listed", "reversed"])
 def test_scores_go_by_name(coco, ids, listed):
-    """mmdetection#9611: a validation file that numbers or lists the categories in another way."""
+    """mmdetection#9611: a validation file that numbers or lists the categories differently."""
     val = coco.contents["val"]
     for category, new in zip(val["categories"], ids, strict=True):
         for annotation in val["annotations"]:
@@ -701,7 +701,7 @@ def test_wrong_labels_score_less(coco):
 
 
 def test_scores_of_single_classes_go_by_name(coco):
-    """A class that nobody finds: the other one's score must not carry its name."""
+    """No objects of one class are found: the score of the other class must not get its name."""
     data = coco.open(classes=["cat", "dog"])
     from mmdet.registry import METRICS
 
@@ -719,7 +719,7 @@ def test_scores_of_single_classes_go_by_name(coco):
 
 
 class Masks:
-    """Images and labels of three classes, two a split, which tests change before they open them."""
+    """Images and labels of three classes, two per split, which tests change before they open them."""
 
     def __init__(self, root):
         self.root = root
@@ -886,7 +886,7 @@ def test_labels_without_zero_are_pointed_out(masks, caplog):
     assert "'road'; where they count from 1, set data.reduce_zero_label=true." in caplog.text
 
 
-# Segmentation: what is refused.
+# Segmentation: errors.
 
 
 def test_labels_one_too_high(masks):
@@ -931,7 +931,7 @@ def test_reduced_label_out_of_range(masks):
 
 
 def test_label_beyond_a_byte(masks):
-    """mmseg would take 256 for 0."""
+    """mmseg would read 256 as 0."""
     masks.label("train", "a", np.where(masks.pixels() == 1, np.uint16(256), masks.pixels()))
     _refuse(r"a\.png has the label 256", masks.open)
 
@@ -1120,7 +1120,7 @@ def test_checkpoint_names_what_has_no_names(masks):
     assert masks.open(training=False, classes=["road", "car", "sky"]).classes == ["road", "car", "sky"]
 
 
-# Segmentation: what mmseg makes of it.
+# Segmentation: what mmseg reads.
 
 LOADING = [{"type": "LoadImage"}, {"type": "LoadLabels"}]
 
@@ -1154,7 +1154,7 @@ def test_mmseg_reads_palettes(masks):
 
 @pytest.fixture
 def many(masks):
-    """300 classes: 299, 256, 2 and, for pixels that do not count, 65535, in bands."""
+    """300 classes: 299, 256, 2 and, for ignored pixels, 65535, in bands."""
     (masks.root / "classes.txt").unlink()
     deep = np.array([299, 256, 2, *[0] * 252, 65535])
     masks.every(lambda pixels: deep[pixels].astype(np.uint16))
@@ -1196,11 +1196,11 @@ def test_unchecked_label_of_another_size_ends_in_a_sentence(masks):
     _refuse(r"a\.png is 30x40 pixels, but .*a\.jpg is 40x30", lambda: _segments(split)[0])
 
 
-# What mmdet and mmseg see of an image.
+# Images as mmdet and mmseg read them.
 
 
 def _pixels(coco):
-    """What mmdet reads of the first training image, as RGB."""
+    """The first training image as mmdet reads it, in RGB."""
     from mmdet.registry import DATASETS
 
     return DATASETS.build(coco.open().train.dataset([{"type": "LoadImage"}], training=True))[0]["img"][..., ::-1]
@@ -1222,7 +1222,7 @@ def test_deep_pixels_are_scaled(coco):
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
 def test_images_are_upright_in_every_format(coco, ending):
-    """A red band on the stored left is at the top of the image as it is shown, which is what the JSON describes."""
+    """A red band on the left of the stored image is at the top of the rotated one, to which the JSON refers."""
     stored = np.zeros((WIDTH, HEIGHT, 3), np.uint8)
     stored[:, :8] = 255, 0, 0
     exif = Image.Exif()

@@ -1,4 +1,4 @@
-"""Detection and segmentation runs in their folders: what they leave behind, continue, survive. 10 s, slow 5 min."""
+"""Runs of detection and segmentation: their files, resuming, crashes. 10 s, slow 5 min."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def copied(finished_dense, tmp_path):
 AGAIN = ("trainer.max_updates=3", "optim.lr=1e-5")
 
 
-# What is left behind.
+# Files of a run.
 
 FILES = (
     *("config.yaml", "train.log", "last.pt", "best.safetensors", "metrics.jsonl", "curves.png", "predictions.png"),
@@ -113,7 +113,7 @@ def test_pictures_show_images_that_were_found_and_true(finished_dense):
 
 
 def test_mmengine_configuration_can_be_read_again(finished_dense):
-    # In a process of the user's own: zoo's commands run no configuration.
+    # In a separate process: the commands of zoo never run a configuration.
     code = "import sys; from mmengine.config import Config; print(Config.fromfile(sys.argv[1]).train_cfg.max_iters)"
     command = [sys.executable, "-c", code, str(finished_dense["segment"] / "mmengine.py")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "3"
@@ -124,7 +124,7 @@ def test_scores_are_percentages_and_leave_out_what_does_not_exist():
     assert found == {"bbox_AP": 25.0, "mIoU": 40.5}
 
 
-# Continuing.
+# Resuming.
 
 RANDOM = ("+model_kwargs.drop_path_rate=0.3", "dense.warmup_updates=3", "optim.lr=1e-3")
 
@@ -153,7 +153,7 @@ def test_evaluation_in_between_changes_nothing(fit_dense, tmp_path, same):
 
 @pytest.mark.slow
 def test_longer_training_follows_its_own_schedule(fit_dense, tmp_path, same):
-    """Not the one that the checkpoint was made with."""
+    """The schedule is that of the new configuration, not that of the checkpoint."""
     args = ("trainer.max_updates=4", "optim.lr=1e-3")
     fit_dense(tmp_path / "run", *args, "dense.updates=3")
     fit_dense(tmp_path / "run", *args, "dense.updates=4")
@@ -271,7 +271,7 @@ def test_run_ahead_of_a_lower_limit_is_evaluated_and_ends(fit_dense, tmp_path, m
 
 @pytest.mark.slow
 def test_accumulated_batches_train_alike(fit_dense, tmp_path, monkeypatch):
-    """As many updates, at the same learning rates, of the same images."""
+    """The same number of updates, learning rates and images."""
     rates, seen = [], []
     before = train._ProgressHook.before_train_iter
 
@@ -308,7 +308,7 @@ def test_accumulated_run_continues(fit_dense, tmp_path, same):
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Make the losses of some passes, counted from 0, not finite; the weights before each pass."""
+    """Make the losses of some passes, counted from 0, not finite; returns the weights before each pass."""
     from mmdet.models.detectors import MaskRCNN
 
     def call(*passes, value=float("nan")):
@@ -419,7 +419,7 @@ def test_stopped_process_saves_and_says_how_to_continue(start_cli, digit_scenes,
     assert "Traceback" not in output
 
 
-# A start from somewhere.
+# Pretrained weights.
 
 
 @pytest.mark.slow
@@ -445,7 +445,7 @@ def test_classifier_gives_the_backbone_its_weights(fit_dense, finished, tmp_path
 
 @pytest.mark.slow
 def test_run_that_goes_on_needs_no_pretrained_weights(fit_dense, copied, tmp_path):
-    """They may be gone by then."""
+    """The weights may no longer exist then."""
     state = _state(copied)
     state["config"]["pretrained"] = str(tmp_path / "gone")
     torch.save(state, copied / "last.pt")
@@ -483,7 +483,7 @@ def test_digits_do_not_come_before_pretrained_weights(fit_dense, tmp_path, monke
         fit_dense(tmp_path / "run", "dense.digits_first=true", f"pretrained={tmp_path / 'none'}")
 
 
-# Every family, in short.
+# Every family, briefly.
 
 MODELS = (
     *(timm.list_models("test_*", module=family)[0] for family in zoo.FAMILIES),
@@ -495,7 +495,7 @@ MODELS = (
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("task", TASKS)
 def test_family_trains_and_evaluates(fit_dense, tmp_path, task, model):
-    # At this learning rate they still find something, however wrong.
+    # At this learning rate they still predict some objects, right or wrong.
     summary = fit_dense(tmp_path / "run", f"model={model}", "trainer.max_updates=1", "optim.lr=1e-5", task=task)
     assert list(summary["metrics"]) == SCORES[task]
     assert summary["skipped_updates"] == 0
@@ -546,7 +546,7 @@ def test_two_processes_train_one_model(digit_scenes, tmp_path, task, same, summa
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", [False, True], ids=["from-zero", "from-one"])
 def test_more_classes_than_a_byte_holds(fit_dense, tmp_path, reduce):
-    """Stripes of the labels 299, 256 and 2, and of pixels that do not count."""
+    """Stripes of the labels 299, 256 and 2, and of ignored pixels."""
     stripes = np.tile(np.repeat(np.array([299, 256, 2, 65535], np.uint16), 16), (64, 1))
     for split in ("train", "val"):
         for number in range(2):

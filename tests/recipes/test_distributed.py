@@ -1,4 +1,4 @@
-"""Two processes under torchrun on the CPU: the same weights, figures and care as one. All slow, 3 min."""
+"""Two processes under torchrun on the CPU: the same weights, figures and messages as one. All slow, 3 min."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import torch
 pytestmark = pytest.mark.slow
 
 ARGS = (
-    "model=test_convnext",  # no BatchNorm, whose statistics depend on the share of the batch
+    "model=test_convnext",  # no BatchNorm, whose statistics depend on the batch of each process
     "data=imagefolder",
     "data.img_size=32",
     "data.num_workers=0",
@@ -32,7 +32,7 @@ TRIED = [("ddp", "plain"), ("ddp", "averaged"), ("fsdp", "averaged")]
 
 @pytest.fixture(scope="module")
 def train(run_cli, images):
-    """Train in `processes` processes (0: without torchrun) below a folder; the run folder."""
+    """Train in `processes` processes (0: without torchrun) below a folder; returns the run folder."""
 
     def call(cwd, processes, *more):
         code, output = run_cli(*ARGS, f"data.root={images}", "run=run", *more, cwd=cwd, processes=processes)
@@ -44,7 +44,7 @@ def train(run_cli, images):
 
 @pytest.fixture(scope="module")
 def alone(train, tmp_path_factory):
-    """Runs of one process, with the same images an update."""
+    """Runs of one process with the same images per update."""
     done = {}
 
     def get(case):
@@ -74,7 +74,7 @@ def together(train, tmp_path_factory):
 def test_weights_are_those_of_one_process(alone, together, weights, kind, case):
     one, two = weights(alone(case)), weights(together(kind, case))
     assert one.keys() == two.keys()
-    # The same images in sums of another order: float32 rounding, 6e-8 relative, grown over six updates.
+    # The same images summed in another order: rounding in float32, 6e-8 relative, amplified by six updates.
     assert [name for name in one if not torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5)] == []
 
 
@@ -113,7 +113,7 @@ def test_run_continues(train, together, tmp_path, weights, kind):
     more = (f"trainer.parallel={kind}", *CASES["averaged"])
     train(tmp_path, 2, *more, "trainer.max_updates=4")
     one, two = weights(together(kind)), weights(train(tmp_path, 2, *more))
-    # As above: reductions between processes add in an order of their own.
+    # As above: reductions between processes sum in another order.
     assert [name for name in one if not torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5)] == []
 
 
@@ -124,7 +124,7 @@ def test_two_processes_learn_digits(run_cli, tmp_path, summary):
     assert summary(tmp_path / "run")["metrics"]["top1"] >= 90
 
 
-# Bad luck.
+# Failures.
 
 LONG = ("trainer.epochs=500", "trainer.save_minutes=0", "trainer.batch_size=4", "model=test_vit")
 

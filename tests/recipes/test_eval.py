@@ -26,7 +26,7 @@ def run(finished, tmp_path):
 
 @pytest.fixture
 def evaluate(compose):
-    """Evaluate in this process as `zoo-eval` with these words does."""
+    """Evaluate in this process like `zoo-eval` with these words."""
 
     def call(*words):
         keys = [word.partition("=")[0].lstrip("+") for word in words]
@@ -102,7 +102,7 @@ def test_output_folder(evaluate, run, tmp_path):
 
 @pytest.mark.parametrize("classes", [5, 6])
 def test_top5_is_said_where_it_tells_something(tmp_path, caplog, monkeypatch, classes):
-    monkeypatch.setattr(log, "propagate", True)  # a run that another test started has changed it
+    monkeypatch.setattr(log, "propagate", True)  # the run of another test has changed it
     names = [str(i) for i in range(classes)]
     result = Evaluation({"top1": 25.0, "top5": 100.0, "loss": 1.0, "images": 4}, np.arange(4), np.zeros(4, int), [])
     with caplog.at_level("INFO"):
@@ -186,7 +186,7 @@ def test_run_with_keywords_of_its_model(command, fit, images, tmp_path, summary)
     assert f"top-1 {summary(tmp_path / 'run')['metrics']['top1']:.2f} %" in output
 
 
-# Refused.
+# Errors.
 
 
 def test_nothing_to_evaluate(evaluate):
@@ -248,7 +248,7 @@ def test_shards_that_are_commands_are_not_run(command, run, tmp_path, root):
     assert "Traceback" not in output
 
 
-# Figures are printed, whatever happens to the files.
+# Figures are printed even if files can't be written.
 
 
 @pytest.mark.parametrize("task", ["classify", "detect", "segment"])
@@ -295,7 +295,7 @@ def test_command_with_a_wrong_folder(run_cli, tmp_path, word):
     assert list(tmp_path.iterdir()) == []
 
 
-# Evaluation in numbers.
+# The figures of an evaluation.
 
 
 def _evaluation():

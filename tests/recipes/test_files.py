@@ -1,4 +1,4 @@
-"""Texts and JSON as other programs write them; well under a second."""
+"""Text and JSON files as other programs write them. Well under a second."""
 
 import codecs
 

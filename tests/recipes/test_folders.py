@@ -1,4 +1,4 @@
-"""Class folders and class lists as people have them: what is read, of which class; a few seconds."""
+"""Class folders and class lists as found in practice: which images are read, with which class. A few seconds."""
 
 import os
 import re
@@ -33,8 +33,8 @@ def write(tmp_path):
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """What is logged."""
-    monkeypatch.setattr(log, "propagate", True)  # a run that another test started has changed it
+    """The log."""
+    monkeypatch.setattr(log, "propagate", True)  # the run of another test has changed it
     with caplog.at_level("INFO"):
         yield caplog
 
@@ -44,11 +44,11 @@ def _open(root, **options):
 
 
 def _labels(dataset, root):
-    """Label by path."""
+    """Labels by path."""
     return {os.path.relpath(path, root): label for path, label in dataset.reader.samples}
 
 
-# What is of which class.
+# Which images are of which class.
 
 
 def test_nested_folders_belong_to_the_class_of_the_first_level(write, said):

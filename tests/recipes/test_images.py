@@ -1,4 +1,4 @@
-"""The reader of images: what reaches a model from files of every kind; well under a second."""
+"""The image reader: the input of a model from files of every kind. Well under a second."""
 
 import io
 
@@ -32,7 +32,7 @@ def _ppm():
 
 
 def _big_endian_tiff():
-    """Uncompressed grey of 16 bits: nothing at hand writes one."""
+    """An uncompressed grey image of 16 bits, which no installed library writes."""
     entries = [(256, 30), (257, 20), (258, 16), (259, 1), (262, 1), (273, 130), (277, 1), (278, 20), (279, 1200)]
     tags = b"".join(
         tag.to_bytes(2) + (3).to_bytes(2) + (1).to_bytes(4) + value.to_bytes(2) + b"\0\0" for tag, value in entries

@@ -1,4 +1,4 @@
-"""From a shipped recipe to a report, by the commands that README names. Slow: about a minute in all."""
+"""From a shipped recipe to a report, with the commands in README. Slow: about a minute in all."""
 
 import json
 import re
@@ -24,7 +24,7 @@ DENSE = (
     ),
     *("dense.warmup_updates=0", "dense.detr_crop=false", "dense.ratio_range=null"),
 )
-# Recipe, the small things in place of its large ones, and the score that is printed.
+# A recipe, the small replacements for its model and data, and the score that is printed.
 RUNS = {
     "classify": (
         "imagenet/van_b0",

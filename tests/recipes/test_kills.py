@@ -1,4 +1,4 @@
-"""A run that dies at any file operation leaves, when started again, what an undisturbed one leaves. 5 s, slow 1 min."""
+"""A run that dies at any file operation is resumed to the same files as an undisturbed run. 5 s, slow 1 min."""
 
 import builtins
 import io
@@ -24,7 +24,7 @@ class _Killed(BaseException):
 
 
 def _left(folder):
-    """What a run left, without what depends on the clock; a report counts as being there."""
+    """The files of a run, without values that depend on the clock; of a report, only that it exists."""
     names = sorted(path.name for path in folder.iterdir())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
@@ -120,11 +120,11 @@ def copy():
     return copied
 
 
-# At any operation, in a process of its own that ends there.
+# At any file operation, in a process of its own that ends there.
 
 
 def _count_operations(folder, die_at=0):
-    """Count what is done to files in `folder`, and end this process at number `die_at`; the count so far, in a list."""
+    """Count operations on files in `folder`, and end this process at number `die_at`; returns the count in a list."""
     done = [0]
 
     def counted(function):
@@ -147,7 +147,7 @@ def _count_operations(folder, die_at=0):
 
 
 def _in_a_fork(call):
-    """Call in a process of its own; its exit code."""
+    """Call a function in a process of its own; returns the exit code."""
     pid = os.fork()
     if not pid:
         try:

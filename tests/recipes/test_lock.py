@@ -1,4 +1,4 @@
-"""One writer at a time for a folder. A few seconds."""
+"""Locks: one writer at a time for a folder. A few seconds."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from zoo.recipes.lock import Lock
 
 @pytest.fixture
 def other(tmp_path):
-    """Writes a lock file of another owner: its machine, process, and how long ago it gave a sign of life."""
+    """Write the lock file of another owner: its machine, process, and the seconds since its last touch."""
 
     def write(machine="elsewhere", pid=7, started="1", age=0.0):
         path = tmp_path / lock.NAME
@@ -29,7 +29,7 @@ def other(tmp_path):
 
 @pytest.fixture
 def living():
-    """A process of this machine, which does nothing."""
+    """An idle process on this machine."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     yield process
     process.kill()
@@ -46,7 +46,7 @@ def test_folder_is_as_before_when_it_is_given_back(tmp_path):
 
 def test_living_owner_is_named(tmp_path, other, living):
     other(Lock(tmp_path).owner["machine"], living.pid, lock._started(living.pid))
-    with pytest.raises(RunError, match=rf"in use by process {living.pid} on node \(zoo-train seed=1, last sign"):
+    with pytest.raises(RunError, match=rf"in use by process {living.pid} on node \(zoo-train seed=1, last active"):
         Lock(tmp_path).acquire()
 
 
@@ -60,7 +60,7 @@ def test_refusal_says_how_to_go_on(tmp_path, other, living, key):
 def test_owner_that_ended_is_followed_at_once(tmp_path, other, living):
     other(Lock(tmp_path).owner["machine"], living.pid, lock._started(living.pid))
     living.kill()
-    time.sleep(0.2)  # it is a zombie now, which nobody has waited for
+    time.sleep(0.2)  # it is a zombie now
     Lock(tmp_path).acquire()
 
 

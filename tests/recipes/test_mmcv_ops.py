@@ -1,4 +1,4 @@
-"""MMCV's operators from torchvision, called through mmcv.ops, against loops over single values. One minute."""
+"""MMCV's operators backed by torchvision, called through mmcv.ops, against loops over single values. One minute."""
 
 import importlib.util
 import math
@@ -163,7 +163,9 @@ def plain_roi_align(image, rois, size, scale, ratio, aligned):
             for a, b in np.ndindex(*steps):
                 y = y1 + (i + (a + 0.5) / steps[0]) * sides[0] / size[0]
                 x = x1 + (j + (b + 0.5) / steps[1]) * sides[1] / size[1]
-                if -1 <= y <= height and -1 <= x <= width:  # near the border its value goes on, farther out is zero
+                if (
+                    -1 <= y <= height and -1 <= x <= width
+                ):  # near the border the value is extended, and farther out it is zero
                     y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
                     total += bilinear(image[int(index), c], y, x)
             result[r, c, i, j] = total / (steps[0] * steps[1])

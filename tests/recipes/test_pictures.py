@@ -1,4 +1,4 @@
-"""The pictures of detectors and segmentors, on grey images that are large enough to stay as they are. A few seconds."""
+"""The pictures of detectors and segmentors, on grey images that are large enough not to be resized. A few seconds."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def grey():
 
 @pytest.fixture
 def instances():
-    """A sure object on the left, an unsure one on the right; masks fill the boxes."""
+    """An object with a high score on the left, one with a low score on the right; masks fill the boxes."""
     masks = torch.zeros(2, 400, 500, dtype=torch.bool)
     masks[0, 100:200, 50:150] = masks[1, 100:200, 300:400] = True
     boxes = torch.tensor([[50.0, 100, 150, 200], [300, 100, 400, 200]])
@@ -157,7 +157,7 @@ def test_found_labels_are_drawn(grey):
 
 
 class _Sample(dict):
-    """What mmdet's and mmseg's samples look like to the drawing functions."""
+    """A sample of mmdet or mmseg, with only what the drawing functions read."""
 
     def __init__(self, instances=None, **parts):
         super().__init__(parts if instances is None else {"pred_instances": instances, **parts})

@@ -35,7 +35,7 @@ TASKS = ("detect", "segment")
 
 @pytest.fixture(scope="module")
 def evaluate(compose):
-    """Evaluate a run folder in this process: the figures."""
+    """Evaluate a run folder in this process; returns the figures."""
 
     def run(folder, out, *overrides):
         cfg = compose(f"run={folder}", f"out={out}", *overrides, name="eval")
@@ -247,7 +247,7 @@ def test_labels_are_classes(predicted):
 
 @pytest.fixture
 def odd(digit_scenes, tmp_path):
-    """Images of several kinds, 90x60: turned by its EXIF data, grey, with transparency, a palette."""
+    """Images of several kinds, 90x60: rotated by its EXIF data, grey, with transparency, a palette."""
     folder = tmp_path / "odd"
     folder.mkdir()
     image = Image.open(digit_scenes / "images" / "val" / "0000.png").resize((90, 60))

@@ -147,7 +147,7 @@ def test_image_that_the_model_can_not_take(finished, images, tmp_path, monkeypat
     original = predict.Normalize.__call__
 
     def normalize(self, batch):
-        if batch.float().mean() < 1 or len(batch) > 1:  # black, or more than there is memory for
+        if batch.float().mean() < 1 or len(batch) > 1:  # black, or too large for the memory
             raise torch.OutOfMemoryError("no memory")
         return original(self, batch)
 

@@ -1,4 +1,4 @@
-"""Run folders from elsewhere: plain values, and one sentence for whatever else their files hold. A few seconds."""
+"""Run folders from other people: plain values are read, and anything else is refused in one sentence. A few seconds."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Reports of runs: what stands in them, escaping, comparisons, messages. A few seconds, slow ones 15 s."""
+"""Reports of runs: content, escaping, comparisons, messages. A few seconds, slow ones 15 s."""
 
 import json
 import re
@@ -17,7 +17,7 @@ CLASSES = ["cat", HOSTILE, "dog"]
 
 
 def _write_run(folder, task="classify", scores=(50.0, 75.0), ended=True, classes=CLASSES, recipe=None, **settings):
-    """A folder as zoo-train leaves it, with two epochs of the main score `scores`."""
+    """A folder like those of zoo-train, with an epoch for each of `scores`, the main score."""
     folder.mkdir(parents=True)
     main, other = {"classify": ("top1", "top5"), "detect": ("mask_AP", "bbox_AP"), "segment": ("mIoU", "mAcc")}[task]
     values = {"model": "test_van", "run": str(folder), "seed": 0, "task": task, "optim": {"lr": 1e-3, "opt": "adamw"}}
@@ -321,7 +321,7 @@ DAMAGED = [
 def test_page_leaves_out_what_files_do_not_hold(tmp_path, part, content, left_out):
     record = replace(report.read(_write_run(tmp_path / "run")), **{part: content})
     text = _Reader(report.page(record)).text
-    assert re.search(rf"Files are damaged or incomplete. [^.]* is left out: [^.]*\b{left_out}\b", text)
+    assert re.search(rf"Files are damaged or incomplete. [^.]* are left out: [^.]*\b{left_out}\b", text)
     assert "Configuration" in text
 
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: killed, stopped and continued runs end as undisturbed ones. 15 s; the slow ones 2 min."""
+"""Killed, stopped and resumed runs end like undisturbed ones: nothing is lost. 15 s; the slow ones 2 min."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ from zoo.recipes.classify import train
 from zoo.recipes.errors import RunError
 from zoo.recipes.run_weights import load_weights
 
-# Everything random at once, saved at every update.
+# All random parts at once, with a checkpoint at every update.
 ARGS = (
     "model=test_vit",
     "+model_kwargs.drop_path_rate=0.2",
@@ -45,20 +45,20 @@ def start(start_cli, images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(start, tmp_path_factory):
-    """The run folder of a run that nothing happened to; read only."""
+    """The folder of an undisturbed run; read only."""
     cwd = tmp_path_factory.mktemp("undisturbed")
     _finish(start(cwd))
     return cwd / "run"
 
 
 def _update(folder):
-    """The update that last.pt stands at, 0 if there is none."""
+    """The update of last.pt; 0 if there is none."""
     path = folder / "last.pt"
     return torch.load(path, weights_only=True)["progress"]["update"] if path.exists() else 0
 
 
 def _interrupt(process, folder, number, update):
-    """Send a signal once last.pt has reached `update`; what was printed."""
+    """Send a signal once last.pt has reached `update`; returns the output."""
     try:
         while _update(folder) < update:
             assert process.poll() is None, process.stdout.read()
@@ -89,7 +89,7 @@ def _trained(folder):
 
 
 def _lines(folder):
-    """The metrics without what depends on the clock."""
+    """The metrics without values that depend on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     clock = ("seconds", "images_per_second", "step_seconds")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines]
@@ -171,7 +171,7 @@ def test_stopped_run_continues_to_the_same_state(stopped, start, undisturbed, sa
     assert same(_trained(folder), _trained(undisturbed))
 
 
-# In this process: what a run does with what it finds.
+# Resuming in this process.
 
 
 @pytest.fixture
@@ -392,7 +392,7 @@ def test_checkpoint_before_a_damaged_one_is_kept_until_the_next_is_whole(fit, im
 
 
 def test_missing_checkpoint_falls_back_to_the_one_before(fit, images, copied):
-    """Where a file system has no hard links, a kill may leave it so."""
+    """Without hard links, a killed run may leave only previous.pt."""
     (copied / "last.pt").unlink()
     assert fit(copied, images, *AGAIN)["updates"] == 9
 

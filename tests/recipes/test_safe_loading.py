@@ -1,4 +1,4 @@
-"""Checkpoints of strangers under mmengine: nothing in them runs, those of mmengine itself load. A few seconds."""
+"""Untrusted checkpoints in MMEngine: no code in them runs, and MMEngine's own checkpoints load. A few seconds."""
 
 import builtins
 import http.server
@@ -137,14 +137,14 @@ def test_bare_pickles_are_refused(tmp_path, legacy):
     ("owner", "name"), [(HistoryBuffer.mean, "__globals__"), (HistoryBuffer, "__init__"), (len, "__self__")]
 )
 def test_attributes_out_of_reach(tmp_path, owner, name):
-    # mmengine's own list of what is harmless has getattr in it, and by it a file gets at any module.
+    # MMEngine's list of safe globals has getattr, which gives a file access to any module.
     torch.save({"state_dict": Reach(owner, name)}, tmp_path / "reach.pth")
     with pytest.raises(RunError, match=r"reach\.pth can't be loaded without running code"):
         checkpoint.load_checkpoint(nn.Linear(1, 1), str(tmp_path / "reach.pth"))
 
 
 class Swap:
-    """Changes Python itself when it is unpickled, with nothing but getattr."""
+    """Changes Python itself when it is unpickled, using only getattr."""
 
     def __reduce__(self):
         return getattr, (Reach(getattr, "__self__"), "__dict__"), None, None, iter([("swapped", 1)])

@@ -1,4 +1,4 @@
-"""Nothing that a configuration or a file of a run folder names is called, whichever command opens it."""
+"""No command calls a function because a configuration or a file of a run folder names it."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS, HOOKS, MODELS, TASK_UTILS, init_default_
 from zoo.recipes.dense import prepare, safe_registry
 from zoo.recipes.errors import RunError
 
-# Places of a type, as `mm` gives them; {} is what is to be called.
+# Places of a type in `mm`; {} is replaced by the call.
 MODEL = {
     "neck": {"model": {"neck": "{}"}},
     "data_preprocessor": {"model": {"data_preprocessor": "{}"}},
@@ -55,7 +55,7 @@ def _filled(value, call):
 
 @pytest.fixture
 def canary(tmp_path):
-    """A file that is not there, and a call that would write it."""
+    """A file that does not exist, and a call that would write it."""
     return tmp_path / "canary", {"type": "os.system", "command": f"touch {tmp_path / 'canary'}"}
 
 
@@ -130,7 +130,7 @@ def test_strange_description_of_a_classifier(command, finished, tmp_path, conten
     assert "Traceback" not in output
 
 
-# Where MMEngine resolves names, and what it would run besides.
+# Places where MMEngine resolves names or would run code.
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Digit scenes: what is in the files, and that they appear whole or not at all. 10 s; the slow one 20 s."""
+"""Digit scenes: the content of the files, which appear whole or not at all. 10 s; the slow one 20 s."""
 
 import hashlib
 import json
@@ -116,7 +116,7 @@ def test_boxes_overlap_little(coco):
     data = coco("train")
     for image in data.dataset["images"]:
         boxes = [(x, y, x + w, y + h) for x, y, w, h in (a["bbox"] for a in data.imgToAnns[image["id"]])]
-        assert all(scenes._overlap(a, b) < 0.3 for i, a in enumerate(boxes) for b in boxes[:i])  # of what is visible
+        assert all(scenes._overlap(a, b) < 0.3 for i, a in enumerate(boxes) for b in boxes[:i])  # of the visible parts
 
 
 def test_classes_file(folder):

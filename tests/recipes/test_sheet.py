@@ -1,4 +1,4 @@
-"""Sheets of pictures: where they are, how large, what is read again. A second."""
+"""Sheets of pictures: places and sizes of pictures, and reading a sheet. A second."""
 
 import json
 
@@ -15,13 +15,13 @@ def picture(width=100, height=100, color="blue"):
 
 
 def content(**changes):
-    """A sheet's description of itself."""
+    """The description that a sheet contains."""
     tile = {"box": [0, 0, 5, 5], "caption": "a", "wrong": False}
     return {"title": "", "group": 1, "tiles": [tile], "legend": []} | changes
 
 
 def save(path, text):
-    """A picture of 10 x 10 pixels that says `text` of itself."""
+    """A picture of 10 x 10 pixels with the description `text`."""
     about = PngImagePlugin.PngInfo()
     about.add_itxt("zoo sheet", text)
     picture(10, 10).save(path, pnginfo=about)

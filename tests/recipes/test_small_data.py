@@ -1,4 +1,4 @@
-"""Few images: batches that they do not fill, single images, figures of a handful. A few seconds."""
+"""Small data sets: incomplete batches, single images, figures on few images. A few seconds."""
 
 import re
 
@@ -14,7 +14,7 @@ def _log(folder):
     return (folder / "train.log").read_text()
 
 
-# Batch, images of an update, processes, images there are -> batch and images of an update that are used.
+# Batch, images per update, processes, training images -> batch and images per update that are used.
 LOWERED = {
     "batch": ((64, None, 1, 44), (44, None)),
     "one image": ((64, None, 1, 1), (1, None)),
@@ -80,7 +80,7 @@ def test_nothing_is_said_where_none_is_left_out(fit, images, tmp_path):
     assert "left out" not in _log(tmp_path)
 
 
-# One image a pass.
+# Batches of one image.
 
 
 def test_one_image_a_pass_with_batchnorm_over_one_pixel(fit, images, tmp_path):
@@ -119,7 +119,7 @@ def test_looking_at_batchnorm_changes_nothing(same):
     assert not model.training
 
 
-# Figures of a handful of images.
+# Figures on few images.
 
 
 @pytest.mark.parametrize(("images", "text"), [(1, " of 1 image"), (4, " of 4 images"), (100, ""), (50_000, "")])
@@ -181,7 +181,7 @@ def test_remaining_time_is_that_of_the_whole_run(monkeypatch, capsys):
         log.removeHandler(handler)
 
 
-# Images smaller than the model takes.
+# Images that are too small for the model.
 
 
 def test_images_smaller_than_the_model_takes(fit, images, tmp_path):

@@ -1,4 +1,4 @@
-"""Few files, little memory, processes that die: one sentence each. A second; slow ones 1 min."""
+"""Limits of open files and memory, and dead processes: one sentence each. A second; slow ones 1 min."""
 
 import errno
 import os
@@ -97,7 +97,7 @@ def _no_memory(*_):
 
 @pytest.fixture
 def limits(monkeypatch):
-    """Pretend limits of open files; what was set."""
+    """Fake limits of open files; returns the limits that are set."""
     done = []
 
     def pretend(*limits):
@@ -137,7 +137,7 @@ def test_cores_are_counted_where_the_system_tells_no_share(monkeypatch):
 
 
 def _kill_a_worker(process):
-    """Kill one of the processes that load images, once there is one."""
+    """Kill a worker that loads images as soon as one exists."""
     end = time.monotonic() + 120
     while time.monotonic() < end:
         for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
