@@ -145,7 +145,8 @@ def test_patterns_as_a_file(capsys, tmp_path):
         assert (picture.width, picture.height) == (4 * 392 + 3 * 40 + 8, rows * (392 + 156) + (rows - 1) * 40)
         pixels = np.asarray(picture)
     assert pixels.shape[2] == 4
-    assert (pixels[-392:, -400:, 3] > 0).mean() > 0.5
+    for bottom in range(392 + 156, pixels.shape[0] + 1, 392 + 156 + 40):  # the first panel of every row
+        assert (pixels[bottom - 392 : bottom, :400, 3] > 0).mean() > 0.5
     # At the right and the bottom nothing is cut off, and outside of panels and text nothing is painted.
     assert not pixels[:, -4:, 3].any()
     assert path.stat().st_size < 150_000
