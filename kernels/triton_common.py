@@ -112,16 +112,17 @@ def store_rows(ptr, offset, value, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 
 @triton.jit
-def softmax_step(scores, v, highest, total, acc, PRECISION: tl.constexpr):
-    """One step of the online softmax over tiles of keys, with base-2 scores (queries, keys) that are -inf if hidden.
+def softmax_step(scores, v, highest, total, acc, PRECISION: tl.constexpr, UNIT: tl.constexpr = 1.0):
+    """One step of the online softmax over tiles of keys, with scores (queries, keys) that are -inf if hidden.
 
-    `highest`, `total` and `acc` are the largest score, the sum of the weights and the weighted sum of the values so
-    far; they start at -inf, 0 and 0. A query may have no key in the steps so far.
+    The scores times UNIT are in base 2: UNIT is 1, or LOG2E for natural scores. `highest`, `total` and `acc` are the
+    largest base-2 score, the sum of the weights and the weighted sum of the values so far; they start at -inf, 0 and 0.
+    A query may have no key in the steps so far.
     """
-    new = tl.maximum(highest, tl.max(scores, 1))
+    new = tl.maximum(highest, tl.max(scores, 1) * UNIT)
     shift = tl.where(new == float("-inf"), 0.0, new)
     shrink = tl.exp2(highest - shift)
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(scores * UNIT - shift[:, None])
     total = total * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None] + dot(weights.to(v.dtype), v, PRECISION)
     return new, total, acc

@@ -120,7 +120,7 @@ def _flex_mask(axes: Any, device: torch.device) -> tuple[Any, Tensor, Tensor]:
 
 def _natten(**given: Any) -> Tensor:
     try:
-        from natten import na2d  # type: ignore[import-not-found]
+        from natten import na2d
     except ImportError:
         raise CannotRunError("the package natten is not installed") from None
     _takes_no_key_mask(given)

@@ -115,7 +115,7 @@ def _scores(
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     CAUSAL_H: tl.constexpr, CAUSAL_W: tl.constexpr,
 ):  # fmt: skip
-    """Base-2 scores, -inf for keys that are no neighbours; queries and keys have shapes that broadcast."""
+    """Scores, -inf for keys that are no neighbours; queries and keys have shapes that broadcast."""
     top, bottom = _window(query_row, rows, KERNEL_H, STRIDE_H, CAUSAL_H)
     left, right = _window(query_column, columns, KERNEL_W, STRIDE_W, CAUSAL_W)
     # Row and column are the halves of one integer: one subtraction per pair, few registers per query. A negative half
@@ -125,14 +125,14 @@ def _scores(
     ahead = key_row * 65536 + key_column - start
     inside = ((ahead | (size - ahead)) & SIGNS) == 0
     if table_ptr is None:
-        return tl.where(inside, products * (scale * LOG2E), float("-inf"))
+        return tl.where(inside, products * scale, float("-inf"))
     else:
         PITCH: tl.constexpr = 2 * KERNEL_W - 1
         query_entry = query_row * PITCH + query_column - (KERNEL_H - 1) * PITCH - (KERNEL_W - 1)
         entry = key_row * PITCH + key_column - query_entry
         table_ptr += head * (2 * KERNEL_H - 1) * PITCH
         bias = tl.load(table_ptr + entry, mask=inside, other=float("-inf")).to(tl.float32)
-        return (products * scale + bias) * LOG2E
+        return products * scale + bias
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _fwd_kernel(
     CAUSAL_H: tl.constexpr, CAUSAL_W: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
 ):  # fmt: skip
-    """Output and lse = log2(sum of 2 ** scores) of one tile of queries."""
+    """Output and lse = log2(sum of exp(scores)) of one tile of queries."""
     pid = tl.program_id(0)
     head, image, row_tile, column_tile = _tile(pid, height, width, num_heads, dilation_h, dilation_w, TILE_H, TILE_W)
     row_group, first_row, last_row, rows = row_tile
@@ -183,7 +183,7 @@ def _fwd_kernel(
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
         scores = _hide(scores, mask_ptr, key_token, key_valid)
-        highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION)
+        highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION, LOG2E)
         column += STEP_W
         row += tl.where(column < right, 0, STEP_H)
         column = tl.where(column < right, column, left)
@@ -237,7 +237,7 @@ def _bwd_query_kernel(
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
         scores = _hide(scores, mask_ptr, key_token, key_valid)
-        weights = tl.exp2(scores - lse[:, None])
+        weights = tl.exp2(scores * LOG2E - lse[:, None])
         scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
         acc += dot(scores_grad.to(k.dtype), k, PRECISION)
         column += STEP_W
@@ -293,7 +293,7 @@ def _bwd_key_value_kernel(
             query_row[None, :], query_column[None, :], key_row[:, None], key_column[:, None], query_valid[None, :],
             rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
         )  # fmt: skip
-        weights = tl.exp2(scores - lse[None, :])
+        weights = tl.exp2(scores * LOG2E - lse[None, :])
         value_grad += dot(weights.to(grad.dtype), grad, PRECISION)
         scores_grad = weights * (dot(v, tl.trans(grad), PRECISION) - delta[None, :])
         key_grad += dot(scores_grad.to(q.dtype), q, PRECISION)
@@ -386,7 +386,7 @@ def _bwd_bias_kernel(
                 rows, columns, KERNEL_H, KERNEL_W, STRIDE_H, STRIDE_W, CAUSAL_H, CAUSAL_W,
             )  # fmt: skip
             scores = _hide(scores, mask_ptr, key_token, key_valid)
-            acc += tl.exp2(scores - lse[:, None]) * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+            acc += tl.exp2(scores * LOG2E - lse[:, None]) * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
 
     part = ((chunk.to(tl.int64) * num_heads + head) * steps_h + step_row) * steps_w + step_column
     pairs = index[:, None] * (STEP_H * STEP_W) + step[None, :]

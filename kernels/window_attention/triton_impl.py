@@ -102,10 +102,12 @@ def _fwd_kernel(
         top = tl.max(scores, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(scores - top[:, None])
-        acc = dot(weights.to(v.dtype), v, PRECISION)
-        divisor, lse = softmax_end(top, tl.sum(weights, 1))
-        acc /= divisor[:, None]
+        # As `softmax_end`, but with the logarithm last, which takes fewer registers.
+        total = tl.sum(weights, 1)
+        divisor = tl.where(total == 0.0, 1.0, total)
+        acc = dot(weights.to(v.dtype), v, PRECISION) / divisor[:, None]
         store_rows(out_ptr, (position * num_heads + head) * HEAD_DIM, acc, valid, HEAD_DIM, BLOCK_D)
+        lse = tl.where(total == 0.0, float("inf"), top + tl.log2(divisor))
         statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + token
         tl.store(lse_ptr + statistic, lse, mask=valid)
 
