@@ -1,7 +1,7 @@
-"""Hierarchical vision backbones: after `import zoo`, timm knows their names.
+"""Hierarchical vision backbones. After `import zoo`, timm knows their names.
 
-timm brings torch and much else with it, and takes seconds; so the models register as soon as timm is imported, at once
-if it already is, and `import zoo` by itself takes no time.
+Importing timm takes seconds, since it imports torch. So the models are registered as soon as timm is imported, or at
+once if it already is, and `import zoo` itself is fast.
 """
 
 import sys
@@ -14,18 +14,19 @@ from zoo.manifest import families as _families
 
 __version__ = "0.1.0"
 
-# The modules of models, found by the names in the manifest.
+# The modules that define models, by the names in the manifest.
 FAMILIES = _families()
 
-# What the families are made of.
+# Modules that the families import.
 _SHARED = tuple(f"zoo.{name}" for name in ("backbone", "checkpoints", "facts", "layers", "pretrained", "recognition"))
 
 
 def _register(_: ModuleType) -> None:
-    # One of these that is imported ahead of timm brings timm in before it is made itself; at its end we are back here.
+    # If one of these is imported before timm, it imports timm before its own definitions exist. This function then
+    # returns, and runs again when the module is complete.
     if not all(hasattr(sys.modules[name], "__all__") for name in _SHARED if name in sys.modules):
         return
-    # The operators obey timm.layers.set_fused_attn and set_exportable; they know nothing of timm themselves.
+    # The operators follow timm.layers.set_fused_attn and set_exportable, but do not import timm.
     import_module("zoo.kernels.dispatch").follow(import_module("timm.layers").use_fused_attn)
     for family in FAMILIES:
         import_module(f"zoo.{family}")

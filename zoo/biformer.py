@@ -105,7 +105,7 @@ class RoutedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         regions = self.num_regions
         routed = f"{min(self.topk, regions**2)} of {regions} x {regions} regions"
         return AttentionInfo((routed,), values=self.qkv)
@@ -207,7 +207,7 @@ class GlobalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         return AttentionInfo(("all tokens",), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class GlobalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         return AttentionInfo(("all tokens",), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class CrossShapedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         stripes = tuple(f"stripes, {self.split_size} {side}" for side in ("wide", "high"))
         return AttentionInfo(stripes, values=self.qkv)
 
@@ -348,7 +348,7 @@ def test_cswin(pretrained: bool = False, **kwargs) -> CSWin:
 
 
 def feature_side(side: int, reduction: int) -> int:
-    """The side of a feature map; see `zoo.families`. The stem is a 7 x 7 convolution, stride 4, padded by 2."""
+    """The side of a feature map; see `zoo.families`. The stem is a 7 x 7 convolution with stride 4 and padding 2."""
     return -(-((side + 1) // 4 * 4) // reduction)
 
 

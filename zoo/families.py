@@ -1,4 +1,4 @@
-"""What a family's file states about its models besides the models themselves, found by a model's name.
+"""Facts about models, which their family's file defines, by the name of a model.
 
 The file of a family, `zoo/<family>.py`, may define:
 
@@ -8,8 +8,8 @@ The file of a family, `zoo/<family>.py`, may define:
 - `timm_name(variant)`: the same architecture in timm;
 - `patterns(tokens, place)`: its panels of `zoo-look patterns`; see `zoo.attention_maps`.
 
-The functions here call them, and return the usual value where a family does not define one. Timm's own models have no
-family.
+The functions of this module take a model's name. They call the function of its family, and return the usual value if
+the family does not define it, or if the model is one of timm's own.
 """
 
 import importlib

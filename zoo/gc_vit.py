@@ -181,7 +181,7 @@ class WindowAttention(nn.Module):
         trunc_normal_(self.bias_table, std=0.02)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         query = ", global query" if self.use_global_query else ""
         return AttentionInfo((f"window of {self.window_size} x {self.window_size}{query}",), values=self.qkv)
 

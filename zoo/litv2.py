@@ -83,7 +83,7 @@ class HiFiAttention(nn.Module):
         self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         return AttentionInfo((f"Hi-Fi, window of {self.window_size} x {self.window_size}",), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class LoFiAttention(nn.Module):
         self.proj = nn.Linear(num_heads * head_dim, num_heads * head_dim, **dd)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         size = self.window_size
         means = f"Lo-Fi, means of {size} x {size}" if size > 1 else "all tokens"
         return AttentionInfo((means,), values=self.kv, key_size=size)
@@ -426,12 +426,12 @@ def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
 
 
 def tag_kwargs(tag: Any) -> dict[str, Any]:
-    """The `alpha` of published weights that have another than the model's; see `zoo.families`."""
+    """The `alpha` of published weights, if it differs from the variant's; see `zoo.families`."""
     return {"alpha": TAG_ALPHAS[tag]} if isinstance(tag, str) and tag in TAG_ALPHAS else {}
 
 
 def feature_side(side: int, reduction: int) -> int:
-    """The side of a feature map; see `zoo.families`. The stem pads to whole patches, merging drops an odd row."""
+    """The side of a feature map; see `zoo.families`. The stem pads to whole patches; merging drops odd rows."""
     return -(-side // 4) * 4 // reduction
 
 

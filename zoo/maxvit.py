@@ -220,7 +220,7 @@ class WindowAttention(nn.Module):
         nn.init.normal_(self.bias_table, std=0.02)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         height, width = self.window_size
         return AttentionInfo((f"{self.layout} of {height} x {width}",), values=self.qkv)
 
@@ -531,7 +531,7 @@ with warnings.catch_warnings():
 
 
 def timm_name(variant: str) -> str | None:
-    """The same architecture in timm, where it is made for 224 pixels; see `zoo.families`."""
+    """The same architecture in timm, whose names end with the image size; see `zoo.families`."""
     if variant == "test_maxvit":
         return None
     size, _, side = variant.removeprefix("maxvit_").partition("_")

@@ -108,7 +108,7 @@ class NeighborhoodAttention(nn.Module):
         trunc_normal_(self.bias_table, std=0.02)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         dilated = f", dilated by {self.dilation}" if self.dilation > 1 else ""
         return AttentionInfo((f"{self.kernel_size} x {self.kernel_size} neighbours{dilated}",), values=self.qkv)
 
@@ -144,7 +144,7 @@ class GlobalAttention(nn.Module):
         trunc_normal_(self.bias_table, std=0.02)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         return AttentionInfo(("all tokens",), values=self.qkv)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class LargeKernelAttention(nn.Module):
         self.pw_conv = nn.Conv2d(dim, dim, 1, **dd)
 
     def attention_info(self) -> AttentionInfo:
-        """What it attends to; see `zoo.attention_maps`."""
+        """What the module attends to; see `zoo.attention_maps`."""
         return AttentionInfo(("large kernel",), kernel=lambda x: self.dw_dilated_conv(self.dw_conv(x)))
 
     def forward(self, x: Tensor) -> Tensor:
