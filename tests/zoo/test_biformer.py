@@ -290,8 +290,9 @@ def test_downloads_of_the_same_name_are_kept_apart(monkeypatch, tmp_path):
         ({"num_heads": (1, 2, 4, 7)}, r"num_heads=\(1, 2, 4, 7\).*divide their stage's channels"),
         ({"layout": "nchw"}, r"layout='nchw'.*'biformer', 'stl', 'stl_nchw'"),
         ({"output_norm": True}, "output_norm=True with 1000 classes"),
+        ({"topks": (1, 2, 4, "full")}, "topks="),
     ],
-    ids=["lengths", "topk", "marker", "regions", "heads", "layout", "output_norm"],
+    ids=["lengths", "topk", "marker", "regions", "heads", "layout", "output_norm", "word"],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -186,12 +186,13 @@ def test_initialisation_is_official():
     ("kwargs", "message"),
     [
         ({"window_size": (7, 7, 14)}, r"3 window_size=\(7, 7, 14\).*one value per stage"),
-        ({"window_size": 0}, r"window_size=0; it has to be a whole number from 1"),
+        ({"window_size": 0}, r"window_size=0; it has to be a whole number from 1 to 1,024"),
         ({"window_size": (4, 4, -4, 4)}, r"window_size=\(4, 4, -4, 4\); it has to be whole numbers from 1"),
         ({"depths": (2, 2, 0, 2)}, r"depths=\(2, 2, 0, 2\).*it has to be whole numbers from 1 to 1,000"),
         ({"output_norm": True}, r"output_norm=True with 1000 classes"),
+        ({"num_heads": (1, 3, 4, 6)}, r"num_heads=\(1, 3, 4, 6\) for embed_dims=.*divide"),
     ],
-    ids=["count", "zero", "negative", "depth", "output_norm"],
+    ids=["count", "zero", "negative", "depth", "output_norm", "heads"],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):

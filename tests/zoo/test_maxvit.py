@@ -185,7 +185,7 @@ def test_tables_are_resized_for_other_windows_bilinearly(window_size):
         ({"head_dim": 0}, r"head_dim=0; it has to be a whole number from 1"),
         ({"stem_dim": 0}, r"stem_dim=0; it has to be a whole number from 1"),
         ({"window_size": 0}, r"window_size=0; it has to be a whole number from 1"),
-        ({"window_size": (4, 4, 4)}, r"window_size=\(4, 4, 4\).*or two"),
+        ({"window_size": (4, 4, 4)}, r"window_size=\(4, 4, 4\); give one number .* or two"),
     ],
     ids=["lengths", "depth", "head_dim", "no_heads", "stem_dim", "window", "windows"],
 )

@@ -1,6 +1,7 @@
-"""NAT's and DiNAT's dilations for dense prediction. A second."""
+"""NAT's and DiNAT's own arguments, keys, and dilations for dense prediction. Some seconds."""
 
 import pytest
+import timm
 import torch
 
 from zoo import families
@@ -71,3 +72,20 @@ def test_patterns():
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     assert multiply_adds("dinat_tiny") == pytest.approx(4.3, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_heads": (1, 3, 4, 8)}, r"num_heads=\(1, 3, 4, 8\) for embed_dims=.*divide"),
+        ({"kernel_size": 0}, "kernel_size=0; it has to be a whole number from 1 to 1,024"),
+        ({"mlp_ratio": 1e6}, "mlp_ratio=1000000.0; it has to be a number from 0 to 100"),
+        ({"mlp_ratio": 0}, "mlp_ratio 0 for a stage of 16 channels, which leaves none"),
+        ({"embed_dims": (1, 2, 4, 8), "num_heads": (1,) * 4}, "the first stage needs 2 channels or more"),
+        ({"dilations": ("a",) * 4}, "dilations='a' for a stage of 2 blocks"),
+    ],
+    ids=["heads", "kernel_size", "large_mlp_ratio", "mlp_ratio", "channels", "dilations"],
+)
+def test_bad_argument_is_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_dinat", **kwargs)
