@@ -76,7 +76,7 @@ def batches(trainer: TrainerConfig) -> tuple[int, int]:
     return wanted // per_pass, wanted
 
 
-def fitted(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]:
+def fit_batch_size(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]:
     """Lower the batch size until `images` training images fill an update.
 
     Returns:

@@ -32,10 +32,7 @@ def check(cfg: DictConfig) -> None:
     check_model(cfg.model)
     root = Path(cfg.data.root) if cfg.data.root else None
     if cfg.data.name in ("", "coco", "masks"):  # other data sets are generated or downloaded if there is no folder
-        if not root:
-            raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
-        if not os.path.exists(root):
-            raise RunError(f"data.root={root} does not exist{similar_path(root)}")
+        check_root(cfg.data.root)
     for key in _BELOW_ROOT:
         value = cfg.data[key.partition(".")[2]]
         if value and not os.path.exists(value) and not (root and os.path.exists(root / value)):
@@ -45,6 +42,18 @@ def check(cfg: DictConfig) -> None:
         raise RunError(
             f"pretrained={cfg.pretrained} does not exist{hint} Give true, false, a checkpoint or the folder of a run."
         )
+
+
+def check_root(root: str | None) -> None:
+    """Refuse a `data.root` that is not set or does not exist.
+
+    Raises:
+        RunError: The message says what may have been meant.
+    """
+    if not root:
+        raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
+    if not os.path.exists(root):
+        raise RunError(f"data.root={root} does not exist{similar_path(Path(root))}")
 
 
 def check_run(folder: Path) -> None:

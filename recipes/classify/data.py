@@ -22,8 +22,8 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import Compose, Grayscale
 
-from zoo.messages import first_few, nearest, similar_path
-from zoo.recipes import distributed
+from zoo.messages import first_few, nearest
+from zoo.recipes import distributed, early
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
 from zoo.recipes.digits import Digits
@@ -80,10 +80,7 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
     if cfg.name == "digit_crops":
         return Data(DigitCrops(cfg.root, True) if training else None, DigitCrops(cfg.root, False), list(Digits.classes))
     if "/" not in cfg.name:
-        if cfg.root is None:
-            raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
-        if not os.path.exists(cfg.root):
-            raise RunError(f"data.root={cfg.root} does not exist{similar_path(Path(cfg.root))}")
+        early.check_root(cfg.root)
         return _open_folders(cfg, seed, training, classes)
     if cfg.class_map:
         classes = read_classes(Path(cfg.class_map))

@@ -79,7 +79,7 @@ class ClassifyRun(BaseRun):
         write_report: Callable[[Path], Any] | None = None,
         resume_command: str | None = None,
     ):
-        cfg, lowered = distributed.fitted(cfg, _count(data.train, data.train_indices))
+        cfg, lowered = distributed.fit_batch_size(cfg, _count(data.train, data.train_indices))
         super().__init__(cfg, device, folder, write_report, resume_command)
         self.notes += lowered
         self.data = data

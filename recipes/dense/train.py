@@ -89,7 +89,7 @@ class DenseRun(BaseRun):
         folder: Path,
         write_report: Callable[[Path], Any] | None = None,
     ):
-        cfg, lowered = distributed.fitted(cfg, data.train.num_images)
+        cfg, lowered = distributed.fit_batch_size(cfg, data.train.num_images)
         super().__init__(cfg, device, folder, write_report)
         self.notes += lowered
         self.data = data

@@ -33,12 +33,12 @@ def test_batch_is_lowered_to_the_images(compose, monkeypatch, task, asked, used)
     batch, effective, processes, images = asked
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     words = (f"trainer.batch_size={batch}", f"trainer.effective_batch_size={effective or 'null'}")
-    cfg, _ = distributed.fitted(compose(f"task={task}", *words), images)
+    cfg, _ = distributed.fit_batch_size(compose(f"task={task}", *words), images)
     assert (cfg.trainer.batch_size, cfg.trainer.effective_batch_size) == used
 
 
 def test_batch_of_mixed_images_stays_even(compose):
-    cfg, _ = distributed.fitted(compose("augment.mixup=0.8", "trainer.batch_size=64"), 45)
+    cfg, _ = distributed.fit_batch_size(compose("augment.mixup=0.8", "trainer.batch_size=64"), 45)
     assert cfg.trainer.batch_size == 44
 
 
@@ -50,7 +50,7 @@ def test_batch_of_mixed_images_stays_even(compose):
 def test_fewer_images_than_processes_need(compose, monkeypatch, words, processes, images, need):
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
     with pytest.raises(RunError, match=f"too few images for training, {images}: it takes at least {need}"):
-        distributed.fitted(compose(*words), images)
+        distributed.fit_batch_size(compose(*words), images)
 
 
 def test_lowered_batch_is_said(fit, images, tmp_path):
