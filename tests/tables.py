@@ -60,7 +60,7 @@ def recipes(family: str) -> Iterator[str]:
     order = _sizes(family)
 
     def place(item: tuple[str, dict]) -> tuple[str, int]:
-        """By task and method, then by size; what is not called after its model comes last."""
+        """Sort by task and method, then by size. Recipes that are not named after their model come last."""
         model, recipe = item
         return recipe["recipe"].partition(model)[0], order.index(model)
 

@@ -1,5 +1,5 @@
 """The documentation: its code runs, its commands and links are right, its tables are the code's. Seconds, slow ones
-three minutes. ZOO_SNAPSHOT=1 writes the tables.
+three minutes. `make tables` writes the tables.
 """
 
 import itertools

@@ -147,7 +147,7 @@ def test_some_counts_are_right(name):
 
 @pytest.mark.slow
 def test_all_counts_are_right():
-    """ZOO_SNAPSHOT=1 writes them anew."""
+    """`make tables` writes them."""
     names = [entry["name"] for entry in tool._entries() if entry["tag"]]
     names += [name for family in zoo.FAMILIES for name in timm.list_models("test_*", module=family)]
     found = {name: counted(name) for name in sorted(names)}
