@@ -104,4 +104,4 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -832,4 +832,4 @@ def _check_out(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,6 +18,7 @@ from mmengine.config import Config as MMConfig
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 
+from zoo.messages import one_line
 from zoo.recipes import config, distributed
 from zoo.recipes.dense.detection_data import DetectionData
 from zoo.recipes.dense.model import override
@@ -166,7 +167,7 @@ def mm_errors(cfg: DictConfig) -> Iterator[None]:
         unknown = isinstance(error, KeyError) and " registry" in reason
         if not unknown and not cfg.mm.keys() - {"model"}:
             raise
-        reason = " ".join(reason.partition(" Please check")[0].split())[:300].rstrip(".")
+        reason = one_line(reason.partition(" Please check")[0], 300)
         raise RunError(f"mm can't be used ({reason}): correct it, every `type` in it is a registered name.") from error
 
 

@@ -12,6 +12,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint
 
+from zoo.messages import one_line
 from zoo.recipes.errors import RunError
 
 
@@ -67,4 +68,4 @@ def _errors(source: Any) -> Iterator[None]:
 
 
 def _short(reason: Any) -> str:
-    return " ".join(str(reason).split())[:200].partition(". ")[0] or "incomplete"
+    return one_line(reason, 200).partition(". ")[0] if str(reason) else "incomplete"
