@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.recipes.errors import RunError, causes
+from zoo.messages import UserError
+from zoo.recipes.errors import causes
 from zoo.recipes.lock import temporary
 
 
@@ -24,7 +25,7 @@ def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
         before: Where the old content of `path` is kept.
 
     Raises:
-        RunError: The content could not be written (disk full, folder not writable); `path` is unchanged.
+        UserError: The content could not be written (disk full, folder not writable); `path` is unchanged.
     """
     draft = temporary(path)
     try:
@@ -47,7 +48,7 @@ def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
         if cause is None:
             raise
         kept = f"; {path.name} is as it was before" if path.exists() else ""
-        raise RunError(
+        raise UserError(
             f"could not write {path}: {os.strerror(cause.errno) if cause.errno else cause}{kept}. "
             f"{'Free some space' if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 'Fix that'} "
             "and start the same command again."

@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import zoo
-from zoo.messages import one_line
+from zoo.messages import UserError, one_line
 from zoo.recipes import (
     atomic_files,
     batchnorm,
@@ -30,7 +30,7 @@ from zoo.recipes import (
     run_checkpoints,
     run_folder,
 )
-from zoo.recipes.errors import RunError, Stopped, causes, of_the_system
+from zoo.recipes.errors import Stopped, causes, of_the_system
 from zoo.recipes.files import read_json
 from zoo.recipes.lock import Lock
 from zoo.recipes.logs import log
@@ -120,25 +120,25 @@ class BaseRun:
         """The state to continue from; None for a new run.
 
         Raises:
-            RunError: The folder holds another run, or the setting `resume` forbids it.
+            UserError: The folder holds another run, or the setting `resume` forbids it.
         """
         resume = self.cfg.resume
         if distributed.share(run_checkpoints.has_checkpoint(self.folder)):
             if resume == "never":
-                raise RunError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
+                raise UserError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
             state, _, damage = run_checkpoints.last_checkpoint(self.folder)
             self._check_same_run(state)
             self.damaged = bool(damage)
             self.notes += [damage] if damage else []
             return state
         if resume == "must":
-            raise RunError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
+            raise UserError(f"resume=must, but {self.folder} has no checkpoint last.pt.")
         if distributed.share((self.folder / "config.yaml").exists()):
             # This run ended before its first checkpoint, so starting over loses nothing.
             before = reading.load_config(self.folder)
             for key in ("task", "model"):
                 if before.get(key) != self.cfg[key]:
-                    raise RunError(f"{self.folder} holds a run of {before.get(key)}: choose another run=<folder>.")
+                    raise UserError(f"{self.folder} holds a run of {before.get(key)}: choose another run=<folder>.")
         return None
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
@@ -146,7 +146,7 @@ class BaseRun:
         for key in sorted(identity.keys() | state["identity"].keys()):
             then, now = state["identity"].get(key), identity.get(key)
             if then != now:
-                raise RunError(
+                raise UserError(
                     f"{self.folder} holds a run with {key} {then!r}, not {now!r}: "
                     "choose another run=<folder>, or give the settings that it was started with."
                 )
@@ -163,9 +163,9 @@ class BaseRun:
         self.progress, self.history = state["progress"], state["history"]
         self.best, self.wandb_id = state["best"], state.get("wandb")
 
-    def unfit(self, error: Exception) -> RunError:
+    def unfit(self, error: Exception) -> UserError:
         """The error for a checkpoint whose state can't be loaded."""
-        return RunError(
+        return UserError(
             f"the checkpoint in {self.folder} does not fit these settings ({one_line(error, 200)}): "
             "choose another run=<folder>, or give the settings that it was started with."
         )
@@ -219,7 +219,7 @@ class BaseRun:
         summary = distributed.share(self._finished_summary())
         if summary is not None:
             if self.changed:
-                raise RunError(
+                raise UserError(
                     f"{self.folder} holds a finished run, not with {self.changed}: choose another run=<folder>."
                 )
             log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
@@ -261,7 +261,7 @@ class BaseRun:
         try:
             reading.load_config(self.folder)
             summary = read_json(self.folder / "summary.json")
-        except RunError:
+        except UserError:
             return None
         whole = isinstance(summary, dict) and isinstance(summary.get("metrics"), dict)
         # A run that was continued and then killed may have the files of the shorter run.
@@ -335,13 +335,13 @@ class BaseRun:
         """Count an update that was skipped because its loss was not finite.
 
         Raises:
-            RunError: Too many updates in a row were skipped.
+            UserError: Too many updates in a row were skipped.
         """
         self.progress["nonfinite"] += 1
         count, limit = self.progress["nonfinite"], self.cfg.trainer.max_nonfinite
         log.warning("Update %d is skipped, its loss is not finite (%d in a row).", self.progress["update"], count)
         if count > limit:
-            raise RunError(
+            raise UserError(
                 f"the loss was not finite in {count} updates in a row (trainer.max_nonfinite={limit}): "
                 f"lower optim.lr, set optim.clip_grad=1, or use trainer.amp=bf16 or none. {self.resume_hint()}"
             )
@@ -373,9 +373,9 @@ class BaseRun:
         return summary
 
     def refuse_nonfinite(self, weights: Iterable[torch.Tensor]) -> None:
-        """Raise RunError if one of the final `weights` is not finite: the files exist, but they are of no use."""
+        """Raise UserError if one of the final `weights` is not finite: the files exist, but they are of no use."""
         if not all(bool(weight.isfinite().all()) for weight in weights):
-            raise RunError(
+            raise UserError(
                 f"the final weights in {self.folder} are not finite: lower optim.lr or set optim.clip_grad=1, "
                 "and choose another run=<folder>."
             )
@@ -394,23 +394,23 @@ class BaseRun:
         if self.cfg.task == "classify":
             log.info("  zoo-export %s", folder)
 
-    def _explained(self, error: Exception) -> RunError | None:
+    def _explained(self, error: Exception) -> UserError | None:
         """An error that says what to do about `error`; None if that is not known."""
         hint = f"{self.resume_hint()} The same command continues from there."
         for cause in causes(error):
             text = one_line(cause, 200)
             if isinstance(cause, torch.OutOfMemoryError):
-                return RunError(
+                return UserError(
                     "the device's memory is too small: lower trainer.batch_size and keep the images per update with "
                     f"trainer.effective_batch_size={self.effective_batch}, or set trainer.grad_checkpointing=true. "
                     f"{hint}"
                 )
             if distributed.world_size() > 1 and any(word in text for word in _LOST):
-                return RunError(f"process {distributed.rank()} lost another process ({text}). {hint}")
+                return UserError(f"process {distributed.rank()} lost another process ({text}). {hint}")
         if batchnorm.TOO_FEW in str(error):
-            return RunError(f"{batchnorm.remedy('image')} {self.resume_hint()}")
+            return UserError(f"{batchnorm.remedy('image')} {self.resume_hint()}")
         system = of_the_system(error)
-        return RunError(f"{system} {hint}") if system else None
+        return UserError(f"{system} {hint}") if system else None
 
 
 def of_few(images: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 
 TOO_FEW = "Expected more than 1 value per channel when training"  # part of torch's message
 
@@ -22,7 +22,7 @@ def check_batchnorm(model: nn.Module, forward: Callable[[], Any], key: str) -> N
         key: The setting for that size.
 
     Raises:
-        RunError: There is such a BatchNorm.
+        UserError: There is such a BatchNorm.
     """
     mode = model.training
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -33,7 +33,7 @@ def check_batchnorm(model: nn.Module, forward: Callable[[], Any], key: str) -> N
     except ValueError as error:
         if TOO_FEW not in str(error):
             raise
-        raise RunError(remedy(key)) from error
+        raise UserError(remedy(key)) from error
     finally:
         model.train(mode)
         for name, buffer in model.named_buffers():

@@ -30,7 +30,7 @@ from zoo import commands
 from zoo.commands import default_sigpipe, fail, versions
 from zoo.messages import UserError, did_you_mean, nearest
 from zoo.recipes import config, sweep
-from zoo.recipes.errors import RunError, Stopped, of_the_system
+from zoo.recipes.errors import Stopped, of_the_system
 
 CONF = str(Path(__file__).parent / "conf")
 
@@ -169,7 +169,7 @@ def run(
             try:
                 OmegaConf.to_container(cfg, resolve=True)
             except OmegaConfBaseException as error:
-                raise RunError(f"{_line(error)}.") from error
+                raise UserError(f"{_line(error)}.") from error
             job_config = HydraConfig.get()
             if job_config.mode != RunMode.MULTIRUN:
                 rewrite_argv(given)

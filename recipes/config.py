@@ -16,8 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from zoo.messages import similarity
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError, similarity
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet", "dino", "mask2former")
 SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
@@ -489,7 +488,7 @@ def check(cfg: Config) -> None:
     """Raise an error for values that no run can use.
 
     Raises:
-        RunError: A value is not allowed. The message names the key, the value and what is allowed.
+        UserError: A value is not allowed. The message names the key, the value and what is allowed.
     """
     for key, item in _items(EvalConfig if "checkpoint" in cfg else Config):
         allowed, value = item.metadata.get("allowed"), OmegaConf.select(cfg, key)
@@ -498,25 +497,25 @@ def check(cfg: Config) -> None:
             high = getattr(allowed, "high", math.inf)
             numbers = [value] if isinstance(value, int | float) else value
             absurd = f", and {high:,.0f} at most" if 100 < high < math.inf and any(n > high for n in numbers) else ""
-            raise RunError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
+            raise UserError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
     if cfg.data.name == "unset":
-        raise RunError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
+        raise UserError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
                        "for example hfds/cifar10.")  # fmt: skip
     if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.trainer.batch_size % 2:
-        raise RunError(f"trainer.batch_size={cfg.trainer.batch_size} is odd, but mixup pairs images: make it even.")
+        raise UserError(f"trainer.batch_size={cfg.trainer.batch_size} is odd, but mixup pairs images: make it even.")
 
 
 def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:
     """The configuration `trained` of a run, with the keys and groups `overridden` from `cfg`.
 
     Raises:
-        RunError: The run has keys that this version does not have.
+        UserError: The run has keys that this version does not have.
     """
     try:
         # A configuration that Hydra composed takes no new keys, but that of a run can have any below its mappings.
         merged = OmegaConf.merge(OmegaConf.structured(EvalConfig), trained)
     except OmegaConfBaseException as error:
-        raise RunError(f"{cfg.run} is of another version: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{cfg.run} is of another version: {str(error).splitlines()[0]}.") from error
     data = OmegaConf.to_container(merged.data)
     own = {item.name for item in fields(EvalConfig)}
     for key in ("run", "checkpoint", "per_class", "out", *overridden):

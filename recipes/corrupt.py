@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zoo.messages import UserError
 from zoo.recipes import atomic_files, distributed
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 
 
@@ -21,11 +21,11 @@ class CorruptFile(Exception):
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Strip the traceback of a worker process from its RunError."""
+    """Strip the traceback of a worker process from its UserError."""
     try:
         yield
-    except RunError as error:
-        raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from error
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
 class CorruptImages:
@@ -67,7 +67,7 @@ class CorruptImages:
             hint: How to resume the run, for the message.
 
         Raises:
-            RunError: There are too many; corrupt.txt in the run folder lists them.
+            UserError: There are too many; corrupt.txt in the run folder lists them.
         """
         if self.known + news <= self.limit:
             return
@@ -75,7 +75,7 @@ class CorruptImages:
         names, path = sorted(self.names), self.folder / "corrupt.txt"
         if distributed.rank() == 0:
             atomic_files.write_text(path, "\n".join(names) + "\n")
-        raise RunError(
+        raise UserError(
             f"{len(names)} images are corrupt, more than data.max_corrupt={self.limit}; {path} lists them, beginning "
             f"with {names[0]}: repair or remove them, or raise data.max_corrupt. {hint}"
         )

@@ -13,8 +13,8 @@ from timm.utils import distribute_bn
 from timm.utils.distributed import init_distributed_device_so, is_distributed_env
 from torch import nn
 
+from zoo.messages import UserError
 from zoo.recipes.config import TrainerConfig
-from zoo.recipes.errors import RunError
 
 try:
     import resource
@@ -31,7 +31,7 @@ def setup(device: str) -> torch.device:
         device: `auto` (the accelerator if there is one), or a device's name.
 
     Raises:
-        RunError: There is no such device.
+        UserError: There is no such device.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device == "auto":
@@ -39,7 +39,7 @@ def setup(device: str) -> torch.device:
     kind = device.partition(":")[0]
     if kind != "cpu" and (accelerator is None or accelerator.type != kind):
         have = f"cpu or {accelerator.type}" if accelerator else "cpu only"
-        raise RunError(f"trainer.device={device}: torch {torch.__version__} finds {have} on this machine.")
+        raise UserError(f"trainer.device={device}: torch {torch.__version__} finds {have} on this machine.")
     if is_distributed_env() and dist.is_initialized():  # this is a second run in the same process
         return torch.device(device)
     return torch.device(init_distributed_device_so(device)["device"])
@@ -64,12 +64,12 @@ def batches(trainer: TrainerConfig) -> tuple[int, int]:
     """The forward passes of each process in an update, and the images in an update over all processes.
 
     Raises:
-        RunError: trainer.effective_batch_size is not a multiple of trainer.batch_size over all processes.
+        UserError: trainer.effective_batch_size is not a multiple of trainer.batch_size over all processes.
     """
     per_pass = trainer.batch_size * world_size()
     wanted = trainer.effective_batch_size or per_pass
     if wanted % per_pass:
-        raise RunError(
+        raise UserError(
             f"trainer.effective_batch_size={wanted} is not a multiple of {per_pass}, the images of one pass "
             f"(trainer.batch_size={trainer.batch_size} in {world_size()} processes): change one of them."
         )
@@ -83,7 +83,7 @@ def fit_batch_size(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]
         The configuration, and a sentence that says what was lowered, in a list that is empty if nothing was.
 
     Raises:
-        RunError: There are fewer images than processes (with Mixup, which pairs images, than twice as many).
+        UserError: There are fewer images than processes (with Mixup, which pairs images, than twice as many).
     """
     trainer, pairs = cfg.trainer, bool(cfg.augment.mixup or cfg.augment.cutmix)
     _, wanted = batches(trainer)
@@ -93,7 +93,7 @@ def fit_batch_size(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]
     batch -= batch % 2 if pairs else 0
     if not batch:
         need = f"{'two' if pairs else 'one'} for each of {world_size()} processes"
-        raise RunError(f"there are too few images for training, {images}: it takes at least {need}.")
+        raise UserError(f"there are too few images for training, {images}: it takes at least {need}.")
     lowered = {"batch_size": batch}
     if trainer.effective_batch_size:
         lowered["effective_batch_size"] = images // (batch * world_size()) * batch * world_size()
@@ -116,7 +116,7 @@ def check_open_files(workers: int) -> int:
     """Return `workers` after raising the limit of open files to what the workers of training and evaluation need.
 
     Raises:
-        RunError: The limit can't be raised that far.
+        UserError: The limit can't be raised that far.
     """
     if resource is None:
         return workers
@@ -124,7 +124,7 @@ def check_open_files(workers: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if workers and soft < needed:
         if hard < needed:
-            raise RunError(
+            raise UserError(
                 f"only {hard} files may be open at once, and {workers} processes that load images take {needed}: raise "
                 f"the limit (ulimit -n {needed} or more), or set data.num_workers=0."
             )
@@ -151,7 +151,7 @@ def first(action: Callable[[], T]) -> T:
     """Call `action` in the first process, and return its result in every process.
 
     Raises:
-        RunError: The call fails; the other processes end without a message.
+        UserError: The call fails; the other processes end without a message.
     """
     if rank():
         done, value = share(None)
@@ -160,7 +160,7 @@ def first(action: Callable[[], T]) -> T:
         return value
     try:
         value = action()
-    except RunError:
+    except UserError:
         share((False, None))
         raise
     share((True, value))

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from zoo.messages import similar_path, unknown_model
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError, similar_path, unknown_model
 from zoo.recipes.tasks import TASKS
 
 # Keys that name a file or folder below data.root, or anywhere.
@@ -25,10 +24,10 @@ def check(cfg: DictConfig) -> None:
     """Refuse a task, a model, data or weights that do not exist.
 
     Raises:
-        RunError: The message names the key, its value, and what may have been meant.
+        UserError: The message names the key, its value, and what may have been meant.
     """
     if cfg.task not in TASKS:
-        raise RunError(f"task={cfg.task} is not allowed: it has to be {', '.join(TASKS)}.")
+        raise UserError(f"task={cfg.task} is not allowed: it has to be {', '.join(TASKS)}.")
     check_model(cfg.model)
     root = Path(cfg.data.root) if cfg.data.root else None
     if cfg.data.name in ("", "coco", "masks"):  # other data sets are generated or downloaded if there is no folder
@@ -36,10 +35,10 @@ def check(cfg: DictConfig) -> None:
     for key in _BELOW_ROOT:
         value = cfg.data[key.partition(".")[2]]
         if value and not os.path.exists(value) and not (root and os.path.exists(root / value)):
-            raise RunError(f"{key}={value} does not exist{similar_path(root / value if root else Path(value))}")
+            raise UserError(f"{key}={value} does not exist{similar_path(root / value if root else Path(value))}")
     if isinstance(cfg.pretrained, str) and not os.path.exists(cfg.pretrained):
         hint = similar_path(Path(cfg.pretrained))
-        raise RunError(
+        raise UserError(
             f"pretrained={cfg.pretrained} does not exist{hint} Give true, false, a checkpoint or the folder of a run."
         )
 
@@ -48,37 +47,37 @@ def check_root(root: str | None) -> None:
     """Refuse a `data.root` that is not set or does not exist.
 
     Raises:
-        RunError: The message says what may have been meant.
+        UserError: The message says what may have been meant.
     """
     if not root:
-        raise RunError("data.root is not set: give the folder of the images, data.root=<folder>.")
+        raise UserError("data.root is not set: give the folder of the images, data.root=<folder>.")
     if not os.path.exists(root):
-        raise RunError(f"data.root={root} does not exist{similar_path(Path(root))}")
+        raise UserError(f"data.root={root} does not exist{similar_path(Path(root))}")
 
 
 def check_run(folder: Path) -> None:
     """Refuse what is not a run folder.
 
     Raises:
-        RunError: The message says what may have been meant.
+        UserError: The message says what may have been meant.
     """
     if not os.path.exists(folder):
-        raise RunError(f"there is no run folder {folder}{similar_path(folder)}")
+        raise UserError(f"there is no run folder {folder}{similar_path(folder)}")
     if not os.path.isfile(folder / "config.yaml"):
-        raise RunError(f"{folder} is not the folder of a run: it has no config.yaml.")
+        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml.")
 
 
 def check_folder(folder: Path, what: str) -> None:
     """Refuse a folder that can't be created or written to; `what` names it in messages.
 
     Raises:
-        RunError: The message says why.
+        UserError: The message says why.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise RunError(f"{there} is a file, and can't be {what}: give a folder, new or old.")
+        raise UserError(f"{there} is a file, and can't be {what}: give a folder, new or old.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"{there} can't be written to: choose another folder for {what}.")
+        raise UserError(f"{there} can't be written to: choose another folder for {what}.")
 
 
 def check_model(name: str) -> None:
@@ -87,14 +86,14 @@ def check_model(name: str) -> None:
     A model is a function of its name, so that reading the code is enough; timm checks the name again, and the tag.
 
     Raises:
-        RunError: The message has the nearest name.
+        UserError: The message has the nearest name.
     """
     model = name.partition(".")[0]
     if ":" in name:  # a folder, or a repository at Hugging Face
         return
     names, sources = _models()
     if not model or (model not in names and f"'{model}'" not in sources):  # former names are quoted in timm's code
-        raise RunError(unknown_model(model, names))
+        raise UserError(unknown_model(model, names))
 
 
 @cache

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
-from zoo.messages import UserError, one_line
-
-RunError = UserError
+from zoo.messages import one_line
 
 
 class Stopped(Exception):

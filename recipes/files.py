@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 
 # The errors that decoding a damaged file raises, in PIL and timm.
 DECODING_ERRORS = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)
@@ -24,19 +24,19 @@ def read_text(path: Path) -> str:
     """The text of a file from any editor: UTF-8, or UTF-16 with a byte order mark. Lines end in "\\n".
 
     Raises:
-        RunError: The file can't be read, or is not text.
+        UserError: The file can't be read, or is not text.
     """
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would never end
-            raise RunError(f"{path} can't be read (it is a pipe or a device): give a file.")
+            raise UserError(f"{path} can't be read (it is a pipe or a device): give a file.")
         content = path.read_bytes()
     except OSError as error:
-        raise RunError(f"{path} can't be read ({error.strerror}): correct that.") from error
+        raise UserError(f"{path} can't be read ({error.strerror}): correct that.") from error
     wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RunError(f"{path} is not text in UTF-8 or UTF-16 ({error.reason} at byte {error.start}).") from error
+        raise UserError(f"{path} is not text in UTF-8 or UTF-16 ({error.reason} at byte {error.start}).") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -49,7 +49,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. See `read_text`.
 
     Raises:
-        RunError: The file can't be read, or is not JSON.
+        UserError: The file can't be read, or is not JSON.
     """
     return parse_json(read_text(path), path)
 
@@ -58,32 +58,32 @@ def parse_json(text: str, source: Any) -> Any:
     """The content of a JSON text that comes from `source`.
 
     Raises:
-        RunError: The text is not JSON.
+        UserError: The text is not JSON.
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise RunError(f"{source} is not usable JSON: its lists are nested too deeply.") from None
+        raise UserError(f"{source} is not usable JSON: its lists are nested too deeply.") from None
     except ValueError as error:
-        raise RunError(f"{source} is not JSON: {error}.") from error
+        raise UserError(f"{source} is not JSON: {error}.") from error
 
 
 def read_classes(path: Path) -> list[str]:
     """The names in a text file with one class per line, in the order of the lines.
 
     Raises:
-        RunError: The file can't be read, names no class or one twice, or is of another kind.
+        UserError: The file can't be read, names no class or one twice, or is of another kind.
     """
     if path.suffix.lower() in (".json", ".pkl", ".pickle"):
-        raise RunError(f"{path} is not a list of classes: give a text file with one class per line.")
+        raise UserError(f"{path} is not a list of classes: give a text file with one class per line.")
     if not path.is_file():
-        raise RunError(f"data.class_map={path} does not exist: give a text file with one class per line.")
+        raise UserError(f"data.class_map={path} does not exist: give a text file with one class per line.")
     names = read_lines(path)
     if not names:
-        raise RunError(f"{path} has to name one class per line, but it is empty.")
+        raise UserError(f"{path} has to name one class per line, but it is empty.")
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice:
-        raise RunError(f"{path} names the class {twice!r} twice: make the names unique.")
+        raise UserError(f"{path} names the class {twice!r} twice: make the names unique.")
     return names
 
 

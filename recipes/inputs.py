@@ -12,9 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from zoo.messages import one_line, similar_path
+from zoo.messages import UserError, one_line, similar_path
 from zoo.recipes import images
-from zoo.recipes.errors import RunError
 
 log = logging.getLogger("zoo")
 ENDINGS = images.ENDINGS | {".gif"}
@@ -44,7 +43,7 @@ class Inputs:
         failed: Images on which the model failed.
 
     Raises:
-        RunError: A path does not exist, or a folder has no images.
+        UserError: A path does not exist, or a folder has no images.
     """
 
     def __init__(self, paths: Sequence[Path], out: Path):
@@ -57,12 +56,12 @@ class Inputs:
             if os.path.isdir(path):
                 found = [(file, file.relative_to(path)) for file in self._below(path, out)]
                 if not found and not self.unread:
-                    raise RunError(f"the folder {path} has no images ({', '.join(sorted(ENDINGS))}).")
+                    raise UserError(f"the folder {path} has no images ({', '.join(sorted(ENDINGS))}).")
             elif os.path.lexists(path):
                 found = [(path, Path(path.name))]
             else:
                 where = similar_path(path)
-                raise RunError(f"{path} does not exist{where} Give images or folders, and the output folder last.")
+                raise UserError(f"{path} does not exist{where} Give images or folders, and the output folder last.")
             folders = {str(folder).casefold() for _, name in found for folder in name.parents}
             self.found += [Input(file, _unique(name, taken, folders)) for file, name in found]
             self.total += len(found)
@@ -83,12 +82,12 @@ class Inputs:
         """Refuse to overwrite an image.
 
         Raises:
-            RunError: One of `targets` is an image of the command.
+            UserError: One of `targets` is an image of the command.
         """
         sources = {os.path.realpath(item.path) for item in self.found}
         for target in targets:
             if os.path.realpath(target) in sources:
-                raise RunError(f"the image {shown(target)} would be written over: give another output folder.")
+                raise UserError(f"the image {shown(target)} would be written over: give another output folder.")
 
     def read(self, channels: int, max_pixels: int, advance: Callable[[], None]) -> Iterator[tuple[Input, Image.Image]]:
         """Yield the images that can be read, upright, with `channels` channels; `advance` is called after each file."""
@@ -113,7 +112,7 @@ class Inputs:
         """Check at the end that nothing was left out.
 
         Raises:
-            RunError: Something was.
+            UserError: Something was.
         """
         kinds = ((self.unread, "can't be read as images"), (self.failed, "are images that the model can't take"))
         parts = [
@@ -122,7 +121,7 @@ class Inputs:
             if paths
         ]
         if parts:
-            raise RunError(f"{'; '.join(parts)}.")
+            raise UserError(f"{'; '.join(parts)}.")
 
 
 def _open(path: Path, channels: int, max_pixels: int) -> Image.Image:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 
 NAME = ".lock"
 BEAT = 15.0  # seconds between two touches of the file
@@ -54,7 +54,7 @@ class Lock:
         """Lock the folder, and remove the unfinished files of dead processes.
 
         Raises:
-            RunError: Another process has the lock.
+            UserError: Another process has the lock.
             OSError: The folder can't be written to.
         """
         dead = None
@@ -64,7 +64,7 @@ class Lock:
                 continue  # it has just been released
             owner = _parse(text)
             if self._lives(owner, text):
-                raise RunError(self._in_use(owner))
+                raise UserError(self._in_use(owner))
             dead = owner or dead
             self._remove(text)
         for path in self.path.parent.glob(".*.tmp"):
@@ -76,11 +76,11 @@ class Lock:
         """Check that this process is still the owner.
 
         Raises:
-            RunError: Another process has taken over the lock, because it did not see that this one is alive.
+            UserError: Another process has taken over the lock, because it did not see that this one is alive.
         """
         text = self._read()
         if text is not None and not self._own(text):
-            raise RunError(
+            raise UserError(
                 f"{self._in_use(_parse(text))} It has taken the folder over from this process, which writes no more."
             )
 

@@ -24,10 +24,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.commands import discard_output
-from zoo.messages import did_you_mean
+from zoo.messages import UserError, did_you_mean
 from zoo.recipes import cli, early, reading, tasks
 from zoo.recipes.config import option
-from zoo.recipes.errors import RunError
 
 
 @dataclass
@@ -76,7 +75,7 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
     """Parse the words of a command line into settings, images (files and folders) and the output folder.
 
     Raises:
-        RunError: A word can't be used; the message says why.
+        UserError: A word can't be used; the message says why.
     """
     cfg, paths = OmegaConf.structured(PredictConfig), []
     for word in words:
@@ -87,19 +86,19 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
             try:
                 cfg[key] = None if value == "null" else cli.home(value)
             except OmegaConfBaseException as error:
-                raise RunError(f"{word}: {str(error).splitlines()[0]}.") from error
+                raise UserError(f"{word}: {str(error).splitlines()[0]}.") from error
         else:
             hint = did_you_mean(key, _KEYS, cutoff=0.5)
             hint = f": {hint}" if hint else "."
-            raise RunError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}; a file is ./{word}.")
+            raise UserError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}; a file is ./{word}.")
     if not cfg.run:
-        raise RunError("run is not set: give the folder of a run, run=runs/<folder>.")
+        raise UserError("run is not set: give the folder of a run, run=runs/<folder>.")
     if len(paths) < 2:
-        raise RunError("give the images (files or folders) and then the output folder.")
+        raise UserError("give the images (files or folders) and then the output folder.")
     if cfg.score is not None and not 0 <= cfg.score <= 1:
-        raise RunError(f"score={cfg.score} is not allowed: it has to be between 0 and 1.")
+        raise UserError(f"score={cfg.score} is not allowed: it has to be between 0 and 1.")
     if cfg.checkpoint not in ("last", "best"):
-        raise RunError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
+        raise UserError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
     return cfg, paths[:-1], paths[-1]
 
 

@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader  # numbers such as 1e-6 as OmegaConf writes them
 from omegaconf.errors import OmegaConfBaseException
 
+from zoo.messages import UserError
 from zoo.recipes.config import Config
-from zoo.recipes.errors import RunError
 from zoo.recipes.files import parse_json, read_json, read_text
 from zoo.recipes.tasks import TASKS
 
@@ -112,31 +112,31 @@ def load_config(folder: Path) -> DictConfig:
     """The configuration of a run, in which `${...}` is plain text.
 
     Raises:
-        RunError: `folder` is not a run folder, or its config.yaml has anything but plain values for known keys.
+        UserError: `folder` is not a run folder, or its config.yaml has anything but plain values for known keys.
     """
     path = folder / "config.yaml"
     if not os.path.isdir(folder):
         what = "is a file" if os.path.exists(folder) else "does not exist"
-        raise RunError(f"{folder} is not the folder of a run: it {what}.")
+        raise UserError(f"{folder} is not the folder of a run: it {what}.")
     if not os.path.exists(path):
-        raise RunError(f"{folder} is not the folder of a run: it has no config.yaml.")
+        raise UserError(f"{folder} is not the folder of a run: it has no config.yaml.")
     if path.stat().st_size > _LARGEST:
-        raise RunError(f"{path} has more than {_LARGEST:,} bytes: it is not the configuration of a run.")
+        raise UserError(f"{path} has more than {_LARGEST:,} bytes: it is not the configuration of a run.")
     text = read_text(path)
     try:
         _check_plain(path, text)
         content = OmegaConf.create(_literal(yaml.load(text, Loader=get_yaml_loader())))
         if not isinstance(content, DictConfig):
-            raise RunError(f"{path} is not the configuration of a run: it names no task and model.")
+            raise UserError(f"{path} is not the configuration of a run: it names no task and model.")
         known = OmegaConf.merge(OmegaConf.structured(Config), _known(content, Config))
         OmegaConf.to_container(known, resolve=True)  # finds a text where a number is needed
         if known.task not in TASKS or not content.get("model"):
-            raise RunError(f"{path} is not the configuration of a run: it names no task and model.")
+            raise UserError(f"{path} is not the configuration of a run: it names no task and model.")
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         where = re.search(r"full_key: (\S+)", str(error))
         reason = lines[0].rstrip(".")[:200] + (f" at {where[1]}" if where else "")
-        raise RunError(f"{path} is not the configuration of a run ({reason}).") from error
+        raise UserError(f"{path} is not the configuration of a run ({reason}).") from error
     return content
 
 
@@ -145,12 +145,12 @@ def _check_plain(path: Path, text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise RunError(f"{path} repeats parts by name (&, *): a run's configuration has plain values only.")
+            raise UserError(f"{path} repeats parts by name (&, *): a run's configuration has plain values only.")
         if getattr(event, "tag", None):
-            raise RunError(f"{path} has the YAML tag {event.tag}: a run's configuration has plain values only.")
+            raise UserError(f"{path} has the YAML tag {event.tag}: a run's configuration has plain values only.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise RunError(f"{path} is nested more than {_DEEPEST} levels deep: it is not the configuration of a run.")
+            raise UserError(f"{path} is nested more than {_DEEPEST} levels deep: it is not the configuration of a run.")
 
 
 def _literal(value: Any) -> Any:
@@ -181,7 +181,7 @@ def load(path: Path, kind: type) -> Any:
         kind: The type of its content: one of this module.
 
     Raises:
-        RunError: It can't be read, or its content is of another type.
+        UserError: It can't be read, or its content is of another type.
     """
     return check(_finite(read_json(path)), kind, path) if os.path.exists(path) else None
 
@@ -190,7 +190,7 @@ def load_history(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl; empty if there is no such file.
 
     Raises:
-        RunError: It can't be read, or its content is of another type.
+        UserError: It can't be read, or its content is of another type.
     """
     path, found = folder / "metrics.jsonl", []
     for number, line in enumerate(read_text(path).split("\n") if os.path.exists(path) else (), 1):
@@ -205,7 +205,7 @@ def load_classes(folder: Path) -> Classes | None:
     """The content of classes.json, whose lists fit together; None if there is no such file.
 
     Raises:
-        RunError: It can't be read, or its content is of another type.
+        UserError: It can't be read, or its content is of another type.
     """
     found = load(folder / "classes.json", Classes)
     if found:
@@ -214,7 +214,7 @@ def load_classes(folder: Path) -> Classes | None:
         cells = found["confusion"] or []
         known = (len(cell) == 3 and max(cell[:2]) < number and min(cell[:2]) >= 0 < cell[2] for cell in cells)
         if any(len(column) != number for column in columns) or not all(known):
-            raise RunError(f"{folder / 'classes.json'} is not what zoo writes: its lists do not fit its classes.")
+            raise UserError(f"{folder / 'classes.json'} is not what zoo writes: its lists do not fit its classes.")
     return found
 
 
@@ -222,10 +222,10 @@ def check(content: Any, kind: type, source: Any) -> Any:
     """Return `content` if it is of the type `kind`.
 
     Raises:
-        RunError: It is not; the message begins with `source`.
+        UserError: It is not; the message begins with `source`.
     """
     if wrong := _misfit(content, kind, ""):
-        raise RunError(f"{source} is not what zoo writes: {wrong}; repair it, or delete it and do without.")
+        raise UserError(f"{source} is not what zoo writes: {wrong}; repair it, or delete it and do without.")
     return content
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 from zoo.recipes.logs import log
 
 
@@ -15,7 +15,7 @@ def start_wandb(folder: Path, cfg: DictConfig, run_id: str | None) -> Any:
     """Start the run's record at Weights & Biases, or resume it by its id; None if it is disabled.
 
     Raises:
-        RunError: It can't start, and `log.wandb=online` asks for it.
+        UserError: It can't start, and `log.wandb=online` asks for it.
     """
     if cfg.log.wandb == "disabled":
         return None
@@ -34,7 +34,7 @@ def start_wandb(folder: Path, cfg: DictConfig, run_id: str | None) -> Any:
         )
     except (wandb.Error, OSError) as error:
         if cfg.log.wandb == "online":
-            raise RunError(f"wandb can't start ({error}): run `wandb login`, or use log.wandb=offline.") from error
+            raise UserError(f"wandb can't start ({error}): run `wandb login`, or use log.wandb=offline.") from error
         log.warning("wandb can't start (%s); the run goes on without it.", error)
         return None
 

@@ -15,7 +15,6 @@ import io
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
+from zoo.messages import UserError
 from zoo.recipes import cli, reading, sheet
 from zoo.recipes.atomic_files import write_text
 from zoo.recipes.composition import composed, flat
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log, start_log
 from zoo.recipes.reading import REPORT
 from zoo.recipes.tasks import SCORES
@@ -148,7 +147,7 @@ def read(path: Path) -> Record:
     """Read the folder `path`.
 
     Raises:
-        RunError: It is not the folder of a run or an evaluation, or a file in it can't be read.
+        UserError: It is not the folder of a run or an evaluation, or a file in it can't be read.
     """
     if os.path.exists(path / "config.yaml"):
         settings = OmegaConf.to_container(reading.load_config(path), resolve=True)
@@ -168,9 +167,11 @@ def read(path: Path) -> Record:
         )
     facts = reading.load(path / "eval.json", reading.Evaluation)
     if facts is None:
-        raise RunError(f"{path} is not the folder of a run or an evaluation: it has neither config.yaml nor eval.json.")
+        raise UserError(
+            f"{path} is not the folder of a run or an evaluation: it has neither config.yaml nor eval.json."
+        )
     if facts.get("task", "classify") not in SCORES:
-        raise RunError(f"{path / 'eval.json'} is not what zoo writes: it is of no task that there is.")
+        raise UserError(f"{path / 'eval.json'} is not what zoo writes: it is of no task that there is.")
     settings = {key: facts[key] for key in ("model", "method", "weights", "data") if key in facts}
     return Record(
         path,
@@ -209,12 +210,12 @@ def comparison(records: Sequence[Record]) -> str:
     """The HTML of several runs side by side.
 
     Raises:
-        RunError: They are of different tasks.
+        UserError: They are of different tasks.
     """
     tasks = {record.task: record for record in records}
     if len(tasks) > 1:
         which = " and ".join(f"{record.path} is task={task}" for task, record in tasks.items())
-        raise RunError(f"runs of different tasks have no scores in common ({which}): compare one task at a time.")
+        raise UserError(f"runs of different tasks have no scores in common ({which}): compare one task at a time.")
     sections, left_out = _made(
         scores=("scores", lambda: _score_table(records)),
         differences=("data", lambda: _data_differences(records)),
@@ -243,7 +244,7 @@ def write(path: Path) -> Path:
     """Write the report of the folder `path` into it, and return its path.
 
     Raises:
-        RunError: It is not the folder of a run or an evaluation, or it can't be written to.
+        UserError: It is not the folder of a run or an evaluation, or it can't be written to.
     """
     write_text(path / REPORT, page(read(path)))
     return path / REPORT
@@ -807,7 +808,7 @@ def make(folders: Sequence[Path], out: Path | None) -> Path:
     """Write the page of one folder, or of several side by side, and return its path.
 
     Raises:
-        RunError: The folders can't be read or compared, or `out` can't be written.
+        UserError: The folders can't be read or compared, or `out` can't be written.
     """
     start_log(None, True)
     folders = list(dict.fromkeys(folders))
@@ -821,14 +822,14 @@ def make(folders: Sequence[Path], out: Path | None) -> Path:
 def _check_out(path: Path) -> None:
     """Refuse a path that can't be written, or a file that is not such a page."""
     if path.is_dir():
-        raise RunError(f"{path} is a folder: give a file, -o {path / 'comparison.html'}.")
+        raise UserError(f"{path} is a folder: give a file, -o {path / 'comparison.html'}.")
     if not path.parent.is_dir():
-        raise RunError(f"the folder {path.parent} does not exist: make it, or give another file with -o.")
+        raise UserError(f"the folder {path.parent} does not exist: make it, or give another file with -o.")
     if path.exists():
         with open(path, "rb") as file:
             head = file.read(2000)
         if _GENERATOR.encode() not in head:
-            raise RunError(f"{path} exists and is not a page of zoo-report: give another file with -o.")
+            raise UserError(f"{path} exists and is not a page of zoo-report: give another file with -o.")
 
 
 if __name__ == "__main__":

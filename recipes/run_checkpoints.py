@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from zoo.messages import UserError
 from zoo.recipes import reading
 from zoo.recipes.atomic_files import atomic
-from zoo.recipes.errors import RunError, of_the_system
+from zoo.recipes.errors import of_the_system
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -27,7 +28,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote. No code in the file is executed.
 
     Raises:
-        RunError: The file is missing, damaged (even a single bit) or not such a checkpoint.
+        UserError: The file is missing, damaged (even a single bit) or not such a checkpoint.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -36,15 +37,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"there is no checkpoint {path}: is {path.parent} the folder of a run?") from None
+        raise UserError(f"there is no checkpoint {path}: is {path.parent} the folder of a run?") from None
     except Exception as error:  # zipfile and torch raise many kinds of errors for damaged files
         system = of_the_system(error)
         if system:
-            raise RunError(f"the checkpoint {path} can't be read: {system}") from error
+            raise UserError(f"the checkpoint {path} can't be read: {system}") from error
         reason = (str(error).strip().splitlines() or ["incomplete"])[0].rstrip(".")
-        raise RunError(f"the checkpoint {path} can't be read ({reason}): delete it, or start another run.") from error
+        raise UserError(f"the checkpoint {path} can't be read ({reason}): delete it, or start another run.") from error
     if not isinstance(state, dict) or not reading.Checkpoint.__required_keys__ <= state.keys():
-        raise RunError(f"{path} is not a checkpoint of zoo-train: give the folder of a run.")
+        raise UserError(f"{path} is not a checkpoint of zoo-train: give the folder of a run.")
     return reading.check(state, reading.Checkpoint, path)
 
 
@@ -52,15 +53,15 @@ def last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path, str]:
     """The last whole checkpoint of a run, its file, and what is wrong with last.pt if it is another file.
 
     Raises:
-        RunError: There is none.
+        UserError: There is none.
     """
     last, previous = folder / "last.pt", folder / "previous.pt"
     try:
         return load_checkpoint(last), last, ""
-    except RunError as error:
+    except UserError as error:
         try:
             state = load_checkpoint(previous)
-        except RunError as other:
+        except UserError as other:
             raise (other if previous.exists() and not last.exists() else error) from None
         wrong = str(error).partition(":")[0] if last.exists() else f"{last} is missing"
         return state, previous, f"{wrong[0].upper()}{wrong[1:]}: {previous}, the checkpoint before it, is used."
@@ -70,13 +71,13 @@ def set_aside(last: Path) -> None:
     """Rename a damaged checkpoint to damaged.pt, so that it never replaces a whole previous.pt.
 
     Raises:
-        RunError: It can't be renamed.
+        UserError: It can't be renamed.
     """
     if last.exists():
         try:
             last.replace(last.with_name("damaged.pt"))
         except OSError as error:
-            raise RunError(f"the damaged {last} can't be renamed ({error.strerror}): move it away.") from error
+            raise UserError(f"the damaged {last} can't be renamed ({error.strerror}): move it away.") from error
 
 
 def has_checkpoint(folder: Path) -> bool:

@@ -28,9 +28,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from zoo.messages import UserError
 from zoo.recipes import distributed, early
 from zoo.recipes.atomic_files import finite, write_text
-from zoo.recipes.errors import RunError
 from zoo.recipes.lock import Lock
 from zoo.recipes.logs import log
 
@@ -53,7 +53,7 @@ def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: st
         key: The setting that chooses another folder, for messages.
 
     Raises:
-        RunError: It can't be written to, or another process has locked it.
+        UserError: It can't be written to, or another process has locked it.
     """
     lock, new = None, False
 
@@ -82,7 +82,7 @@ def default_folder(prefix: str, name: str) -> Path:
     """Create a new folder below runs/, named by `prefix`, date, time and `name`; no other process gets the same one.
 
     Raises:
-        RunError: It can't be created.
+        UserError: It can't be created.
     """
     stem = f"{prefix}{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
     number, folder = 1, Path("runs") / stem
@@ -94,7 +94,7 @@ def default_folder(prefix: str, name: str) -> Path:
             number += 1
             folder = Path("runs") / f"{stem}-{number}"
         except OSError as error:
-            raise RunError(
+            raise UserError(
                 f"the folder {folder} can't be made ({error.strerror}): choose another with run=<folder>."
             ) from error
 
@@ -103,7 +103,7 @@ def make_folder(folder: Path, key: str | None = "run") -> None:
     """Create `folder` and check that it can be written to; `key` is the setting that names it, None if it is a word.
 
     Raises:
-        RunError: It can't be created or written to.
+        UserError: It can't be created or written to.
     """
     with _writable(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,14 +118,14 @@ def _writable(folder: Path, key: str | None) -> Iterator[None]:
         yield
     except OSError as error:
         way = f" with {key}=<folder>" if key else ""
-        raise RunError(f"the folder {folder} can't be written to ({error.strerror}): choose another{way}.") from error
+        raise UserError(f"the folder {folder} can't be written to ({error.strerror}): choose another{way}.") from error
 
 
 def warn_unwritable(folder: Path) -> None:
     """Warn before a long evaluation that `folder` can't be written to: the figures will only be printed."""
     try:
         early.check_folder(folder, "out")
-    except RunError as error:
+    except UserError as error:
         log.warning("%s The figures will be printed only.", error)
 
 

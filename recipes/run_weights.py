@@ -15,10 +15,9 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 import zoo
-from zoo.messages import one_line
+from zoo.messages import UserError, one_line
 from zoo.recipes import config, reading
 from zoo.recipes.atomic_files import atomic
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 from zoo.recipes.run_checkpoints import last_checkpoint
 
@@ -48,7 +47,7 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
         which: `best`, or `last`: the final weights, or those of the last checkpoint if the run is not finished.
 
     Raises:
-        RunError: There are no such weights, or they can't be read.
+        UserError: There are no such weights, or they can't be read.
     """
     path = folder / ("best.safetensors" if which == "best" else "model.safetensors")
     if not path.is_file():
@@ -63,8 +62,8 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
         with safe_open(path, framework="pt") as opened:
             classes = reading.check(json.loads((opened.metadata() or {})["classes"]), list[str], "its list of classes")
         return load_file(path), classes, path
-    except (SafetensorError, OSError, RunError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} can't be read ({error}): delete it, and last.pt is read instead.") from error
+    except (SafetensorError, OSError, UserError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read ({error}): delete it, and last.pt is read instead.") from error
 
 
 def load_model(
@@ -82,7 +81,7 @@ def load_model(
         build: Builds the model for a configuration and classes.
 
     Raises:
-        RunError: There is no such run, or its weights can't be read or do not fit.
+        UserError: There is no such run, or its weights can't be read or do not fit.
     """
     folder = Path(cfg.run)
     cfg = config.of_run(cfg, reading.load_config(folder), overridden)
@@ -92,7 +91,7 @@ def load_model(
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise RunError(f"the weights in {path} do not fit {cfg.model}: {one_line(error, 400)}.") from error
+        raise UserError(f"the weights in {path} do not fit {cfg.model}: {one_line(error, 400)}.") from error
     return model, cfg, classes, str(path)
 
 

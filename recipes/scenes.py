@@ -27,8 +27,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from zoo.messages import UserError
 from zoo.recipes.digits import Digits
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 from zoo.recipes.progress import track
 
@@ -59,7 +59,7 @@ def ensure(root: Path | None) -> Path:
         root: The folder: a new one, an empty one, or one with the scenes; None for `cache_folder()`.
 
     Raises:
-        RunError: The folder has other content, or can't be written to.
+        UserError: The folder has other content, or can't be written to.
     """
     folder = Path(root if root is not None else cache_folder()).absolute().resolve()
     if _is_complete(folder):
@@ -75,7 +75,7 @@ def ensure(root: Path | None) -> Path:
     except OSError as error:
         if _is_complete(folder):  # another process was faster
             return folder
-        raise RunError(
+        raise UserError(
             f"the digit scenes can't be written to {folder} ({error.strerror or error}): "
             "choose another folder with data.root=<folder>."
         ) from error
@@ -90,7 +90,7 @@ def _is_complete(folder: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise RunError(
+        raise UserError(
             f"data.root={folder} can't be used for the digit scenes ({error.strerror}): give a new folder."
         ) from error
     version = folder / "VERSION"
@@ -98,7 +98,7 @@ def _is_complete(folder: Path) -> bool:
         return True
     if content:
         names = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
-        raise RunError(
+        raise UserError(
             f"data.root={folder} has other content ({names}) than these digit scenes: "
             "give a new or empty folder, or leave data.root out to use the cache."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 
 # Each package has modules `train`, `evaluate` and `predict` with functions of these names.
 TASKS = {"classify": "zoo.recipes.classify", "detect": "zoo.recipes.dense", "segment": "zoo.recipes.dense"}
@@ -24,6 +24,6 @@ def load(task: str, module: str) -> ModuleType:
         UserError: There is no such task, or its packages are not installed.
     """
     if task not in TASKS:
-        raise RunError(f"task={task} is not allowed: it has to be {', '.join(TASKS)}.")
+        raise UserError(f"task={task} is not allowed: it has to be {', '.join(TASKS)}.")
     importlib.import_module(TASKS[task]).prepare(task)
     return importlib.import_module(f"{TASKS[task]}.{module}")

@@ -12,7 +12,6 @@ zoo-train run=runs/<folder> ...                    continue where that run stopp
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from omegaconf import DictConfig

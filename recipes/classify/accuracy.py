@@ -16,9 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_pil_image
 
+from zoo.messages import UserError
 from zoo.recipes import distributed, plots, run_folder, sheet
 from zoo.recipes.atomic_files import atomic
-from zoo.recipes.errors import RunError
 from zoo.recipes.sheet import Tile
 
 
@@ -85,7 +85,7 @@ def measure(
         on_batch: Called after every batch, for progress.
 
     Raises:
-        RunError: No image can be read.
+        UserError: No image can be read.
     """
     evaluator = ClassificationEvaluator(device=normalize.device)
     left = evaluation_sample_limit(loader)
@@ -109,7 +109,9 @@ def measure(
     parts = distributed.gather((torch.cat(targets), torch.cat(predictions), corrupt) if targets else ([], [], []))
     if not any(len(part[0]) for part in parts):
         names = sorted({name for part in parts for name in part[2]})
-        raise RunError(f"no image could be read for evaluation; the first of {len(names)} corrupt ones is {names[:1]}.")
+        raise UserError(
+            f"no image could be read for evaluation: the first of {len(names)} corrupt ones is {names[:1]}."
+        )
     metrics = dict(evaluator.compute(distributed=distributed.world_size() > 1))
     all_targets = np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts])
     return Evaluation(

@@ -22,12 +22,12 @@ from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import Compose, Grayscale
 
-from zoo.messages import first_few, nearest
+from zoo.messages import UserError, first_few, nearest
 from zoo.recipes import distributed, early
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
 from zoo.recipes.digits import Digits
-from zoo.recipes.errors import RunError, of_the_system
+from zoo.recipes.errors import of_the_system
 from zoo.recipes.files import (
     DECODING_ERRORS,
     SPLIT_FOLDERS,
@@ -73,7 +73,7 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
         classes: The class names in the order of the labels; None for the classes of the training split.
 
     Raises:
-        RunError: The data can't be used; the message names the path.
+        UserError: The data can't be used; the message names the path.
     """
     if cfg.name == "digits":
         return Data(Digits(True) if training else None, Digits(False), list(Digits.classes))
@@ -106,7 +106,7 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
         names = list(classes or folders.images)
         return Data(None, _labelled(folders, names, cfg, training=False), _checked_number(names, cfg))
     if val_root and not train_root:
-        raise RunError(
+        raise UserError(
             f"{root} has {val_root.name} but no {cfg.train_split}: name it with data.train_split=<folder or tar file>."
         )
     train_root = train_root or root
@@ -117,12 +117,12 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
         inside, hint = train_root / names[0], ""
         if inside.is_dir() and folders_in(inside):
             hint = f"; if its classes are the folders in {inside}, that is the root"
-        raise RunError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more{hint}.")
+        raise UserError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more{hint}.")
     if val_root:
         return Data(train, _labelled(_class_folders(val_root, cfg), names, cfg, training=False), names)
     train_indices, val_indices = _hold_out([target for _, target in folders.samples], cfg.val_fraction, seed)
     if not val_indices:
-        raise RunError(
+        raise UserError(
             f"{train_root} has too few images to hold out {cfg.val_fraction:.0%} of a class for validation: "
             "add images, raise data.val_fraction, or add a folder val/."
         )
@@ -144,7 +144,7 @@ def _class_folders(root: Path, cfg: DataConfig) -> ClassFolders | ClassTar:
         return ClassFolders(root, endings)
     if root.suffix.lower() == ".tar":
         return ClassTar(root, endings)
-    raise RunError(f"{root} is neither a folder of class folders nor a .tar file: give one of these.")
+    raise UserError(f"{root} is neither a folder of class folders nor a .tar file: give one of these.")
 
 
 def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataConfig, training: bool) -> ImageDataset:
@@ -152,13 +152,13 @@ def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataC
     known, found = {class_name(name) for name in names}, list(folders.images)
     unknown = [name for name in found if name not in known]
     if unknown and not cfg.class_map:
-        raise RunError(
+        raise UserError(
             f"{folders.root} has {len(unknown)} {'class' if len(unknown) == 1 else 'classes'} that training does not "
             f"have, {first_few(map(repr, unknown))}{_meant(unknown[0], names)}: it has to use the names of the "
             f"{len(names)} training classes."
         )
     if len(unknown) == len(found):
-        raise RunError(
+        raise UserError(
             f"{folders.root} has none of the {len(names)} classes of data.class_map={cfg.class_map}: it has "
             f"{first_few(map(repr, found))}{_meant(unknown[0], names)}."
         )
@@ -207,13 +207,13 @@ def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, in
     except Exception as error:  # any of five libraries reads the data and may raise anything
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = f"data.name={cfg.name!r}, data.root={cfg.root}, split {split!r}"
-        raise RunError(f"the data set can't be opened ({where}): {what}") from error
+        raise UserError(f"the data set can't be opened ({where}): {what}") from error
 
 
 def _refuse_commands(cfg: DataConfig, split: str) -> None:
     """Keep webdataset from running shell commands, `pipe:...`, which it accepts in place of shards."""
     if "pipe:" in f"{cfg.root} {split}":
-        raise RunError(f"data.root={cfg.root}, split {split!r} is a command, which is not run: give files.")
+        raise UserError(f"data.root={cfg.root}, split {split!r} is a command, which is not run: give files.")
     with suppress(ImportError):
         from webdataset.gopen import gopen_schemes
 
@@ -242,13 +242,13 @@ def _class_names(dataset: Dataset, cfg: DataConfig) -> list[str]:
     if not names and cfg.num_classes:
         names = [str(label) for label in range(cfg.num_classes)]
     if not names:
-        raise RunError(f"the data set {cfg.name!r} does not name its classes: give data.num_classes=<number>.")
+        raise UserError(f"the data set {cfg.name!r} does not name its classes: give data.num_classes=<number>.")
     return _checked_number([str(name) for name in names], cfg)
 
 
 def _checked_number(names: list[str], cfg: DataConfig) -> list[str]:
     if cfg.num_classes and cfg.num_classes != len(names):
-        raise RunError(f"data.num_classes={cfg.num_classes}, but the data has {len(names)} classes: leave it out.")
+        raise UserError(f"data.num_classes={cfg.num_classes}, but the data has {len(names)} classes: leave it out.")
     return names
 
 
@@ -259,7 +259,7 @@ def _check_not_empty(data: Data, cfg: DataConfig) -> None:
         if len(dataset) == 0:
             option = "num_samples" if dataset is data.train else "val_num_samples"
             what = f"has no known length: give data.{option}=<number>" if is_stream(dataset) else "has no images"
-            raise RunError(f"the split {split!r} of data.name={cfg.name!r} {what}.")
+            raise UserError(f"the split {split!r} of data.name={cfg.name!r} {what}.")
 
 
 def _split(root: Path, split: str, cfg: DataConfig) -> Path | None:
@@ -286,7 +286,7 @@ def _check_files(reader: ClassFolders, cfg: DataConfig) -> None:
     text = [name for name in chosen if is_text(name)]
     if text:
         more = f", and {len(text) - 1} more of the {len(chosen)} files looked at are" if len(text) > 1 else " is"
-        raise RunError(f"{text[0]}{more} text, not an image: remove or replace it.")
+        raise UserError(f"{text[0]}{more} text, not an image: remove or replace it.")
 
 
 def _hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -318,7 +318,7 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
     """timm's transform to a uint8 array (C, H, W): for training with `cfg`, or for evaluation if that is None.
 
     Raises:
-        RunError: `cfg` can't be applied to images with this number of channels.
+        UserError: `cfg` can't be applied to images with this number of channels.
     """
     common = {"input_size": data_config["input_size"], "use_prefetcher": True}
     channels = data_config["input_size"][0]
@@ -327,7 +327,7 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
         transform = create_transform(**common, **{name: data_config[name] for name in names})
         return Compose([_middle, *transform.transforms]) if data_config["crop_mode"] == "center" else transform
     if cfg.auto_augment and channels == 4:
-        raise RunError(
+        raise UserError(
             f"augment.auto_augment={cfg.auto_augment} changes images of 1 or 3 channels, but the model takes 4: "
             "set it to null."
         )
@@ -344,7 +344,7 @@ def build_transform(cfg: AugmentConfig | None, data_config: dict[str, Any]) -> A
             interpolation=cfg.interpolation,
         )
     except (AssertionError, LookupError, TypeError, ValueError) as error:
-        raise RunError(
+        raise UserError(
             f"augment.auto_augment={cfg.auto_augment} is not a policy of timm ({type(error).__name__}: {error}): "
             "give one such as rand-m9-mstd0.5-inc1, augmix-m3-w3 or original, or null."
         ) from error
@@ -385,7 +385,7 @@ class Samples(Dataset):
     ):
         self.channels, self.max_pixels = input_size[0], max_pixels
         if self.channels not in MODES:
-            raise RunError(
+            raise UserError(
                 f"the model takes images of {self.channels} channels, but images are read with 1 (grey), 3 (RGB) or 4 "
                 "(RGBA): set model_kwargs.in_chans to one of these."
             )
@@ -415,7 +415,7 @@ class Samples(Dataset):
                 seed_all(self.seed, epoch, position)
             return self.finish(image), int(target), corrupt
         if self.training:
-            raise RunError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
+            raise UserError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
         return torch.zeros(self.input_size, dtype=torch.uint8), -1, corrupt
 
     def _open(self, file: Any) -> Image.Image:
@@ -472,7 +472,7 @@ class Stream(IterableDataset):
         try:
             yield from self.dataset
         except DECODING_ERRORS as error:
-            raise RunError(f"the data set can't be read to its end: {reason(error)}") from error
+            raise UserError(f"the data set can't be read to its end: {reason(error)}") from error
 
 
 class EpochSampler(Sampler):
@@ -518,11 +518,11 @@ def collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[str
 
 
 def next_batch(batches: Iterator[Any]) -> Any:
-    """The next batch; the traceback of a worker process is stripped from its RunError."""
+    """The next batch; the traceback of a worker process is stripped from its UserError."""
     try:
         return next(batches)
-    except RunError as error:
-        raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from error
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
 def _start_worker(_: int) -> None:

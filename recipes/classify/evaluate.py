@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, config, distributed, logs, run_folder
 from zoo.recipes.classify.accuracy import (
     Evaluation,
@@ -24,7 +25,6 @@ from zoo.recipes.classify.accuracy import (
 from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
 from zoo.recipes.classify.model import build_model, input_config
 from zoo.recipes.classify.train_state import autocast
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 from zoo.recipes.run_weights import load_model
@@ -41,7 +41,7 @@ def evaluate(
         write_report: Writes the report into the output folder; None for no report.
 
     Raises:
-        RunError: The user can correct the cause; the message says how.
+        UserError: The user can correct the cause; the message says how.
     """
     config.check(cfg)
     logs.start_log(None, distributed.rank() == 0)
@@ -50,14 +50,14 @@ def evaluate(
     elif cfg.pretrained:
         model, classes, weights = build_model(cfg, None), None, str(cfg.pretrained)
     else:
-        raise RunError("nothing to evaluate: give run=<folder>, or model=<name> with pretrained=true or =<file>.")
+        raise UserError("nothing to evaluate: give run=<folder>, or model=<name> with pretrained=true or =<file>.")
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     # The data set of the run is opened as in training, to find the images that were held out.
     own_data = cfg.run and not any(key == "data" or key.startswith("data.") for key in overridden)
     data = open_data(cfg.data, cfg.seed, training=bool(own_data), classes=classes)
     if len(data.classes) != model.num_classes:
-        raise RunError(
+        raise UserError(
             f"{cfg.model} has {model.num_classes} classes, but the data has {len(data.classes)}: "
             "evaluate on the classes that it was trained on (data.class_map=<file> lists them in order)."
         )

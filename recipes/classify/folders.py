@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from timm.data.readers.reader import Reader
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 from zoo.recipes.files import is_hidden
 from zoo.recipes.logs import log
 
@@ -42,7 +42,7 @@ class _ByClass(Reader):
                 stray[0],
             )
         if not images:
-            raise RunError(f"{root} has no class folders: images belong into {root}/<class>/.")
+            raise UserError(f"{root} has no class folders: images belong into {root}/<class>/.")
         if nested:
             log.info(
                 "%s: %d images lie deeper than their class folders; the classes are the folders of the first level.",
@@ -72,7 +72,7 @@ class ClassFolders(_ByClass):
         endings: Endings of image files in lower case.
 
     Raises:
-        RunError: A folder can't be read, there is no class folder, one has no images, or two have the same name.
+        UserError: A folder can't be read, there is no class folder, one has no images, or two have the same name.
     """
 
     def __init__(self, root: Path, endings: Collection[str]):
@@ -83,12 +83,12 @@ class ClassFolders(_ByClass):
             name, path = class_name(folder), os.path.join(root, folder)
             found = list(_images(path, endings, set()))
             if not found:
-                raise RunError(
+                raise UserError(
                     f"the class folder {path} has no images ({', '.join(sorted(endings))}): "
                     "add some or remove the folder."
                 )
             if name in images:
-                raise RunError(f"{root} has two folders of the class {name!r}: put their images into one.")
+                raise UserError(f"{root} has two folders of the class {name!r}: put their images into one.")
             images[name] = found
             nested += sum(os.path.dirname(image) != path for image in found)
         super().__init__(root, images, [name for name in files if _ending(name) in endings], nested)
@@ -106,7 +106,7 @@ class ClassTar(_ByClass):
         endings: Endings of image files in lower case.
 
     Raises:
-        RunError: It can't be read to its end, or has no class folders.
+        UserError: It can't be read to its end, or has no class folders.
     """
 
     def __init__(self, root: Path, endings: Collection[str]):
@@ -120,7 +120,7 @@ class ClassTar(_ByClass):
             if os.path.getsize(root) % tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it ends within a file")
         except (OSError, EOFError, tarfile.TarError) as error:
-            raise RunError(f"{root} can't be read as a tar file ({error}): repair or replace it.") from error
+            raise UserError(f"{root} can't be read as a tar file ({error}): repair or replace it.") from error
         tops = [path.split("/") for path in self.places]
         around = 0
         while tops and all(len(parts) > around + 2 and parts[around] == tops[0][around] for parts in tops):
@@ -152,7 +152,7 @@ def natural_key(text: str) -> tuple[list[int | str], str]:
 
 
 def folders_in(folder: Path) -> list[str]:
-    """The names of the folders in `folder` that could be classes; raises RunError if it can't be read."""
+    """The names of the folders in `folder` that could be classes; raises UserError if it can't be read."""
     return _listing(str(folder))[1]
 
 
@@ -175,7 +175,7 @@ def _listing(folder: str) -> tuple[tuple[int, int], list[str], list[str]]:
                 elif entry.is_symlink() or entry.is_file():
                     files.append(entry.name)
     except OSError as error:
-        raise RunError(f"{folder} can't be read ({error.strerror}): fix that, or remove it.") from error
+        raise UserError(f"{folder} can't be read ({error.strerror}): fix that, or remove it.") from error
     return (status.st_dev, status.st_ino), sorted(folders), sorted(files)
 
 

@@ -8,10 +8,9 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from zoo.messages import one_line
+from zoo.messages import UserError, one_line
 from zoo.opening import open_model
 from zoo.recipes.config import Config, DataConfig
-from zoo.recipes.errors import RunError
 
 
 def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = None) -> nn.Module:
@@ -23,7 +22,7 @@ def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = Non
         in_chans: Channels of the input; those of the model if None.
 
     Raises:
-        RunError: There is no such model, argument, file or tag.
+        UserError: There is no such model, argument, file or tag.
     """
     given = {"num_classes": num_classes, "in_chans": in_chans}
     kwargs = dict(cfg.model_kwargs) | {name: value for name, value in given.items() if value is not None}
@@ -34,7 +33,7 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
     """timm's data configuration of `model` (input_size, mean, std, ...), with the overrides in the data section `cfg`.
 
     Raises:
-        RunError: The mean or the standard deviation has another number of channels than the model, or the model does
+        UserError: The mean or the standard deviation has another number of channels than the model, or the model does
             not take images of `cfg.img_size`.
     """
     names = ("img_size", "mean", "std", "interpolation", "crop_pct")
@@ -44,7 +43,7 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
     channels = getattr(model, "in_chans", model.pretrained_cfg["input_size"][0])
     for name in ("mean", "std"):
         if len(overrides.get(name, [0])) not in (1, channels):
-            raise RunError(
+            raise UserError(
                 f"data.{name}={list(overrides[name])} has {len(overrides[name])} numbers, but the model takes "
                 f"{channels} channels: give one number, or one per channel."
             )
@@ -66,6 +65,6 @@ def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
             model.eval()(weight.new_zeros(1, *input_size))
     except (AssertionError, RuntimeError, ValueError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise RunError(f"data.img_size={input_size[1]} can't be used with this model: {one_line(first)}.") from error
+        raise UserError(f"data.img_size={input_size[1]} can't be used with this model: {one_line(first)}.") from error
     finally:
         model.train(training)

@@ -17,13 +17,13 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from zoo.messages import UserError
 from zoo.recipes import atomic_files, distributed, logs, run_folder
 from zoo.recipes.classify.accuracy import Normalize
 from zoo.recipes.classify.data import build_transform
 from zoo.recipes.classify.evaluate import from_run
 from zoo.recipes.classify.model import input_config
 from zoo.recipes.classify.train_state import autocast
-from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Input, Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
@@ -55,10 +55,10 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         out: The output folder; it does not have to exist.
 
     Raises:
-        RunError: The user can correct the cause; or, at the end, images were left out.
+        UserError: The user can correct the cause; or, at the end, images were left out.
     """
     if settings.score is not None:
-        raise RunError(f"score={settings.score} is for detectors: {settings.run} is a classifier's run, leave it out.")
+        raise UserError(f"score={settings.score} is for detectors: {settings.run} is a classifier's run, leave it out.")
     inputs.protect(out / name for name in NAMES)
     model, cfg, classes, weights = from_run(prediction_config(settings.run, settings.checkpoint))
     device = distributed.setup(settings.device)

@@ -55,7 +55,7 @@ def train(
         resume_command: The command that continues the run, if it is not the command of this process.
 
     Raises:
-        RunError: The user can correct the cause; the message says how.
+        UserError: The user can correct the cause; the message says how.
         Stopped: A signal arrived; the state is saved.
     """
     config.check(cfg)

@@ -18,9 +18,8 @@ from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from zoo.messages import one_line
+from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 
 _FULL = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -91,7 +90,7 @@ class TrainState:
                 **schedule,
             )
         except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-            raise RunError(f"the schedule can't be made from schedule={schedule}: {one_line(error, 300)}") from error
+            raise UserError(f"the schedule can't be made from schedule={schedule}: {one_line(error, 300)}") from error
 
     def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         cfg = self.cfg.optim
@@ -108,7 +107,7 @@ class TrainState:
                 **extra,
             )
         except Exception as error:  # raised by many optimizers, and by packages that some of them need
-            raise RunError(f"the optimizer can't be made from optim={dict(cfg)}: {one_line(error, 300)}") from error
+            raise UserError(f"the optimizer can't be made from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Mix and erase normalized images (B, C, H, W) with labels (B,), and return the task's `loss` and `output`."""

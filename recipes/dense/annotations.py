@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 from zoo.recipes.files import read_json
 from zoo.recipes.logs import log
 
@@ -83,36 +83,38 @@ def load_annotations(path: Path) -> dict[str, Any]:
     """The content of a COCO JSON, after a check of the fields that COCO's tools need.
 
     Raises:
-        RunError: It can't be read, is not a COCO JSON, or a field is missing or of the wrong type.
+        UserError: It can't be read, is not a COCO JSON, or a field is missing or of the wrong type.
     """
     content = read_json(path)
     kinds = tuple(_FIELDS)
     lacking = [kind for kind in kinds if not isinstance(content, dict) or not isinstance(content.get(kind), list)]
     if lacking:
-        raise RunError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
+        raise UserError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
     for kind in ("annotations", "images"):
         first = content[kind][0] if content[kind] else None
         for key, format in _FORMATS.items():
             if isinstance(first, dict) and key in first:
-                raise RunError(f"{path} has {format} ({key}), which can't be used: give COCO's instances.")
+                raise UserError(f"{path} has {format} ({key}), which can't be used: give COCO's instances.")
     for kind, fields in _FIELDS.items():
         for place, item in enumerate(content[kind]):
             for key, (fine, allowed) in fields.items():
                 value = item.get(key) if isinstance(item, dict) else None
                 if not fine(value):
-                    raise RunError(
+                    raise UserError(
                         f"{path}: number {place} of its {kind} has {key}={_short(value)}: it has to be {allowed}."
                     )
     ids = [image["id"] for image in content["images"]]
     if len({type(number) for number in ids}) > 1:
         text = next(number for number in ids if isinstance(number, str))
-        raise RunError(f"{path} has image ids of both kinds, numbers and texts such as {text!r}: use one.")
+        raise UserError(f"{path} has image ids of both kinds, numbers and texts such as {text!r}: use one.")
     twice = find_twice(ids)
     if twice:
-        raise RunError(f"{path} uses {len(twice)} image ids more than once, the first is {twice[0]}: make them unique.")
+        raise UserError(
+            f"{path} uses {len(twice)} image ids more than once, the first is {twice[0]}: make them unique."
+        )
     large = next((image for image in content["images"] if image["width"] * image["height"] >= _RUNS_LIMIT), None)
     if large:
-        raise RunError(
+        raise UserError(
             f"{path}: image {large['id']} has {large['width']}x{large['height']} pixels, but the tools of COCO can't "
             f"count {_RUNS_LIMIT} or more: cut it into parts."
         )
@@ -138,18 +140,18 @@ def category_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
     """The names of the categories by id, in the order of the ids.
 
     Raises:
-        RunError: There are none, or ids or names are not unique.
+        UserError: There are none, or ids or names are not unique.
     """
     categories = content["categories"]
     if not categories:
-        raise RunError(f"{path} has no categories: it needs one for every class.")
+        raise UserError(f"{path} has no categories: it needs one for every class.")
     twice = find_twice(category["id"] for category in categories)
     if twice:
-        raise RunError(f"{path} uses the category id {twice[0]} more than once: make the ids unique.")
+        raise UserError(f"{path} uses the category id {twice[0]} more than once: make the ids unique.")
     twice = find_twice(str(category["name"]) for category in categories)
     if twice:
         ids = [category["id"] for category in categories if str(category["name"]) == twice[0]]
-        raise RunError(
+        raise UserError(
             f"{path} has {len(ids)} categories of the name {twice[0]!r} (ids {', '.join(map(str, ids))}): "
             "remove those that no box has, or rename them."
         )
@@ -190,7 +192,7 @@ def count_boxes(
         masks: The method learns masks, so every object has to have one.
 
     Raises:
-        RunError: An annotation can't be used, or there are none.
+        UserError: An annotation can't be used, or there are none.
     """
     found = _examine(path, content, names, classes)
     _refuse(path, found, names, training, masks)
@@ -202,7 +204,7 @@ def _examine(path: Path, content: Mapping[str, Any], names: Mapping[int, str], c
     """Sort the annotations by what is wrong with them.
 
     Raises:
-        RunError: An annotation has a value that COCO's tools can't read.
+        UserError: An annotation has a value that COCO's tools can't read.
     """
     images = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     label = {number: classes.index(name) for number, name in names.items()}
@@ -216,7 +218,7 @@ def _examine(path: Path, content: Mapping[str, Any], names: Mapping[int, str], c
         elif annotation["category_id"] not in label:
             found.without_category.append(f"{name} with category_id {annotation['category_id']!r}")
         elif fault := _fault(annotation, *size):
-            raise RunError(f"{path}: {name} has {fault}.")
+            raise UserError(f"{path}: {name} has {fault}.")
         elif not _is_usable(annotation, *size):
             found.unusable.append(name)
         else:
@@ -242,25 +244,25 @@ def _examine_mask(found: _Findings, name: str, annotation: Mapping[str, Any], wi
 
 
 def _refuse(path: Path, found: _Findings, names: Mapping[int, str], training: bool, masks: bool) -> None:
-    """Raise RunError for annotations that training or scoring can't use."""
+    """Raise UserError for annotations that training or scoring can't use."""
     if found.without_image:
-        raise RunError(
+        raise UserError(
             f"{path}: {len(found.without_image)} annotations name an image that is not among its images, the first is "
             f"{found.without_image[0]}: remove them or add the images."
         )
     if found.without_category:
         ids = f"{', '.join(map(str, [*names][:10]))}{', ...' if len(names) > 10 else ''}"
-        raise RunError(
+        raise UserError(
             f"{path}: {len(found.without_category)} annotations have a category that is not among its categories, the "
             f"first is {found.without_category[0]}: the ids are {ids}."
         )
     if not found.full:
         purpose = "learn from" if training else "score predictions by"
-        raise RunError(
+        raise UserError(
             f"{path} has no boxes to {purpose}: every image is empty, or all boxes are crowds or without area."
         )
     if masks and found.maskless:
-        raise RunError(
+        raise UserError(
             f"{path}: {len(found.maskless)} objects have no mask (a polygon, or RLE that fills the image), the first "
             f"is {found.maskless[0]}: correct segmentation, or find boxes alone with dense.masks=false."
         )

@@ -16,9 +16,9 @@ from timm.optim import auto_group_layers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zoo.messages import UserError
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class TimmBackbone(BaseModule):
         arguments: The arguments that build the same backbone without pretrained weights.
 
     Raises:
-        RunError: There is no such model, keyword argument, weights or stage.
+        UserError: There is no such model, keyword argument, weights or stage.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TimmBackbone(BaseModule):
         }
         for key in ("features_only", "out_indices"):
             if key in model_kwargs:
-                raise RunError(f"model_kwargs has {key!r}, which the backbone sets itself: see dense.out_indices.")
+                raise UserError(f"model_kwargs has {key!r}, which the backbone sets itself: see dense.out_indices.")
         classifier = self.classifier()
         taken = inspect.signature(type(classifier).__init__).parameters
         indices = _indices(model, classifier, out_indices)
@@ -166,13 +166,13 @@ class TimmBackbone(BaseModule):
             return []
         name = self.arguments["model"]
         if not hasattr(classifier, "group_matcher"):
-            raise RunError(f"dense.frozen_stages={stages}: {name} does not say what its stages are, leave it at -1.")
+            raise UserError(f"dense.frozen_stages={stages}: {name} does not say what its stages are, leave it at -1.")
         groups = group_parameters(classifier, classifier.group_matcher(coarse=True), reverse=True)
         parameters = dict(self.body.named_parameters())
         groups = self._by_own_names(groups, parameters)
         last = max(groups.values())
         if stages > last:
-            raise RunError(
+            raise UserError(
                 f"dense.frozen_stages={stages}: {name} has {last} stages, so it has to be from -1 to {last}."
             )
         for parameter, group in groups.items():
@@ -249,12 +249,12 @@ def _indices(name: str, model: nn.Module, out_indices: Sequence[int] | None) -> 
     """`out_indices`, or the last four stages of `model`."""
     count = len(getattr(model, "feature_info", None) or ())
     if not count:
-        raise RunError(f"{name} gives no features, only classes: choose a model whose `feature_info` lists stages.")
+        raise UserError(f"{name} gives no features, only classes: choose a model whose `feature_info` lists stages.")
     if out_indices is None:
         return list(range(max(count - 4, 0), count))
     indices = [index + count if index < 0 else index for index in out_indices]
     if not indices or indices != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < count:
-        raise RunError(
+        raise UserError(
             f"dense.out_indices={list(out_indices)}: {name} has {count} stages, so it has to be increasing numbers "
             f"from 0 to {count - 1}."
         )
@@ -280,4 +280,4 @@ def _checkpoint(name: str, body: nn.Module) -> None:
     try:
         holder.set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError) as error:
-        raise RunError(f"{name} has no gradient checkpointing: leave trainer.grad_checkpointing at false.") from error
+        raise UserError(f"{name} has no gradient checkpointing: leave trainer.grad_checkpointing at false.") from error

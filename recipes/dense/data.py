@@ -15,7 +15,7 @@ def open_data(
     """The data of `cfg`, checked.
 
     Raises:
-        RunError: They can't be used.
+        UserError: They can't be used.
     """
     if cfg.task == "segment":
         return open_segmentation(cfg.data, training, classes)

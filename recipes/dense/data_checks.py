@@ -8,11 +8,10 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from zoo.messages import similar_path
+from zoo.messages import UserError, similar_path
 from zoo.recipes import distributed, scenes
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
-from zoo.recipes.errors import RunError
 from zoo.recipes.files import DECODING_ERRORS, is_text, reason
 from zoo.recipes.images import image_size
 from zoo.recipes.logs import log
@@ -42,14 +41,14 @@ def base_folder(cfg: DataConfig, path: str | None) -> Path:
         path: A path that needs no folder if it is absolute.
 
     Raises:
-        RunError: `data.root` is not set, or is not a folder.
+        UserError: `data.root` is not set, or is not a folder.
     """
     if cfg.name == "digit_scenes":
         return scenes.ensure(Path(cfg.root) if cfg.root else None)
     if cfg.root is None:
         if path and os.path.isabs(path):
             return Path()
-        raise RunError("data.root is not set: give the folder of the data, data.root=<folder>.")
+        raise UserError("data.root is not set: give the folder of the data, data.root=<folder>.")
     check_folder("data.root", Path(cfg.root))
     return Path(cfg.root)
 
@@ -58,13 +57,13 @@ def check_folder(key: str, folder: Path) -> None:
     """Refuse what is not a folder; `key` names the setting."""
     if not folder.is_dir():
         wrong = "is a file, not a folder." if folder.exists() else f"does not exist{similar_path(folder)}"
-        raise RunError(f"{key}={folder} {wrong}")
+        raise UserError(f"{key}={folder} {wrong}")
 
 
 def check_size(file: str, size: tuple[int, int], given: tuple[float, float], annotations: str | Path) -> None:
     """Refuse an image whose width and height differ from those in its annotations."""
     if size != given:
-        raise RunError(
+        raise UserError(
             f"{file} is {size[0]}x{size[1]} pixels (rotated by its EXIF data), but {annotations} gives "
             f"{given[0]}x{given[1]}: the boxes would lie elsewhere."
         )
@@ -89,7 +88,7 @@ def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: st
     Text files with the name of an image are refused: error pages or lists, saved by mistake, spoil a whole data set.
 
     Raises:
-        RunError: A file is text, or all files are corrupt.
+        UserError: A file is text, or all files are corrupt.
     """
 
     def tried(item: Any) -> Any:
@@ -103,9 +102,9 @@ def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: st
     corrupt = [result for result in results if isinstance(result, CorruptFile)]
     text = next((error.path for error in corrupt if is_text(error.path)), None)
     if text:
-        raise RunError(f"{text} is text, not an image: remove or replace it.")
+        raise UserError(f"{text} is text, not an image: remove or replace it.")
     if corrupt and len(corrupt) == len(items):
-        raise RunError(f"none of the {len(items)} {description} can be read, the first is {corrupt[0]}.")
+        raise UserError(f"none of the {len(items)} {description} can be read, the first is {corrupt[0]}.")
     if corrupt:
         log.warning(
             "%d of %d %s can't be read, the first is %s: they are skipped.",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo.messages import nearest, similar_path
+from zoo.messages import UserError, nearest, similar_path
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
 from zoo.recipes.dense.data_checks import (
@@ -25,7 +25,6 @@ from zoo.recipes.dense.data_checks import (
     shares,
     warn_shared_images,
 )
-from zoo.recipes.errors import RunError
 from zoo.recipes.files import SPLIT_FOLDERS, read_classes
 from zoo.recipes.subsets import evenly_spread, files_to_check
 
@@ -115,7 +114,7 @@ def open_detection(
         masks: The method learns masks, so every object has to have one.
 
     Raises:
-        RunError: The data can't be used; the message names the file and what is wrong with it.
+        UserError: The data can't be used; the message names the file and what is wrong with it.
     """
     base = base_folder(cfg, cfg.val_ann)
     splits = [(cfg.val_split, "val", cfg.val_ann, cfg.val_images)]
@@ -140,7 +139,7 @@ def open_detection(
         used, empty = boxes.images if learnt else total, total - boxes.images
         opened.append(DetectionSplit(path, folder, list(classes), boxes.by_class, used, empty, boxes.has_masks))
     if cfg.num_classes and cfg.num_classes != len(classes):
-        raise RunError(
+        raise UserError(
             f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
         )
     warn_shared_images(files)
@@ -154,11 +153,11 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
         if path.is_dir():
             files = sorted(file.name for file in path.glob("*.json"))
             there = f"the file in it, for example {path / files[0]}" if files else "a COCO JSON"
-            raise RunError(f"data.{key}_ann={path} is a folder: give {there}{_other_format(path)}.")
+            raise UserError(f"data.{key}_ann={path} is a folder: give {there}{_other_format(path)}.")
         if not path.is_file():
-            raise RunError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
+            raise UserError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
         if path.suffix.lower() in (".txt", ".xml", ".yaml", ".yml"):
-            raise RunError(
+            raise UserError(
                 f"data.{key}_ann={path} is no COCO JSON: labels of YOLO and VOC have to be converted to one."
             )
         return path
@@ -167,7 +166,7 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
     tried += [base / name / "_annotations.coco.json" for name in names]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
-        raise RunError(
+        raise UserError(
             f"{base} has no annotations of the split {split!r} ({tried[0]} or {tried[len(names)]}): "
             f"name them with data.{key}_ann=<file>{_other_format(base)}."
         )
@@ -191,7 +190,7 @@ def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]
         hint = f" (is {close[0]!r} meant?)" if close else ""
         parts = [f"{len(missing)} missing, {some(missing)}"] if missing else []
         parts += [f"{len(unknown)} unknown, {some(unknown)}{hint}"] if unknown else []
-        raise RunError(
+        raise UserError(
             f"{path} has other classes than the {len(classes)} of the training: {'; '.join(parts)}: "
             "its names have to be the same."
         )
@@ -199,7 +198,7 @@ def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]
 
 def _image_folder(base: Path, split: str, key: str, given: str | None, annotations: Path, names: Sequence[str]) -> Path:
     if not names:
-        raise RunError(f"{annotations} has no images: there is nothing to do.")
+        raise UserError(f"{annotations} has no images: there is nothing to do.")
     if given:
         folder = base / given
         check_folder(f"data.{key}_images", folder)
@@ -215,7 +214,7 @@ def _image_folder(base: Path, split: str, key: str, given: str | None, annotatio
     sample = evenly_spread(names, 20)
     best = max(tried, key=lambda folder: sum(os.path.isfile(folder / name) for name in sample))
     if not any(os.path.isfile(best / name) for name in sample):
-        raise RunError(
+        raise UserError(
             f"the images of {annotations}, for example {names[0]}, are in none of {', '.join(map(str, tried))}: "
             f"give data.{key}_images=<folder>."
         )
@@ -232,7 +231,7 @@ def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, A
         if file.name not in present[file.parent]:
             missing.append(file)
     if missing:
-        raise RunError(
+        raise UserError(
             f"{len(missing)} of the {len(images)} images of {path} do not exist, the first is {missing[0]}: "
             "add them, or remove them from the annotations."
         )

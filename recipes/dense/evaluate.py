@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from rich.text import Text
 
+from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, distributed, logs, plots, run_folder
 from zoo.recipes.classify.accuracy import percentage, plot_confusion
 from zoo.recipes.corrupt import worker_errors
@@ -33,7 +34,6 @@ from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
 from zoo.recipes.dense.scores import score_title, scores
 from zoo.recipes.dense.settings import check
 from zoo.recipes.dense.transforms import corrupt_names
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 from zoo.recipes.run_weights import load_model
@@ -50,11 +50,11 @@ def evaluate(
         write_report: Writes the report into the output folder; None for no report.
 
     Raises:
-        RunError: The user can correct the cause; the message says how.
+        UserError: The user can correct the cause; the message says how.
     """
     logs.start_log(None, distributed.rank() == 0)
     if not cfg.run:
-        raise RunError(f"nothing to evaluate: give run=<folder> of a run with task={cfg.task}.")
+        raise UserError(f"nothing to evaluate: give run=<folder> of a run with task={cfg.task}.")
     model, cfg, classes, weights = from_run(cfg, overridden)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)

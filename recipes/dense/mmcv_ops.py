@@ -19,7 +19,7 @@ import torchvision
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 from zoo.recipes.logs import log
 
 NAME = "mmcv._ext"
@@ -54,7 +54,7 @@ class _StandIn(ModuleType):
             raise AttributeError(f"module {NAME!r} has no attribute {name!r}")
 
         def missing(*args, **kwargs) -> NoReturn:
-            raise RunError(
+            raise UserError(
                 f"mmcv was installed without compiled operators and {name!r} has no replacement from torchvision: "
                 "choose a model that does not call it, or install an mmcv that was compiled with MMCV_WITH_OPS=1."
             )
@@ -124,10 +124,10 @@ def roi_align_forward(
     """RoIAlign of `input` (B, C, H, W) at `rois` (R, 5: image, x1, y1, x2, y2) to `output` (R, C, h, w).
 
     Raises:
-        RunError: `pool_mode` is 0, the maximum, which torchvision does not have.
+        UserError: `pool_mode` is 0, the maximum, which torchvision does not have.
     """
     if pool_mode == 0:
-        raise RunError(
+        raise UserError(
             "mmcv was installed without compiled operators, and torchvision's RoIAlign has no pool_mode='max': use "
             "'avg', or install an mmcv that was compiled with MMCV_WITH_OPS=1."
         )

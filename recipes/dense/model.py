@@ -18,11 +18,10 @@ from mmengine.registry import MODELS, init_default_scope
 from omegaconf import DictConfig, OmegaConf
 
 from zoo import families
-from zoo.messages import one_line
+from zoo.messages import UserError, one_line
 from zoo.recipes import batchnorm, distributed
 from zoo.recipes.dense.backbone import TimmBackbone
 from zoo.recipes.dense.settings import SCOPES, finds_masks
-from zoo.recipes.errors import RunError
 
 # Paths below the packages' folder of configurations.
 _DETECTORS = {
@@ -68,7 +67,7 @@ def build_model(
     """The model of `cfg` for `classes`; its backbone starts from `pretrained`.
 
     Raises:
-        RunError: It can't be built.
+        UserError: It can't be built.
     """
     settings = model_config(cfg, classes, device, pretrained)
     init_default_scope(SCOPES[cfg.task])
@@ -78,7 +77,7 @@ def build_model(
             warnings.filterwarnings("ignore", message="Default ``avg_non_ignore``")
             model = MODELS.build(settings)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RunError(
+        raise UserError(
             f"dense.method={cfg.dense.method} can't be built on {cfg.model}: {one_line(error, 400)}."
         ) from error
     if cfg.task == "segment" and _synchronised(device):
@@ -94,7 +93,7 @@ def check_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
         model: The detector or segmentor, on the CPU.
 
     Raises:
-        RunError: It can't.
+        UserError: It can't.
     """
     divisor, side = cfg.dense.size_divisor, min(cfg.dense.scales)
     size = cfg.dense.crop or [-(-side // divisor) * divisor] * 2
@@ -271,7 +270,7 @@ def override(settings: MMConfig, changes: dict[str, Any]) -> MMConfig:
     try:
         settings.merge_from_dict(changes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"mm={changes} does not fit the configuration of mmengine: {error}") from error
+        raise UserError(f"mm={changes} does not fit the configuration of mmengine: {error}") from error
     return settings
 
 

@@ -10,9 +10,9 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from zoo.messages import UserError
 from zoo.recipes import distributed
 from zoo.recipes.dense.backbone import param_groups
-from zoo.recipes.errors import RunError
 from zoo.recipes.timing import StepTimes
 
 
@@ -37,7 +37,7 @@ class TimmOptimWrapperConstructor:
         try:
             optimizer = create_optimizer_v2(groups, opt=name, **settings)
         except (AssertionError, TypeError, ValueError) as error:
-            raise RunError(f"the optimizer can't be made from optim={self.optimizer}: {error}") from error
+            raise UserError(f"the optimizer can't be made from optim={self.optimizer}: {error}") from error
         return OPTIM_WRAPPERS.build(dict(self.wrapper, optimizer=optimizer))
 
 

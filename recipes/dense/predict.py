@@ -32,7 +32,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         out: The output folder; it does not have to exist.
 
     Raises:
-        RunError: The user can correct the cause; or, at the end, images were left out.
+        UserError: The user can correct the cause; or, at the end, images were left out.
     """
     inputs.protect(target for item in inputs.found for target in (_picture(out, item.name), _labels(out, item.name)))
     model, cfg, classes, _ = evaluate.from_run(prediction_config(settings.run, settings.checkpoint))

@@ -18,14 +18,13 @@ from mmengine.config import Config as MMConfig
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 
-from zoo.messages import one_line
+from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed
 from zoo.recipes.dense.detection_data import DetectionData
 from zoo.recipes.dense.model import override
 from zoo.recipes.dense.pipelines import pipelines
 from zoo.recipes.dense.segmentation_data import SegmentationData
 from zoo.recipes.dense.settings import SCOPES, RunLength, finds_masks, learning_rate
-from zoo.recipes.errors import RunError
 
 
 def runner_config(
@@ -40,7 +39,7 @@ def runner_config(
     Without a `length`, the Runner only evaluates.
 
     Raises:
-        RunError: `mm` does not fit.
+        UserError: `mm` does not fit.
     """
     masks = cfg.task == "detect" and finds_masks(cfg)
     train, test = pipelines(cfg, masks)
@@ -118,7 +117,7 @@ def _optimizer(cfg: DictConfig, length: RunLength, device: torch.device) -> dict
     dtype = config.AMP[cfg.trainer.amp.lower()]
     if dtype:
         if device.type == "cpu":
-            raise RunError(
+            raise UserError(
                 f"trainer.amp={cfg.trainer.amp} can't be used with task={cfg.task} on a CPU: leave it out there."
             )
         wrapper |= dict(type="SkipBadLossAmpOptimWrapper", dtype=dtype)
@@ -159,7 +158,7 @@ def _workers(cfg: DictConfig) -> int:
 
 @contextmanager
 def mm_errors(cfg: DictConfig) -> Iterator[None]:
-    """Turn MMEngine's errors about `mm` into a RunError; most of them are raised when the Runner starts."""
+    """Turn MMEngine's errors about `mm` into a UserError; most of them are raised when the Runner starts."""
     try:
         yield
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -168,7 +167,7 @@ def mm_errors(cfg: DictConfig) -> Iterator[None]:
         if not unknown and not cfg.mm.keys() - {"model"}:
             raise
         reason = one_line(reason.partition(" Please check")[0], 300)
-        raise RunError(f"mm can't be used ({reason}): correct it, every `type` in it is a registered name.") from error
+        raise UserError(f"mm can't be used ({reason}): correct it, every `type` in it is a registered name.") from error
 
 
 def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runner:

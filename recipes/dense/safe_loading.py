@@ -12,8 +12,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint
 
-from zoo.messages import one_line
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError, one_line
 
 
 def _statistic(owner: Any, name: str) -> Any:
@@ -35,7 +34,7 @@ def refuse_unpickling() -> None:
     By default, MMEngine unpickles files that torch refuses, and everything that it downloads, which runs any code that
     the file names. It also lets a file call `getattr`, which gives access to all modules.
 
-    A refused file raises RunError. Calling this again changes nothing.
+    A refused file raises UserError. Calling this again changes nothing.
     """
     checkpoint._safe_torch_load = _load
     checkpoint.load_url = _download
@@ -60,11 +59,11 @@ def _errors(source: Any) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         # torch first gives advice on how to unpickle the file anyway; the reason follows.
         reason = _short(str(error).rpartition("WeightsUnpickler error: ")[2])
-        raise RunError(
+        raise UserError(
             f"{source} can't be loaded without running code that it brings along ({reason}): give a file with tensors."
         ) from error
     except (RuntimeError, EOFError) as error:
-        raise RunError(f"{source} can't be read as a checkpoint ({_short(error)}): give another file.") from error
+        raise UserError(f"{source} can't be read as a checkpoint ({_short(error)}): give another file.") from error
 
 
 def _short(reason: Any) -> str:

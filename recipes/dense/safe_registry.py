@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.fileio.handlers import PickleHandler
 from mmengine.registry import registry
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 
 _PACKAGES = ("mmengine", "mmcv", "mmdet", "mmseg")
 # Registered classes that evaluate a string or unpickle a file of the configuration; nothing here needs them.
@@ -62,17 +62,17 @@ def _package_file(filename: str | Path, *args: Any, **options: Any) -> Config:
     path = Path(filename).resolve()
     folders = [Path(importlib.util.find_spec(name).origin).resolve().parent for name in ("mmdet", "mmseg")]
     if not any(path.is_relative_to(folder) for folder in folders):
-        raise RunError(f"{filename} is a configuration of MMEngine, a program, and is not run: give its values in mm.")
+        raise UserError(f"{filename} is a configuration of MMEngine, a program, and is not run: give its values in mm.")
     return _fromfile(filename, *args, **options)
 
 
 def _nms(name: str) -> Callable[..., Any]:
     if name not in ("nms", "soft_nms"):
-        raise RunError(f"nms.type={name} is not allowed: it has to be nms or soft_nms.")
+        raise UserError(f"nms.type={name} is not allowed: it has to be nms or soft_nms.")
     return getattr(sys.modules["mmcv.ops.nms"], name)
 
 
 def _refuse_pickle(self: PickleHandler, file: Any, **options: Any) -> Any:
-    raise RunError(
+    raise UserError(
         f"{getattr(file, 'name', 'a pickle')} can't be read without running what it says: give JSON or YAML."
     )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from zoo.messages import UserError
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.annotations import some
@@ -27,7 +28,6 @@ from zoo.recipes.dense.data_checks import (
     shares,
     warn_shared_images,
 )
-from zoo.recipes.errors import RunError
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, read_text, reason
 from zoo.recipes.images import ENDINGS
 from zoo.recipes.logs import log
@@ -106,7 +106,7 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
             None for those of these files or of `data.num_classes`.
 
     Raises:
-        RunError: The data can't be used; the message names the file and what is wrong with it.
+        UserError: The data can't be used; the message names the file and what is wrong with it.
     """
     base = base_folder(cfg, cfg.val_images)
     classes = _segmentation_classes(cfg, base, classes)
@@ -140,16 +140,16 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
 def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
     index = cfg.ignore_index
     if classes >= _MOST_LABELS:
-        raise RunError(f"the data has {classes} classes, but a PNG holds at most {_MOST_LABELS} labels.")
+        raise UserError(f"the data has {classes} classes, but a PNG holds at most {_MOST_LABELS} labels.")
     if not 0 <= index < _MOST_LABELS:
-        raise RunError(f"data.ignore_index={index} is not allowed: labels are 0 to {_MOST_LABELS - 1}.")
+        raise UserError(f"data.ignore_index={index} is not allowed: labels are 0 to {_MOST_LABELS - 1}.")
     if cfg.reduce_zero_label and index <= classes:
-        raise RunError(
+        raise UserError(
             f"data.ignore_index={index} can't be used with data.reduce_zero_label=true, where 0 is not a class and "
             f"1 to {classes} are classes: it has to be a label above, for example {_MOST_LABELS - 1}."
         )
     if index == DataConfig.ignore_index < classes:
-        raise RunError(
+        raise UserError(
             f"data.ignore_index={index} is one of the {classes} classes: set it to a label that is none, for example "
             f"{_MOST_LABELS - 1}."
         )
@@ -160,18 +160,18 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
     source = Path(cfg.class_map) if cfg.class_map else base / "classes.txt"
     names = _class_file(source) if cfg.class_map or source.is_file() else None
     if names and cfg.num_classes and cfg.num_classes != len(names):
-        raise RunError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
+        raise UserError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
     if given is not None:
         _check_trained_classes(cfg, source, names, given)
         return list(given)
     names = names or _numbered_classes(cfg)
     if names is None:
-        raise RunError(
+        raise UserError(
             f"{base} does not name its classes: write {base / 'classes.txt'} with one name a line, in the order of the "
             "labels, or give data.class_map=<file> or data.num_classes=<number>."
         )
     if len(names) < 2:
-        raise RunError(f"the data has {len(names)} class, {names[0]!r}: segmentation needs two or more.")
+        raise UserError(f"the data has {len(names)} class, {names[0]!r}: segmentation needs two or more.")
     return names
 
 
@@ -188,14 +188,14 @@ def _check_trained_classes(cfg: DataConfig, source: Path, names: Sequence[str] |
     """Refuse data with other classes than those of the training."""
     number = len(names) if names else cfg.num_classes or len(trained)
     if number != len(trained):
-        raise RunError(
+        raise UserError(
             f"{source if names else 'data.num_classes'} says {number} classes, but the training had {len(trained)}: "
             "they have to be the same."
         )
     different = [i for i, (a, b) in enumerate(zip(names or trained, trained, strict=True)) if a != b]
     if different:
         first = different[0]
-        raise RunError(
+        raise UserError(
             f"{source} has other classes than the training, label {first} is {names[first]!r} and was "
             f"{trained[first]!r} ({len(different)} differ): names and order have to be the same."
         )
@@ -205,7 +205,7 @@ def _class_file(path: Path) -> list[str]:
     """Read a file of classes; an empty line is refused, since line numbers are labels and it would shift them."""
     lines = [line.strip() for line in read_text(path).rstrip().split("\n")] if path.exists() else []
     if len(lines) > 1 and "" in lines:
-        raise RunError(f"{path} has to name one class per line, but line {lines.index('') + 1} is empty.")
+        raise UserError(f"{path} has to name one class per line, but line {lines.index('') + 1} is empty.")
     return read_classes(path)
 
 
@@ -221,7 +221,7 @@ def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None
         voc = (
             f"; the lists of VOC in {lists} are not read, each split needs folders of its own" if lists.is_dir() else ""
         )
-        raise RunError(
+        raise UserError(
             f"there are no {kind} of the split {split!r} in {wanted}: name the split with data.{key}_split=<name>, or "
             f"the folder with data.{key}_{kind}=<folder>{voc}."
         )
@@ -237,7 +237,7 @@ def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[P
     """Pairs of images and label PNGs whose paths below the two folders are the same without endings, sorted.
 
     Raises:
-        RunError: Two images differ only in their endings; or, if `strict`, an image has no label, or a folder has no
+        UserError: Two images differ only in their endings; or, if `strict`, an image has no label, or a folder has no
             files.
     """
     by_stem = _files(images, ENDINGS)
@@ -246,13 +246,13 @@ def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[P
     if strict:
         for folder, files, endings in ((images, by_stem, ENDINGS), (labels, labels_by_stem, _LABELS)):
             if not files:
-                raise RunError(
+                raise UserError(
                     f"{folder} has no files that end in {', '.join(sorted(endings))}: it has {_listing(folder)}."
                 )
         unlabelled = sorted(by_stem.keys() - labels_by_stem.keys())
         if unlabelled:
             first = by_stem[unlabelled[0]]
-            raise RunError(
+            raise UserError(
                 f"{len(unlabelled)} of the {len(by_stem)} images in {images} have no label in {labels}, the first is "
                 f"{first.relative_to(images)}, which needs {unlabelled[0]}.png: add labels or remove the images."
             )
@@ -273,7 +273,7 @@ def _files(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
             path = Path(parent, name)
             key = path.relative_to(folder).with_name(stem).as_posix()
             if key in found:
-                raise RunError(f"{found[key]} and {path} differ in their endings only: remove one of them.")
+                raise UserError(f"{found[key]} and {path} differ in their endings only: remove one of them.")
             found[key] = path
     return found
 
@@ -298,7 +298,7 @@ def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> 
 
     Raises:
         CorruptFile: The label can't be read.
-        RunError: It is not a label, or its size differs from the image's.
+        UserError: It is not a label, or its size differs from the image's.
     """
     try:
         with Image.open(label) as opened:
@@ -307,12 +307,12 @@ def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> 
     except DECODING_ERRORS as error:
         raise CorruptFile(label, reason(error)) from error
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui":
-        raise RunError(
+        raise UserError(
             f"{label} has the mode {mode}, but a label has one channel of numbers, or a palette: "
             "write each pixel's class as a number (mode L)."
         )
     if pixels.shape != size[::-1]:
-        raise RunError(
+        raise UserError(
             f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (rotated by "
             "its EXIF data): they have to be of the same size."
         )
@@ -325,7 +325,7 @@ def _reduces(cfg: DataConfig, folder: Path, present: Sequence[Counter], num_clas
         return cfg.reduce_zero_label
     values = set().union(*present) - {cfg.ignore_index}
     if values and max(values) == num_classes:
-        raise RunError(
+        raise UserError(
             f"the labels in {folder} go up to {num_classes}, but {num_classes} classes have 0 to {num_classes - 1}: "
             "set data.reduce_zero_label=true if 0 is not a class and they count from 1, or name one more class."
         )
@@ -343,7 +343,7 @@ def _count_pixels(
         label, values = wrong[0]
         more = f" ({len(wrong)} of {len(labels)} files have such labels)" if len(wrong) > 1 else ""
         remedy = "" if reduce else ", or data.reduce_zero_label=true if 0 is not a class"
-        raise RunError(
+        raise UserError(
             f"{label} has the label {values[-1]}{more}, but {len(classes)} classes have {first} to "
             f"{len(classes) + first - 1}, and {'0 and ' if reduce else ''}{cfg.ignore_index} do not count: correct "
             f"it, or set data.ignore_index=<label> for pixels that do not count, or data.num_classes{remedy}."
@@ -365,11 +365,13 @@ def _check_pixels(
     """Refuse labels with no class or, if they are `all_training` labels, a single one; warn of missing classes."""
     ignored = f"{'0 and ' if reduce else ''}{ignore_index}"
     if not any(pixels):
-        raise RunError(f"no pixel in {folder} counts, all labels are {ignored}: check data.ignore_index and the files.")
+        raise UserError(
+            f"no pixel in {folder} counts, all labels are {ignored}: check data.ignore_index and the files."
+        )
     without = [name for name, count in zip(classes, pixels, strict=True) if not count]
     if all_training and len(without) == len(classes) - 1:
         only = next(name for name, count in zip(classes, pixels, strict=True) if count)
-        raise RunError(
+        raise UserError(
             f"all pixels in {folder} that count are of one class, {only!r} ({ignored} does not count): there is "
             "nothing to learn; masks of 0 and 255 have to be written as 0 and 1."
         )

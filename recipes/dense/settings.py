@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
+from zoo.messages import UserError
 from zoo.recipes import config, distributed
-from zoo.recipes.errors import RunError
 
 METHODS = {"detect": config.DETECTORS, "segment": config.SEGMENTORS}
 # Where each task's models and transforms are registered.
@@ -62,19 +62,19 @@ def check(cfg: DictConfig) -> None:
     """Refuse settings that can't be used for detection or segmentation.
 
     Raises:
-        RunError: The message names the key, its value and what is allowed.
+        UserError: The message names the key, its value and what is allowed.
     """
     config.check(cfg)
     dense, defaults = cfg.dense, OmegaConf.structured(config.Config)
     methods = METHODS[cfg.task]
     if dense.method not in methods:
-        raise RunError(
+        raise UserError(
             f"dense.method={dense.method!r} can't be used with task={cfg.task}: it has {', '.join(methods)}."
         )
     for key in _UNUSED:
         value = OmegaConf.select(cfg, key)
         if value not in (OmegaConf.select(defaults, key), _DEMO_VALUES.get(key)):
-            raise RunError(f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense).")
+            raise UserError(f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense).")
     rules = {
         "dense.max_size": (dense.max_size >= max(dense.scales, default=0), "no less than the largest of dense.scales"),
         "dense.detr_crop": (not dense.detr_crop or cfg.task == "detect", "false for task=segment"),
@@ -87,17 +87,17 @@ def check(cfg: DictConfig) -> None:
     }
     for key, (fine, allowed) in rules.items():
         if not fine:
-            raise RunError(f"{key}={OmegaConf.select(cfg, key)} is not allowed: it has to be {allowed}.")
+            raise UserError(f"{key}={OmegaConf.select(cfg, key)} is not allowed: it has to be {allowed}.")
 
 
 def finds_masks(cfg: DictConfig) -> bool:
     """Whether the method of `cfg` predicts instance masks, if the data have them.
 
     Raises:
-        RunError: dense.masks=false with a method that predicts only masks.
+        UserError: dense.masks=false with a method that predicts only masks.
     """
     if cfg.dense.method == "mask2former" and not cfg.dense.masks:
-        raise RunError("dense.masks=false can't be used with dense.method=mask2former: it finds nothing but masks.")
+        raise UserError("dense.masks=false can't be used with dense.method=mask2former: it finds nothing but masks.")
     return cfg.dense.masks and cfg.dense.method not in ("retinanet", "dino")
 
 
@@ -105,7 +105,7 @@ def run_length(cfg: DictConfig, images: int) -> RunLength:
     """The length of a run with `cfg` on `images` training images.
 
     Raises:
-        RunError: trainer.effective_batch_size is not a multiple of trainer.batch_size over all processes.
+        UserError: trainer.effective_batch_size is not a multiple of trainer.batch_size over all processes.
     """
     accumulate, batch = distributed.batches(cfg.trainer)
     per_epoch = -(-images // batch)

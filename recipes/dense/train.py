@@ -48,7 +48,7 @@ def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) ->
         write_report: Writes the report into the run folder when the run ends; None for no report.
 
     Raises:
-        RunError: The user can correct the cause; the message says how.
+        UserError: The user can correct the cause; the message says how.
         Stopped: A signal arrived; the state is saved.
     """
     check(cfg)

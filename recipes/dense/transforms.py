@@ -9,10 +9,11 @@ import numpy as np
 from mmcv.transforms import BaseTransform
 from mmengine.registry import TRANSFORMS
 
+from zoo.messages import UserError
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.data_checks import check_size
 from zoo.recipes.dense.segmentation_data import read_labels
-from zoo.recipes.errors import RunError, of_the_system
+from zoo.recipes.errors import of_the_system
 from zoo.recipes.files import DECODING_ERRORS, reason
 from zoo.recipes.images import MAX_PIXELS, open_image
 
@@ -35,7 +36,7 @@ class LoadImage(BaseTransform):
 
         Raises:
             CorruptFile: It can't be read.
-            RunError: Its size differs from the one in its annotations.
+            UserError: Its size differs from the one in its annotations.
         """
         path = results["img_path"]
         try:
@@ -59,7 +60,7 @@ class LoadLabels(BaseTransform):
 
         Raises:
             CorruptFile: They can't be read.
-            RunError: The file has no labels, labels of another size, or a label that is not a class.
+            UserError: The file has no labels, labels of another size, or a label that is not a class.
         """
         height, width = results["ori_shape"]
         path, ignored, reduce = results["seg_map_path"], results["ignore_index"], results["reduce_zero_label"]
@@ -72,7 +73,7 @@ class LoadLabels(BaseTransform):
             labels[void] = ignored
         most = int(labels.max(where=labels != ignored, initial=0))
         if most >= results["num_classes"]:
-            raise RunError(
+            raise UserError(
                 f"{path} has the label {most + reduce}, but there are {results['num_classes']} classes: correct it; "
                 "data.check_files=-1 looks at all files before training."
             )
@@ -91,7 +92,7 @@ class SkipsCorrupt:
         """Load and transform an item.
 
         Raises:
-            RunError: Too many items in a row can't be read.
+            UserError: Too many items in a row can't be read.
         """
         corrupt: list[str] = []
         for attempt in range(min(len(self), _MOST)):
@@ -105,7 +106,7 @@ class SkipsCorrupt:
                 if self.test_mode:
                     self.exclude(item["data_samples"], idx)
             return item
-        raise RunError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
+        raise UserError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
 
     def exclude(self, sample: Any, idx: int) -> None:
         """Exclude `sample`, which replaces the item `idx`, from the scores."""

@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.messages import UserError
 from zoo.recipes.classify import train
 from zoo.recipes.classify.data import Samples, build_transform, open_data
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.classify.train_state import TrainState
-from zoo.recipes.errors import RunError
 
 ARGS = (
     "model=test_vit",
@@ -101,13 +101,13 @@ def test_corrupt_validation_image_is_named(fit, folder, tmp_path):
 def test_validation_images_all_corrupt(fit, folder, tmp_path):
     for number in range(15):
         _corrupt(_nth(folder, "val", number))
-    with pytest.raises(RunError, match="no image could be read for evaluation; the first of 15 corrupt ones is"):
+    with pytest.raises(UserError, match="no image could be read for evaluation; the first of 15 corrupt ones is"):
         fit(tmp_path / "run", folder, pictures=True)
 
 
 def test_too_many_corrupt_images_stop_the_run_with_the_list(fit, folder, tmp_path):
     paths = [str(_corrupt(_nth(folder, "train", number))) for number in (1, 5, 9, 13)]
-    with pytest.raises(RunError, match=r"more than data\.max_corrupt=2"):
+    with pytest.raises(UserError, match=r"more than data\.max_corrupt=2"):
         fit(tmp_path / "run", folder, "data.max_corrupt=2")
     listed = [line.split(" (")[0] for line in (tmp_path / "run" / "corrupt.txt").read_text().splitlines()]
     assert len(listed) > 2
@@ -134,7 +134,7 @@ def test_too_many_corrupt_images_on_the_command_line(run_cli, folder, tmp_path):
 def test_training_images_all_corrupt(fit, folder, tmp_path, workers):
     for number in range(24):
         _corrupt(_nth(folder, "train", number))
-    with pytest.raises(RunError, match="corrupt") as error:
+    with pytest.raises(UserError, match="corrupt") as error:
         fit(tmp_path / "run", folder, f"data.num_workers={workers}")
     assert "Traceback" not in str(error.value)
     assert "24 " in str(error.value)
@@ -181,7 +181,7 @@ def test_images_of_other_kinds_are_fine(fit, folder, tmp_path, mode):
 
 
 def _refused(fit, tmp_path, root, match, *overrides):
-    with pytest.raises(RunError, match=match):
+    with pytest.raises(UserError, match=match):
         fit(tmp_path / "run", root, *overrides)
     assert not (tmp_path / "run").exists()
 
@@ -262,13 +262,13 @@ def test_missing_class_map(fit, folder, tmp_path):
 
 def test_run_below_a_file(fit, folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/run can't be written to \(.*choose another with run=<folder>"):
+    with pytest.raises(UserError, match=r"file/run can't be written to \(.*choose another with run=<folder>"):
         fit(tmp_path / "file" / "run", folder)
 
 
 def test_run_is_a_file(fit, folder, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="can't be written to"):
+    with pytest.raises(UserError, match="can't be written to"):
         fit(tmp_path / "file", folder)
 
 
@@ -342,13 +342,13 @@ def test_bad_pass_of_an_accumulated_update_leaves_no_gradient(fit, images, tmp_p
 
 def test_too_many_in_a_row_stop_the_run(fit, images, tmp_path, spoil):
     spoil(range(4, 100))
-    with pytest.raises(RunError, match=r"not finite in 3 updates in a row.*The last good checkpoint is .*last.pt"):
+    with pytest.raises(UserError, match=r"not finite in 3 updates in a row.*The last good checkpoint is .*last.pt"):
         fit(tmp_path / "run", images, "trainer.epochs=9", "trainer.max_nonfinite=2")
 
 
 def test_last_checkpoint_before_bad_numbers_is_finite(fit, images, tmp_path, spoil):
     spoil(range(5, 100))
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         fit(tmp_path / "run", images, "trainer.epochs=9", "trainer.max_nonfinite=2", "trainer.save_minutes=0")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["training"]["model"].values())
@@ -361,7 +361,7 @@ def test_scattered_bad_updates_do_not_stop_the_run(fit, images, tmp_path, spoil)
 
 def test_absurd_learning_rate_stops(fit, images, tmp_path):
     absurd = ("optim=sgd", "optim.lr=1e4", "trainer.epochs=9", "trainer.max_nonfinite=3", "model=test_convnext")
-    with pytest.raises(RunError, match=r"lower optim\.lr"):
+    with pytest.raises(UserError, match=r"lower optim\.lr"):
         fit(tmp_path / "run", images, *absurd)
 
 
@@ -388,7 +388,7 @@ def _hostile(path, marker, kind):
 def test_hostile_checkpoint_runs_nothing(fit, images, tmp_path, kind):
     (tmp_path / "run").mkdir()
     _hostile(tmp_path / "run" / "last.pt", tmp_path / "marker", kind)
-    with pytest.raises(RunError, match="can't be read"):
+    with pytest.raises(UserError, match="can't be read"):
         fit(tmp_path / "run", images)
     assert not (tmp_path / "marker").exists()
 
@@ -397,7 +397,7 @@ def test_hostile_checkpoint_runs_nothing(fit, images, tmp_path, kind):
 @pytest.mark.parametrize("name", ["weights.pth", "weights.pt", "weights.bin", "weights.ckpt"])
 def test_hostile_weights_run_nothing(compose, tmp_path, kind, name):
     path = _hostile(tmp_path / name, tmp_path / "marker", kind)
-    with pytest.raises(RunError, match="can't be read as a checkpoint"):
+    with pytest.raises(UserError, match="can't be read as a checkpoint"):
         build_model(compose(f"pretrained={path}"), 2)
     assert not (tmp_path / "marker").exists()
 
@@ -406,7 +406,7 @@ def test_hostile_weights_run_nothing(compose, tmp_path, kind, name):
 @pytest.mark.parametrize("content", [b"", b"<html></html>", bytes(200)], ids=["empty", "html", "zeros"])
 def test_weights_that_are_none(compose, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RunError, match="can't be read as a checkpoint"):
+    with pytest.raises(UserError, match="can't be read as a checkpoint"):
         build_model(compose(f"pretrained={tmp_path / name}"), 2)
 
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from zoo.messages import UserError
 from zoo.recipes.classify.data import EpochSampler, EvalSampler, open_data
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.classify.train import ClassifyRun, train
 from zoo.recipes.classify.train_state import TrainState
 from zoo.recipes.digits import Digits
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 
 SGD = ("optim=sgd", "optim.lr=0.01")
@@ -244,7 +244,7 @@ def test_validation_labels_follow_the_training_classes(make_folder, options, tmp
 def test_validation_class_that_training_lacks(make_folder, options, tmp_path):
     make_folder(tmp_path / "train", per_class=2)
     make_folder(tmp_path / "val", classes=("apple", "chery"), per_class=2)
-    with pytest.raises(RunError, match=r"'chery' \(is 'cherry' meant\?\)"):
+    with pytest.raises(UserError, match=r"'chery' \(is 'cherry' meant\?\)"):
         open_data(options(tmp_path), seed=0)
 
 
@@ -326,7 +326,7 @@ def test_stream_resumes_bit_identically(fit, shards, tmp_path, weights, same, wo
 
 
 def test_unknown_kind_of_data(fit, tmp_path):
-    with pytest.raises(RunError, match="can't be opened"):
+    with pytest.raises(UserError, match="can't be opened"):
         fit(tmp_path / "run", None, "data=timm", "data.name=torch/no_such_set", f"data.root={tmp_path}")
 
 
@@ -379,18 +379,18 @@ def test_learning_rate_default(compose, overrides, lr):
 
 
 def test_pretrained_that_does_not_exist(compose, tmp_path):
-    with pytest.raises(RunError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="there is no checkpoint"):
         build_model(compose(f"pretrained={tmp_path / 'none.pth'}"), 2)
 
 
 @pytest.mark.slow
 def test_pretrained_of_another_model(compose, finished):
-    with pytest.raises(RunError, match="test_van can't be created with"):
+    with pytest.raises(UserError, match="test_van can't be created with"):
         build_model(compose("model=test_van", f"pretrained={finished}"), 2)
 
 
 def test_wrong_model_keyword(compose):
-    with pytest.raises(RunError, match="colour='red'"):
+    with pytest.raises(UserError, match="colour='red'"):
         build_model(compose("+model_kwargs.colour=red"), 2)
 
 
@@ -506,7 +506,7 @@ def test_accumulation_is_said(fit, images, tmp_path):
 
 @pytest.mark.parametrize("size", [6, 12])
 def test_effective_batch_has_to_be_a_multiple(fit, images, tmp_path, size):
-    with pytest.raises(RunError, match=rf"effective_batch_size={size} is not a multiple of 8"):
+    with pytest.raises(UserError, match=rf"effective_batch_size={size} is not a multiple of 8"):
         fit(tmp_path / "run", images, f"trainer.effective_batch_size={size}")
 
 
@@ -617,7 +617,7 @@ def test_evaluation_counts_every_image_once(count, world):
 def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path, monkeypatch):
     monkeypatch.setattr(ClassifyRun, "_write_weights", lambda self, name: {"weight": torch.tensor([1.0, torch.nan])})
     monkeypatch.setattr(ClassifyRun, "_describe", lambda self, weights: None)
-    with pytest.raises(RunError, match=r"the final weights in .* are not finite: lower optim\.lr"):
+    with pytest.raises(UserError, match=r"the final weights in .* are not finite: lower optim\.lr"):
         fit(tmp_path / "run", images)
 
 
@@ -634,5 +634,5 @@ def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path
     ],
 )
 def test_value_that_timm_refuses(fit, images, tmp_path, override, message):
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         fit(tmp_path / "run", images, override)

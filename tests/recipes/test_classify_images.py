@@ -12,9 +12,9 @@ from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
+from zoo.messages import UserError
 from zoo.recipes.classify.data import Samples, Stream, build_transform, open_data
 from zoo.recipes.config import AugmentConfig, DataConfig
-from zoo.recipes.errors import RunError
 
 
 def _size(channels=3, side=8):
@@ -97,7 +97,7 @@ class _Broken(torch.utils.data.IterableDataset):
 
 def test_stream_that_breaks_off_is_said():
     samples = Samples(_Broken(), build_transform(None, _size()), 0, False, (3, 8, 8))
-    with pytest.raises(RunError, match="the data set can't be read to its end: connection lost"):
+    with pytest.raises(UserError, match="the data set can't be read to its end: connection lost"):
         list(Stream(_Broken(), samples))
 
 
@@ -127,7 +127,7 @@ def test_transparency_reaches_a_model_of_four_channels(tmp_path):
 
 @pytest.mark.parametrize("channels", [2, 5])
 def test_models_of_other_channels_are_refused(fit, images, tmp_path, channels):
-    with pytest.raises(RunError, match=f"takes images of {channels} channels, but .* set model_kwargs.in_chans to one"):
+    with pytest.raises(UserError, match=f"takes images of {channels} channels, but .* set model_kwargs.in_chans to on"):
         fit(tmp_path / "run", images, f"+model_kwargs.in_chans={channels}")
 
 
@@ -139,7 +139,7 @@ def test_models_of_other_channels_train(fit, images, tmp_path, channels):
 
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_normalisation_of_another_number_of_channels_is_refused(fit, images, tmp_path, name):
-    with pytest.raises(RunError, match=rf"data.{name}=\[0.5, 0.5\] has 2 numbers, but the model takes 3 channels"):
+    with pytest.raises(UserError, match=rf"data.{name}=\[0.5, 0.5\] has 2 numbers, but the model takes 3 channels"):
         fit(tmp_path / "run", images, f"data.{name}=[0.5,0.5]")
 
 
@@ -154,7 +154,7 @@ def test_every_augmentation_works(policy, channels):
 
 
 def test_augmentation_of_four_channels_is_refused():
-    with pytest.raises(RunError, match=r"augment.auto_augment=original .* takes 4: set it to null"):
+    with pytest.raises(UserError, match=r"augment.auto_augment=original .* takes 4: set it to null"):
         build_transform(AugmentConfig(auto_augment="original"), _size(4))
 
 
@@ -184,7 +184,7 @@ def test_images_above_the_limit_are_named_with_its_key(tmp_path):
 
 
 def test_limit_reaches_training(fit, images, tmp_path):
-    with pytest.raises(RunError, match=r"more than data\.max_pixels=100 pixels"):
+    with pytest.raises(UserError, match=r"more than data\.max_pixels=100 pixels"):
         fit(tmp_path / "run", images, "data.max_pixels=100")
 
 

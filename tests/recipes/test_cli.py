@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import zoo  # noqa: F401
+from zoo.messages import UserError
 from zoo.recipes import cli, early, sweep
-from zoo.recipes.errors import RunError
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_folder_that_can_not_be_made(tmp_path, what):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling link").symlink_to("nowhere")
     path = tmp_path / {"below a file": "file/out"}.get(what, what)
-    with pytest.raises(RunError, match="is a file, and can't be the output folder"):
+    with pytest.raises(UserError, match="is a file, and can't be the output folder"):
         early.check_folder(path, "the output folder")
 
 
@@ -241,7 +241,7 @@ def trained(monkeypatch):
 
     def train(cfg):
         if cfg.seed == 2:
-            raise RunError("there is no seed 2.")
+            raise UserError("there is no seed 2.")
         os.makedirs(cfg.run, exist_ok=True)
         return {"task": "classify", "metrics": {"top1": 10.0 * cfg.seed, "top5": 50.0}}
 

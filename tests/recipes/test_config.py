@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import zoo
+from zoo.messages import UserError
 from zoo.recipes import cli, config, reading, run_folder
-from zoo.recipes.errors import RunError
 
 GROUP_OPTIONS = [
     f"{group}={option}"
@@ -244,7 +244,7 @@ def test_number_that_no_run_can_use(defaults, key, value):
     cfg, field = OmegaConf.create(defaults), dict(_leaves(config.EvalConfig))[key]
     number = float(value) if "float" in field.type else int(float(value)) if "e" in value else -7_000_000_000
     OmegaConf.update(cfg, key, [number, number] if field.type.startswith("list") else number)
-    with pytest.raises(RunError, match=rf"^{re.escape(key)}=.* is not allowed: it has to be [^\n]*\.$"):
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}=.* is not allowed: it has to be [^\n]*\.$"):
         config.check(cfg)
 
 
@@ -252,7 +252,7 @@ def test_number_that_no_run_can_use(defaults, key, value):
 def test_word_that_no_run_can_use(defaults, key):
     cfg = OmegaConf.create(defaults)
     OmegaConf.update(cfg, key, "nonsense")
-    with pytest.raises(RunError, match=rf"^{re.escape(key)}=nonsense is not allowed: it has to be .* or .*\.$"):
+    with pytest.raises(UserError, match=rf"^{re.escape(key)}=nonsense is not allowed: it has to be .* or .*\.$"):
         config.check(cfg)
 
 
@@ -276,20 +276,20 @@ ABSURD = {
 
 @pytest.mark.parametrize(("override", "allowed"), ABSURD.items(), ids=ABSURD)
 def test_absurd_value(compose, override, allowed):
-    with pytest.raises(RunError, match=rf"is not allowed: it has to be {re.escape(allowed)}\.$"):
+    with pytest.raises(UserError, match=rf"is not allowed: it has to be {re.escape(allowed)}\.$"):
         config.check(compose(override))
 
 
 @pytest.mark.parametrize(("override", "allowed"), REFUSED, ids=[override for override, _ in REFUSED])
 def test_check_names_key_value_and_what_is_allowed(compose, override, allowed):
     key = override.partition("=")[0]
-    with pytest.raises(RunError, match=rf"{re.escape(key)}=.* is not allowed.*{re.escape(allowed)}"):
+    with pytest.raises(UserError, match=rf"{re.escape(key)}=.* is not allowed.*{re.escape(allowed)}"):
         config.check(compose(override))
 
 
 @pytest.mark.parametrize("mixing", ["augment.mixup=0.2", "augment.cutmix=1"])
 def test_check_refuses_mixing_of_odd_batches(compose, mixing):
-    with pytest.raises(RunError, match=r"trainer.batch_size=7 is odd"):
+    with pytest.raises(UserError, match=r"trainer.batch_size=7 is odd"):
         config.check(compose(mixing, "trainer.batch_size=7"))
 
 

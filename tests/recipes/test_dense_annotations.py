@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from zoo.messages import UserError
 from zoo.recipes.dense.annotations import _decode_runs, category_names, count_boxes, load_annotations, normalise
-from zoo.recipes.errors import RunError
 
 WIDTH, HEIGHT = 40, 30
 CLASSES = ["dog", "cat"]
@@ -52,7 +52,7 @@ def count(tmp_path):
 
 
 def _refuse(match, call):
-    with pytest.raises(RunError, match=match) as error:
+    with pytest.raises(UserError, match=match) as error:
         call()
     assert len(str(error.value)) < 500
     assert "\n" not in str(error.value)

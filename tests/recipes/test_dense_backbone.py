@@ -15,10 +15,10 @@ from torch import nn
 
 import zoo
 from zoo import families
+from zoo.messages import UserError
 from zoo.recipes.dense import backbone as module
 from zoo.recipes.dense import mmcv_ops
 from zoo.recipes.dense.backbone import TimmBackbone, param_groups
-from zoo.recipes.errors import RunError
 
 sys.path.append(str(Path(__file__).parents[1] / "zoo"))
 import golden
@@ -337,7 +337,7 @@ def test_pretrained_run_folder(finished):
 
 def test_pretrained_of_another_model(tmp_path):
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "other.safetensors")
-    with pytest.raises(RunError, match=r"resnet10t can't be created with .*other\.safetensors"):
+    with pytest.raises(UserError, match=r"resnet10t can't be created with .*other\.safetensors"):
         TimmBackbone("resnet10t", pretrained=str(tmp_path / "other.safetensors"))
 
 
@@ -393,18 +393,18 @@ def test_dense_kwargs_suit_the_model(name, task):
 
 
 def test_unknown_model():
-    with pytest.raises(RunError, match="there is no model 'dinat_tinny': did you mean dinat_tiny"):
+    with pytest.raises(UserError, match="there is no model 'dinat_tinny': did you mean dinat_tiny"):
         TimmBackbone("dinat_tinny")
 
 
 def test_unknown_keyword():
-    with pytest.raises(RunError, match=r"test_van can't be created with depth=3: .*depth"):
+    with pytest.raises(UserError, match=r"test_van can't be created with depth=3: .*depth"):
         TimmBackbone("test_van", {"depth": 3})
 
 
 @pytest.mark.parametrize("key", ["out_indices", "features_only"])
 def test_keywords_of_the_backbone_itself(key):
-    with pytest.raises(RunError, match=f"model_kwargs has '{key}', which the backbone sets itself: see dense.out_indi"):
+    with pytest.raises(UserError, match=f"model_kwargs has '{key}', which the backbone sets itself: see dense.out_ind"):
         TimmBackbone("test_van", {key: True})
 
 
@@ -414,7 +414,7 @@ def test_stages_from_the_end():
 
 @pytest.mark.parametrize("indices", [(0, 4), (-5,), (2, 1), (1, 1), (3, -1), ()])
 def test_stages_that_are_not_there(indices):
-    with pytest.raises(RunError, match="test_van has 4 stages, so it has to be increasing numbers from 0 to 3"):
+    with pytest.raises(UserError, match="test_van has 4 stages, so it has to be increasing numbers from 0 to 3"):
         TimmBackbone("test_van", out_indices=indices)
 
 
@@ -444,27 +444,27 @@ def without_features():
 
 
 def test_model_without_features(without_features):
-    with pytest.raises(RunError, match="no_features gives no features, only classes: choose a model whose"):
+    with pytest.raises(UserError, match="no_features gives no features, only classes: choose a model whose"):
         TimmBackbone(without_features)
 
 
 def test_more_frozen_stages_than_there_are():
-    with pytest.raises(RunError, match=r"dense\.frozen_stages=5: test_van has 4 stages, so it has to be from -1 to 4"):
+    with pytest.raises(UserError, match=r"dense\.frozen_stages=5: test_van has 4 stages, so it has to be from -1 to 4"):
         TimmBackbone("test_van", frozen_stages=5)
 
 
 def test_frozen_stages_of_a_model_without_groups():
-    with pytest.raises(RunError, match=r"dense\.frozen_stages=1: pit_ti_224 does not say what its stages are"):
+    with pytest.raises(UserError, match=r"dense\.frozen_stages=1: pit_ti_224 does not say what its stages are"):
         TimmBackbone("pit_ti_224", frozen_stages=1)
 
 
 def test_no_gradient_checkpointing():
-    with pytest.raises(RunError, match="coat_lite_tiny has no gradient checkpointing: leave trainer"):
+    with pytest.raises(UserError, match="coat_lite_tiny has no gradient checkpointing: leave trainer"):
         TimmBackbone("coat_lite_tiny", grad_checkpointing=True)
 
 
 def test_missing_weights():
-    with pytest.raises(RunError, match=r"there is no checkpoint nowhere\.pt"):
+    with pytest.raises(UserError, match=r"there is no checkpoint nowhere\.pt"):
         TimmBackbone("resnet10t", pretrained="nowhere.pt")
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import zoo
+from zoo.messages import UserError
 from zoo.recipes import cli, config, tasks
-from zoo.recipes.errors import RunError
 
 settings = tasks.load("detect", "settings")
 
@@ -81,7 +81,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("task", "override", "message"), REFUSED, ids=[row[1] for row in REFUSED])
 def test_setting_is_refused(compose, task, override, message):
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         settings.check(compose(f"task={task}", override))
 
 
@@ -108,7 +108,7 @@ def test_methods_that_find_masks(compose, words, found):
 
 
 def test_mask2former_needs_masks(compose):
-    with pytest.raises(RunError, match=r"dense.masks=false can't be used with dense.method=mask2former"):
+    with pytest.raises(UserError, match=r"dense.masks=false can't be used with dense.method=mask2former"):
         settings.finds_masks(compose("task=detect", "dense=mask2former", "dense.masks=false"))
 
 
@@ -130,7 +130,7 @@ def test_length(compose, words, expected):
 
 
 def test_batch_that_can_not_be_reached(compose):
-    with pytest.raises(RunError, match=r"trainer.effective_batch_size=6 is not a multiple of 4"):
+    with pytest.raises(UserError, match=r"trainer.effective_batch_size=6 is not a multiple of 4"):
         settings.run_length(compose("task=detect", "trainer.batch_size=4", "trainer.effective_batch_size=6"), 50)
 
 
@@ -178,19 +178,19 @@ def test_mm_changes_the_model(compose):
 
 
 def test_mm_that_does_not_fit(compose):
-    with pytest.raises(RunError, match=r"mm=.*max_iters.* does not fit the configuration of mmengine"):
+    with pytest.raises(UserError, match=r"mm=.*max_iters.* does not fit the configuration of mmengine"):
         _settings(compose("task=detect", "++mm.train_cfg.max_iters.x.y=1"), _coco())
 
 
 def test_model_that_can_not_be_built(compose):
     cfg = compose("task=detect", "++mm.model.roi_head.bbox_head.type=NoHead")
-    with pytest.raises(RunError, match=r"dense.method=mask_rcnn can't be built on test_dinat: .*NoHead"):
+    with pytest.raises(UserError, match=r"dense.method=mask_rcnn can't be built on test_dinat: .*NoHead"):
         models.build_model(cfg, ["a"], CPU, False)
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_is_refused_on_a_cpu(compose, amp):
-    with pytest.raises(RunError, match=rf"trainer.amp={amp} can't be used with task=detect on a CPU: leave it out"):
+    with pytest.raises(UserError, match=rf"trainer.amp={amp} can't be used with task=detect on a CPU: leave it out"):
         _settings(compose("task=detect", f"trainer.amp={amp}"), _coco(), CPU)
 
 
@@ -351,7 +351,7 @@ def test_layer_decay_falls_towards_the_image(compose, detector):
 
 
 def test_unknown_optimizer(compose, detector):
-    with pytest.raises(RunError, match=r"the optimizer can't be made from optim=.*nonsense"):
+    with pytest.raises(UserError, match=r"the optimizer can't be made from optim=.*nonsense"):
         _wrapper(compose, detector, "optim.opt=nonsense")
 
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+from zoo.messages import UserError
 from zoo.recipes.dense.evaluate import evaluate
-from zoo.recipes.errors import RunError
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_corrupt_files_are_skipped_counted_and_named(fit_dense, damaged, tmp_pat
 
 def test_too_many_corrupt_images_stop_the_run_with_the_list(fit_dense, damaged, tmp_path):
     root, files = damaged(*range(12))
-    with pytest.raises(RunError, match=r"images are corrupt, more than data\.max_corrupt=1; .*corrupt\.txt lists them"):
+    with pytest.raises(UserError, match=r"images are corrupt, more than data\.max_corrupt=1; .*corrupt\.txt lists"):
         fit_dense(tmp_path / "run", f"data.root={root}", "data.max_corrupt=1", task="segment")
     listed = {line.split(" (")[0] for line in (tmp_path / "run" / "corrupt.txt").read_text().splitlines()}
     assert len(listed) > 1
@@ -64,7 +64,7 @@ def test_too_many_corrupt_images_stop_the_run_with_the_list(fit_dense, damaged, 
 def test_images_all_corrupt(fit_dense, damaged, tmp_path, workers):
     root, _ = damaged(*range(16))
     words = (f"data.root={root}", "data.check_files=0", f"data.num_workers={workers}")
-    with pytest.raises(RunError, match=r"^\d+ corrupt images in a row, the first is .*: check the data\.$"):
+    with pytest.raises(UserError, match=r"^\d+ corrupt images in a row, the first is .*: check the data\.$"):
         fit_dense(tmp_path / "run", *words, task="segment")
 
 

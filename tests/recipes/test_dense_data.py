@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.messages import UserError
 from zoo.recipes import scenes
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense import prepare
 from zoo.recipes.dense.annotations import normalise
 from zoo.recipes.dense.detection_data import open_detection
 from zoo.recipes.dense.segmentation_data import open_segmentation, pair_files
-from zoo.recipes.errors import RunError
 
 for task in ("detect", "segment"):
     prepare(task)
@@ -302,7 +302,7 @@ def test_class_without_boxes_is_named(coco, caplog):
 
 
 def _refuse(message, call):
-    with pytest.raises(RunError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
     assert str(error.value).endswith((".", "?"))

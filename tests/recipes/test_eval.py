@@ -10,10 +10,10 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from zoo.messages import UserError
 from zoo.recipes import report
 from zoo.recipes.classify import evaluate as module
 from zoo.recipes.classify.accuracy import Evaluation, plot_confusion
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 
 
@@ -136,7 +136,7 @@ def test_other_images_lacking_a_class(evaluate, run, make_folder, tmp_path):
 
 def test_other_images_with_an_unknown_class(evaluate, run, make_folder, tmp_path):
     make_folder(tmp_path / "other", classes=("apple", "plum"), per_class=3)
-    with pytest.raises(RunError, match="training does not have, 'plum'"):
+    with pytest.raises(UserError, match="training does not have, 'plum'"):
         evaluate(f"run={run}", f"data.root={tmp_path / 'other'}")
 
 
@@ -190,48 +190,48 @@ def test_run_with_keywords_of_its_model(command, fit, images, tmp_path, summary)
 
 
 def test_nothing_to_evaluate(evaluate):
-    with pytest.raises(RunError, match="nothing to evaluate"):
+    with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate()
 
 
 def test_missing_run(evaluate, tmp_path):
-    with pytest.raises(RunError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         evaluate(f"run={tmp_path / 'none'}")
 
 
 def test_folder_that_is_no_run(evaluate, images):
-    with pytest.raises(RunError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="is not the folder of a run"):
         evaluate(f"run={images}")
 
 
 def test_run_without_weights(evaluate, run):
     for name in ("model.safetensors", "last.pt", "previous.pt", "best.safetensors"):
         (run / name).unlink()
-    with pytest.raises(RunError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="there is no checkpoint"):
         evaluate(f"run={run}")
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100], ids=["empty", "garbage"])
 def test_damaged_weights(evaluate, run, content):
     (run / "model.safetensors").write_bytes(content)
-    with pytest.raises(RunError, match=r"model.safetensors can't be read"):
+    with pytest.raises(UserError, match=r"model.safetensors can't be read"):
         evaluate(f"run={run}")
 
 
 def test_unknown_checkpoint(evaluate, run):
-    with pytest.raises(RunError, match="it has to be last or best"):
+    with pytest.raises(UserError, match="it has to be last or best"):
         evaluate(f"run={run}", "checkpoint=first")
 
 
 def test_wrong_number_of_classes(evaluate, finished, make_folder, tmp_path):
     make_folder(tmp_path / "two", classes=("day", "night"))
     words = ("model=test_vit", "data=imagefolder", f"data.root={tmp_path / 'two'}", "data.img_size=32")
-    with pytest.raises(RunError, match="has 3 classes, but the data has 2"):
+    with pytest.raises(UserError, match="has 3 classes, but the data has 2"):
         evaluate(f"pretrained={finished}", *words)
 
 
 def test_weights_of_another_model(evaluate, run):
-    with pytest.raises(RunError, match="do not fit test_vit2"):
+    with pytest.raises(UserError, match="do not fit test_vit2"):
         evaluate(f"run={run}", "model=test_vit2")
 
 

@@ -4,9 +4,8 @@ import codecs
 
 import pytest
 
-from zoo.messages import similar_path
+from zoo.messages import UserError, similar_path
 from zoo.recipes import files
-from zoo.recipes.errors import RunError
 
 TEXT = "chat\nélan\n\n猫 \n"
 
@@ -47,13 +46,13 @@ def test_reads_json_with_a_byte_order_mark(tmp_path):
 def test_says_what_is_wrong(tmp_path, content, message):
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(RunError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         files.read_json(path)
     assert str(path) in str(error.value)
 
 
 def test_says_why_a_file_cannot_be_read(tmp_path):
-    with pytest.raises(RunError, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         files.read_text(tmp_path / "none.txt")
 
 

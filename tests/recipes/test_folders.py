@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from zoo.messages import UserError
 from zoo.recipes.classify.data import open_data
 from zoo.recipes.classify.folders import ClassFolders
 from zoo.recipes.config import DataConfig
-from zoo.recipes.errors import RunError
 from zoo.recipes.images import ENDINGS
 from zoo.recipes.logs import log
 
@@ -132,19 +132,19 @@ def test_names_that_file_systems_write_differently_are_one_class(write, forms):
 
 def test_two_folders_of_one_class_are_refused(write):
     root = write(*(f"{unicodedata.normalize(form, 'café')}/1.png" for form in ("NFC", "NFD")), "tea/1.png")
-    with pytest.raises(RunError, match="has two folders of the class 'café': put their images into one"):
+    with pytest.raises(UserError, match="has two folders of the class 'café': put their images into one"):
         _open(root)
 
 
 def test_class_in_other_case_in_validation_is_named(write):
     root = write("train/X/1.png", "train/y/1.png", "val/x/1.png")
-    with pytest.raises(RunError, match=r"that training does not have, 'x' \(is 'X' meant\?\)"):
+    with pytest.raises(UserError, match=r"that training does not have, 'x' \(is 'X' meant\?\)"):
         _open(root)
 
 
 def test_a_single_folder_of_class_folders_is_seen_through(write):
     root = write("pets/cat/1.png", "pets/dog/1.png")
-    with pytest.raises(RunError, match=re.escape(f"are the folders in {root / 'pets'}, that is the root")):
+    with pytest.raises(UserError, match=re.escape(f"are the folders in {root / 'pets'}, that is the root")):
         _open(root)
 
 
@@ -189,7 +189,7 @@ def test_folder_that_can_not_be_read_is_named(write, monkeypatch, inside):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(RunError, match=re.escape(f"{locked} can't be read (Permission denied): fix that")):
+    with pytest.raises(UserError, match=re.escape(f"{locked} can't be read (Permission denied): fix that")):
         _open(root)
 
 
@@ -212,7 +212,7 @@ def test_class_named_like_a_split_within_a_split(write):
 @pytest.mark.parametrize("other", ["val", "valid", "test"])
 def test_splits_without_class_folders_are_no_classes(write, other):
     root = write("train/1.png", f"{other}/1.png", "notes/1.png")
-    with pytest.raises(RunError, match="train has no class folders"):
+    with pytest.raises(UserError, match="train has no class folders"):
         _open(root)
 
 
@@ -267,7 +267,7 @@ def test_class_list_may_have_any_ending(three, tmp_path):
 def test_what_is_no_class_list_is_refused(three, tmp_path, monkeypatch, name, content, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         _open(three, class_map=str(tmp_path / name))
     assert not (tmp_path / "ran").exists()
 
@@ -331,11 +331,11 @@ def test_tar_file_with_a_tar_file_for_each_class(tmp_path):
 def test_tar_file_that_ends_early_is_refused(write, tmp_path, cut):
     file = _tar(tmp_path / "a.tar", write("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png"))
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(RunError, match=r"a.tar can't be read as a tar file"):
+    with pytest.raises(UserError, match=r"a.tar can't be read as a tar file"):
         _open(file)
 
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "data.zip").write_bytes(b"PK")
-    with pytest.raises(RunError, match=r"data.zip is neither a folder of class folders nor a .tar file"):
+    with pytest.raises(UserError, match=r"data.zip is neither a folder of class folders nor a .tar file"):
         _open(tmp_path / "data.zip")

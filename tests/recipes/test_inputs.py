@@ -5,7 +5,7 @@ import os
 import pytest
 from PIL import Image
 
-from zoo.recipes.errors import RunError
+from zoo.messages import UserError
 from zoo.recipes.inputs import Inputs, as_text, shown
 
 
@@ -87,7 +87,7 @@ def test_odd_file_is_named_and_the_rest_goes_on(tmp_path, caplog, kind, named):
     with caplog.at_level("WARNING", "zoo"):
         assert read(inputs) == ["b.png"]
     assert inputs.unread == [odd]
-    with pytest.raises(RunError, match=r"^1 of 2 files can't be read as images, beginning with .*a\.png\.$"):
+    with pytest.raises(UserError, match=r"^1 of 2 files can't be read as images, beginning with .*a\.png\.$"):
         inputs.conclude()
 
 
@@ -130,10 +130,10 @@ def test_nothing_left_out_says_nothing(tmp_path):
 
 def test_path_that_does_not_exist(tmp_path):
     save(tmp_path / "photos" / "a.png")
-    with pytest.raises(RunError, match=r"photo does not exist: did you mean .*photos\? Give images or folders"):
+    with pytest.raises(UserError, match=r"photo does not exist: did you mean .*photos\? Give images or folders"):
         Inputs([tmp_path / "photo"], tmp_path / "out")
 
 
 def test_folder_without_images(tmp_path):
-    with pytest.raises(RunError, match=r"the folder .* has no images \(.*\.jpg"):
+    with pytest.raises(UserError, match=r"the folder .* has no images \(.*\.jpg"):
         Inputs([tmp_path], tmp_path / "out")

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
+from zoo.messages import UserError
 from zoo.recipes import atomic_files, lock, run_folder
-from zoo.recipes.errors import RunError
 from zoo.recipes.lock import Lock
 
 
@@ -46,14 +46,14 @@ def test_folder_is_as_before_when_it_is_given_back(tmp_path):
 
 def test_living_owner_is_named(tmp_path, other, living):
     other(Lock(tmp_path).owner["machine"], living.pid, lock._started(living.pid))
-    with pytest.raises(RunError, match=rf"in use by process {living.pid} on node \(zoo-train seed=1, last active"):
+    with pytest.raises(UserError, match=rf"in use by process {living.pid} on node \(zoo-train seed=1, last active"):
         Lock(tmp_path).acquire()
 
 
 @pytest.mark.parametrize("key", ["run", "out"])
 def test_refusal_says_how_to_go_on(tmp_path, other, living, key):
     other(Lock(tmp_path).owner["machine"], living.pid, lock._started(living.pid))
-    with pytest.raises(RunError, match=rf"choose another folder with {key}=<folder>; if it is dead, delete .*\.lock"):
+    with pytest.raises(UserError, match=rf"choose another folder with {key}=<folder>; if it is dead, delete .*\.lock"):
         Lock(tmp_path, key).acquire()
 
 
@@ -72,7 +72,7 @@ def test_number_of_a_dead_owner_may_be_another_process_now(tmp_path, other, livi
 def test_owner_elsewhere_that_gives_signs_of_life_is_named(tmp_path, other, monkeypatch):
     path = other()
     monkeypatch.setattr(time, "sleep", lambda _: os.utime(path, (1, time.time() + 9)))
-    with pytest.raises(RunError, match="in use by process 7 on node"):
+    with pytest.raises(UserError, match="in use by process 7 on node"):
         Lock(tmp_path).acquire()
 
 
@@ -116,7 +116,7 @@ def test_owner_that_was_followed_writes_no_more(tmp_path, other):
     held = Lock(tmp_path)
     held.acquire()
     other()
-    with pytest.raises(RunError, match="has taken the folder over"):
+    with pytest.raises(UserError, match="has taken the folder over"):
         held.check()
 
 
@@ -183,13 +183,13 @@ def test_folder_that_was_there_stays(tmp_path):
 
 def test_training_refuses_a_folder_in_use(fit, images, tmp_path, other, living):
     other(Lock(tmp_path).owner["machine"], living.pid, lock._started(living.pid))
-    with pytest.raises(RunError, match="is in use by process"):
+    with pytest.raises(UserError, match="is in use by process"):
         fit(tmp_path, images)
 
 
 def test_training_ends_when_another_process_took_its_folder_over(fit, images, tmp_path, other, monkeypatch):
     monkeypatch.setattr(run_folder, "save_config", lambda *_: other())
-    with pytest.raises(RunError, match="has taken the folder over"):
+    with pytest.raises(UserError, match="has taken the folder over"):
         fit(tmp_path, images)
     assert not (tmp_path / "last.pt").exists()
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+from zoo.messages import UserError
 from zoo.recipes.dense import mmcv_ops
-from zoo.recipes.errors import RunError
 
 mmcv_ops.install()
 
@@ -214,7 +214,7 @@ def test_roi_align_of_no_regions():
 
 
 def test_roi_align_has_no_maximum():
-    with pytest.raises(RunError, match="no pool_mode='max': use 'avg'"):
+    with pytest.raises(UserError, match="no pool_mode='max': use 'avg'"):
         ops.roi_align(draw(1, 1, 4, 4), ROIS[:1], 2, 1.0, 0, "max", True)
 
 
@@ -402,7 +402,7 @@ def test_deformable_attention_keeps_the_type():
 
 
 def test_missing_operator_says_so():
-    with pytest.raises(RunError, match="'nms_rotated' has no replacement from torchvision: choose a model that does"):
+    with pytest.raises(UserError, match="'nms_rotated' has no replacement from torchvision: choose a model that does"):
         ops.nms_rotated(torch.rand(3, 5), torch.rand(3), 0.5)
 
 

@@ -14,9 +14,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from safetensors.torch import load_file
 
+from zoo.messages import UserError
 from zoo.recipes import predict as command
 from zoo.recipes import report, tasks
-from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Inputs
 from zoo.recipes.run_weights import save_weights
 
@@ -118,13 +118,13 @@ def test_evaluation_of_a_detector_with_other_classes_is_refused(evaluate, finish
     content = json.loads((digit_scenes / "annotations" / "instances_val.json").read_text())
     content["categories"][3]["name"] = "drei"
     (tmp_path / "other.json").write_text(json.dumps(content))
-    with pytest.raises(RunError, match=r"other.json has other classes than the 10 .*1 missing, '3'; 1 unknown, 'drei'"):
+    with pytest.raises(UserError, match=r"other.json has other classes than the 10.*1 missing, '3'; 1 unknown, 'drei'"):
         evaluate(finished_dense["detect"], tmp_path, f"data.val_ann={tmp_path / 'other.json'}")
 
 
 def test_evaluation_of_a_segmentor_with_other_classes_is_refused(evaluate, finished_dense, tmp_path):
     (tmp_path / "names.txt").write_text("\n".join(["background", *"012345678", "nine"]))
-    with pytest.raises(RunError, match=r"has other classes than the training, label 10 is 'nine' and was '9'"):
+    with pytest.raises(UserError, match=r"has other classes than the training, label 10 is 'nine' and was '9'"):
         evaluate(finished_dense["segment"], tmp_path, f"data.class_map={tmp_path / 'names.txt'}")
 
 
@@ -136,12 +136,12 @@ def test_evaluation_of_a_segmentor_with_other_classes_is_refused(evaluate, finis
     ],
 )
 def test_evaluation_refuses(evaluate, finished_dense, tmp_path, override, message):
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate(finished_dense["detect"], tmp_path, override)
 
 
 def test_evaluation_needs_a_run(compose):
-    with pytest.raises(RunError, match="nothing to evaluate: give run=<folder> of a run with task=detect"):
+    with pytest.raises(UserError, match="nothing to evaluate: give run=<folder> of a run with task=detect"):
         evaluation.evaluate(compose("task=detect", name="eval"), [])
 
 
@@ -280,7 +280,7 @@ def test_corrupt_image_is_named_and_the_others_written(run_predict, photos, tmp_
     (tmp_path / "in" / "broken.png").write_bytes((photos / "a.png").read_bytes()[:200])
     (tmp_path / "in" / "text.jpg").write_text("quota exceeded")
     (tmp_path / "in" / "whole.png").write_bytes((photos / "a.png").read_bytes())
-    with pytest.raises(RunError, match=r"2 of 3 files can't be read as images, beginning with .*broken.png"):
+    with pytest.raises(UserError, match=r"2 of 3 files can't be read as images, beginning with .*broken.png"):
         run_predict("detect", [tmp_path / "in"], tmp_path / "out", score=0.0)
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [image["file_name"] for image in content["images"]] == ["whole.png"]
@@ -295,7 +295,7 @@ def test_odd_images_do_not_end_a_folder(run_predict, photos, tmp_path, task):
     for name, size in (("high", (1, 60000)), ("one", (1, 1)), ("wide", (60000, 1)), ("long", (190, 1))):
         Image.new("L", size).save(tmp_path / "in" / f"{name}.png")
     (tmp_path / "in" / "whole.png").write_bytes((photos / "a.png").read_bytes())
-    with pytest.raises(RunError, match=r"^3 of 6 files can't be read as images, beginning with .*high.png"):
+    with pytest.raises(UserError, match=r"^3 of 6 files can't be read as images, beginning with .*high.png"):
         run_predict(task, [tmp_path / "in"], tmp_path / "out")
     assert (tmp_path / "out" / {"detect": "predictions.json", "segment": "classes.txt"}[task]).exists()
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"long.png", "one.png", "whole.png"}
@@ -310,7 +310,7 @@ def test_image_that_the_model_can_not_take(run_predict, photos, tmp_path, monkey
         return original(batch)
 
     monkeypatch.setattr(predict, "pseudo_collate", collate)
-    with pytest.raises(RunError, match=r"^1 of 4 files are images that the model can't take, beginning with .*b.png"):
+    with pytest.raises(UserError, match=r"^1 of 4 files are images that the model can't take, beginning with .*b.png"):
         run_predict("detect", [photos], tmp_path / "out")
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert [image["file_name"] for image in content["images"]] == ["a.bmp", "a_png.png", "more/a.png"]
@@ -327,12 +327,12 @@ def test_labels_of_many_classes(tmp_path, classes, mode):
 
 
 def test_input_that_does_not_exist(run_predict, tmp_path):
-    with pytest.raises(RunError, match=r"none.jpg does not exist: .* Give images or folders, and the output"):
+    with pytest.raises(UserError, match=r"none.jpg does not exist: .* Give images or folders, and the output"):
         run_predict("detect", [tmp_path / "none.jpg"], tmp_path / "out")
 
 
 def test_folder_without_images(run_predict, tmp_path):
-    with pytest.raises(RunError, match=r"the folder .* has no images \(.*\.jpg"):
+    with pytest.raises(UserError, match=r"the folder .* has no images \(.*\.jpg"):
         run_predict("detect", [tmp_path], tmp_path / "out")
 
 
@@ -341,7 +341,7 @@ def test_images_are_not_written_over(run_predict, photos, tmp_path, inputs):
     (tmp_path / "labels").mkdir()
     for name in ("a.jpg", "b.png", "labels/a.png"):
         (tmp_path / name).write_bytes((photos / "a.png").read_bytes())
-    with pytest.raises(RunError, match=r"the image .*png would be written over: give another output folder"):
+    with pytest.raises(UserError, match=r"the image .*png would be written over: give another output folder"):
         run_predict("segment", [tmp_path / name for name in inputs], tmp_path / "labels" / "..")
     assert {path.read_bytes() for path in tmp_path.rglob("*.*")} == {(photos / "a.png").read_bytes()}
 
@@ -355,7 +355,7 @@ def test_pictures_of_an_earlier_call_are_not_images(run_predict, photos, tmp_pat
 
 def test_output_folder_that_can_not_be_made(run_predict, photos, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"the folder .*file/out can't be written to"):
+    with pytest.raises(UserError, match=r"the folder .*file/out can't be written to"):
         run_predict("detect", [photos / "a.png"], tmp_path / "file" / "out")
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.messages import UserError
 from zoo.recipes import predict as command
 from zoo.recipes.classify import predict
 from zoo.recipes.classify.evaluate import evaluate
-from zoo.recipes.errors import RunError
 from zoo.recipes.inputs import Inputs
 
 CLASSES = ["apple", "banana", "cherry"]
@@ -155,7 +155,7 @@ def test_image_that_the_model_can_not_take(finished, images, tmp_path, monkeypat
     Image.new("RGB", (30, 40)).save(tmp_path / "black.png")
     inputs = Inputs([tmp_path / "black.png", images / "val" / "apple"], tmp_path / "out")
     with pytest.raises(
-        RunError, match=r"^1 of 6 files are images that the model can't take, beginning with .*black.png"
+        UserError, match=r"^1 of 6 files are images that the model can't take, beginning with .*black.png"
     ):
         predict.predict(settings(finished), inputs, tmp_path / "out")
     assert len(rows(tmp_path / "out")) == 5
@@ -180,7 +180,7 @@ def test_all_is_written_when_it_is_interrupted(finished, images, tmp_path, monke
 @pytest.mark.parametrize("name", predict.NAMES[2:])
 def test_image_is_not_written_over(finished, images, tmp_path, name):
     (tmp_path / name).write_bytes((images / "val" / "apple" / "0_00.jpg").read_bytes())
-    with pytest.raises(RunError, match=r"predictions.png would be written over"):
+    with pytest.raises(UserError, match=r"predictions.png would be written over"):
         predict.predict(settings(finished), Inputs([tmp_path], tmp_path), tmp_path)
 
 

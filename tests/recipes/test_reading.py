@@ -8,8 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from zoo.messages import UserError
 from zoo.recipes import config, reading
-from zoo.recipes.errors import RunError
 
 HEAD = "task: classify\nmodel: test_vit\n"
 ALIASES = "a: &a [x, x]\n" + "".join(
@@ -73,7 +73,7 @@ def _is_a_sentence(result):
 
 @pytest.mark.parametrize("content", CONFIGS.values(), ids=CONFIGS.keys())
 def test_strange_configuration(folder, content):
-    with pytest.raises(RunError, match=r"config\.yaml .*\.$"):
+    with pytest.raises(UserError, match=r"config\.yaml .*\.$"):
         reading.load_config(folder(content))
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from zoo.messages import UserError
 from zoo.recipes import logs, report, run_folder, sheet, timing
-from zoo.recipes.errors import RunError
 
 HOSTILE = "<script>alert(1)</script>"
 CLASSES = ["cat", HOSTILE, "dog"]
@@ -515,7 +515,7 @@ def test_pages_are_replaced(tmp_path):
 
 def test_different_tasks_are_not_compared(tmp_path):
     folders = [_write_run(tmp_path / task, task) for task in ("classify", "segment")]
-    with pytest.raises(RunError, match=r"no scores in common \(.*classify is task=classify and .* is task=segment\)"):
+    with pytest.raises(UserError, match=r"no scores in common \(.*classify is task=classify and .* is task=segment\)"):
         report.make(folders, tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
 
@@ -537,25 +537,25 @@ def test_different_tasks_are_not_compared(tmp_path):
 def test_damaged_files_are_named(tmp_path, name, content, message):
     folder = _write_run(tmp_path / "run")
     (folder / name).write_text(content)
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         report.make([folder], None)
 
 
 def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(RunError, match=r"is not the folder of a run or an evaluation: it has neither config.yaml nor"):
+    with pytest.raises(UserError, match=r"is not the folder of a run or an evaluation: it has neither config.yaml nor"):
         report.make([tmp_path], None)
 
 
 def test_other_json_is_refused(tmp_path):
     (tmp_path / "eval.json").write_text("{}")
-    with pytest.raises(RunError, match=r"eval.json is not what zoo writes: the whole has no 'metrics'"):
+    with pytest.raises(UserError, match=r"eval.json is not what zoo writes: the whole has no 'metrics'"):
         report.make([tmp_path], None)
 
 
 def test_files_of_others_are_kept(tmp_path):
     folder, other = _write_run(tmp_path / "run"), tmp_path / "thesis.html"
     other.write_text("mine")
-    with pytest.raises(RunError, match=r"thesis.html exists and is not a page of zoo-report"):
+    with pytest.raises(UserError, match=r"thesis.html exists and is not a page of zoo-report"):
         report.make([folder], other)
     assert other.read_text() == "mine"
 
@@ -565,5 +565,5 @@ def test_files_of_others_are_kept(tmp_path):
     [(".", r"is a folder: give a file, -o"), ("none/out.html", r"the folder .*none does not exist: make it")],
 )
 def test_bad_output_is_refused(tmp_path, out, message):
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         report.make([_write_run(tmp_path / "run")], tmp_path / out)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from zoo.messages import UserError
 from zoo.recipes import atomic_files, run_checkpoints
 from zoo.recipes.classify import train
-from zoo.recipes.errors import RunError
 from zoo.recipes.run_weights import load_weights
 
 # All random parts at once, with a checkpoint at every update.
@@ -189,12 +189,12 @@ AGAIN = ("trainer.epochs=3", "optim.lr=3e-3")
 
 
 def test_never_refuses_an_existing_run(fit, images, copied):
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         fit(copied, images, *AGAIN, "resume=never")
 
 
 def test_must_refuses_a_new_run(fit, images, tmp_path):
-    with pytest.raises(RunError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="has no checkpoint"):
         fit(tmp_path / "run", images, "resume=must")
 
 
@@ -213,25 +213,25 @@ def test_must_continues(fit, images, copied):
     ],
 )
 def test_other_settings_refuse_the_folder(fit, images, copied, override):
-    with pytest.raises(RunError, match=r"holds a run with .* choose another run=<folder>"):
+    with pytest.raises(UserError, match=r"holds a run with .* choose another run=<folder>"):
         fit(copied, images, *AGAIN, override)
 
 
 def test_other_classes_refuse_the_folder(fit, make_folder, copied, tmp_path):
     root = make_folder(tmp_path / "other", classes=("day", "night", "dusk"), per_class=9)
-    with pytest.raises(RunError, match="holds a run with classes"):
+    with pytest.raises(UserError, match="holds a run with classes"):
         fit(copied, root, *AGAIN)
 
 
 def test_other_number_of_images_refuses_the_folder(fit, make_folder, copied, tmp_path):
     root = make_folder(tmp_path / "other", per_class=12)
-    with pytest.raises(RunError, match="holds a run with training images"):
+    with pytest.raises(UserError, match="holds a run with training images"):
         fit(copied, root, *AGAIN)
 
 
 def test_refusing_leaves_the_folder_as_it_is(fit, images, copied):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         fit(copied, images, *AGAIN, "model=test_vit2")
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
 
@@ -239,7 +239,7 @@ def test_refusing_leaves_the_folder_as_it_is(fit, images, copied):
 def test_folder_of_a_run_without_checkpoint_refuses_another_model(fit, images, copied):
     for name in ("last.pt", "previous.pt"):
         (copied / name).unlink()
-    with pytest.raises(RunError, match="holds a run of test_vit"):
+    with pytest.raises(UserError, match="holds a run of test_vit"):
         fit(copied, images, *AGAIN, "model=test_vit2")
 
 
@@ -432,7 +432,7 @@ def test_one_flipped_bit_of_a_tensor_is_noticed(tmp_path, place):
     data = bytearray(path.read_bytes())
     data[int(place * len(data))] ^= 4
     path.write_bytes(data)
-    with pytest.raises(RunError, match="can't be read"):
+    with pytest.raises(UserError, match="can't be read"):
         run_checkpoints.load_checkpoint(path)
 
 
@@ -441,7 +441,7 @@ def test_damaged_checkpoints_are_named_and_nothing_overwritten(fit, images, copi
     for name in ("last.pt", "previous.pt"):
         (copied / name).write_bytes(damage((copied / name).read_bytes()))
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
-    with pytest.raises(RunError, match=re.escape(str(copied / "last.pt"))):
+    with pytest.raises(UserError, match=re.escape(str(copied / "last.pt"))):
         fit(copied, images, *AGAIN)
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
 
@@ -453,7 +453,7 @@ OTHERS = {"dict": {"weights": torch.zeros(1)}, "part": {"progress": {}}, "list":
 def test_checkpoint_of_something_else(fit, images, copied, content):
     for name in ("last.pt", "previous.pt"):
         torch.save(content, copied / name)
-    with pytest.raises(RunError, match="is not a checkpoint of zoo-train"):
+    with pytest.raises(UserError, match="is not a checkpoint of zoo-train"):
         fit(copied, images, *AGAIN)
 
 
@@ -493,13 +493,13 @@ def test_atomic_keeps_the_old_content_on_an_exception(tmp_path, error):
 
 
 def test_atomic_says_what_the_system_said(tmp_path):
-    with pytest.raises(RunError, match=r"could not write .*none/file: No such file or directory"):
+    with pytest.raises(UserError, match=r"could not write .*none/file: No such file or directory"):
         atomic_files.write_text(tmp_path / "none" / "file", "text")
 
 
 def test_atomic_recognises_a_full_disk_behind_another_error(tmp_path):
     cause = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    with pytest.raises(RunError, match=r"No space left on device.*Free some space"):
+    with pytest.raises(UserError, match=r"No space left on device.*Free some space"):
         _write_half(tmp_path / "file", RuntimeError("unexpected pos 64 vs 0"), cause)
 
 

@@ -6,8 +6,8 @@ import logging
 import pytest
 from PIL import Image
 
+from zoo.messages import UserError
 from zoo.recipes import composition, logs, plots, reading, records, run_folder
-from zoo.recipes.errors import RunError
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_make_folder_leaves_it_empty(tmp_path):
 
 def test_make_folder_below_a_file(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"choose another with out=<folder>"):
+    with pytest.raises(UserError, match=r"choose another with out=<folder>"):
         run_folder.make_folder(tmp_path / "file" / "b", "out")
 
 
@@ -122,7 +122,7 @@ def test_curves(tmp_path, history):
 
 
 def test_config_of_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(RunError, match=r"it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"it has no config\.yaml"):
         reading.load_config(tmp_path)
 
 

@@ -14,8 +14,8 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.runner import checkpoint
 from torch import nn
 
+from zoo.messages import UserError
 from zoo.recipes.dense import safe_loading
-from zoo.recipes.errors import RunError
 
 
 class Bomb:
@@ -87,13 +87,13 @@ def test_mmengine_alone_runs_it(hostile):
 def test_local_checkpoint_is_refused(hostile):
     path, ran = hostile
     message = r"hostile\.pth can't be loaded without running code .*GLOBAL _?io\.open was not"  # _io in 3.12
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         checkpoint.load_checkpoint(nn.Linear(1, 1), str(path), map_location="cpu")
     assert not ran.exists()
 
 
 def test_message_is_one_sentence(hostile):
-    with pytest.raises(RunError) as raised:
+    with pytest.raises(UserError) as raised:
         checkpoint.CheckpointLoader.load_checkpoint(str(hostile[0]))
     assert "\n" not in str(raised.value)
     assert str(raised.value).endswith("): give a file with tensors.")
@@ -102,7 +102,7 @@ def test_message_is_one_sentence(hostile):
 
 def test_explicit_wish_to_unpickle_is_refused(hostile):
     path, ran = hostile
-    with pytest.raises(RunError, match="running code"):
+    with pytest.raises(UserError, match="running code"):
         checkpoint._safe_torch_load(str(path), weights_only=False)
     assert not ran.exists()
 
@@ -110,7 +110,7 @@ def test_explicit_wish_to_unpickle_is_refused(hostile):
 def test_downloaded_checkpoint_is_refused(hostile, server):
     _, ran = hostile
     for _ in range(2):  # the second comes from the cache
-        with pytest.raises(RunError, match=r"http://127\.0\.0\.1:\d+/hostile\.pth can't be loaded"):
+        with pytest.raises(UserError, match=r"http://127\.0\.0\.1:\d+/hostile\.pth can't be loaded"):
             checkpoint.load_checkpoint(nn.Linear(1, 1), f"{server}/hostile.pth")
     assert not ran.exists()
 
@@ -128,7 +128,7 @@ def test_bare_pickles_are_refused(tmp_path, legacy):
         torch.save(Bomb(tmp_path / "ran"), path, _use_new_zipfile_serialization=False)
     else:
         path.write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol=2))
-    with pytest.raises(RunError, match=r"bare\.pth can't be loaded without running code"):
+    with pytest.raises(UserError, match=r"bare\.pth can't be loaded without running code"):
         checkpoint.load_checkpoint(nn.Linear(1, 1), str(path))
     assert not (tmp_path / "ran").exists()
 
@@ -139,7 +139,7 @@ def test_bare_pickles_are_refused(tmp_path, legacy):
 def test_attributes_out_of_reach(tmp_path, owner, name):
     # MMEngine's list of safe globals has getattr, which gives a file access to any module.
     torch.save({"state_dict": Reach(owner, name)}, tmp_path / "reach.pth")
-    with pytest.raises(RunError, match=r"reach\.pth can't be loaded without running code"):
+    with pytest.raises(UserError, match=r"reach\.pth can't be loaded without running code"):
         checkpoint.load_checkpoint(nn.Linear(1, 1), str(tmp_path / "reach.pth"))
 
 
@@ -152,7 +152,7 @@ class Swap:
 
 def test_python_stays_as_it_is(tmp_path):
     torch.save({"state_dict": Swap()}, tmp_path / "swap.pth")
-    with pytest.raises(RunError, match=r"swap\.pth can't be loaded without running code .*attribute '__self__'"):
+    with pytest.raises(UserError, match=r"swap\.pth can't be loaded without running code .*attribute '__self__'"):
         checkpoint.load_checkpoint(nn.Linear(1, 1), str(tmp_path / "swap.pth"))
     assert not hasattr(builtins, "swapped")
 
@@ -161,7 +161,7 @@ def test_damaged_file(tmp_path):
     torch.save({"state_dict": nn.Linear(9, 9).state_dict()}, tmp_path / "half.pth")
     data = (tmp_path / "half.pth").read_bytes()
     (tmp_path / "half.pth").write_bytes(data[: len(data) // 2])
-    with pytest.raises(RunError, match=r"half\.pth can't be read as a checkpoint \(.+\): give another file"):
+    with pytest.raises(UserError, match=r"half\.pth can't be read as a checkpoint \(.+\): give another file"):
         checkpoint.load_checkpoint(nn.Linear(9, 9), str(tmp_path / "half.pth"))
 
 

@@ -12,8 +12,8 @@ import torch
 import yaml
 from mmengine.registry import DATASETS, HOOKS, MODELS, TASK_UTILS, init_default_scope
 
+from zoo.messages import UserError
 from zoo.recipes.dense import prepare, safe_registry
-from zoo.recipes.errors import RunError
 
 # Places of a type in `mm`; {} is replaced by the call.
 MODEL = {
@@ -103,7 +103,7 @@ def test_predict_calls_nothing(command, foreign, digit_scenes, canary, place):
 def test_train_calls_nothing(fit_dense, canary, place, tmp_path):
     path, call = canary
     mm = re.sub(r'"(\w+)":', r"\1:", json.dumps(_filled((MODEL | RUNNER | TRAINING)[place], call)))  # as Hydra has it
-    with pytest.raises(RunError):
+    with pytest.raises(UserError):
         fit_dense(tmp_path / "run", f"++mm={mm}")
     assert not path.exists()
 
@@ -200,7 +200,7 @@ def test_file_that_a_configuration_names_is_no_program(kind, tmp_path):
     }
     path = tmp_path / f"file.{kind}"
     path.write_bytes(content[kind])
-    with pytest.raises((RunError, yaml.YAMLError)):
+    with pytest.raises((UserError, yaml.YAMLError)):
         mmengine.Config.fromfile(path) if kind == "py" else mmengine.load(path)
     assert not ran.exists()
 
@@ -220,7 +220,7 @@ class Call:
 def test_non_maximum_suppression_is_not_evaluated(name):
     from mmcv.ops import batched_nms
 
-    with pytest.raises(RunError, match="it has to be nms or soft_nms"):
+    with pytest.raises(UserError, match="it has to be nms or soft_nms"):
         batched_nms(torch.rand(3, 4), torch.rand(3), torch.zeros(3), {"type": name, "iou_threshold": 0.5})
 
 

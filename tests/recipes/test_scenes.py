@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from zoo.messages import UserError
 from zoo.recipes import scenes
 from zoo.recipes.digits import Digits
-from zoo.recipes.errors import RunError
 
 FEW = {"train": 12, "val": 5, "test": 5}
 SPLITS = tuple(FEW)
@@ -200,7 +200,7 @@ def test_cache_is_below_home_by_default(tmp_path, monkeypatch):
 def test_other_content_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(
-        RunError, match=r"has other content \(thesis\.tex\) than these digit scenes: give a new or empty"
+        UserError, match=r"has other content \(thesis\.tex\) than these digit scenes: give a new or empty"
     ):
         scenes.ensure(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.tex"]
@@ -208,13 +208,13 @@ def test_other_content_is_refused(tmp_path):
 
 def test_another_version_is_refused(tmp_path):
     (tmp_path / "VERSION").write_text("digit scenes 0\n")
-    with pytest.raises(RunError, match="has other content"):
+    with pytest.raises(UserError, match="has other content"):
         scenes.ensure(tmp_path)
 
 
 def test_file_as_root_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="file can't be used for the digit scenes"):
+    with pytest.raises(UserError, match="file can't be used for the digit scenes"):
         scenes.ensure(tmp_path / "file")
 
 
@@ -224,7 +224,7 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(scenes, "_write", full)
-    with pytest.raises(RunError, match=r"can't be written to .*digits \(No space left on device\): choose another"):
+    with pytest.raises(UserError, match=r"can't be written to .*digits \(No space left on device\): choose another"):
         scenes.ensure(tmp_path / "digits")
     assert os.listdir(tmp_path) == []
 

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
+from zoo.messages import UserError
 from zoo.recipes import batchnorm, distributed
 from zoo.recipes.base_run import of_few
-from zoo.recipes.errors import RunError
 from zoo.recipes.logs import log
 
 
@@ -49,7 +49,7 @@ def test_batch_of_mixed_images_stays_even(compose):
 )
 def test_fewer_images_than_processes_need(compose, monkeypatch, words, processes, images, need):
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    with pytest.raises(RunError, match=f"too few images for training, {images}: it takes at least {need}"):
+    with pytest.raises(UserError, match=f"too few images for training, {images}: it takes at least {need}"):
         distributed.fit_batch_size(compose(*words), images)
 
 
@@ -84,7 +84,7 @@ def test_nothing_is_said_where_none_is_left_out(fit, images, tmp_path):
 
 
 def test_one_image_a_pass_with_batchnorm_over_one_pixel(fit, images, tmp_path):
-    with pytest.raises(RunError, match=r"BatchNorm sees a single value .* Use trainer.batch_size=2 .* data.img_size"):
+    with pytest.raises(UserError, match=r"BatchNorm sees a single value .* Use trainer.batch_size=2 .* data.img_size"):
         fit(tmp_path / "run", images, "model=test_van", "trainer.batch_size=1")
     assert not (tmp_path / "run").exists()
 
@@ -100,7 +100,7 @@ def test_one_image_a_pass_without_batchnorm(fit, images, tmp_path):
 
 def test_segmentor_of_one_image_a_pass_that_pools_to_one_pixel(fit_dense, tmp_path):
     words = ("dense.method=upernet", "trainer.batch_size=1")
-    with pytest.raises(RunError, match=r"BatchNorm sees a single value .* a larger dense\.(crop|scales)"):
+    with pytest.raises(UserError, match=r"BatchNorm sees a single value .* a larger dense\.(crop|scales)"):
         fit_dense(tmp_path / "run", *words, task="segment")
     assert not (tmp_path / "run").exists()
 
@@ -186,6 +186,6 @@ def test_remaining_time_is_that_of_the_whole_run(monkeypatch, capsys):
 
 def test_images_smaller_than_the_model_takes(fit, images, tmp_path):
     message = r"data.img_size=16 can't be used with this model: Got images of 16 x 16 pixels; enlarge or pad them"
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(UserError, match=message):
         fit(tmp_path / "run", images, "model=test_van", "data.img_size=16")
     assert not (tmp_path / "run").exists()

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from zoo.messages import UserError
 from zoo.recipes import cli, distributed, logs
 from zoo.recipes.classify import train
-from zoo.recipes.errors import RunError, of_the_system
+from zoo.recipes.errors import of_the_system
 
 ERRORS = {
     "files": (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "too many files are open"),
@@ -51,7 +52,7 @@ def test_training_names_what_is_left(fit, images, tmp_path, monkeypatch, error, 
 
     monkeypatch.setattr(train.ClassifyRun, "_update", fail)
     expected = rf"{text}.* The last good checkpoint is .*last\.pt\. The same command continues"
-    with pytest.raises(RunError, match=expected):
+    with pytest.raises(UserError, match=expected):
         fit(tmp_path, images, "trainer.save_minutes=0")
 
 
@@ -87,7 +88,7 @@ def test_sentence_is_said_without_memory_for_a_log(capfd, monkeypatch):
     logs.start_log(None, primary=True)
     monkeypatch.setattr("logging.Logger.log", _no_memory)
     with pytest.raises(SystemExit, match="1"), cli.friendly_errors("zoo-train"):
-        raise RunError("mend that")
+        raise UserError("mend that")
     assert capfd.readouterr().err == "zoo-train: error: mend that\n"
 
 
@@ -110,7 +111,7 @@ def limits(monkeypatch):
 
 def test_few_files_for_workers_are_refused(limits):
     limits(32, 32)
-    with pytest.raises(RunError, match=r"only 32 files .* 8 processes .* take 136: .* set data.num_workers=0"):
+    with pytest.raises(UserError, match=r"only 32 files .* 8 processes .* take 136: .* set data.num_workers=0"):
         distributed.check_open_files(8)
 
 

@@ -23,7 +23,6 @@ from zoo.messages import UserError
 from zoo.opening import open_model
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
-from zoo.recipes.errors import RunError
 
 CONTENT = bytes(range(256)) * 4
 HASH = hashlib.sha256(CONTENT).hexdigest()
@@ -326,7 +325,7 @@ def test_timms_own_downloads_without_network(name, silent, tmp_path, monkeypatch
     monkeypatch.setattr(downloads, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=silent))
     monkeypatch.setattr("zoo.pretrained.try_to_load_from_cache", lambda *args: None)
     with pytest.raises(
-        RunError, match=r"model\.safetensors of timm/resnet18\.a1_in1k, .*\(no answer in 0\.3 seconds\)"
+        UserError, match=r"model\.safetensors of timm/resnet18\.a1_in1k, .*\(no answer in 0\.3 seconds\)"
     ):
         build_model(Config(model=name, pretrained=True), num_classes=5)
     with pytest.raises(

@@ -15,7 +15,6 @@ from zoo.messages import UserError
 from zoo.opening import open_model, weights_file
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
-from zoo.recipes.errors import RunError
 from zoo.tools import convert
 
 
@@ -181,7 +180,7 @@ READERS = {
     "create_model": (by_timm, (ValueError, RuntimeError, OSError)),
     "zoo-convert": (by_zoo_convert, (UserError, OSError)),
     "zoo-export": (by_zoo_export, UserError),
-    "zoo-train": (by_zoo_train, RunError),
+    "zoo-train": (by_zoo_train, UserError),
 }
 
 
@@ -200,7 +199,7 @@ def test_is_refused_in_a_sentence(name, reader, tmp_path, weights):
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b"], ids=["long", "nul"])
 def test_no_file_can_have_this_name(name):
-    with pytest.raises(RunError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="there is no checkpoint"):
         weights_file(Path(name))
 
 
@@ -208,7 +207,7 @@ def test_files_for_other_models_of_timm_are_refused_too(tmp_path):
     weights = timm.create_model("test_vit").state_dict()
     weights["head.weight"] = weights["head.weight"] * float("nan")
     torch.save(weights, tmp_path / "model.pth")
-    with pytest.raises(RunError, match=r"are NaN or infinite \(\d+ in head\.weight\)"):
+    with pytest.raises(UserError, match=r"are NaN or infinite \(\d+ in head\.weight\)"):
         build_model(Config(model="test_vit", pretrained=str(tmp_path / "model.pth")), num_classes=1000)
 
 
