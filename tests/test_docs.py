@@ -60,6 +60,25 @@ def test_links_lead_somewhere(path):
     assert [link for link in pages.links(path) if not (path.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/adding.md", "docs/families/index.md"]
+)
+def test_files_that_are_named_exist(name):
+    named = re.findall(r"`((?:checkpoints|docs|kernels|recipes|tests|tools|zoo)/[\w./-]+)`", (ROOT / name).read_text())
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_file_tree_of_the_readme_is_complete():
+    """One line for each file and folder at the top, as git has them."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    if not tracked:
+        pytest.skip("not a checkout of git")
+    tree = (ROOT / "README.md").read_text().partition("## Files\n\n```\n")[2].partition("```")[0]
+    assert sorted(line.split()[0] for line in tree.splitlines()) == sorted(
+        {f"{name}/" if inside else name for name, inside, _ in (path.partition("/") for path in tracked)}
+    )
+
+
 def test_every_family_has_a_page_and_every_page_its_parts():
     for path in FAMILIES:
         headings = re.findall(r"^## (.+)$", path.read_text(), re.MULTILINE)

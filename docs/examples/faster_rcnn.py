@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN on our features, through a feature pyramid."""
+"""torchvision's Faster R-CNN with a backbone of zoo and a feature pyramid network."""
 
 import timm
 import torch
@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-import zoo  # noqa: F401  makes the names known to timm
+import zoo  # noqa: F401  registers the models with timm
 
 
 class Pyramid(nn.Module):
-    """Images (B, 3, H, W) to five maps of 256 channels, of strides 4 to 64."""
+    """Compute five feature maps with 256 channels and strides 4 to 64 from images (B, 3, H, W)."""
 
     def __init__(self, name: str, **kwargs):
         super().__init__()
@@ -19,7 +19,7 @@ class Pyramid(nn.Module):
         self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), self.out_channels, LastLevelMaxPool())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The maps by name, as FasterRCNN wants them."""
+        """Return the feature maps by name, as FasterRCNN expects them."""
         return self.fpn({str(i): features for i, features in enumerate(self.body(images))})
 
 
@@ -27,7 +27,7 @@ torch.manual_seed(0)
 backbone = Pyramid("gc_vit_xxtiny")  # pretrained=True starts from the published weights
 model = FasterRCNN(backbone, num_classes=3, min_size=160, max_size=256)
 
-images = [torch.rand(3, 160, 200), torch.rand(3, 120, 160)]  # of any size, from 0 to 1
+images = [torch.rand(3, 160, 200), torch.rand(3, 120, 160)]  # any size, values from 0 to 1
 targets = [
     {"boxes": torch.tensor([[20.0, 30.0, 90.0, 110.0]]), "labels": torch.tensor([1])},
     {"boxes": torch.tensor([[10.0, 10.0, 60.0, 80.0]]), "labels": torch.tensor([2])},

@@ -1,4 +1,4 @@
-"""An inference server: POST an image, and get the five likeliest classes with their probabilities.
+"""Inference server: POST an image to get the five most likely classes with their probabilities.
 
 python inference_server.py local-dir:runs/mine
 curl --data-binary @photo.jpg http://localhost:8000
@@ -13,7 +13,7 @@ import timm
 import torch
 from PIL import Image
 
-import zoo  # noqa: F401  makes the names known to timm
+import zoo  # noqa: F401  registers the models with timm
 
 model = timm.create_model(sys.argv[1], pretrained=True).eval()
 names = model.pretrained_cfg.get("label_names") or range(model.num_classes)
@@ -22,10 +22,10 @@ compiled = torch.compile(model)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One image at a time."""
+    """Classify one image per request."""
 
     def do_POST(self) -> None:
-        """Answer with JSON."""
+        """Answer with the classes and their probabilities as JSON."""
         try:
             data = self.rfile.read(int(self.headers["Content-Length"]))
             image = Image.open(io.BytesIO(data)).convert("RGB")
