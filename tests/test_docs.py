@@ -43,6 +43,7 @@ def test_every_block_runs_or_says_what_it_needs(path):
         assert language in ("bash", "python") or (language == "text" and before in ("bash", "python"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -75,6 +75,7 @@ def package(name):
 BESIDE = ("kernels", "recipes", "tools")
 
 
+@pytest.mark.slow
 def test_imports_point_one_way():
     wrong = {}
     for name, path in FILES.items():
@@ -163,6 +164,7 @@ def test_unknown_attribute():
         zoo.vam  # noqa: B018
 
 
+@pytest.mark.slow
 def test_command_line_starts_without_torch():
     """Help and misspelt keys answer at once."""
     recipes, tools = ("train", "eval", "predict"), ("benchmark", "convert", "export", "look", "models")

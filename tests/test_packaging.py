@@ -171,6 +171,7 @@ def test_option_names_its_extra(tmp_path, command, user, extra):
     assert (result.stdout, result.stderr, result.returncode) == ("", expected, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["zoo.recipes.train", "zoo.tools.benchmark"])
 def test_module_names_its_extra(core_only, module):
     result = subprocess.run([sys.executable, "-m", module], env=core_only, capture_output=True, text=True)
@@ -179,6 +180,7 @@ def test_module_names_its_extra(core_only, module):
     assert (result.stdout, result.stderr.count("\n"), result.returncode) == ("", 1, 1)
 
 
+@pytest.mark.slow
 def test_import_without_extra_raises(core_only):
     code = "import zoo.recipes.config"
     result = subprocess.run([sys.executable, "-c", code], env=core_only, capture_output=True, text=True)

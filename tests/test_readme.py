@@ -19,6 +19,7 @@ def test_python_runs(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", pages.commands(pages.blocks(README)), ids=" ".join)
 def test_command_composes(command, tmp_path):
     """The training of a command is not run here, but its keys, groups and values have to be right."""

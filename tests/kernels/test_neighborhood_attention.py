@@ -130,6 +130,7 @@ def test_dilation_that_fills_the_map_is_grid_attention():
     torch.testing.assert_close(got, window_attention(qkv, num_heads=2, bias_table=table, **grid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 @pytest.mark.parametrize("case", ["plain", "strided-dilated", "causal-strided-dilated"])
 def test_gradients(case, masked):

@@ -87,6 +87,7 @@ def test_strided_input():
     torch.testing.assert_close(run("torch", function, given | {"x": view}), run("torch", function, given))
 
 
+@pytest.mark.slow
 def test_double_backward():
     given, function = call("dilated-a-little", channels=2)
     inputs = tuple(x.requires_grad_() for x in given.values())
@@ -109,6 +110,7 @@ def test_functional_transforms():
     torch.testing.assert_close(slope, (want * direction).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
 def test_compiles_as_one_graph(differentiated):
     given, function = call("dilated-unevenly")

@@ -48,6 +48,7 @@ def test_strided_input():
     torch.testing.assert_close(run("torch", function, views), run("torch", function, given))
 
 
+@pytest.mark.slow
 def test_double_backward():
     given, function = call("pooled-keys", batch=1, num_heads=1, head_dim=2)
     inputs = tuple(x.requires_grad_() for x in given.values())
@@ -70,6 +71,7 @@ def test_functional_transforms():
     torch.testing.assert_close(slope, (want * direction).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
 def test_compiles_as_one_graph(differentiated):
     given, function = call("plain")

@@ -109,6 +109,7 @@ def test_query_without_keys_gives_zeros():
     assert not out.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
 def test_gradients(masked):
     qkv, table, mask, _, options = make("columns")
@@ -120,6 +121,7 @@ def test_gradients(masked):
     )
 
 
+@pytest.mark.slow
 def test_gradients_of_a_shared_query():
     kv, table, _, shared, options = make("rows", parts=2)
     inputs = (kv.requires_grad_(), shared.requires_grad_(), table.requires_grad_())

@@ -53,6 +53,7 @@ def _nth(folder, split, number):
 # Corrupt images.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["truncated", "random", "empty"])
 def test_corrupt_image_is_skipped_and_counted(fit, folder, tmp_path, how):
     path = _corrupt(_nth(folder, "train", 3), how)
@@ -68,6 +69,7 @@ def test_corrupt_image_is_named_in_the_log(fit, folder, tmp_path, workers):
     assert f"Skipped a corrupt image: {path} (" in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_corrupt_image_is_named_once_over_epochs(fit, folder, tmp_path):
     _corrupt(_nth(folder, "train", 3))
     result = fit(tmp_path / "run", folder, "trainer.epochs=3")
@@ -75,29 +77,34 @@ def test_corrupt_image_is_named_once_over_epochs(fit, folder, tmp_path):
     assert (tmp_path / "run" / "train.log").read_text().count("Skipped a corrupt image") == 1
 
 
+@pytest.mark.slow
 def test_corrupt_image_is_counted_in_the_metrics(fit, folder, tmp_path):
     _corrupt(_nth(folder, "train", 3))
     fit(tmp_path / "run", folder)
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["corrupt_images"] == 1
 
 
+@pytest.mark.slow
 def test_corrupt_images_are_remembered_after_a_resume(fit, folder, tmp_path):
     _corrupt(_nth(folder, "train", 3))
     fit(tmp_path / "run", folder, "trainer.epochs=2", "trainer.max_updates=3")
     assert len(fit(tmp_path / "run", folder, "trainer.epochs=2")["corrupt_images"]) == 1
 
 
+@pytest.mark.slow
 def test_corrupt_validation_image_does_not_count(fit, folder, tmp_path):
     _corrupt(_nth(folder, "val", 0))
     top1 = fit(tmp_path / "run", folder)["metrics"]["top1"]
     assert top1 * 14 / 100 == pytest.approx(round(top1 * 14 / 100))
 
 
+@pytest.mark.slow
 def test_corrupt_validation_image_is_named(fit, folder, tmp_path):
     path = _corrupt(_nth(folder, "val", 0))
     assert fit(tmp_path / "run", folder)["corrupt_images"][0].startswith(str(path))
 
 
+@pytest.mark.slow
 def test_validation_images_all_corrupt(fit, folder, tmp_path):
     for number in range(15):
         _corrupt(_nth(folder, "val", number))
@@ -105,6 +112,7 @@ def test_validation_images_all_corrupt(fit, folder, tmp_path):
         fit(tmp_path / "run", folder, pictures=True)
 
 
+@pytest.mark.slow
 def test_too_many_corrupt_images_stop_the_run_with_the_list(fit, folder, tmp_path):
     paths = [str(_corrupt(_nth(folder, "train", number))) for number in (1, 5, 9, 13)]
     with pytest.raises(UserError, match=r"more than data\.max_corrupt=2"):
@@ -114,6 +122,7 @@ def test_too_many_corrupt_images_stop_the_run_with_the_list(fit, folder, tmp_pat
     assert set(listed) <= set(paths)
 
 
+@pytest.mark.slow
 def test_as_many_corrupt_images_as_allowed(fit, folder, tmp_path):
     for number in (1, 5):
         _corrupt(_nth(folder, "train", number))
@@ -140,6 +149,7 @@ def test_training_images_all_corrupt(fit, folder, tmp_path, workers):
     assert "24 " in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_held_out_image_never_takes_the_place_of_a_corrupt_one(compose, make_folder, tmp_path):
     root = make_folder(tmp_path / "all", per_class=20)
     cfg = compose(
@@ -159,6 +169,7 @@ def test_a_held_out_image_never_takes_the_place_of_a_corrupt_one(compose, make_f
     assert set(read) <= set(data.train_indices)
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_replaced_by_the_same_one_every_time(compose, folder, same):
     cfg = compose("data=imagefolder", f"data.root={folder}")
     _corrupt(_nth(folder, "train", 3))
@@ -168,6 +179,7 @@ def test_a_corrupt_image_is_replaced_by_the_same_one_every_time(compose, folder,
     assert same(samples[0, 3][0], samples[0, 3][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "LA"])
 def test_images_of_other_kinds_are_fine(fit, folder, tmp_path, mode):
     path = _nth(folder, "train", 3)
@@ -186,6 +198,7 @@ def _refused(fit, tmp_path, root, match, *overrides):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("text", ["<html>404</html>", "Grüße, 世界\n" * 50], ids=["html", "utf-8"])
 def test_text_named_like_an_image(fit, folder, tmp_path, split, text):
@@ -194,84 +207,101 @@ def test_text_named_like_an_image(fit, folder, tmp_path, split, text):
     _refused(fit, tmp_path, folder, re.escape(f"{path} is text, not an image"))
 
 
+@pytest.mark.slow
 def test_several_text_files_are_counted(fit, folder, tmp_path):
     for number in range(3):
         _nth(folder, "train", number).write_text("not found")
     _refused(fit, tmp_path, folder, "and 2 more of the 24 files looked at are text")
 
 
+@pytest.mark.slow
 def test_text_is_a_corrupt_image_where_files_are_not_checked(fit, folder, tmp_path):
     _nth(folder, "train", 0).write_text("not found")
     assert len(fit(tmp_path / "run", folder, "data.check_files=0")["corrupt_images"]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_empty_class(fit, folder, tmp_path, split):
     (folder / split / "plum").mkdir()
     _refused(fit, tmp_path, folder, re.escape(f"the class folder {folder / split / 'plum'} has no images"))
 
 
+@pytest.mark.slow
 def test_no_class_folders(fit, tmp_path):
     (tmp_path / "data").mkdir()
     _refused(fit, tmp_path, tmp_path / "data", re.escape(f"{tmp_path / 'data'} has no class folders"))
 
 
+@pytest.mark.slow
 def test_images_without_class_folders(fit, folder, tmp_path):
     _refused(fit, tmp_path, folder / "train" / "apple", "has no class folders")
 
 
+@pytest.mark.slow
 def test_single_class(fit, make_folder, tmp_path):
     make_folder(tmp_path / "data", classes=("apple",))
     _refused(fit, tmp_path, tmp_path / "data", "has a single class, 'apple'")
 
 
+@pytest.mark.slow
 def test_validation_without_training_split(fit, make_folder, tmp_path):
     make_folder(tmp_path / "data" / "val")
     _refused(fit, tmp_path, tmp_path / "data", "has val but no train: name it")
 
 
+@pytest.mark.slow
 def test_wrong_root_names_the_nearest_folder(fit, folder, tmp_path):
     _refused(fit, tmp_path, tmp_path / "dat", re.escape(f"does not exist: did you mean {tmp_path / 'data'}?"))
 
 
+@pytest.mark.slow
 def test_wrong_root_names_the_first_missing_part(fit, folder, tmp_path):
     _refused(fit, tmp_path, tmp_path / "dta" / "x" / "y", re.escape(f"did you mean {tmp_path / 'data'}?"))
 
 
+@pytest.mark.slow
 def test_no_root(fit, tmp_path):
     _refused(fit, tmp_path, None, "data.root is not set", "data=imagefolder")
 
 
+@pytest.mark.slow
 def test_root_is_a_file(fit, tmp_path):
     (tmp_path / "data.zip").write_bytes(b"PK")
     _refused(fit, tmp_path, tmp_path / "data.zip", re.escape(str(tmp_path / "data.zip")))
 
 
+@pytest.mark.slow
 def test_too_few_images_to_hold_any_out(fit, make_folder, tmp_path):
     make_folder(tmp_path / "data", per_class=1)
     _refused(fit, tmp_path, tmp_path / "data", "has too few images to hold out")
 
 
+@pytest.mark.slow
 def test_number_of_classes_that_the_data_contradicts(fit, folder, tmp_path):
     _refused(fit, tmp_path, folder, "data.num_classes=5, but the data has 3 classes", "data.num_classes=5")
 
 
+@pytest.mark.slow
 def test_missing_class_map(fit, folder, tmp_path):
     _refused(fit, tmp_path, folder, r"class_map=.*none.txt does not exist", f"data.class_map={tmp_path / 'none.txt'}")
 
 
+@pytest.mark.slow
 def test_run_below_a_file(fit, folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run can't be written to \(.*choose another with run=<folder>"):
         fit(tmp_path / "file" / "run", folder)
 
 
+@pytest.mark.slow
 def test_run_is_a_file(fit, folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written to"):
         fit(tmp_path / "file", folder)
 
 
+@pytest.mark.slow
 def test_missing_device(fit, folder, tmp_path):
     here = torch.accelerator.current_accelerator(check_available=True)
     other = "mps" if here and here.type == "cuda" else "cuda"
@@ -301,6 +331,7 @@ def spoil(monkeypatch):
     return install
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_update_that_is_not_finite_is_skipped_and_counted(fit, images, tmp_path, spoil, value):
     spoil({2}, value)
@@ -308,12 +339,14 @@ def test_update_that_is_not_finite_is_skipped_and_counted(fit, images, tmp_path,
     assert (result["skipped_updates"], result["updates"]) == (1, 3)
 
 
+@pytest.mark.slow
 def test_skipped_update_is_in_the_log(fit, images, tmp_path, spoil):
     spoil({2})
     fit(tmp_path / "run", images)
     assert "Update 2 is skipped, its loss is not finite" in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["test_vit", "test_van"])
 def test_skipped_update_leaves_weights_and_buffers(fit, images, tmp_path, spoil, weights, same, model):
     """Updates 3 and 4 of six are skipped, so after four the weights are those after two."""
@@ -324,6 +357,7 @@ def test_skipped_update_leaves_weights_and_buffers(fit, images, tmp_path, spoil,
     assert same(weights(tmp_path / "four"), weights(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_skipped_update_leaves_the_average(fit, images, tmp_path, spoil, weights, same):
     schedule = ("schedule=constant", "trainer.ema_decay=0.9")
     fit(tmp_path / "two", images, *schedule, "trainer.max_updates=2")
@@ -332,6 +366,7 @@ def test_skipped_update_leaves_the_average(fit, images, tmp_path, spoil, weights
     assert same(weights(tmp_path / "three"), weights(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_bad_pass_of_an_accumulated_update_leaves_no_gradient(fit, images, tmp_path, spoil, weights, same):
     schedule = ("schedule=constant", "trainer.batch_size=4", "trainer.effective_batch_size=8")
     fit(tmp_path / "two", images, *schedule, "trainer.max_updates=2")
@@ -340,12 +375,14 @@ def test_bad_pass_of_an_accumulated_update_leaves_no_gradient(fit, images, tmp_p
     assert same(weights(tmp_path / "three"), weights(tmp_path / "two"))
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run(fit, images, tmp_path, spoil):
     spoil(range(4, 100))
     with pytest.raises(UserError, match=r"not finite in 3 updates in a row.*The last good checkpoint is .*last.pt"):
         fit(tmp_path / "run", images, "trainer.epochs=9", "trainer.max_nonfinite=2")
 
 
+@pytest.mark.slow
 def test_last_checkpoint_before_bad_numbers_is_finite(fit, images, tmp_path, spoil):
     spoil(range(5, 100))
     with pytest.raises(UserError):
@@ -354,11 +391,13 @@ def test_last_checkpoint_before_bad_numbers_is_finite(fit, images, tmp_path, spo
     assert all(value.isfinite().all() for value in state["training"]["model"].values())
 
 
+@pytest.mark.slow
 def test_scattered_bad_updates_do_not_stop_the_run(fit, images, tmp_path, spoil):
     spoil({2, 4, 6, 8})
     assert fit(tmp_path / "run", images, "trainer.epochs=3", "trainer.max_nonfinite=1")["skipped_updates"] == 4
 
 
+@pytest.mark.slow
 def test_absurd_learning_rate_stops(fit, images, tmp_path):
     absurd = ("optim=sgd", "optim.lr=1e4", "trainer.epochs=9", "trainer.max_nonfinite=3", "model=test_convnext")
     with pytest.raises(UserError, match=r"lower optim\.lr"):
@@ -384,6 +423,7 @@ def _hostile(path, marker, kind):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 def test_hostile_checkpoint_runs_nothing(fit, images, tmp_path, kind):
     (tmp_path / "run").mkdir()
@@ -393,6 +433,7 @@ def test_hostile_checkpoint_runs_nothing(fit, images, tmp_path, kind):
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 @pytest.mark.parametrize("name", ["weights.pth", "weights.pt", "weights.bin", "weights.ckpt"])
 def test_hostile_weights_run_nothing(compose, tmp_path, kind, name):
@@ -402,6 +443,7 @@ def test_hostile_weights_run_nothing(compose, tmp_path, kind, name):
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"<html></html>", bytes(200)], ids=["empty", "html", "zeros"])
 def test_weights_that_are_none(compose, tmp_path, name, content):

@@ -52,6 +52,7 @@ def test_run_leaves_the_documented_files_and_no_others(finished):
     assert {path.name for path in finished.iterdir()} == FILES
 
 
+@pytest.mark.slow
 def test_summary(finished, summary):
     found = summary(finished)
     assert {"metrics", "model", "params", "seconds", "command"} <= found.keys()
@@ -62,6 +63,7 @@ def test_summary(finished, summary):
     assert (found["train_images"], found["val_images"], found["classes"], found["epochs"]) == (24, 15, 3, 3)
 
 
+@pytest.mark.slow
 def test_summary_says_what_was_returned(fit, images, tmp_path, summary):
     assert fit(tmp_path / "run", images) == summary(tmp_path / "run")
 
@@ -151,6 +153,7 @@ def test_digits_have_every_class(training):
     assert set(np.unique(Digits(training).targets)) == set(range(10))
 
 
+@pytest.mark.slow
 def test_digits_splits_share_no_image():
     pixels = [{image.tobytes() for image in Digits(training).images} for training in (True, False)]
     assert len(Digits(True)) + len(Digits(False)) == 1797
@@ -173,11 +176,13 @@ def test_default_run_reads_digits(compose, tmp_path):
 # Image folders.
 
 
+@pytest.mark.slow
 def test_split_folders(options, images):
     data = open_data(options(images), seed=0)
     assert (len(data.train), len(data.val), data.classes) == (24, 15, ["apple", "banana", "cherry"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [("training", "validation"), ("train", "valid"), ("train", "eval")])
 def test_split_folders_have_other_names(make_folder, options, tmp_path, names):
     for name in names:
@@ -186,6 +191,7 @@ def test_split_folders_have_other_names(make_folder, options, tmp_path, names):
     assert data.train.reader.root != data.val.reader.root
 
 
+@pytest.mark.slow
 def test_split_folders_are_named(make_folder, options, tmp_path):
     for name, count in (("a", 2), ("b", 3), ("val", 1)):
         make_folder(tmp_path / name, per_class=count)
@@ -200,11 +206,13 @@ def unsplit(make_folder, options, tmp_path):
     return lambda seed=0, *overrides: open_data(options(root, *overrides), seed=seed)
 
 
+@pytest.mark.slow
 def test_held_out_images_are_disjoint_and_nothing_is_lost(unsplit):
     data = unsplit()
     assert sorted(data.train_indices + data.val_indices) == list(range(60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.1, 0.3])
 def test_held_out_share_of_every_class(unsplit, fraction):
     data = unsplit(0, f"data.val_fraction={fraction}")
@@ -212,14 +220,17 @@ def test_held_out_share_of_every_class(unsplit, fraction):
     assert np.bincount(labels).tolist() == [round(20 * fraction)] * 3
 
 
+@pytest.mark.slow
 def test_held_out_images_are_the_same_every_time(unsplit):
     assert unsplit().val_indices == unsplit().val_indices
 
 
+@pytest.mark.slow
 def test_held_out_images_depend_on_the_seed(unsplit):
     assert unsplit(0).val_indices != unsplit(1).val_indices
 
 
+@pytest.mark.slow
 def test_a_class_of_two_images_has_one_on_either_side(make_folder, options, tmp_path):
     root = make_folder(tmp_path / "all", per_class=2)
     data = open_data(options(root), seed=0)
@@ -227,6 +238,7 @@ def test_a_class_of_two_images_has_one_on_either_side(make_folder, options, tmp_
     assert labels == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_folder_without_validation_split_trains(fit, make_folder, tmp_path, summary):
     root = make_folder(tmp_path / "all", per_class=10)
     fit(tmp_path / "run", root)
@@ -234,6 +246,7 @@ def test_folder_without_validation_split_trains(fit, make_folder, tmp_path, summ
     assert (found["train_images"], found["val_images"]) == (27, 3)
 
 
+@pytest.mark.slow
 def test_validation_labels_follow_the_training_classes(make_folder, options, tmp_path):
     make_folder(tmp_path / "train", per_class=2)
     make_folder(tmp_path / "val", classes=("cherry",), per_class=2)
@@ -241,6 +254,7 @@ def test_validation_labels_follow_the_training_classes(make_folder, options, tmp
     assert [target for _, target in data.val.reader.samples] == [2, 2]
 
 
+@pytest.mark.slow
 def test_validation_class_that_training_lacks(make_folder, options, tmp_path):
     make_folder(tmp_path / "train", per_class=2)
     make_folder(tmp_path / "val", classes=("apple", "chery"), per_class=2)
@@ -248,6 +262,7 @@ def test_validation_class_that_training_lacks(make_folder, options, tmp_path):
         open_data(options(tmp_path), seed=0)
 
 
+@pytest.mark.slow
 def test_class_map_orders_the_classes(make_folder, options, tmp_path):
     make_folder(tmp_path / "all", per_class=4)
     (tmp_path / "classes.txt").write_text("cherry\nbanana\napple\n")
@@ -255,6 +270,7 @@ def test_class_map_orders_the_classes(make_folder, options, tmp_path):
     assert data.classes == ["cherry", "banana", "apple"]
 
 
+@pytest.mark.slow
 def test_class_map_that_leaves_classes_out_is_noted(make_folder, options, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(log, "propagate", True)  # the run of another test has changed it
     make_folder(tmp_path / "all", per_class=4)
@@ -275,6 +291,7 @@ def _tar(root, file):
             archive.add(path, path.relative_to(root))
 
 
+@pytest.mark.slow
 def test_tar_file_trains(fit, images, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "tars").mkdir(exist_ok=True)
@@ -284,6 +301,7 @@ def test_tar_file_trains(fit, images, tmp_path):
     assert (result["train_images"], result["val_images"], result["classes"]) == (24, 15, 3)
 
 
+@pytest.mark.slow
 def test_torchvision_folder_trains(fit, images, tmp_path):
     names = ("data.name=torch/image_folder", f"data.root={images}", "data.num_workers=0")
     result = fit(tmp_path / "run", None, "data=timm", *names)
@@ -308,6 +326,7 @@ STREAM = ("data=timm", "data.train_split=train-0000.tar", "data.val_split=val-00
 COUNTS = ("data.num_samples=24", "data.val_num_samples=15")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stream_trains(fit, shards, tmp_path, workers):
     where = ("data.name=wds/shards", f"data.root={shards}", f"data.num_workers={workers}")
@@ -325,6 +344,7 @@ def test_stream_resumes_bit_identically(fit, shards, tmp_path, weights, same, wo
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_unknown_kind_of_data(fit, tmp_path):
     with pytest.raises(UserError, match="can't be opened"):
         fit(tmp_path / "run", None, "data=timm", "data.name=torch/no_such_set", f"data.root={tmp_path}")
@@ -338,6 +358,7 @@ def two_classes(make_folder, tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("two") / "all", classes=("day", "night"), per_class=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["run folder", "safetensors", "pth"])
 def test_backbone_is_taken_over_and_the_classifier_is_new(compose, finished, weights, tmp_path, what):
     path = {"run folder": finished, "safetensors": finished / "best.safetensors"}.get(what, tmp_path / "weights.pth")
@@ -352,21 +373,25 @@ def test_backbone_is_taken_over_and_the_classifier_is_new(compose, finished, wei
     ] == []
 
 
+@pytest.mark.slow
 def test_classifier_is_kept_for_as_many_classes(compose, finished, weights, same):
     cfg = compose("model=test_vit", "data.img_size=32", f"pretrained={finished}")
     assert same(dict(build_model(cfg, num_classes=3).state_dict()), weights(finished))
 
 
+@pytest.mark.slow
 def test_fine_tuning_from_a_run(fit, finished, two_classes, tmp_path):
     result = fit(tmp_path / "run", two_classes, f"pretrained={finished}")
     assert result["classes"] == 2
 
 
+@pytest.mark.slow
 def test_fine_tuned_run_loads_in_timm(fit, finished, two_classes, tmp_path):
     fit(tmp_path / "run", two_classes, f"pretrained={finished}")
     assert timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).num_classes == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "lr"),
     [((), 1e-3), (("pretrained=true",), 2e-4), (("pretrained=true", "optim.lr=0.5"), 0.5), (("optim.lr=0.5",), 0.5)],
@@ -378,6 +403,7 @@ def test_learning_rate_default(compose, overrides, lr):
     assert {group["lr"] for group in training.optimizer.param_groups} == {lr}
 
 
+@pytest.mark.slow
 def test_pretrained_that_does_not_exist(compose, tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint"):
         build_model(compose(f"pretrained={tmp_path / 'none.pth'}"), 2)
@@ -397,6 +423,7 @@ def test_wrong_model_keyword(compose):
 # Options of the training loop.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -437,32 +464,38 @@ def test_compiled_model_trains_and_exports_plain_names(fit, images, tmp_path, we
     assert weights(tmp_path / "run").keys() == timm.create_model("test_convnext", num_classes=3).state_dict().keys()
 
 
+@pytest.mark.slow
 def test_mixed_images_have_no_training_accuracy(fit, images, tmp_path):
     fit(tmp_path / "run", images, "augment.mixup=0.5")
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["train_top1"] is None
 
 
+@pytest.mark.slow
 def test_cooldown_follows_the_epochs(fit, images, tmp_path):
     assert fit(tmp_path / "run", images, "schedule.cooldown_epochs=2")["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_evaluation_every_other_epoch_and_at_the_end(fit, images, tmp_path):
     fit(tmp_path / "run", images, "trainer.epochs=3", "trainer.eval_every=2")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert ["val_top1" in line for line in lines] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_one_channel(fit, images, tmp_path, weights):
     fit(tmp_path / "run", images, "+model_kwargs.in_chans=1")
     assert weights(tmp_path / "run")["patch_embed.proj.weight"].shape[1] == 1
 
 
+@pytest.mark.slow
 def test_one_channel_loads_in_timm(fit, images, tmp_path):
     fit(tmp_path / "run", images, "+model_kwargs.in_chans=1")
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     assert model(torch.zeros(1, 1, 32, 32)).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_bf16_changes_the_weights_a_little(fit, images, tmp_path, weights):
     fit(tmp_path / "a", images, *SGD)
     fit(tmp_path / "b", images, *SGD, "trainer.amp=bf16")
@@ -471,6 +504,7 @@ def test_bf16_changes_the_weights_a_little(fit, images, tmp_path, weights):
     assert 0 < largest < 0.05
 
 
+@pytest.mark.slow
 def test_exported_weights_are_the_averaged_ones(fit, images, tmp_path, weights, same):
     fit(tmp_path / "run", images, "trainer.ema_decay=0.9")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["training"]
@@ -478,6 +512,7 @@ def test_exported_weights_are_the_averaged_ones(fit, images, tmp_path, weights, 
     assert not torch.equal(state["ema"]["head.weight"], state["model"]["head.weight"])
 
 
+@pytest.mark.slow
 def test_averaged_weights_follow_their_formula(fit, images, tmp_path):
     """timm's first average equals the weights, so the second one is the first that has two terms."""
     states = []
@@ -489,6 +524,7 @@ def test_averaged_weights_follow_their_formula(fit, images, tmp_path):
     assert torch.allclose(states[1]["ema"][name], expected, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["test_vit", "test_convnext"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(fit, images, tmp_path, weights, model):
     common = (f"model={model}", *SGD, "trainer.max_updates=4", "trainer.epochs=2")
@@ -499,17 +535,20 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(fit, images, tmp_pat
     assert [name for name in whole if not torch.allclose(whole[name], parts[name], rtol=1e-4, atol=1e-6)] == []
 
 
+@pytest.mark.slow
 def test_accumulation_is_said(fit, images, tmp_path):
     fit(tmp_path / "run", images, "trainer.batch_size=4", "trainer.effective_batch_size=8")
     assert "8 images an update = 4 images x 2 passes, accumulated" in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [6, 12])
 def test_effective_batch_has_to_be_a_multiple(fit, images, tmp_path, size):
     with pytest.raises(UserError, match=rf"effective_batch_size={size} is not a multiple of 8"):
         fit(tmp_path / "run", images, f"trainer.effective_batch_size={size}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["test_van", "test_vit", "test_convnext"])
 def test_layer_decay_grows_towards_the_head(compose, model):
     cfg = compose("optim.layer_decay=0.5")
@@ -519,6 +558,7 @@ def test_layer_decay_grows_towards_the_head(compose, model):
     assert scales[0] < scales[-1] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "asked", "used"), [(10, 2, 2), (3, 2, 1.5), (1, 5, 0.5)])
 def test_warmup_is_at_most_half_of_the_training(compose, epochs, asked, used):
     cfg = compose(f"trainer.epochs={epochs}", f"schedule.warmup_epochs={asked}")
@@ -530,6 +570,7 @@ def test_warmup_is_at_most_half_of_the_training(compose, epochs, asked, used):
     assert rates.index(max(rates)) == 10 * used - 1  # after the warm-up, timm's cosine continues at its own position
 
 
+@pytest.mark.slow
 def test_vectors_are_not_decayed(compose):
     training = TrainState(compose(), timm.create_model("test_vit", num_classes=2), 2, 4, torch.device("cpu"))
     decayed = [p for group in training.optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]]
@@ -541,12 +582,14 @@ def test_vectors_are_not_decayed(compose):
 RANDOM = ("augment=strong", "+model_kwargs.drop_path_rate=0.2", "trainer.ema_decay=0.9", "trainer.epochs=2")
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights(fit, images, tmp_path, weights, same):
     fit(tmp_path / "a", images, *RANDOM)
     fit(tmp_path / "b", images, *RANDOM)
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(fit, images, tmp_path, weights, same):
     fit(tmp_path / "a", images, *RANDOM)
     fit(tmp_path / "b", images, *RANDOM, "seed=1")
@@ -561,6 +604,7 @@ def test_number_of_workers_does_not_matter(fit, images, tmp_path, weights, same,
     assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_another_run_before_does_not_matter(fit, images, tmp_path, weights, same):
     fit(tmp_path / "a", images, *RANDOM)
     torch.rand(3), np.random.default_rng().random(3)
@@ -614,6 +658,7 @@ def test_evaluation_counts_every_image_once(count, world):
 # Values that make training fail.
 
 
+@pytest.mark.slow
 def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path, monkeypatch):
     monkeypatch.setattr(ClassifyRun, "_write_weights", lambda self, name: {"weight": torch.tensor([1.0, torch.nan])})
     monkeypatch.setattr(ClassifyRun, "_describe", lambda self, weights: None)
@@ -621,6 +666,7 @@ def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path
         fit(tmp_path / "run", images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -125,18 +125,21 @@ def test_transparency_reaches_a_model_of_four_channels(tmp_path):
     assert _samples(_write(tmp_path, image), 4)[0, 0][0][:, 0, 0].tolist() == [10, 20, 30, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [2, 5])
 def test_models_of_other_channels_are_refused(fit, images, tmp_path, channels):
     with pytest.raises(UserError, match=f"takes images of {channels} channels, but .* set model_kwargs.in_chans to on"):
         fit(tmp_path / "run", images, f"+model_kwargs.in_chans={channels}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 4])
 def test_models_of_other_channels_train(fit, images, tmp_path, channels):
     result = fit(tmp_path / "run", images, f"+model_kwargs.in_chans={channels}", "trainer.max_updates=1")
     assert (result["updates"], result["corrupt_images"]) == (1, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_normalisation_of_another_number_of_channels_is_refused(fit, images, tmp_path, name):
     with pytest.raises(UserError, match=rf"data.{name}=\[0.5, 0.5\] has 2 numbers, but the model takes 3 channels"):
@@ -183,6 +186,7 @@ def test_images_above_the_limit_are_named_with_its_key(tmp_path):
     assert samples[0, 0][2] == [f"{tmp_path}/data/a/1.png (it has more than data.max_pixels=119 pixels)"]
 
 
+@pytest.mark.slow
 def test_limit_reaches_training(fit, images, tmp_path):
     with pytest.raises(UserError, match=r"more than data\.max_pixels=100 pixels"):
         fit(tmp_path / "run", images, "data.max_pixels=100")

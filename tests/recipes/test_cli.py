@@ -63,6 +63,7 @@ def test_path_is_taken_as_it_is(name, key, folder):
     assert override.value() == folder + name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a [1], {b: c}", "it's 'x'\\"])
 def test_path_reaches_the_configuration(called, name):
     code, (output, errors) = called("train", f"run={name}", "--cfg", "job")
@@ -70,6 +71,7 @@ def test_path_reaches_the_configuration(called, name):
     assert OmegaConf.create(output).run == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["runs/lr=0.1", "it's"])
 def test_first_word_of_eval_is_a_run(called, tmp_path, name):
     (tmp_path / name).mkdir(parents=True)
@@ -101,6 +103,7 @@ def test_commas_separate_the_paths_of_a_sweep(tmp_path, monkeypatch):
     assert cli.literal("data.root=a,b", sweep=True) == "data.root='a,b'"
 
 
+@pytest.mark.slow
 def test_flags_may_stand_between_keys(called):
     code, (output, errors) = called("train", "seed=3", "--cfg", "job", "optim.lr=0.5")
     assert code == 0, errors
@@ -159,6 +162,7 @@ def test_what_is_wrong_is_said_in_one_line(called, tmp_path, words, message):
 LONG = "a" * 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "word", [LONG, f"run={LONG}", f"data.root={LONG}", f"pretrained={LONG}", f"{LONG}=3", f"--{LONG}"]
 )
@@ -187,6 +191,7 @@ def test_list_of_nearest_recipes_is_short(called):
     assert errors.count("imagenet/") < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["eval", "predict"])
 def test_misspelt_run(called, tmp_path, module):
     (tmp_path / "runs" / "photos").mkdir(parents=True)
@@ -196,6 +201,7 @@ def test_misspelt_run(called, tmp_path, module):
     assert "runs/photos?" in errors
 
 
+@pytest.mark.slow
 def test_early_checks_import_no_torch(run_cli, tmp_path):
     words = ("model=van_b0", "data=imagefolder", "data.root=nowhere")
     code, output = run_cli(*words, cwd=tmp_path, program="import sys; sys.modules['torch'] = None")
@@ -248,6 +254,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(command, "_train", train)
 
 
+@pytest.mark.slow
 def test_sweep_names_its_folders_and_ends_with_a_table(called, trained, tmp_path):
     code, (output, errors) = called("train", "-m", "seed=0,1", "optim.lr=1e-3", "model=test_vit")
     assert code == 0, errors
@@ -261,6 +268,7 @@ def test_sweep_names_its_folders_and_ends_with_a_table(called, trained, tmp_path
     assert lines[3] == f"Side by side: zoo-report runs/{first} runs/{second}"
 
 
+@pytest.mark.slow
 def test_run_that_fails_does_not_end_a_sweep(called, trained, tmp_path):
     code, (output, errors) = called("train", "-m", "seed=0,2,3")
     assert code == 1
@@ -270,12 +278,14 @@ def test_run_that_fails_does_not_end_a_sweep(called, trained, tmp_path):
     assert len([path for path in (tmp_path / "runs").iterdir() if path.is_dir()]) == 2
 
 
+@pytest.mark.slow
 def test_names_of_folders_are_safe(called, trained, tmp_path):
     called("train", "-m", "recipe=imagenet/van_b0,imagenet/van_b1", "data.root=a,b c", "log.project='x/y'")
     names = sorted(path.name[16:] for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert names == [f"van_b{i}-recipe=imagenet-van_b{i}-data.root={root}" for i in (0, 1) for root in ("a", "b-c")]
 
 
+@pytest.mark.slow
 def test_sweep_of_evaluations_names_its_folders(called, monkeypatch):
     import zoo.recipes.eval as command
 
@@ -285,6 +295,7 @@ def test_sweep_of_evaluations_names_its_folders(called, monkeypatch):
     assert seen == ["runs/x/eval-checkpoint=last", "runs/x/eval-checkpoint=best"]
 
 
+@pytest.mark.slow
 def test_command_of_a_run_of_a_sweep_is_its_own(called, monkeypatch, tmp_path):
     import zoo.recipes.train as command
     from zoo.recipes import composition
@@ -297,6 +308,7 @@ def test_command_of_a_run_of_a_sweep_is_its_own(called, monkeypatch, tmp_path):
     assert seen[1].startswith("zoo-train seed=1 optim.lr=0.001 run=runs/")
 
 
+@pytest.mark.slow
 def test_recorded_command_is_the_one_that_was_typed(called, monkeypatch, tmp_path):
     import zoo.recipes.train as command
     from zoo.recipes import composition

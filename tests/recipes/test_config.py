@@ -43,6 +43,7 @@ def of_run(compose, tmp_path):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run",
     [
@@ -60,6 +61,7 @@ def test_configuration_of_a_run_comes_back_as_it_was(compose, of_run, run):
     assert {key: found[key] for key in vars(config.Config())} == OmegaConf.to_container(compose(*run))
 
 
+@pytest.mark.slow
 def test_configuration_of_a_run_from_before_published_figures_were_settings(compose, tmp_path):
     old = OmegaConf.masked_copy(compose(), [key for key in vars(config.Config()) if key != "published"])
     run_folder.save_config(tmp_path, old)
@@ -68,29 +70,35 @@ def test_configuration_of_a_run_from_before_published_figures_were_settings(comp
     assert found.published.model is None
 
 
+@pytest.mark.slow
 def test_keywords_of_a_run_are_changed_one_by_one(of_run):
     found = of_run(["+model_kwargs={drop_path_rate: 0.1, num_heads: 2}"], "+model_kwargs.drop_path_rate=0.2")
     assert found.model_kwargs == {"drop_path_rate": 0.2, "num_heads": 2}
 
 
+@pytest.mark.slow
 def test_mm_of_a_run_is_changed(of_run):
     found = of_run(["task=detect", "+mm.model.test_cfg.rcnn.score_thr=0.1"], "+mm.model.test_cfg.rcnn.score_thr=0.2")
     assert found.mm.model.test_cfg.rcnn == {"score_thr": 0.2}
 
 
+@pytest.mark.slow
 def test_override_beats_recipe(compose):
     assert compose("recipe=imagenet/van_b0", "trainer.epochs=7").trainer.epochs == 7
 
 
+@pytest.mark.slow
 def test_option_beats_recipe(compose):
     assert compose("recipe=imagenet/van_b0", "augment=none").augment.mixup == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", GROUP_OPTIONS)
 def test_group_option_composes(compose, override):
     config.check(compose(override))
 
 
+@pytest.mark.slow
 def test_default_trains_test_van_on_digits(compose):
     cfg = compose()
     assert (cfg.model, cfg.data.name, cfg.task) == ("test_van", "digits", "classify")
@@ -103,6 +111,7 @@ def test_other_data_do_not_inherit_what_is_meant_for_digits(compose, data):
     assert cfg.trainer.epochs == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", ["", "+", "++"])
 @pytest.mark.parametrize("words", ["model_kwargs.drop_path_rate=0.25", "model_kwargs={drop_path_rate: 0.25}"])
 def test_model_keywords_with_and_without_a_sign(run_cli, tmp_path, sign, words):
@@ -111,6 +120,7 @@ def test_model_keywords_with_and_without_a_sign(run_cli, tmp_path, sign, words):
     assert OmegaConf.create(output).model_kwargs == {"drop_path_rate": 0.25}
 
 
+@pytest.mark.slow
 def test_model_keyword_of_a_recipe_is_changed(run_cli, tmp_path):
     words = ("recipe=imagenet/van_b0", "model_kwargs.drop_path_rate=0.25", "--cfg", "job")
     _, output = run_cli(*words, cwd=tmp_path)
@@ -280,6 +290,7 @@ def test_absurd_value(compose, override, allowed):
         config.check(compose(override))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "allowed"), REFUSED, ids=[override for override, _ in REFUSED])
 def test_check_names_key_value_and_what_is_allowed(compose, override, allowed):
     key = override.partition("=")[0]
@@ -308,6 +319,7 @@ MISSPELT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("override", "message"), MISSPELT, ids=[override for override, _ in MISSPELT])
 def test_misspelt_command(run_cli, tmp_path, override, message):
     code, output = run_cli(override, cwd=tmp_path)
@@ -382,6 +394,7 @@ def test_help_of_eval_leaves_out(printed, name):
     assert f"  {name}=" not in printed("eval", "--help")[1].out
 
 
+@pytest.mark.slow
 def test_help_ends_with_its_reader(tmp_path):
     command = f"{sys.executable} -m zoo.recipes.train --help | true"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
@@ -402,6 +415,7 @@ def test_without_words_a_command_that_needs_some_explains_itself(printed, module
     assert f"zoo-{module}" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["train", "eval"])
 def test_cfg_job_prints_the_configuration(run_cli, tmp_path, module):
     code, output = run_cli("--cfg", "job", "optim.lr=0.125", cwd=tmp_path, module=module)
@@ -410,6 +424,7 @@ def test_cfg_job_prints_the_configuration(run_cli, tmp_path, module):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["train", "eval"])
 def test_misspelt_key_of_eval(run_cli, tmp_path, module):
     code, output = run_cli("per_clas=true", cwd=tmp_path, module=module)

@@ -184,6 +184,7 @@ def test_category_name_that_is_none(count, value):
     _refuse("number 1 of its categories has name=.*: it has to be a text", lambda: count(content=content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["bbox", "area", "iscrowd"])
 def test_messages_of_long_values_are_short(count, field):
     _refuse(f"annotation 2 has {field}=", lambda: count(**{field: [[1.5] * 1000] * 1000}))

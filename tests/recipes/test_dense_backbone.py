@@ -63,6 +63,7 @@ def image(height=96, width=160, batch=2):
     return torch.randn(batch, 3, height, width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_channels_strides_and_layout(name):
     net = TimmBackbone(name).eval()
@@ -77,6 +78,7 @@ def test_channels_strides_and_layout(name):
     assert [tuple(feature.shape) for feature in features] == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_norm_of_each_output(name):
     net = TimmBackbone(name, out_indices=None)
@@ -85,6 +87,7 @@ def test_norm_of_each_output(name):
     assert (net.norms is not None) == (name in NORMS_OF_ADAPTER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_dinat", "test_van", "test_maxvit", "resnet10t", "convnext_atto"])
 @pytest.mark.parametrize("output_norm", [True, False])
 def test_output_norm_as_asked(name, output_norm):
@@ -98,6 +101,7 @@ def test_output_norm_as_asked(name, output_norm):
     assert normed == (output_norm or name == "test_van")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in OURS if "output_norm" in families.dense_kwargs(name, "detect")])
 def test_output_norm_of_the_call_wins_over_the_model_kwargs(name):
     kwargs = families.dense_kwargs(name, "detect")
@@ -108,6 +112,7 @@ def test_output_norm_of_the_call_wins_over_the_model_kwargs(name):
     assert norms[2] is None
 
 
+@pytest.mark.slow
 def test_norm_of_the_adapter_is_the_models_own():
     net = TimmBackbone("convnext_atto", output_norm=None)
     x = image()
@@ -119,6 +124,7 @@ def test_norm_of_the_adapter_is_the_models_own():
     torch.testing.assert_close(list(net(x)), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_dinat", "swin_tiny_patch4_window7_224", "resnet10t"])
 def test_chosen_stages_leave_no_parameter_without_gradient(name):
     net = TimmBackbone(name, out_indices=(1, 3))
@@ -130,6 +136,7 @@ def test_chosen_stages_leave_no_parameter_without_gradient(name):
     assert [feature.shape[1] for feature in features] == net.channels
 
 
+@pytest.mark.slow
 def test_features_are_timms():
     net = TimmBackbone("swin_tiny_patch4_window7_224", output_norm=False).eval()
     plain = timm.create_model("swin_tiny_patch4_window7_224", features_only=True).eval()
@@ -154,6 +161,7 @@ def test_outputs_match_official(model, task, tmp_path):
         assert max(golden.difference(*pair) for pair in zip(outputs, wanted, strict=True)) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet10t", "test_van", "test_dinat", "swin_tiny_patch4_window7_224"])
 def test_frozen_stages_stay_as_they_are(name):
     net = TimmBackbone(name, {"drop_path_rate": 0.5}, frozen_stages=2).train()
@@ -197,6 +205,7 @@ def test_norm_eval_keeps_the_statistics(norm_eval):
     assert net.eval().training is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_dinat", "convnext_atto", "resnet10t"])
 def test_gradient_checkpointing_changes_no_gradient(name):
     plain, saving = TimmBackbone(name), TimmBackbone(name, grad_checkpointing=True)
@@ -238,6 +247,7 @@ def settings(groups, model):
 LAYERED = ["test_dinat", "test_van", "test_maxvit", "convnext_atto", "resnet10t", "swin_tiny_patch4_window7_224"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERED)
 def test_layer_decay_is_timms(name):
     model = Detector(TimmBackbone(name, output_norm=True))
@@ -276,6 +286,7 @@ def test_layer_decay_of_a_model_without_groups():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_gc_vit", "swin_tiny_patch4_window7_224", "test_vit"])
 def test_vectors_and_the_models_own_are_not_decayed(name):
     model = Detector(TimmBackbone(name))
@@ -306,12 +317,14 @@ def test_backbone_lr_is_a_factor_of_the_backbone():
     assert {lr for key, (lr, _) in found.items() if not key.startswith("backbone.")} == {1e-3}
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_in_no_group():
     model = Detector(TimmBackbone("test_van", frozen_stages=1))
     found = settings(param_groups(model, 1e-3, 0.05, layer_decay=0.8), model)
     assert set(found) == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_dinat", "resnet10t"])
 def test_pretrained_file(name, tmp_path):
     classifier = timm.create_model(name, num_classes=7)
@@ -326,6 +339,7 @@ def test_pretrained_file(name, tmp_path):
     assert "pretrained" not in net.arguments
 
 
+@pytest.mark.slow
 def test_pretrained_run_folder(finished):
     net = TimmBackbone("test_vit", {"img_size": 32}, output_norm=False, pretrained=str(finished)).eval()
     x = image(32, 32)
@@ -335,6 +349,7 @@ def test_pretrained_run_folder(finished):
         torch.testing.assert_close(list(net(x)), want)
 
 
+@pytest.mark.slow
 def test_pretrained_of_another_model(tmp_path):
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"resnet10t can't be created with .*other\.safetensors"):
@@ -349,6 +364,7 @@ def test_weights_stay_as_timm_made_them():
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+@pytest.mark.slow
 def test_arguments_build_the_same_backbone():
     net = TimmBackbone(
         "resnet10t", {"drop_path_rate": 0.1}, out_indices=(2, 3), frozen_stages=1, norm_eval=True, output_norm=True
@@ -360,12 +376,14 @@ def test_arguments_build_the_same_backbone():
     torch.testing.assert_close(again.train()(x), net.train()(x))
 
 
+@pytest.mark.slow
 def test_statistics_are_the_models():
     net = TimmBackbone("test_maxvit")
     assert (net.mean, net.std) == ((0.5,) * 3, (0.5,) * 3)
     assert TimmBackbone("resnet10t").mean == (0.485, 0.456, 0.406)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["mmdet", "mmseg"])
 def test_both_registries_build_it(package):
     mmcv_ops.install()
@@ -458,6 +476,7 @@ def test_frozen_stages_of_a_model_without_groups():
         TimmBackbone("pit_ti_224", frozen_stages=1)
 
 
+@pytest.mark.slow
 def test_no_gradient_checkpointing():
     with pytest.raises(UserError, match="coat_lite_tiny has no gradient checkpointing: leave trainer"):
         TimmBackbone("coat_lite_tiny", grad_checkpointing=True)
@@ -478,6 +497,7 @@ def test_images_of_one_size_are_pointed_out(said):
     assert said == ["pit_ti_224 is made for images of one size: others may fail, or need certain multiples."]
 
 
+@pytest.mark.slow
 def test_pyramids_of_any_size_need_no_word(said):
     for name in ("test_van", "swin_tiny_patch4_window7_224"):
         TimmBackbone(name)

@@ -79,12 +79,14 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "override", "message"), REFUSED, ids=[row[1] for row in REFUSED])
 def test_setting_is_refused(compose, task, override, message):
     with pytest.raises(UserError, match=message):
         settings.check(compose(f"task={task}", override))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["detect", "segment"])
 @pytest.mark.parametrize("data", ["digit_scenes", "coco", "ade20k", "masks"])
 def test_settings_of_every_data_set_are_accepted(compose, task, data):
@@ -112,6 +114,7 @@ def test_mask2former_needs_masks(compose):
         settings.finds_masks(compose("task=detect", "dense=mask2former", "dense.masks=false"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -162,6 +165,7 @@ def _meta(cfg, classes):
 # Changes through `mm`.
 
 
+@pytest.mark.slow
 def test_mm_changes_the_runner(compose):
     words = ("++mm.val_evaluator.classwise=true", "++mm.train_cfg.val_begin=5", "++mm.custom=[1,2]")
     settings = _settings(compose("task=detect", *words), _coco())
@@ -170,6 +174,7 @@ def test_mm_changes_the_runner(compose):
     assert settings.custom == [1, 2]
 
 
+@pytest.mark.slow
 def test_mm_changes_the_model(compose):
     cfg = compose("task=detect", "++mm.model.rpn_head.loss_bbox.loss_weight=3.0")
     model = models.model_config(cfg, ["a"], CPU, False)
@@ -177,11 +182,13 @@ def test_mm_changes_the_model(compose):
     assert "model" not in _settings(cfg, _coco())
 
 
+@pytest.mark.slow
 def test_mm_that_does_not_fit(compose):
     with pytest.raises(UserError, match=r"mm=.*max_iters.* does not fit the configuration of mmengine"):
         _settings(compose("task=detect", "++mm.train_cfg.max_iters.x.y=1"), _coco())
 
 
+@pytest.mark.slow
 def test_model_that_can_not_be_built(compose):
     cfg = compose("task=detect", "++mm.model.roi_head.bbox_head.type=NoHead")
     with pytest.raises(UserError, match=r"dense.method=mask_rcnn can't be built on test_dinat: .*NoHead"):
@@ -194,6 +201,7 @@ def test_mixed_precision_is_refused_on_a_cpu(compose, amp):
         _settings(compose("task=detect", f"trainer.amp={amp}"), _coco(), CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("amp", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
 def test_mixed_precision_elsewhere(compose, amp, dtype):
     wrapper = _settings(compose("task=detect", f"trainer.amp={amp}"), _coco()).optim_wrapper
@@ -224,6 +232,7 @@ def _warm(update, length):
     return 0.1 * (0.2 + 0.8 * update / (length - 1))
 
 
+@pytest.mark.slow
 def test_cosine_after_warm_up(compose):
     rates = _rates(compose(*LR, "schedule.sched=cosine", "dense.updates=20", "dense.warmup_updates=5"), 20, 20)
     wanted = [_warm(t, 5) for t in range(5)]
@@ -231,6 +240,7 @@ def test_cosine_after_warm_up(compose):
     assert rates == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [0.9, 1.0])
 def test_polynomial_after_warm_up(compose, power):
     words = ("schedule.sched=poly", f"schedule.decay_rate={power}", "dense.updates=20", "dense.warmup_updates=5")
@@ -238,6 +248,7 @@ def test_polynomial_after_warm_up(compose, power):
     assert _rates(compose(*LR, *words), 20, 20) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_milestones_are_epochs(compose, accumulated):
     words = (
@@ -250,11 +261,13 @@ def test_milestones_are_epochs(compose, accumulated):
     assert _rates(compose(*LR, *words), 20, 5 * epoch) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_constant(compose):
     rates = _rates(compose(*LR, "schedule.sched=constant", "dense.updates=6", "dense.warmup_updates=0"), 20, 6)
     assert rates == [0.1] * 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sched", ["cosine", "poly", "multistep", "constant"])
 def test_warm_up_that_fills_the_training(compose, sched):
     rates = _rates(compose(*LR, f"schedule.sched={sched}", "dense.updates=4", "dense.warmup_updates=100"), 20, 4)
@@ -267,6 +280,7 @@ def test_warm_up_of_an_update_or_two_ends(compose, updates):
     assert _rates(compose(*LR, *words), 20, 4) == pytest.approx([[], [0.02]][updates - 1] + [0.1] * (5 - updates))
 
 
+@pytest.mark.slow
 def test_default_learning_rate(compose):
     assert settings.learning_rate(compose("task=detect", "optim.lr=null")) == 1e-4
 
@@ -297,6 +311,7 @@ def _by_name(model, wrapper):
     }
 
 
+@pytest.mark.slow
 def test_optimizer_is_timms_with_its_settings(compose, detector):
     words = ("optim.lr=0.003", "optim.weight_decay=0.02", "optim.betas=[0.8,0.9]", "optim.eps=1e-6")
     wrapper = _wrapper(compose, detector, *words, "optim.clip_grad=2.5")
@@ -307,17 +322,20 @@ def test_optimizer_is_timms_with_its_settings(compose, detector):
     assert wrapper.clip_grad_kwargs == {"max_norm": 2.5}
 
 
+@pytest.mark.slow
 def test_momentum_reaches_sgd(compose, detector):
     wrapper = _wrapper(compose, detector, "optim=sgd", "optim.momentum=0.7")
     assert type(wrapper.optimizer).__name__ == "SGD"
     assert {group["momentum"] for group in wrapper.optimizer.param_groups} == {0.7}
 
 
+@pytest.mark.slow
 def test_every_parameter_is_trained_once(compose, detector):
     found = _by_name(detector(compose), _wrapper(compose, detector))
     assert found.keys() == {name for name, p in detector(compose).named_parameters() if p.requires_grad}
 
 
+@pytest.mark.slow
 def test_words_exempt_from_weight_decay(compose, detector):
     found = _by_name(
         detector(compose), _wrapper(compose, detector, "dense.no_decay=[norm,bias_table]", "optim.weight_decay=0.02")
@@ -326,6 +344,7 @@ def test_words_exempt_from_weight_decay(compose, detector):
     assert {decay for _, decay in found.values()} == {0, 0.02}
 
 
+@pytest.mark.slow
 def test_vectors_are_exempt_without_words(compose, detector):
     found = _by_name(detector(compose), _wrapper(compose, detector))
     parameters = dict(detector(compose).named_parameters())
@@ -334,12 +353,14 @@ def test_vectors_are_exempt_without_words(compose, detector):
     assert all(decay == 0 for name, (_, decay) in found.items() if parameters[name].ndim == 1)
 
 
+@pytest.mark.slow
 def test_learning_rate_of_the_backbone(compose, detector):
     found = _by_name(detector(compose), _wrapper(compose, detector, "optim.lr=0.1", "dense.backbone_lr=0.25"))
     assert {lr for name, (lr, _) in found.items() if name.startswith("backbone.")} == {0.025}
     assert {lr for name, (lr, _) in found.items() if not name.startswith("backbone.")} == {0.1}
 
 
+@pytest.mark.slow
 def test_layer_decay_falls_towards_the_image(compose, detector):
     found = _by_name(detector(compose), _wrapper(compose, detector, "optim.lr=0.1", "optim.layer_decay=0.5"))
     assert {lr for name, (lr, _) in found.items() if not name.startswith("backbone.")} == {0.1}
@@ -350,6 +371,7 @@ def test_layer_decay_falls_towards_the_image(compose, detector):
     assert stem == min(lr for lr, _ in found.values()) < 0.1
 
 
+@pytest.mark.slow
 def test_unknown_optimizer(compose, detector):
     with pytest.raises(UserError, match=r"the optimizer can't be made from optim=.*nonsense"):
         _wrapper(compose, detector, "optim.opt=nonsense")
@@ -378,6 +400,7 @@ def _steps(pipeline):
     return {step["type"]: step for step in pipeline}
 
 
+@pytest.mark.slow
 def test_dinat_optimizer(dinat):
     wrapper = dinat[1].optim_wrapper
     assert wrapper.optimizer == {"type": "adamw", "lr": 1e-4, "weight_decay": 0.05, "momentum": 0.9}
@@ -386,6 +409,7 @@ def test_dinat_optimizer(dinat):
     assert "clip_grad" not in wrapper
 
 
+@pytest.mark.slow
 def test_dinat_schedule(dinat):
     """16 images per update, 7330 updates per epoch, 36 epochs, a tenth after 27 and 33, 500 updates of warm-up."""
     cfg, settings, _, _ = dinat
@@ -437,6 +461,7 @@ def test_dinat_weight_decay(dinat):
     }
 
 
+@pytest.mark.slow
 def test_cswin_optimizer(cswin):
     wrapper = cswin[1].optim_wrapper
     assert wrapper.optimizer == {"type": "adamw", "lr": 6e-5, "weight_decay": 0.01, "momentum": 0.9}
@@ -455,6 +480,7 @@ def test_cswin_schedule(cswin):
     assert (poly.type, poly.begin, poly.end, poly.power, poly.eta_min) == ("PolyLR", 1500, 160_000, 1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_cswin_images(cswin):
     _, settings, model, _ = cswin
     pipeline = _steps(settings.train_dataloader.dataset.pipeline)

@@ -31,6 +31,7 @@ def _names(summary):
     return {entry.split(" (")[0] for entry in summary["corrupt_images"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "kind", "how"),
     [
@@ -51,6 +52,7 @@ def test_corrupt_files_are_skipped_counted_and_named(fit_dense, damaged, tmp_pat
     assert record["corrupt_images"] == len(result["corrupt_images"])
 
 
+@pytest.mark.slow
 def test_too_many_corrupt_images_stop_the_run_with_the_list(fit_dense, damaged, tmp_path):
     root, files = damaged(*range(12))
     with pytest.raises(UserError, match=r"images are corrupt, more than data\.max_corrupt=1; .*corrupt\.txt lists"):

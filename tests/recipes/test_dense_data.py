@@ -209,6 +209,7 @@ def test_training_images_in_validation_are_counted(coco, caplog):
     assert "2 of the 3 validation images are training images too, the first is" in caplog.text
 
 
+@pytest.mark.slow
 def test_digit_scenes(digits):
     data = open_detection(DataConfig(name="digit_scenes", root=str(digits)), masks=True)
     assert (data.classes, data.train.num_images, data.has_masks) == (list("0123456789"), 12, True)
@@ -379,7 +380,12 @@ def test_missing_folder_below_the_images(coco):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{not json", "is not JSON: "), (b"", "is not JSON: "), (b"\x89PNG", "is no text"), (b"\xff\xfe{", "is no text")],
+    [
+        (b"{not json", "is not JSON: "),
+        (b"", "is not JSON: "),
+        (b"\x89PNG", "is not text"),
+        (b"\xff\xfe{", "is not text"),
+    ],
     ids=["text", "empty", "image", "half-a-letter"],
 )
 def test_not_json(coco, content, message):
@@ -602,11 +608,13 @@ def test_normalise_drops_polygons_of_two_points():
     assert normalise(content, ["dog", "cat"])["annotations"][0]["segmentation"] == [[5, 6, 15, 6, 15, 14, 5, 14]]
 
 
+@pytest.mark.slow
 def test_mmdet_labels_follow_the_names(coco):
     items = list(_dataset(coco.open().train))
     assert [[i["bbox_label"] for i in item["instances"]] for item in items] == [[1, 0], [1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
 def test_text_of_other_editors(coco, encoding):
     """mmdet's reader and COCO's metric accept what the checks accept."""
@@ -619,6 +627,7 @@ def test_text_of_other_editors(coco, encoding):
     assert _score(data, data.classes, masks=True, content=_content())["coco/segm_mAP"] == 1
 
 
+@pytest.mark.slow
 def test_mmdet_drops_what_is_not_counted(coco):
     annotations = coco.contents["train"]["annotations"]
     annotations[2]["bbox"][2] = 0
@@ -627,6 +636,7 @@ def test_mmdet_drops_what_is_not_counted(coco):
     assert len(_dataset(split)) == split.num_images == 1
 
 
+@pytest.mark.slow
 def test_mmdet_keeps_empty_images_in_evaluation(coco):
     split = coco.open().val
     assert len(_dataset(split, training=False)) == split.num_images == 3
@@ -807,6 +817,7 @@ def test_evaluation_alone(masks):
     assert masks.open(training=False).train is None
 
 
+@pytest.mark.slow
 def test_digit_scenes_have_labels_too(digits):
     data = open_segmentation(DataConfig(name="digit_scenes", root=str(digits)))
     assert (data.classes, data.val.num_images, data.reduce_zero_label) == (list(scenes.CLASSES), 5, False)
@@ -1131,6 +1142,7 @@ def _segments(split, training=True):
     return DATASETS.build(split.dataset(LOADING, training))
 
 
+@pytest.mark.slow
 def test_mmseg_reads_the_pairs(masks):
     image = masks.root / "images" / "train" / "a.jpg"
     Image.open(image).save(image.with_suffix(".png"))
@@ -1140,6 +1152,7 @@ def test_mmseg_reads_the_pairs(masks):
     np.testing.assert_array_equal(items[0]["gt_seg_map"], masks.pixels())
 
 
+@pytest.mark.slow
 def test_mmseg_reduces_labels(masks):
     (masks.root / "classes.txt").write_text("car\nsky\n")
     item = _segments(masks.open(reduce_zero_label=True).val)[0]
@@ -1147,6 +1160,7 @@ def test_mmseg_reduces_labels(masks):
     assert np.bincount(item["gt_seg_map"].ravel())[[0, 1, 255]].tolist() == [HEIGHT * n for n in (12, 8, 20)]
 
 
+@pytest.mark.slow
 def test_mmseg_reads_palettes(masks):
     masks.label("train", "a", masks.pixels(), palette=True)
     np.testing.assert_array_equal(_segments(masks.open().train)[0]["gt_seg_map"], masks.pixels())
@@ -1161,6 +1175,7 @@ def many(masks):
     return lambda **options: masks.open(num_classes=300, ignore_index=65535, **options).train
 
 
+@pytest.mark.slow
 def test_more_classes_than_a_byte_holds(many):
     split = many()
     labels = _segments(split)[0]["gt_seg_map"]
@@ -1168,11 +1183,13 @@ def test_more_classes_than_a_byte_holds(many):
     assert [split.pixels[label] for label in (299, 256, 2, 0)] == [2 * HEIGHT * n for n in (12, 12, 8, 0)]
 
 
+@pytest.mark.slow
 def test_more_reduced_classes_than_a_byte_holds(many):
     labels = _segments(many(reduce_zero_label=True))[0]["gt_seg_map"]
     assert [labels[0, column] for column in (0, 12, 24, 32)] == [298, 255, 1, 65535]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["RandomFlip", "Resize"])
 def test_more_classes_than_a_byte_holds_survive_what_is_done_to_images(many, step):
     from mmseg.registry import DATASETS
@@ -1183,6 +1200,7 @@ def test_more_classes_than_a_byte_holds_survive_what_is_done_to_images(many, ste
     assert item["data_samples"].gt_sem_seg.data.unique().tolist() == [2, 256, 299, 65535]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", [False, True])
 def test_unchecked_label_that_is_no_class_ends_in_a_sentence(masks, reduce):
     masks.label("train", "a", np.where(masks.pixels() == 1, 77, masks.pixels()).astype(np.uint8))
@@ -1190,6 +1208,7 @@ def test_unchecked_label_that_is_no_class_ends_in_a_sentence(masks, reduce):
     _refuse(r"a\.png has the label 77, but there are 3 classes: correct it", lambda: _segments(split)[0])
 
 
+@pytest.mark.slow
 def test_unchecked_label_of_another_size_ends_in_a_sentence(masks):
     masks.label("train", "a", masks.pixels().T.copy())
     split = masks.open(check_files=0).train
@@ -1206,6 +1225,7 @@ def _pixels(coco):
     return DATASETS.build(coco.open().train.dataset([{"type": "LoadImage"}], training=True))[0]["img"][..., ::-1]
 
 
+@pytest.mark.slow
 def test_pixels_are_those_of_the_file(coco):
     pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
     coco.contents["train"]["images"][0]["file_name"] = "1.png"
@@ -1213,6 +1233,7 @@ def test_pixels_are_those_of_the_file(coco):
     np.testing.assert_array_equal(_pixels(coco), pixels)
 
 
+@pytest.mark.slow
 def test_deep_pixels_are_scaled(coco):
     pixels = np.random.default_rng(0).integers(0, 2**16, (HEIGHT, WIDTH), np.uint16)
     coco.contents["train"]["images"][0]["file_name"] = "1.png"
@@ -1220,6 +1241,7 @@ def test_deep_pixels_are_scaled(coco):
     np.testing.assert_array_equal(_pixels(coco), np.repeat((pixels >> 8)[..., None], 3, axis=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
 def test_images_are_upright_in_every_format(coco, ending):
     """A red band on the left of the stored image is at the top of the rotated one, to which the JSON refers."""
@@ -1234,6 +1256,7 @@ def test_images_are_upright_in_every_format(coco, ending):
     assert pixels[2, 20, 0] > 200 > 100 > pixels[20, 2, 0]
 
 
+@pytest.mark.slow
 def test_unchecked_image_of_another_size_ends_in_a_sentence(coco):
     from mmdet.registry import DATASETS
 

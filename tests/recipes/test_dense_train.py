@@ -59,12 +59,14 @@ FILES = (
 SCORES = {"detect": ["mask_AP", "mask_AP50", "bbox_AP", "bbox_AP50"], "segment": ["mIoU", "mAcc", "aAcc"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_run_leaves_its_files(finished_dense, task):
     assert {path.name for path in finished_dense[task].iterdir()} >= set(FILES)
     assert not list(finished_dense[task].rglob("*.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_summary_has_the_figures(finished_dense, summary, task):
     found = summary(finished_dense[task])
@@ -85,6 +87,7 @@ def test_metrics_have_a_line_per_evaluation(finished_dense, task):
     assert {f"val_{name}" for name in SCORES[task]} <= line.keys()
 
 
+@pytest.mark.slow
 def test_training_loss_has_a_line_per_epoch(fit_dense, tmp_path):
     fit_dense(tmp_path, "trainer.batch_size=8", "trainer.eval_every=9", "trainer.max_updates=5", task="segment")
     lines = _lines(tmp_path)
@@ -112,6 +115,7 @@ def test_pictures_show_images_that_were_found_and_true(finished_dense):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+@pytest.mark.slow
 def test_mmengine_configuration_can_be_read_again(finished_dense):
     # In a separate process: the commands of zoo never run a configuration.
     code = "import sys; from mmengine.config import Config; print(Config.fromfile(sys.argv[1]).train_cfg.max_iters)"
@@ -165,6 +169,7 @@ def test_longer_training_follows_its_own_schedule(fit_dense, tmp_path, same):
     assert _lines(tmp_path / "run")[-1]["lr"] == pytest.approx(6.173166e-4, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_finished_run_says_so_and_changes_nothing(fit_dense, copied, summary):
     before = {name: (copied / name).read_bytes() for name in ("last.pt", "model.safetensors", "summary.json")}
     assert fit_dense(copied, *AGAIN) == summary(copied)
@@ -172,6 +177,7 @@ def test_finished_run_says_so_and_changes_nothing(fit_dense, copied, summary):
     assert {name: (copied / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_finished_run_refuses_other_settings(fit_dense, copied):
     with pytest.raises(UserError, match=r"holds a finished run, not with seed=1 \(was 0\)"):
         fit_dense(copied, *AGAIN, "seed=1")
@@ -185,6 +191,7 @@ def test_finished_run_without_its_export_writes_it_again(fit_dense, copied, weig
     assert same(weights(copied), weights(finished_dense["detect"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "key"),
     [
@@ -198,11 +205,13 @@ def test_other_settings_refuse_the_folder(fit_dense, copied, override, key):
         fit_dense(copied, *AGAIN, override)
 
 
+@pytest.mark.slow
 def test_other_task_refuses_the_folder(fit_dense, copied):
     with pytest.raises(UserError, match="holds a run with classes"):
         fit_dense(copied, *AGAIN, task="segment")
 
 
+@pytest.mark.slow
 def test_other_classes_refuse_the_folder(fit_dense, copied, digit_scenes, tmp_path):
     for split in ("train", "val"):
         content = json.loads((digit_scenes / "annotations" / f"instances_{split}.json").read_text())
@@ -220,11 +229,13 @@ def test_checkpoint_of_another_shape_is_refused(fit_dense, copied, override):
         fit_dense(copied, override, "trainer.max_updates=4")
 
 
+@pytest.mark.slow
 def test_never_refuses_an_existing_run(fit_dense, copied):
     with pytest.raises(UserError, match="holds a run already"):
         fit_dense(copied, *AGAIN, "resume=never")
 
 
+@pytest.mark.slow
 def test_must_refuses_a_new_run(fit_dense, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint"):
         fit_dense(tmp_path / "run", "resume=must")
@@ -465,6 +476,7 @@ def test_digits_come_first_and_once(fit_dense, tmp_path, monkeypatch):
     assert fit_dense(tmp_path / "run", "dense.digits_first=true", "trainer.max_updates=2")["updates"] == 2
 
 
+@pytest.mark.slow
 def test_digits_come_first_with_the_models_settings(fit_dense, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(train, "classify", lambda cfg, write_report, resume_command: asked.append(cfg) or _killed())
@@ -477,6 +489,7 @@ def test_digits_come_first_with_the_models_settings(fit_dense, tmp_path, monkeyp
     assert cfg.run == str(tmp_path / "run" / "backbone")
 
 
+@pytest.mark.slow
 def test_digits_do_not_come_before_pretrained_weights(fit_dense, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "classify", _killed)
     with pytest.raises(UserError, match="none"):

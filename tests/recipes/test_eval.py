@@ -40,14 +40,17 @@ def test_run_gives_the_figures_of_its_summary(evaluate, run, summary, name):
     assert evaluate(f"run={run}")["metrics"][name] == summary(run)["metrics"][name]
 
 
+@pytest.mark.slow
 def test_best_checkpoint_gives_the_best_figure(evaluate, run, summary):
     assert evaluate(f"run={run}", "checkpoint=best")["metrics"]["top1"] == summary(run)["best"]["top1"]
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_another_file(evaluate, run):
     assert evaluate(f"run={run}", "checkpoint=best")["weights"].endswith("best.safetensors")
 
 
+@pytest.mark.slow
 def test_unfinished_run_is_read_from_its_checkpoint(evaluate, run, summary):
     (run / "model.safetensors").unlink()
     result = evaluate(f"run={run}")
@@ -55,12 +58,14 @@ def test_unfinished_run_is_read_from_its_checkpoint(evaluate, run, summary):
     assert result["metrics"]["top1"] == summary(run)["metrics"]["top1"]
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_read_from_a_checkpoint(evaluate, fit, images, tmp_path, summary):
     fit(tmp_path / "run", images, "trainer.ema_decay=0.9", "trainer.epochs=2")
     (tmp_path / "run" / "model.safetensors").unlink()
     assert evaluate(f"run={tmp_path / 'run'}")["metrics"] == {**summary(tmp_path / "run")["metrics"], "images": 15}
 
 
+@pytest.mark.slow
 def test_run_that_went_on_after_its_export_is_read_from_its_checkpoint(evaluate, fit, images, run, spoiled_epoch):
     with pytest.raises(KeyboardInterrupt):
         fit(run, images, "trainer.epochs=6", "optim.lr=3e-3", "trainer.save_minutes=0")
@@ -83,23 +88,27 @@ def spoiled_epoch(monkeypatch):
     monkeypatch.setattr(ClassifyRun, "_update", update)
 
 
+@pytest.mark.slow
 def test_files_that_are_written(evaluate, run):
     evaluate(f"run={run}")
     names = {"eval.json", "classes.json", "confusion.png", "report.html"}
     assert {path.name for path in (run / "eval").iterdir()} == names
 
 
+@pytest.mark.slow
 def test_file_holds_what_was_returned(evaluate, run):
     result = evaluate(f"run={run}")
     assert json.loads((run / "eval" / "eval.json").read_text()) == result
 
 
+@pytest.mark.slow
 def test_output_folder(evaluate, run, tmp_path):
     evaluate(f"run={run}", f"out={tmp_path / 'out'}")
     assert (tmp_path / "out" / "eval.json").exists()
     assert not (run / "eval").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [5, 6])
 def test_top5_is_said_where_it_tells_something(tmp_path, caplog, monkeypatch, classes):
     monkeypatch.setattr(log, "propagate", True)  # the run of another test has changed it
@@ -111,6 +120,7 @@ def test_top5_is_said_where_it_tells_something(tmp_path, caplog, monkeypatch, cl
     assert f"m (w): {figures}, loss 1.0000 on 4 images" in caplog.text
 
 
+@pytest.mark.slow
 def test_confusion_is_a_picture(evaluate, run):
     evaluate(f"run={run}")
     with Image.open(run / "eval" / "confusion.png") as picture:
@@ -118,15 +128,18 @@ def test_confusion_is_a_picture(evaluate, run):
         assert min(picture.size) > 200
 
 
+@pytest.mark.slow
 def test_other_images(evaluate, run, images):
     result = evaluate(f"run={run}", "data=imagefolder", f"data.root={images / 'train'}", "data.num_workers=0")
     assert result["metrics"]["images"] == 24
 
 
+@pytest.mark.slow
 def test_other_root_with_splits_means_its_validation_split(evaluate, run, images):
     assert evaluate(f"run={run}", f"data.root={images}")["metrics"]["images"] == 15
 
 
+@pytest.mark.slow
 def test_other_images_lacking_a_class(evaluate, run, make_folder, tmp_path):
     make_folder(tmp_path / "other", classes=("cherry", "banana"), per_class=3, seed=2)
     result = evaluate(f"run={run}", f"data.root={tmp_path / 'other'}")
@@ -134,12 +147,14 @@ def test_other_images_lacking_a_class(evaluate, run, make_folder, tmp_path):
     assert result["per_class"]["cherry"] == 100
 
 
+@pytest.mark.slow
 def test_other_images_with_an_unknown_class(evaluate, run, make_folder, tmp_path):
     make_folder(tmp_path / "other", classes=("apple", "plum"), per_class=3)
     with pytest.raises(UserError, match="training does not have, 'plum'"):
         evaluate(f"run={run}", f"data.root={tmp_path / 'other'}")
 
 
+@pytest.mark.slow
 def test_held_out_images_are_evaluated_again(evaluate, fit, make_folder, tmp_path, summary):
     root = make_folder(tmp_path / "all", per_class=20)
     fit(tmp_path / "run", root, "data.val_fraction=0.3", "seed=3")
@@ -147,16 +162,19 @@ def test_held_out_images_are_evaluated_again(evaluate, fit, make_folder, tmp_pat
     assert result["metrics"] == {**summary(tmp_path / "run")["metrics"], "images": 18}
 
 
+@pytest.mark.slow
 def test_per_class_accuracies_average_to_the_whole(evaluate, run):
     result = evaluate(f"run={run}")
     assert np.mean(list(result["per_class"].values())) == pytest.approx(result["metrics"]["top1"])
 
 
+@pytest.mark.slow
 def test_per_class_is_printed(evaluate, run, capsys):
     evaluate(f"run={run}", "per_class=true")
     assert re.search(r"cherry +│ +5 +│ +\d+\.\d\d %", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_model_with_weights_on_a_folder(evaluate, finished, images, summary, tmp_path, what):
     path = finished / "model.safetensors" if what == "file" else finished
@@ -165,11 +183,13 @@ def test_model_with_weights_on_a_folder(evaluate, finished, images, summary, tmp
     assert result["metrics"]["top1"] == summary(finished)["metrics"]["top1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_batch_size_does_not_matter(evaluate, run, summary, size):
     assert evaluate(f"run={run}", f"trainer.batch_size={size}")["metrics"]["top1"] == summary(run)["metrics"]["top1"]
 
 
+@pytest.mark.slow
 def test_corrupt_image_does_not_count_and_is_named(evaluate, run, make_folder, tmp_path):
     root = make_folder(tmp_path / "other", per_class=3)
     path = next(iter(sorted(root.rglob("*.jpg"))))
@@ -179,6 +199,7 @@ def test_corrupt_image_does_not_count_and_is_named(evaluate, run, make_folder, t
     assert result["corrupt_images"][0].startswith(str(path))
 
 
+@pytest.mark.slow
 def test_run_with_keywords_of_its_model(command, fit, images, tmp_path, summary):
     fit(tmp_path / "run", images, "+model_kwargs.drop_path_rate=0.1")
     code, output = command("eval", tmp_path / "run")
@@ -189,21 +210,25 @@ def test_run_with_keywords_of_its_model(command, fit, images, tmp_path, summary)
 # Errors.
 
 
+@pytest.mark.slow
 def test_nothing_to_evaluate(evaluate):
     with pytest.raises(UserError, match="nothing to evaluate"):
         evaluate()
 
 
+@pytest.mark.slow
 def test_missing_run(evaluate, tmp_path):
     with pytest.raises(UserError, match="is not the folder of a run"):
         evaluate(f"run={tmp_path / 'none'}")
 
 
+@pytest.mark.slow
 def test_folder_that_is_no_run(evaluate, images):
     with pytest.raises(UserError, match="is not the folder of a run"):
         evaluate(f"run={images}")
 
 
+@pytest.mark.slow
 def test_run_without_weights(evaluate, run):
     for name in ("model.safetensors", "last.pt", "previous.pt", "best.safetensors"):
         (run / name).unlink()
@@ -211,6 +236,7 @@ def test_run_without_weights(evaluate, run):
         evaluate(f"run={run}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"x" * 100], ids=["empty", "garbage"])
 def test_damaged_weights(evaluate, run, content):
     (run / "model.safetensors").write_bytes(content)
@@ -218,11 +244,13 @@ def test_damaged_weights(evaluate, run, content):
         evaluate(f"run={run}")
 
 
+@pytest.mark.slow
 def test_unknown_checkpoint(evaluate, run):
     with pytest.raises(UserError, match="it has to be last or best"):
         evaluate(f"run={run}", "checkpoint=first")
 
 
+@pytest.mark.slow
 def test_wrong_number_of_classes(evaluate, finished, make_folder, tmp_path):
     make_folder(tmp_path / "two", classes=("day", "night"))
     words = ("model=test_vit", "data=imagefolder", f"data.root={tmp_path / 'two'}", "data.img_size=32")
@@ -230,11 +258,13 @@ def test_wrong_number_of_classes(evaluate, finished, make_folder, tmp_path):
         evaluate(f"pretrained={finished}", *words)
 
 
+@pytest.mark.slow
 def test_weights_of_another_model(evaluate, run):
     with pytest.raises(UserError, match="do not fit test_vit2"):
         evaluate(f"run={run}", "model=test_vit2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", ["pipe:touch {canary};", "", None], ids=["root", "shards", "no root"])
 def test_shards_that_are_commands_are_not_run(command, run, tmp_path, root):
     content = OmegaConf.load(run / "config.yaml")
@@ -251,6 +281,7 @@ def test_shards_that_are_commands_are_not_run(command, run, tmp_path, root):
 # Figures are printed even if files can't be written.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classify", "detect", "segment"])
 @pytest.mark.parametrize(
     "file", ["eval", *(pytest.param(f"eval/{name}.json", marks=pytest.mark.slow) for name in ("eval", "classes"))]
@@ -310,6 +341,7 @@ def test_accuracy_per_class():
     assert _evaluation().per_class(3) == [50, pytest.approx(200 / 3), None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 40, 100])
 def test_confusion_of_many_classes_is_limited(tmp_path, classes):
     plot_confusion(tmp_path / "c.png", np.eye(classes, dtype=int), [f"class {i}" for i in range(classes)], "title")
@@ -317,18 +349,21 @@ def test_confusion_of_many_classes_is_limited(tmp_path, classes):
         assert max(picture.size) < 2200
 
 
+@pytest.mark.slow
 def test_torch_is_left_alone(evaluate, run):
     state = torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()
     evaluate(f"run={run}")
     assert (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()) == state
 
 
+@pytest.mark.slow
 def test_names_of_classes_are_no_formulas(tmp_path):
     plot_confusion(tmp_path / "c.png", np.eye(2, dtype=int), ["$\\frac$", "5$-10$"], r"a$\nothing$")
     with Image.open(tmp_path / "c.png") as picture:
         assert picture.format == "PNG"
 
 
+@pytest.mark.slow
 def test_names_of_classes_are_no_markup(evaluate, fit, make_folder, tmp_path, capsys):
     root = make_folder(tmp_path / "data", classes=("[red]a", "[b"), per_class=4)
     fit(tmp_path / "run", root, "trainer.batch_size=4")

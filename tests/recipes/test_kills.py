@@ -57,6 +57,7 @@ AFTER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("owner", "name"), AFTER.values(), ids=AFTER)
 def test_killed_after_the_last_checkpoint(fit, images, tmp_path, monkeypatch, undisturbed, owner, name):
     original, folder = getattr(owner, name), tmp_path / "run"
@@ -76,6 +77,7 @@ def test_killed_after_the_last_checkpoint(fit, images, tmp_path, monkeypatch, un
     assert _left(folder) == expected | {"names": [name for name in undisturbed["names"] if name not in drawn]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"updates": 6, "metrics": 1}'])
 @pytest.mark.parametrize("name", ["summary.json"])
 def test_damaged_summary_is_written_again(fit, images, finished, tmp_path, copy, summary, name, content):
@@ -85,6 +87,7 @@ def test_damaged_summary_is_written_again(fit, images, finished, tmp_path, copy,
     assert summary(folder)["metrics"] == summary(finished)["metrics"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.yaml", "start.json", "metrics.jsonl", "model.safetensors", "report.html"])
 def test_missing_file_is_written_again(fit, images, finished, tmp_path, copy, name):
     folder = copy(finished, tmp_path / "run")
@@ -93,6 +96,7 @@ def test_missing_file_is_written_again(fit, images, finished, tmp_path, copy, na
     assert (folder / name).exists()
 
 
+@pytest.mark.slow
 def test_longer_run_killed_after_its_last_checkpoint_has_not_the_shorter_one_s_summary(
     fit, images, finished, tmp_path, copy, monkeypatch
 ):

@@ -181,12 +181,14 @@ def test_folder_that_was_there_stays(tmp_path):
     assert tmp_path.is_dir()
 
 
+@pytest.mark.slow
 def test_training_refuses_a_folder_in_use(fit, images, tmp_path, other, living):
     other(Lock(tmp_path).owner["machine"], living.pid, lock._started(living.pid))
     with pytest.raises(UserError, match="is in use by process"):
         fit(tmp_path, images)
 
 
+@pytest.mark.slow
 def test_training_ends_when_another_process_took_its_folder_over(fit, images, tmp_path, other, monkeypatch):
     monkeypatch.setattr(run_folder, "save_config", lambda *_: other())
     with pytest.raises(UserError, match="has taken the folder over"):

@@ -263,6 +263,7 @@ def deform_inputs(name, modulated):
     return image, offset, mask, weight, (stride, padding, dilation, groups, deform_groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_deform_conv_matches_reference(name):
     image, offset, _, weight, geometry = deform_inputs(name, modulated=False)
@@ -270,6 +271,7 @@ def test_deform_conv_matches_reference(name):
     torch.testing.assert_close(result, plain_deform_conv(image, offset, None, weight, None, *geometry))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_deform_conv_gradients(name):
     image, offset, _, weight, geometry = deform_inputs(name, modulated=False)
@@ -277,6 +279,7 @@ def test_deform_conv_gradients(name):
     assert gradcheck(lambda *x: ops.deform_conv2d(*x, *geometry), tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_modulated_deform_conv_matches_reference(name, with_bias):
@@ -286,6 +289,7 @@ def test_modulated_deform_conv_matches_reference(name, with_bias):
     torch.testing.assert_close(result, plain_deform_conv(image, offset, mask, weight, bias, *geometry))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_modulated_deform_conv_gradients(name, with_bias):
@@ -390,6 +394,7 @@ def test_deformable_attention_matches_reference():
     torch.testing.assert_close(deformable_attention(value, locations, weights), want.flatten(2))
 
 
+@pytest.mark.slow
 def test_deformable_attention_gradients():
     assert gradcheck(deformable_attention, [x.requires_grad_() for x in attention_inputs()])
 

@@ -44,6 +44,7 @@ def test_files_that_are_written(predicted):
     assert sorted(path.name for path in predicted.iterdir()) == list(predict.NAMES)
 
 
+@pytest.mark.slow
 def test_table_has_a_row_for_each_image(predicted, images):
     assert [row["image"] for row in rows(predicted)] == [str(path) for path in sorted((images / "val").rglob("*.jpg"))]
 
@@ -69,6 +70,7 @@ def test_json_says_the_same_as_the_table(predicted):
         ]
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_evaluation(predicted, compose, finished, tmp_path):
     evaluated = evaluate(compose(f"run={finished}", f"out={tmp_path}", name="eval"), ["run", "out"])
     right = [row["class_1"] == row["image"].split("/")[-2] for row in rows(predicted)]
@@ -81,6 +83,7 @@ def test_sheet_is_a_picture(predicted):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
+@pytest.mark.slow
 def test_command_prints_a_table(call_predict, finished, images, tmp_path):
     code, output = call_predict(f"run={finished}", "device=cpu", images / "val" / "apple", tmp_path / "out")
     assert code == 0, output
@@ -88,6 +91,7 @@ def test_command_prints_a_table(call_predict, finished, images, tmp_path):
     assert "5 images: " in output
 
 
+@pytest.mark.slow
 def test_command_abridges_a_long_table(call_predict, finished, images, tmp_path):
     code, output = call_predict(f"run={finished}", "device=cpu", images / "train", tmp_path / "out")
     assert code == 0, output
@@ -96,6 +100,7 @@ def test_command_abridges_a_long_table(call_predict, finished, images, tmp_path)
     assert len(rows(tmp_path / "out")) == 24
 
 
+@pytest.mark.slow
 def test_best_weights(call_predict, finished, images, tmp_path):
     call_predict(f"run={finished}", "device=cpu", "checkpoint=best", images / "val", tmp_path / "out")
     assert content(tmp_path / "out")["weights"].endswith("best.safetensors")
@@ -111,6 +116,7 @@ def test_score_is_for_detectors(call_predict, finished, images, tmp_path):
 ODD_NAMES = ["a,b.jpg", 'a"b.jpg', "a\nb.jpg", "a\rb.jpg", "=1+1.jpg", "$a_b$.jpg", "[red]a.jpg", "Фото 写真.jpg"]
 
 
+@pytest.mark.slow
 def test_names_of_all_kinds(finished, images, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for name in ODD_NAMES:
@@ -120,6 +126,7 @@ def test_names_of_all_kinds(finished, images, tmp_path, capsys):
     assert r"a\nb.jpg" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_name_that_is_no_unicode(finished, images, tmp_path, call_predict):
     (tmp_path / "in").mkdir()
     source = (images / "val" / "apple" / "0_00.jpg").read_bytes()
@@ -130,6 +137,7 @@ def test_name_that_is_no_unicode(finished, images, tmp_path, call_predict):
     assert rows(tmp_path / "out")[0]["image"].endswith(r"/\udcff.jpg")
 
 
+@pytest.mark.slow
 def test_odd_images_do_not_end_a_folder(finished, images, tmp_path, call_predict):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "loop.jpg").symlink_to("loop.jpg")
@@ -143,6 +151,7 @@ def test_odd_images_do_not_end_a_folder(finished, images, tmp_path, call_predict
     assert len(content(tmp_path / "out")["left_out"]) == 3
 
 
+@pytest.mark.slow
 def test_image_that_the_model_can_not_take(finished, images, tmp_path, monkeypatch, capsys):
     original = predict.Normalize.__call__
 
@@ -162,6 +171,7 @@ def test_image_that_the_model_can_not_take(finished, images, tmp_path, monkeypat
     assert "black.png is left out: the model can't take it (no memory)" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_all_is_written_when_it_is_interrupted(finished, images, tmp_path, monkeypatch):
     calls = []
 

@@ -77,6 +77,7 @@ def test_strange_configuration(folder, content):
         reading.load_config(folder(content))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["report", "eval", "predict", "train"])
 def test_strange_configuration_on_the_command_line(command, folder, name):
     path = folder(CONFIGS["task a list"])
@@ -84,6 +85,7 @@ def test_strange_configuration_on_the_command_line(command, folder, name):
     _is_a_sentence(command(name, *words[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["report", "eval", "predict"])
 @pytest.mark.parametrize("kind", ["a file", "nothing", "a long name", "a folder as config.yaml"])
 def test_no_folder_of_a_run(command, tmp_path, name, kind):
@@ -109,6 +111,7 @@ def test_interpolation_is_text(folder, text, monkeypatch):
     assert (found["data"]["root"], found["data"]["interpolation"], found["mm"]["a"]) == (text, text, [text])
 
 
+@pytest.mark.slow
 def test_no_variable_of_the_environment_in_a_report(command, folder, monkeypatch):
     monkeypatch.setenv("SECRET", "s3cr3t")
     path = folder(HEAD + "data: {root: '${oc.env:SECRET}'}\nmm: {a: '${oc.env:SECRET}'}")
@@ -118,6 +121,7 @@ def test_no_variable_of_the_environment_in_a_report(command, folder, monkeypatch
     assert "s3cr3t" not in (path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_no_variable_of_the_environment_in_an_evaluation(command, finished, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", "s3cr3t")
     shutil.copytree(finished, tmp_path / "run")
@@ -234,6 +238,7 @@ STATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", STATES.values(), ids=STATES.keys())
 def test_strange_checkpoint(command, finished, tmp_path, change):
     path = tmp_path / "run"

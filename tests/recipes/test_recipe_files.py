@@ -58,6 +58,7 @@ def writer():
     return runpy.run_path(str(CONF.parent / "tables" / "write.py"))
 
 
+@pytest.mark.slow
 def test_recipes_are_what_their_tables_make(writer):
     wanted = writer["recipes"]()
     assert sorted(wanted) == RECIPES
@@ -176,6 +177,7 @@ def test_drop_path_and_figures_are_the_published_ones(recipe):
     assert re.match("(official )?README|paper", published["source"])
 
 
+@pytest.mark.slow
 def test_top1_of_a_recipe_is_the_manifests_for_the_weights_that_it_trains():
     known = {
         entry["model"]: entry["top1"]["value"]
@@ -363,6 +365,7 @@ def test_detectors_and_segmentors_with_van_take_the_mean_of_imagenet_unlike_its_
         assert timm.models.get_pretrained_cfg(cfg.model).mean == (0.5, 0.5, 0.5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["coco/mask2former_dinat_large", "ade20k/mask2former_dinat_large"])
 def test_mask2former_has_dilations_of_its_own(recipe_config, recipe):
     cfg = recipe_config(recipe)
@@ -379,6 +382,7 @@ def test_mask2former_on_coco_has_200_queries_as_for_swin_large(recipe_config):
 NORMS = (nn.LayerNorm, nn.BatchNorm2d, LayerNorm2d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "model"),
     [
@@ -407,6 +411,7 @@ def test_no_decay_matches_norms_and_bias_tables_and_nothing_else(recipe_config, 
     assert exempt == norms | (tables if "bias_table" in keys else set())
 
 
+@pytest.mark.slow
 def test_no_decay_of_biformer_leaves_the_norms_between_stages_decayed_as_published(recipe_config):
     with torch.device("meta"):
         backbone = timm.create_model("test_biformer", num_classes=0)
@@ -419,22 +424,26 @@ def test_no_decay_of_biformer_leaves_the_norms_between_stages_decayed_as_publish
 # With other words on the command line.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [[], ["task=detect"]])
 def test_recipe_with_and_without_its_task(compose, task):
     cfg = compose(*task, "recipe=coco/retinanet_1x")
     assert (cfg.task, cfg.data.name, cfg.dense.method, cfg.model) == ("detect", "coco", "retinanet", "dinat_tiny")
 
 
+@pytest.mark.slow
 def test_generic_recipe_takes_any_model(compose):
     cfg = compose("recipe=ade20k/upernet_160k", "model=convnext_atto", "+model_kwargs.drop_path_rate=0.1")
     assert (cfg.model, cfg.model_kwargs, cfg.optim.lr) == ("convnext_atto", {"drop_path_rate": 0.1}, 6e-5)
 
 
+@pytest.mark.slow
 def test_option_and_value_beat_the_recipe(compose):
     cfg = compose("recipe=coco/mask_rcnn_3x", "dense=cascade_mask_rcnn", "trainer.epochs=1")
     assert (cfg.dense.method, cfg.trainer.epochs, cfg.dense.detr_crop) == ("cascade_mask_rcnn", 1, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["coco/mask_rcnn_litv2_small", "imagenet/van_b0"])
 def test_other_options_do_not_change_what_a_recipe_writes_out(compose, recipe):
     before, after = compose(f"recipe={recipe}"), compose(f"recipe={recipe}", "schedule=constant", "trainer=digits")
@@ -442,6 +451,7 @@ def test_other_options_do_not_change_what_a_recipe_writes_out(compose, recipe):
     assert after.trainer.effective_batch_size == before.trainer.effective_batch_size
 
 
+@pytest.mark.slow
 def test_coco_by_itself_has_the_1x_schedule(compose):
     cfg = compose("task=detect", "data=coco")
     assert (cfg.schedule.sched, cfg.schedule.decay_milestones) == ("multistep", [8, 11])
@@ -461,6 +471,7 @@ optim:
 """
 
 
+@pytest.mark.slow
 def test_a_file_of_the_users_own_builds_on_a_recipe(run_cli, tmp_path):
     (tmp_path / "mine.yaml").write_text(OWN)
     code, output = run_cli("--config-dir", ".", "--config-name", "mine", "--cfg", "job", cwd=tmp_path)

@@ -171,6 +171,7 @@ def test_matrix_and_mistakes(tmp_path):
     assert matrix["mistakes"] == [(HOSTILE, "cat", "4 of 10", 0.4)]
 
 
+@pytest.mark.slow
 def test_of_many_classes_the_mistaken_and_the_worst_are_shown(tmp_path):
     folder, many = _write_run(tmp_path / "run"), 300
     names = [f"class {i}" for i in range(many)]
@@ -504,6 +505,7 @@ def test_command_fails_in_one_line(tmp_path, capsys):
     assert " ".join(capsys.readouterr().err.split()).startswith("zoo-report: error:")
 
 
+@pytest.mark.slow
 def test_pages_are_replaced(tmp_path):
     folders = [_write_run(tmp_path / name) for name in ("one", "two")]
     for _ in range(2):

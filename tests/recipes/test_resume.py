@@ -188,20 +188,24 @@ LONGER = ("trainer.epochs=4", "optim.lr=3e-3")
 AGAIN = ("trainer.epochs=3", "optim.lr=3e-3")
 
 
+@pytest.mark.slow
 def test_never_refuses_an_existing_run(fit, images, copied):
     with pytest.raises(UserError, match="holds a run already"):
         fit(copied, images, *AGAIN, "resume=never")
 
 
+@pytest.mark.slow
 def test_must_refuses_a_new_run(fit, images, tmp_path):
     with pytest.raises(UserError, match="has no checkpoint"):
         fit(tmp_path / "run", images, "resume=must")
 
 
+@pytest.mark.slow
 def test_must_continues(fit, images, copied):
     assert fit(copied, images, *LONGER, "resume=must")["epochs"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     [
@@ -217,18 +221,21 @@ def test_other_settings_refuse_the_folder(fit, images, copied, override):
         fit(copied, images, *AGAIN, override)
 
 
+@pytest.mark.slow
 def test_other_classes_refuse_the_folder(fit, make_folder, copied, tmp_path):
     root = make_folder(tmp_path / "other", classes=("day", "night", "dusk"), per_class=9)
     with pytest.raises(UserError, match="holds a run with classes"):
         fit(copied, root, *AGAIN)
 
 
+@pytest.mark.slow
 def test_other_number_of_images_refuses_the_folder(fit, make_folder, copied, tmp_path):
     root = make_folder(tmp_path / "other", per_class=12)
     with pytest.raises(UserError, match="holds a run with training images"):
         fit(copied, root, *AGAIN)
 
 
+@pytest.mark.slow
 def test_refusing_leaves_the_folder_as_it_is(fit, images, copied):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
     with pytest.raises(UserError):
@@ -236,6 +243,7 @@ def test_refusing_leaves_the_folder_as_it_is(fit, images, copied):
     assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_folder_of_a_run_without_checkpoint_refuses_another_model(fit, images, copied):
     for name in ("last.pt", "previous.pt"):
         (copied / name).unlink()
@@ -243,6 +251,7 @@ def test_folder_of_a_run_without_checkpoint_refuses_another_model(fit, images, c
         fit(copied, images, *AGAIN, "model=test_vit2")
 
 
+@pytest.mark.slow
 def test_folder_of_a_run_without_checkpoint_begins_again(fit, images, copied, weights, finished, same):
     for name in ("last.pt", "previous.pt", "model.safetensors", "summary.json"):
         (copied / name).unlink()
@@ -250,11 +259,13 @@ def test_folder_of_a_run_without_checkpoint_begins_again(fit, images, copied, we
     assert same(weights(copied), weights(finished))
 
 
+@pytest.mark.slow
 def test_finished_run_returns_its_summary(fit, images, copied, summary):
     before = summary(copied)
     assert fit(copied, images, *AGAIN) == before
 
 
+@pytest.mark.slow
 def test_finished_run_changes_no_weights(fit, images, copied, finished):
     fit(copied, images, *AGAIN)
     assert all(
@@ -262,6 +273,7 @@ def test_finished_run_changes_no_weights(fit, images, copied, finished):
     )
 
 
+@pytest.mark.slow
 def test_finished_run_without_its_export_writes_it_again(fit, images, copied, weights, finished, same):
     """Killed after the last checkpoint, before the summary."""
     for name in ("model.safetensors", "summary.json", "config.json"):
@@ -270,21 +282,25 @@ def test_finished_run_without_its_export_writes_it_again(fit, images, copied, we
     assert same(weights(copied), weights(finished))
 
 
+@pytest.mark.slow
 def test_more_epochs_continue_a_finished_run(fit, images, copied):
     result = fit(copied, images, *LONGER)
     assert (result["epochs"], result["updates"]) == (4, 12)
 
 
+@pytest.mark.slow
 def test_more_epochs_have_one_line_each(fit, images, copied):
     fit(copied, images, *LONGER)
     assert [line["epoch"] for line in _lines(copied)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_changed_settings_are_said(fit, images, copied):
     fit(copied, images, *LONGER)
     assert "trainer.epochs=4 (was 3)" in (copied / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_from_before_published_figures_were_settings_continues(fit, images, copied):
     state = torch.load(copied / "last.pt", weights_only=True)
     del state["config"]["published"]
@@ -296,6 +312,7 @@ def test_a_run_from_before_published_figures_were_settings_continues(fit, images
     assert "published" not in (copied / "train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 3, 4], ids=lambda n: f"{n} of 6 updates")
 def test_longer_run_equals_an_undisturbed_one(fit, images, tmp_path, updates, same):
     args = ("trainer.epochs=2", "augment=strong", "trainer.ema_decay=0.9")
@@ -322,6 +339,7 @@ def _killed(*_):
     raise SystemError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 3], ids=["within an epoch", "at its end"])
 def test_short_run_again_gives_the_same_summary(fit, images, tmp_path, updates):
     first, second = (
@@ -330,6 +348,7 @@ def test_short_run_again_gives_the_same_summary(fit, images, tmp_path, updates):
     assert first["metrics"] == second["metrics"]
 
 
+@pytest.mark.slow
 def test_new_learning_rate_is_taken_over(fit, images, tmp_path):
     schedule = ("trainer.epochs=2", "schedule=constant")
     fit(tmp_path / "run", images, *schedule, "optim.lr=1e-3", "trainer.max_updates=3")
@@ -367,6 +386,7 @@ def _text(data):
 DAMAGES = [_truncated, _without_end, _empty, _random, _zeros, _text]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.strip("_"))
 def test_damaged_checkpoint_falls_back_to_the_one_before(fit, images, copied, weights, finished, same, damage):
     (copied / "last.pt").write_bytes(damage((copied / "last.pt").read_bytes()))
@@ -375,6 +395,7 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(fit, images, copied, we
     assert same(weights(copied), weights(finished))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_may_be_a_folder(fit, images, copied, weights, finished, same):
     (copied / "last.pt").unlink()
     (copied / "last.pt").mkdir()
@@ -382,6 +403,7 @@ def test_damaged_checkpoint_may_be_a_folder(fit, images, copied, weights, finish
     assert same(weights(copied), weights(finished))
 
 
+@pytest.mark.slow
 def test_checkpoint_before_a_damaged_one_is_kept_until_the_next_is_whole(fit, images, copied, monkeypatch):
     (copied / "last.pt").write_bytes(b"")
     before = (copied / "previous.pt").read_bytes()
@@ -391,6 +413,7 @@ def test_checkpoint_before_a_damaged_one_is_kept_until_the_next_is_whole(fit, im
     assert (copied / "previous.pt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_missing_checkpoint_falls_back_to_the_one_before(fit, images, copied):
     """Without hard links, a killed run may leave only previous.pt."""
     (copied / "last.pt").unlink()
@@ -436,6 +459,7 @@ def test_one_flipped_bit_of_a_tensor_is_noticed(tmp_path, place):
         run_checkpoints.load_checkpoint(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda function: function.__name__.strip("_"))
 def test_damaged_checkpoints_are_named_and_nothing_overwritten(fit, images, copied, damage):
     for name in ("last.pt", "previous.pt"):
@@ -449,6 +473,7 @@ def test_damaged_checkpoints_are_named_and_nothing_overwritten(fit, images, copi
 OTHERS = {"dict": {"weights": torch.zeros(1)}, "part": {"progress": {}}, "list": [1, 2], "tensor": torch.zeros(2)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
 def test_checkpoint_of_something_else(fit, images, copied, content):
     for name in ("last.pt", "previous.pt"):

@@ -104,6 +104,7 @@ def test_metrics_are_written_anew(tmp_path):
     assert [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "history",
     [
@@ -126,12 +127,14 @@ def test_config_of_a_folder_that_is_no_run(tmp_path):
         reading.load_config(tmp_path)
 
 
+@pytest.mark.slow
 def test_config_survives_a_round_trip(compose, tmp_path):
     cfg = compose("optim.lr=3e-4", "augment=strong")
     run_folder.save_config(tmp_path, cfg)
     assert reading.load_config(tmp_path) == cfg
 
 
+@pytest.mark.slow
 def test_wandb_disabled_is_none(compose, tmp_path):
     assert records.start_wandb(tmp_path, compose(), None) is None
 

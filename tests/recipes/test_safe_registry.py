@@ -84,6 +84,7 @@ def _refused(result, path):
 SLOW = [pytest.param(place, marks=pytest.mark.slow) for place in (MODEL | RUNNER) if place != "neck"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["neck", *SLOW])
 def test_eval_calls_nothing(command, foreign, canary, place):
     path, call = canary
@@ -108,6 +109,7 @@ def test_train_calls_nothing(fit_dense, canary, place, tmp_path):
     assert not path.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command_name", ["report", "export", "look"])
 def test_commands_that_build_nothing_of_mm(command, foreign, canary, command_name):
     path, call = canary

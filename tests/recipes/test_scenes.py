@@ -53,6 +53,7 @@ def _load(folder, kind, split, image):
     return np.asarray(Image.open(folder / kind / split / image["file_name"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_coco_file_lists_every_scene(coco, folder, split):
     images = coco(split).dataset["images"]
@@ -172,20 +173,24 @@ def test_scenes_differ():
     assert not np.array_equal(scenes.draw("val", 3)[0], scenes.draw("test", 3)[0])
 
 
+@pytest.mark.slow
 def test_same_bytes_every_time(folder, tmp_path):
     assert _hashes(scenes.ensure(tmp_path / "again")) == _hashes(folder)
 
 
+@pytest.mark.slow
 def test_written_once(tmp_path, monkeypatch):
     root = scenes.ensure(tmp_path / "digits")
     monkeypatch.setattr(scenes, "_write", None)
     assert scenes.ensure(root) == root
 
 
+@pytest.mark.slow
 def test_empty_folder_is_used(tmp_path):
     assert (scenes.ensure(tmp_path) / "VERSION").exists()
 
 
+@pytest.mark.slow
 def test_cache_is_used_without_a_root(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert scenes.ensure(None) == tmp_path / "zoo" / "digit_scenes-1"
@@ -247,6 +252,7 @@ def _die_in_the_middle(root):
     scenes.ensure(root)
 
 
+@pytest.mark.slow
 def test_killed_writer_leaves_nothing_that_counts(folder, tmp_path):
     process = _fork(_die_in_the_middle, tmp_path / "digits")
     process.join(60)
@@ -255,6 +261,7 @@ def test_killed_writer_leaves_nothing_that_counts(folder, tmp_path):
     assert _hashes(scenes.ensure(tmp_path / "digits")) == _hashes(folder)
 
 
+@pytest.mark.slow
 def test_several_writers_at_once(folder, tmp_path):
     scenes.pools()
     processes = [_fork(scenes.ensure, tmp_path / "digits") for _ in range(3)]
@@ -265,6 +272,7 @@ def test_several_writers_at_once(folder, tmp_path):
     assert _hashes(tmp_path / "digits") == _hashes(folder)
 
 
+@pytest.mark.slow
 def test_old_leftovers_are_removed_and_new_ones_kept(tmp_path):
     old, new = (tmp_path / f".digits-{name * 8}.tmp" for name in "ab")
     for path in (old, new):

@@ -27,6 +27,7 @@ LOWERED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["classify", "detect", "segment"])
 @pytest.mark.parametrize(("asked", "used"), LOWERED.values(), ids=LOWERED)
 def test_batch_is_lowered_to_the_images(compose, monkeypatch, task, asked, used):
@@ -53,12 +54,14 @@ def test_fewer_images_than_processes_need(compose, monkeypatch, words, processes
         distributed.fit_batch_size(compose(*words), images)
 
 
+@pytest.mark.slow
 def test_lowered_batch_is_said(fit, images, tmp_path):
     fit(tmp_path, images, "trainer.batch_size=64")
     expected = "24 images for training, fewer than the 64 of an update: lowered trainer.batch_size from 64 to 24"
     assert expected in _log(tmp_path)
 
 
+@pytest.mark.slow
 def test_run_with_a_lowered_batch_continues(fit, images, tmp_path):
     fit(tmp_path, images, "trainer.batch_size=64")
     assert fit(tmp_path, images, "trainer.batch_size=64", "trainer.epochs=2")["updates"] == 2
@@ -70,11 +73,13 @@ def test_detector_of_fewer_images_than_a_batch_trains(fit_dense, tmp_path):
     assert "lowered trainer.batch_size from 20 to 16" in _log(tmp_path)
 
 
+@pytest.mark.slow
 def test_images_that_are_left_out_are_said(fit, images, tmp_path):
     fit(tmp_path, images, "trainer.batch_size=10")
     assert "4 training images are left out in every epoch, different ones each time" in _log(tmp_path)
 
 
+@pytest.mark.slow
 def test_nothing_is_said_where_none_is_left_out(fit, images, tmp_path):
     fit(tmp_path, images, "trainer.batch_size=8")
     assert "left out" not in _log(tmp_path)
@@ -83,21 +88,25 @@ def test_nothing_is_said_where_none_is_left_out(fit, images, tmp_path):
 # Batches of one image.
 
 
+@pytest.mark.slow
 def test_one_image_a_pass_with_batchnorm_over_one_pixel(fit, images, tmp_path):
     with pytest.raises(UserError, match=r"BatchNorm sees a single value .* Use trainer.batch_size=2 .* data.img_size"):
         fit(tmp_path / "run", images, "model=test_van", "trainer.batch_size=1")
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_one_image_a_pass_with_batchnorm_over_more_pixels(fit, images, tmp_path):
     words = ("model=test_van", "data.img_size=64", "trainer.batch_size=1", "trainer.max_updates=1")
     assert fit(tmp_path, images, *words)["updates"] == 1
 
 
+@pytest.mark.slow
 def test_one_image_a_pass_without_batchnorm(fit, images, tmp_path):
     assert fit(tmp_path, images, "trainer.batch_size=1", "trainer.max_updates=1")["updates"] == 1
 
 
+@pytest.mark.slow
 def test_segmentor_of_one_image_a_pass_that_pools_to_one_pixel(fit_dense, tmp_path):
     words = ("dense.method=upernet", "trainer.batch_size=1")
     with pytest.raises(UserError, match=r"BatchNorm sees a single value .* a larger dense\.(crop|scales)"):
@@ -127,6 +136,7 @@ def test_figure_of_a_handful_names_it(images, text):
     assert of_few(images) == text
 
 
+@pytest.mark.slow
 def test_epoch_names_the_handful(fit, images, tmp_path):
     fit(tmp_path, images)
     assert re.search(r"validation loss .* top-1 \d+\.\d\d % of 15 images", _log(tmp_path))
@@ -135,6 +145,7 @@ def test_epoch_names_the_handful(fit, images, tmp_path):
 # The end of a run.
 
 
+@pytest.mark.slow
 def test_end_says_what_to_do_next(fit, images, tmp_path):
     folder = tmp_path / "a run"
     fit(folder, images, "trainer.max_updates=1")
@@ -142,6 +153,7 @@ def test_end_says_what_to_do_next(fit, images, tmp_path):
     assert [line for line in words if f"  {line}\n" in _log(folder)] == list(words)
 
 
+@pytest.mark.slow
 def test_end_says_which_weights_are_where(fit, images, tmp_path, monkeypatch):
     scores = iter((50.0, 25.0))
     from zoo.recipes.classify import train
@@ -159,6 +171,7 @@ def test_end_says_which_weights_are_where(fit, images, tmp_path, monkeypatch):
     assert "model.safetensors: the last epoch; the best was epoch 1 (top-1 50.00 %): checkpoint=best." in text
 
 
+@pytest.mark.slow
 def test_lines_say_how_long_the_run_will_take(fit, images, tmp_path):
     fit(tmp_path, images, "log.every=1", "trainer.epochs=2")
     lines = [line for line in _log(tmp_path).splitlines() if ", update " in line]
@@ -184,6 +197,7 @@ def test_remaining_time_is_that_of_the_whole_run(monkeypatch, capsys):
 # Images that are too small for the model.
 
 
+@pytest.mark.slow
 def test_images_smaller_than_the_model_takes(fit, images, tmp_path):
     message = r"data.img_size=16 can't be used with this model: Got images of 16 x 16 pixels; enlarge or pad them"
     with pytest.raises(UserError, match=message):

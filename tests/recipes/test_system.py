@@ -41,6 +41,7 @@ def test_command_ends_with_a_sentence(capsys, error, text):
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("error", "text"), [ERRORS[name] for name in ("files in a library", "memory", "worker")])
 def test_training_names_what_is_left(fit, images, tmp_path, monkeypatch, error, text):
     update = train.ClassifyRun._update
@@ -74,6 +75,7 @@ def test_error_that_is_its_own_cause_ends():
     assert of_the_system(error) is None
 
 
+@pytest.mark.slow
 def test_other_errors_of_a_training_stay_as_they_are(fit, images, tmp_path, monkeypatch):
     monkeypatch.setattr(train.ClassifyRun, "_update", _bug)
     with pytest.raises(ValueError, match=r"^a bug$"):

@@ -49,6 +49,7 @@ def contend(monkeypatch, operator, *peers):
     monkeypatch.setitem(OPERATORS, operator, dataclasses.replace(OPERATORS[operator], peers=peers))
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch():
     code = "import zoo.tools.benchmark as b, sys; b.parser().format_help(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
@@ -168,6 +169,7 @@ def test_wrong_and_failing_contenders_are_named(capsys, monkeypatch, tmp_path):
     assert "times_s" not in rows["hasty"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny")
 def test_wrong_gradient_is_found(monkeypatch):
     def stops_the_bias_gradient(**given):
@@ -223,6 +225,7 @@ def small_cases():
 SMALL = list(small_cases())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("operator", "case"), SMALL, ids=["/".join(pair) for pair in SMALL])
 def test_all_contenders_are_right(operator, case):
     """Whoever can run on a CPU, forward and backward."""

@@ -162,6 +162,7 @@ CLOSE = {
 }
 
 
+@pytest.mark.slow
 def test_labels_of_the_picture_touch_nothing(figure):
     axes = figure(CLOSE, {"gc_vit_tiny": "gcvit_tiny"}).axes[0]
     axes.figure.draw_without_rendering()
@@ -186,6 +187,7 @@ def test_picture_has_the_unit_at_its_accuracy_and_a_colour_for_each_family(figur
     assert "better" in at
 
 
+@pytest.mark.slow
 def test_table_json_and_picture(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark_models, "timm_name", {"test_van": "test_vit"}.get)
     monkeypatch.setattr(benchmark_models, "top1", {"test_van": 75.0}.get)
@@ -219,6 +221,7 @@ def test_table_json_and_picture(capsys, monkeypatch, tmp_path):
     assert van["training"]["peak_bytes"] > van["inference"]["peak_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_inference_alone_has_no_training(capsys, tmp_path):
     file = tmp_path / "out.json"
     assert run("test_van", *QUICK, "--no-training", "--json", str(file), "--dtype", "bfloat16") == 0
@@ -273,6 +276,7 @@ def test_turns_begin_with_another_each_time():
     assert {name: len(taken) for name, taken in times.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+@pytest.mark.slow
 def test_our_result_that_is_not_finite_is_an_error(capsys, replaced):
     replaced(test_van=Tiny(factor=float("nan")))
     assert run("test_van", "test_cswin", *QUICK, "--no-training") == 1
@@ -289,6 +293,7 @@ def test_gradient_that_is_not_finite_is_found():
     assert (row.status, row.reason) == ("failed", "FloatingPointError: the gradient of head.weight is not finite")
 
 
+@pytest.mark.slow
 def test_another_that_fails_is_named_and_the_rest_goes_on(capsys, replaced):
     replaced(test_vit=Tiny(factor=float("inf")))
     assert run("test_van", "test_vit", *QUICK, "--no-training") == 0
@@ -303,6 +308,7 @@ def test_without_a_unit_there_is_an_error(capsys, replaced):
     assert error.endswith("choose another with --against.\n")
 
 
+@pytest.mark.slow
 def test_compiled_models_have_a_line_and_a_compile_time(capsys, monkeypatch, replaced, tmp_path):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # its own takes a minute
     replaced(test_van=Plain(), test_resnet=Plain())

@@ -140,6 +140,7 @@ def test_official_dense_backbone_gives_the_golden(model, task, capsys):
             assert golden.difference(got, want) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in golden.classifiers() else pytest.param(name, marks=pytest.mark.slow) for name in OFFICIAL]
 )
@@ -162,6 +163,7 @@ def cases():
             yield pytest.param(model, wrapping, marks=() if quick else pytest.mark.slow, id=f"{model}-{wrapping}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "wrapping"), cases())
 def test_every_wrapping_of_every_family_converts(model, wrapping, capsys):
     torch.manual_seed(0)
@@ -177,6 +179,7 @@ def test_every_wrapping_of_every_family_converts(model, wrapping, capsys):
         assert all(torch.equal(loaded[key], value) for key, value in weights.items())
 
 
+@pytest.mark.slow
 def test_legacy_file_and_safetensors_convert(state_dict, capsys):
     from safetensors.torch import save_file
 
@@ -189,6 +192,7 @@ def test_legacy_file_and_safetensors_convert(state_dict, capsys):
 # ---- what is written
 
 
+@pytest.mark.slow
 def test_written_file_says_where_it_comes_from(state_dict, capsys):
     save({"state_dict": state_dict})
     code, out, _ = run(capsys, "file.pth")
@@ -223,6 +227,7 @@ def test_wrong_hash_is_refused(published, capsys):
     assert f"sha256 is {sha256[:8]}..., not 12345678...; download it again, or rename it" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["van_b0.in1k", "gc_vit_xxtiny.in1k"])
 def test_published_file_is_known_by_its_name(name, capsys):
     entry = next(e for e in tool._manifest() if f"{e['model']}.{e['tag']}" == name)
@@ -238,6 +243,7 @@ def test_published_file_is_known_by_its_name(name, capsys):
     assert config["pretrained_cfg"]["license"] == entry["licence"]
 
 
+@pytest.mark.slow
 def test_word_for_the_model_gives_its_facts(capsys):
     save({"state_dict": {key: value.float() for key, value in golden.official_weights("van_b0").items()}})
     assert json.loads(run(capsys, "file.pth", "--json", "-o", "a")[1])["licence"] is None
@@ -245,6 +251,7 @@ def test_word_for_the_model_gives_its_facts(capsys):
     assert (report["tag"], report["licence"]) == ("in1k", "apache-2.0")
 
 
+@pytest.mark.slow
 def test_trainers_name_of_the_model_decides(capsys):
     weights = timm.create_model("test_dinat").state_dict()
     for name, content in (("a", {"arch": "test_dinat"}), ("b", {"args": argparse.Namespace(model="test_nat")})):
@@ -253,6 +260,7 @@ def test_trainers_name_of_the_model_decides(capsys):
         assert report["model"] == {"a": "test_dinat", "b": "test_nat"}[name]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_other_classes_and_channels_convert(capsys):
     model = timm.create_model("test_van", num_classes=7, in_chans=1).eval()
@@ -262,6 +270,7 @@ def test_other_classes_and_channels_convert(capsys):
     assert all(torch.equal(evaluate(report, line)(image), model(image)) for line in (0, 1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_backbone_without_classifier_converts(state_dict, capsys):
     save({key: value for key, value in state_dict.items() if not key.startswith("head.")})
@@ -295,6 +304,7 @@ def test_keywords_of_a_tag_are_kept(name, capsys):
         }
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_unasked(state_dict, capsys):
     save(state_dict)
     assert run(capsys, "file.pth")[0] == 0
@@ -309,6 +319,7 @@ def test_nothing_is_overwritten_unasked(state_dict, capsys):
     assert Path("test_van/model.safetensors").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_failed_write_leaves_nothing(state_dict, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -386,6 +397,7 @@ def test_other_contents_are_refused(content, message, capsys):
     assert message in refused(capsys, "file.pth")
 
 
+@pytest.mark.slow
 def test_faults_are_grouped_and_short(state_dict, capsys):
     kept = dict(list(state_dict.items())[20:])
     kept["stages.3.norm.weight"] = torch.zeros(5)
@@ -397,6 +409,7 @@ def test_faults_are_grouped_and_short(state_dict, capsys):
     assert message.endswith("% of it is test_van: the file is incomplete or altered.")
 
 
+@pytest.mark.slow
 def test_other_model_than_said_is_refused(state_dict, capsys):
     save(state_dict)
     message = refused(capsys, "file.pth", "--model", "van_b0")
@@ -404,6 +417,7 @@ def test_other_model_than_said_is_refused(state_dict, capsys):
     assert "It looks like test_van" in message
 
 
+@pytest.mark.slow
 def test_ambiguous_weights_are_refused(capsys):
     save(timm.create_model("test_dinat").state_dict())
     assert refused(capsys, "file.pth") == (
@@ -432,6 +446,7 @@ def test_mistakes_in_the_command_line(arguments, message, state_dict, capsys):
 # ---- the command line
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch():
     code = "import zoo.tools.convert as c, sys; c.parser().format_help(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

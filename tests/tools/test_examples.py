@@ -48,6 +48,7 @@ def test_example_is_short(path):
     assert 10 <= len(path.read_text().splitlines()) <= 45
 
 
+@pytest.mark.slow
 def test_smp_unet_learns(run):
     done = run("smp_unet")
     assert done["losses"][-1] < done["losses"][0] - 0.05
@@ -66,6 +67,7 @@ def test_faster_rcnn_trains_every_part(run):
     assert strides[:3] == [4, 8, 15]
 
 
+@pytest.mark.slow
 def test_grad_cam_draws(run, tmp_path):
     heat = run("grad_cam")["heat"]
     assert heat.shape == (224, 320)
@@ -74,6 +76,7 @@ def test_grad_cam_draws(run, tmp_path):
     assert Image.open(tmp_path / "cam.png").size == (320, 224)
 
 
+@pytest.mark.slow
 def test_hugging_face_folder(run):
     done = run("hugging_face")
     assert done["same"]
@@ -143,6 +146,7 @@ def test_inference_server_answers(server):
     assert got == pytest.approx(dict(zip(["apple", "banana", "cherry"], want, strict=True)), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_inference_server_refuses_text(server):
     with pytest.raises(urllib.error.HTTPError, match="400"):
         urllib.request.urlopen(urllib.request.Request(server[0], data=b"no image"))

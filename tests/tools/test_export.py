@@ -110,6 +110,7 @@ def test_static(capsys, tmp_path):
     assert session.get_outputs()[0].name == "logits"
 
 
+@pytest.mark.slow
 def test_model_that_takes_one_size(capsys, tmp_path):
     """Of timm, and made for the size that is asked for."""
     assert run("vit_tiny_patch16_224", "--size", 32, 32, "-o", tmp_path / "model.pt2") == 0
@@ -173,6 +174,7 @@ def test_run_folder(capsys, tmp_path, monkeypatch, folder, form):
     assert facts["preprocessing"]["mean"] == [0.1, 0.2, 0.3]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_best_weights_of_a_run_folder(folder):
     path, model = folder
@@ -232,6 +234,7 @@ def test_difference(got, want, difference):
     assert found == pytest.approx(difference, nan_ok=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("differences", [[0.0, 2e-4], [float("nan"), 0.0]], ids=["large", "not a number"])
 def test_program_that_differs_is_not_kept(capsys, tmp_path, monkeypatch, differences):
     left = iter(differences)
@@ -325,6 +328,7 @@ def test_folder_that_may_not_be_written(capsys, tmp_path, monkeypatch):
     assert f"{tmp_path} is not a folder that you may write to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_disk_full(capsys, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device", str(tmp_path / "model.pt2"))
@@ -350,6 +354,7 @@ def test_interrupt(capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().err.endswith("zoo-export: interrupted\n")
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch():
     code = "import zoo.tools.export as e, sys; e.parser().format_help(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -136,6 +136,7 @@ def test_first_block_of_each_kind_is_shown():
 # ---- the picture of the patterns
 
 
+@pytest.mark.slow
 def test_patterns_as_a_file(capsys, tmp_path):
     path = tmp_path / "patterns.png"
     code, out, _ = run(capsys, "patterns", "-o", path)
@@ -223,6 +224,7 @@ def test_field_of_a_convolution():
     assert [look_attention.extent(field, share) for share in (0.05, 0.5, 0.99)] == [1, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_field_grows(name):
     model = build(name, features_only=True)
@@ -268,6 +270,7 @@ def test_keys_command(capsys, tmp_path, photo, monkeypatch):
     assert picture_size("test_cswin_keys.png")[0] > 1000
 
 
+@pytest.mark.slow
 def test_keys_as_json(capsys, tmp_path, photo):
     code, out, _ = run(capsys, "keys", "test_nat", photo, "--pixel", 39, 0, "-o", tmp_path / "k.png", "--json")
     record = json.loads(out)
@@ -282,6 +285,7 @@ def test_keys_as_json(capsys, tmp_path, photo):
     assert record["file"] == str(tmp_path / "k.png")
 
 
+@pytest.mark.slow
 def test_run_folder(capsys, tmp_path, photo, finished):
     code, out, _ = run(capsys, "cam", finished, photo, "--class", "dog", "-o", tmp_path, "--json")
     record = json.loads(out)
@@ -297,6 +301,7 @@ def test_run_folder(capsys, tmp_path, photo, finished):
     assert run(capsys, "keys", finished, photo, "-o", tmp_path)[0] == 0
 
 
+@pytest.mark.slow
 def test_cam_takes_what_the_model_sees(capsys, tmp_path, photo, finished):
     _, out, _ = run(capsys, "cam", finished, photo, "--stage", 2, "-o", tmp_path / "a.png", "--json")
     record = json.loads(out)
@@ -304,6 +309,7 @@ def test_cam_takes_what_the_model_sees(capsys, tmp_path, photo, finished):
     assert record["name"] == ["cat", "dog", "2"][record["class"]]
 
 
+@pytest.mark.slow
 def test_weights_of_a_file(capsys, tmp_path, photo, finished):
     file = finished / "model.safetensors"
     code, out, _ = run(capsys, "cam", "test_van", photo, "--pretrained", file, "-o", tmp_path / "a.png", "--json")
@@ -314,6 +320,7 @@ def test_weights_of_a_file(capsys, tmp_path, photo, finished):
     assert record["notes"] == []
 
 
+@pytest.mark.slow
 def test_field_command(capsys, tmp_path):
     path = tmp_path / "field.png"
     code, out, _ = run(capsys, "field", "test_resnet", "--size", 64, 96, "--images", 1, "-o", path, "--json")
@@ -324,6 +331,7 @@ def test_field_command(capsys, tmp_path):
     assert picture_size(path)[0] > 1200
 
 
+@pytest.mark.slow
 def test_rollout_command(capsys, tmp_path, photo):
     arguments = ("rollout", "nat_isotropic_small", photo, "--size", 64, 64, "--pixel", 0, 0)
     code, out, _ = run(capsys, *arguments, "-o", tmp_path / "r.png", "--json")
@@ -348,6 +356,7 @@ def test_pictures_are_drawn_with_the_file_s_own_pixels(photo):
     assert np.array_equal(shown.pixels, np.asarray(Image.open(photo)))
 
 
+@pytest.mark.slow
 def test_large_pictures_are_drawn_smaller_in_their_shape(tmp_path):
     Image.new("RGB", (2400, 1600)).save(tmp_path / "large.png")
     shown = look_picture.read_picture(tmp_path / "large.png", open_model("test_van"))
@@ -363,6 +372,7 @@ def figure(monkeypatch):
     return figures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scale", "cell", "reach"), [("of the largest", None, 64), ("share of a token", 20, 80)])
 def test_heat_has_a_scale_and_the_file_s_shape(figure, photo, scale, cell, reach):
     picture = look_picture.read_picture(photo, open_model("test_van"), (64, 64))
@@ -386,6 +396,7 @@ def test_model_of_one_size_gets_it(photo):
     assert look_picture.read_picture(photo, loaded).images.shape == (1, 3, 160, 160)
 
 
+@pytest.mark.slow
 def test_zero_map_is_said(capsys, tmp_path, photo, finished, monkeypatch):
     monkeypatch.setattr(look_cam, "heat", lambda *_: np.zeros((64, 96)))
     _, out, _ = run(capsys, "cam", finished, photo, "--class", "cat", "-o", tmp_path / "a.png")
@@ -490,6 +501,7 @@ def test_backbone_without_classifier(capsys, tmp_path, photo):
     assert "backbone has no classifier: use zoo-look keys or zoo-look field." in errors
 
 
+@pytest.mark.slow
 def test_narrow_pictures_keep_their_titles(tmp_path):
     """A very wide and a very high picture get figures of a usable shape."""
     for shape in ((40, 400, 3), (400, 40, 3)):
@@ -500,6 +512,7 @@ def test_narrow_pictures_keep_their_titles(tmp_path):
         assert 0.2 < width / height < 5
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch():
     code = "import zoo.tools.look as m, sys; m.parser().format_help(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -140,6 +140,7 @@ TAGGED = [name for name in manifest.counts() if families.tag_kwargs(name)]
 SOME = ["van_b0.in1k", *TAGGED[:1], "test_dinat", "test_biformer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOME)
 def test_some_counts_are_right(name):
     assert manifest.counts()[name] == counted(name)
@@ -157,6 +158,7 @@ def test_all_counts_are_right():
     assert json.loads(COUNTS.read_text()) == found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [[], ["dinat*", "--json"], ["--dense", "van*"], ["nothing*"]])
 def test_lists_need_no_torch(arguments):
     code = (
@@ -168,6 +170,7 @@ def test_lists_need_no_torch(arguments):
     assert done.stdout.endswith("False\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_counting_leaves_the_model_as_it_was():
     model = timm.create_model("test_van").eval()
     image = torch.randn(1, 3, 64, 64)
@@ -327,6 +330,7 @@ def test_printed_python_runs(name, capsys):
     exec("\n".join(rows(capsys, name)["python"]), {})
 
 
+@pytest.mark.slow
 def test_help_needs_no_torch():
     code = "import zoo.tools.models as m, sys; m.parser().format_help(); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

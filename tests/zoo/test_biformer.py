@@ -76,6 +76,7 @@ def test_drop_path_grows_linearly_over_all_blocks():
     assert rates == pytest.approx([0.1 * i for i in range(8)])
 
 
+@pytest.mark.slow
 def test_initialisation_is_official():
     torch.manual_seed(0)
     model = timm.create_model("biformer_tiny")
@@ -127,6 +128,7 @@ def test_refactored_routed_attention_has_more_regions(size, topk):
     torch.testing.assert_close(attn(x), attn.proj(want))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("size", SIZES, ids=size_id)
 def test_attention_of_exported_programs_is_the_same(size):
@@ -208,6 +210,7 @@ def test_the_stl_layouts_differ_by_lepe_where_maps_divide():
     assert not torch.allclose(got[3], want[3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_parameter_gets_a_gradient_on_maps_that_do_not_divide(layout):
     model = build(layout=layout).train()
@@ -248,6 +251,7 @@ def test_official_weights_load(layout):
     torch.testing.assert_close(loaded(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "other"), [("stl", "stl_nchw"), ("stl_nchw", "stl")])
 def test_weights_of_the_other_stl_layout_are_refused(layout, other):
     overlay = {"state_dict": official_weights(build(layout=other))}
@@ -266,6 +270,7 @@ def test_official_output_norms_load():
     assert all(torch.equal(value, weights[key]) for key, value in loaded.model.output_norms.state_dict().items())
 
 
+@pytest.mark.slow
 def test_downloads_of_the_same_name_are_kept_apart(monkeypatch, tmp_path):
     folders = []
 
@@ -345,6 +350,7 @@ def best_regions(site, token, size, topk):
     return {(y, x) for y, x in product(*map(range, size)) if (y // sides[0], x // sides[1]) in best}
 
 
+@pytest.mark.slow
 def test_keys_are_those_of_the_operator():
     def keys(site, token, size):
         if site.stage == 4:
@@ -362,6 +368,7 @@ def test_pattern():
     assert regions == {(row, column) for row, column in whole if (row // 4, column // 4) in chosen}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     assert multiply_adds("biformer_tiny") == pytest.approx(2.2, rel=0.02)

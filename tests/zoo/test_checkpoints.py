@@ -133,6 +133,7 @@ def test_wrapped_checkpoint_loads(wrap, source, state_dict, images, tmp_path):
     assert all(torch.equal(loaded[key], value) for key, value in state_dict.items())
 
 
+@pytest.mark.slow
 def test_backbone_of_a_segmentor_loads(state_dict, images):
     segmentor = {f"backbone.{key}": value for key, value in headless(state_dict).items()}
     segmentor["decode_head.conv_seg.weight"] = torch.zeros(150, 96, 1, 1)
@@ -141,6 +142,7 @@ def test_backbone_of_a_segmentor_loads(state_dict, images):
     assert all(torch.equal(*pair) for pair in zip(backbone(images), want(images), strict=True))
 
 
+@pytest.mark.slow
 def test_lightning_module_around_a_backbone_loads(state_dict, images):
     module = lightning(
         "model.", headless(state_dict), **{"head.weight": torch.zeros(7, 96), "head.bias": torch.zeros(7)}
@@ -152,12 +154,14 @@ def test_lightning_module_around_a_backbone_loads(state_dict, images):
         load("test_van", module)
 
 
+@pytest.mark.slow
 def test_weights_of_a_feature_extractor_load(state_dict):
     extractor = load("test_van", state_dict, features_only=True)
     loaded = load("test_van", extractor.state_dict(), num_classes=0).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in headless(state_dict).items())
 
 
+@pytest.mark.slow
 def test_safetensors_file_loads(state_dict, tmp_path):
     from safetensors.torch import save_file
 
@@ -185,6 +189,7 @@ def test_headless_checkpoint_loads(kwargs, state_dict):
     assert torch.equal(next(iter(loaded.values())), next(iter(state_dict.values())))
 
 
+@pytest.mark.slow
 def test_headless_checkpoint_gives_no_trained_classifier(state_dict):
     with pytest.raises(RuntimeError, match=r"2 missing \(head.weight, head.bias\).*num_classes=0"):
         load("test_van", headless(state_dict))
@@ -192,6 +197,7 @@ def test_headless_checkpoint_gives_no_trained_classifier(state_dict):
     assert tuned.num_classes == 1000
 
 
+@pytest.mark.slow
 def test_classifier_of_another_size_has_to_be_announced(state_dict, images):
     other = timm.create_model("test_van", num_classes=21).eval().state_dict()
     with pytest.raises(RuntimeError, match=r"head.weight \(21, 96\) for \(1000, 96\).*num_classes=\.\.\."):
@@ -214,6 +220,7 @@ def downloads(monkeypatch, tmp_path):
     return files
 
 
+@pytest.mark.slow
 def test_published_backbone_gives_a_model_without_classifier(downloads):
     url = timm.get_pretrained_cfg("van_b4").url
     small = {"depths": (1, 1, 1, 1)}
@@ -227,6 +234,7 @@ def test_published_backbone_gives_a_model_without_classifier(downloads):
     assert timm.create_model("van_b4", pretrained=True, **small).num_classes == 0
 
 
+@pytest.mark.slow
 def test_model_without_published_classifier_has_one_otherwise():
     model = timm.create_model("van_b4", device="meta")
     assert model.num_classes == model.pretrained_cfg["num_classes"] == 1000
@@ -236,17 +244,20 @@ def test_model_without_published_classifier_has_one_otherwise():
     assert torch.equal(loaded.head.weight, own["head.weight"])
 
 
+@pytest.mark.slow
 def test_other_variant_is_recognised(state_dict):
     with pytest.raises(RuntimeError, match=r"does not fit van_b0: \d+ missing .*It looks like test_van: create that"):
         load("van_b0", state_dict)
 
 
+@pytest.mark.slow
 def test_deeper_variant_is_recognised():
     deeper = timm.create_model("van_b2", device="meta").state_dict()
     with pytest.raises(RuntimeError, match=r"does not fit van_b1: \d+ unexpected .*It looks like van_b2: create that"):
         load("van_b1", deeper)
 
 
+@pytest.mark.slow
 def test_variation_of_a_variant_is_recognised():
     other = timm.create_model("test_van", mlp_ratios=(8, 8, 4, 2)).state_dict()
     message = r"of another shape \(stages.3.blocks.0.mlp.fc1.weight \(192, .*\d\d% of it is test_van: .* altered"
@@ -254,6 +265,7 @@ def test_variation_of_a_variant_is_recognised():
         load("test_van", other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["timm", "torchvision"])
 def test_other_family_is_recognised(source):
     from torchvision.models import resnet18
@@ -281,6 +293,7 @@ def test_two_tensors_of_one_name_are_refused(state_dict):
         load("test_van", state_dict | {"norm1.weight": torch.ones(16)})
 
 
+@pytest.mark.slow
 def test_arguments_of_timms_trainer_load(state_dict, tmp_path):
     path = tmp_path / "model.pth.tar"
     torch.save({"state_dict": state_dict, "args": argparse.Namespace(lr=1e-3)}, path)

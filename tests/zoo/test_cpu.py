@@ -146,6 +146,7 @@ WIDE_MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WIDE_MODELS)
 def test_one_image_at_a_time_gives_the_same(name, monkeypatch):
     torch.manual_seed(0)

@@ -125,6 +125,7 @@ def test_drop_path_grows_linearly_over_all_blocks():
     assert rates == pytest.approx([0.1 * i for i in range(8)])
 
 
+@pytest.mark.slow
 def test_initialisation_is_official():
     torch.manual_seed(0)
     model = timm.create_model("cswin_tiny")
@@ -162,6 +163,7 @@ def test_bad_argument_is_named(kwargs, message):
         timm.create_model("test_cswin", **kwargs)
 
 
+@pytest.mark.slow
 def test_keys_are_those_of_the_operator():
     def stripe(place, length, size):
         """A stripe of a map that is padded on both sides, with the larger half on the right."""
@@ -182,6 +184,7 @@ def test_pattern():
     assert patterns("cswin")[1] == {"CSWin": [product(range(28), (16, 17)), product((10, 11), range(28))]}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     # That of cswin_large is off, as the official model is.

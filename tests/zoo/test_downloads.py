@@ -379,6 +379,7 @@ def weights(server, tmp_path):
     return state_dict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kwargs", [{}, {"features_only": True}, {"num_classes": 7}], ids=["plain", "features", "7"])
 def test_model_gets_downloaded_weights(kwargs, weights, server, folder):
     model = create(f"{server.url}/model.pth", **kwargs)
@@ -388,11 +389,13 @@ def test_model_gets_downloaded_weights(kwargs, weights, server, folder):
     assert model.pretrained_cfg["url"] == f"{server.url}/model.pth"
 
 
+@pytest.mark.slow
 def test_model_with_a_folder_for_downloads(weights, server, tmp_path):
     create(f"{server.url}/model.pth", cache_dir=tmp_path / "mine")
     assert (tmp_path / "mine/model.pth").exists()
 
 
+@pytest.mark.slow
 def test_address_of_a_local_file_is_timms(weights, tmp_path, folder):
     torch.save(weights, tmp_path / "plain.pth")
     model = create((tmp_path / "plain.pth").as_uri())

@@ -88,6 +88,7 @@ def test_feature_extractors_agree(name, feature_cls):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_chosen_features_of_a_full_checkpoint(name):
     model, x = build(name), images(1)
@@ -119,6 +120,7 @@ def test_classifier_can_be_reset(name):
     assert model(x).shape == (2, model.num_features, 2, 2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("num_classes", [0, 10])
 @pytest.mark.parametrize("source", ["state_dict", "file"])
@@ -133,6 +135,7 @@ def test_checkpoint_loads_with_other_classes(name, num_classes, source, tmp_path
     torch.testing.assert_close(tuned.forward_features(x), model.forward_features(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_checkpoint_loads_with_other_channels(name):
     model, x = build(name), images(in_chans=1)
@@ -156,6 +159,7 @@ def test_every_parameter_gets_a_gradient(name):
     assert not [key for key, grad in train_step(model, images()).items() if grad is None]
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_keeps_gradients(name):
     model, x = build(name).train(), images()
     want = train_step(model, x)
@@ -183,6 +187,7 @@ def test_channels_last(name):
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_autocast_is_finite(name, dtype):
     model = build(name).train()

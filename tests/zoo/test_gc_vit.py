@@ -110,6 +110,7 @@ def test_third_stage_pools_unless_its_window_is_the_whole_map(windows, third_poo
     assert pooled_stages(windows) == [True, True, third_pools, False]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_detection_backbone_matches_official():
     record = golden.read("gc_vit_xxtiny")
@@ -117,6 +118,7 @@ def test_detection_backbone_matches_official():
     assert deviation(backbone(golden.image(**record["detection_input"])), record["detection_features"]) < TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_norms_of_a_detection_checkpoint():
     model = timm.create_model("test_gc_vit", features_only=True, output_norm=True).eval()
@@ -169,6 +171,7 @@ def test_drop_path_grows_linearly_over_all_blocks():
     assert rates == pytest.approx([0.1 * i for i in range(8)])
 
 
+@pytest.mark.slow
 def test_initialisation_is_official():
     torch.manual_seed(0)
     model = timm.create_model("gc_vit_xxtiny", layer_scale=1e-5)
@@ -263,6 +266,7 @@ def test_pattern():
     assert patterns("gc_vit")[1] == {"GC ViT": [own, whole]}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     # Of some other variants it is off, as the official models are.

@@ -34,6 +34,7 @@ def test_drop_path_grows_linearly_over_all_blocks():
     assert rates == pytest.approx([0.1 * i for i in range(8)])
 
 
+@pytest.mark.slow
 def test_initialisation_is_official():
     torch.manual_seed(0)
     model = timm.create_model("litv2_small")
@@ -227,6 +228,7 @@ def test_weights_of_another_alpha_are_refused(alpha):
         reload(state_dict)
 
 
+@pytest.mark.slow
 def test_another_window_takes_the_same_weights():
     state_dict = timm.create_model("test_litv2").state_dict()
     reload(state_dict, window_size=4)
@@ -281,6 +283,7 @@ def test_pattern():
     assert patterns("litv2")[1] == {"LITv2": [product((10, 11), (16, 17)), product(range(14), range(14))]}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     assert multiply_adds("litv2_small") == pytest.approx(3.7, rel=0.02)

@@ -38,6 +38,7 @@ def test_drop_path_ends_below_its_rate():
         assert rates == pytest.approx([0.1 * i for i in range(8)])
 
 
+@pytest.mark.slow
 def test_initialisation_is_official():
     torch.manual_seed(0)
     model = timm.create_model("maxvit_tiny")
@@ -137,6 +138,7 @@ def test_only_maps_that_windows_do_not_divide_are_masked(monkeypatch, size, mask
     assert sum(mask is not None for mask in masks) == masked
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("img_size", "window_size"), [((128, 128), 4), ((128, 192), (4, 6))], ids=["square", "rectangle"]
@@ -161,6 +163,7 @@ def test_agrees_with_timm(img_size, window_size):
         torch.testing.assert_close(ours(x), theirs(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window_size", [6, (4, 5)], ids=["6", "4x5"])
 def test_tables_are_resized_for_other_windows_bilinearly(window_size):
     state_dict = timm.create_model("test_maxvit").state_dict()
@@ -194,6 +197,7 @@ def test_bad_argument_is_named(kwargs, message):
         timm.create_model("test_maxvit", **kwargs)
 
 
+@pytest.mark.slow
 def test_exported_strided_block_takes_any_size():
     """Exported programs pad before the convolution; eager execution does not."""
     block = MBConv(12, 8, stride=2).double().eval()
@@ -205,6 +209,7 @@ def test_exported_strided_block_takes_any_size():
         torch.testing.assert_close(program(x), block(x))
 
 
+@pytest.mark.slow
 def test_keys_are_those_of_the_operator():
     def grid(place, length, size):
         step = -(-length // size)
@@ -222,6 +227,7 @@ def test_pattern():
     assert patterns("maxvit")[1] == {"MaxViT": [block, grid]}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     assert multiply_adds("maxvit_tiny") == pytest.approx(5.6, rel=0.02)

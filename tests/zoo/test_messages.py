@@ -54,6 +54,7 @@ def test_size_is_separated_by_crosses():
     assert messages.size_text((224, 320)) == "224x320"
 
 
+@pytest.mark.slow
 def test_imports_the_standard_library_alone():
     script = "import sys; before = set(sys.modules); import zoo.messages; print(*{*sys.modules} - before)"
     names = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()

@@ -51,6 +51,7 @@ def test_forward_hooks_fire(name):
     assert fired == weighted(model).keys()
 
 
+@pytest.mark.slow
 @every_model
 @torch.no_grad()
 def test_forward_hooks_take_effect(name):
@@ -87,6 +88,7 @@ def test_global_hooks_fire(name):
     assert seen >= set(weighted(model).values())
 
 
+@pytest.mark.slow
 @every_model
 def test_pruned_weights_are_used(name):
     model, reference = build(name), build(name)
@@ -142,6 +144,7 @@ def adapted(model, scale):
     return model
 
 
+@pytest.mark.slow
 @every_model
 def test_modules_can_be_replaced(name):
     model, reference = adapted(build(name), 0.5), build(name)
@@ -157,6 +160,7 @@ def test_modules_can_be_replaced(name):
     assert all(adapter.scale.grad is not None for adapter in adapters)
 
 
+@pytest.mark.slow
 @every_model
 @torch.no_grad()
 def test_dynamic_quantization_sees_linear_layers(name):
@@ -183,6 +187,7 @@ def test_compiled_model_obeys_hooks(name):
     torch.testing.assert_close(compiled(images()), model(images()))
 
 
+@pytest.mark.slow
 @every_model
 def test_gradients_of_each_image(name):
     model = build(name)

@@ -69,6 +69,7 @@ def test_patterns():
     assert got["DiNAT"] == [product(range(2, 21, 3), range(7, 26, 3))]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     assert multiply_adds("dinat_tiny") == pytest.approx(4.3, rel=0.02)

@@ -98,6 +98,7 @@ def test_pattern():
     torch.testing.assert_close(panels["VAN"].maps[0], rows[:, None] * columns / 4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_the_papers():
     assert multiply_adds("van_b1") == pytest.approx(2.5, rel=0.02)
