@@ -1,7 +1,7 @@
 """Hierarchical vision backbones. After `import zoo`, timm knows their names.
 
-Importing timm takes seconds, since it imports torch. So the models are registered as soon as timm is imported, or at
-once if it already is, and `import zoo` itself is fast.
+Importing timm takes seconds, because it imports torch. `import zoo` is fast, since it does not import timm: the models
+are registered when timm is imported, or immediately if it already is.
 """
 
 import sys
@@ -14,16 +14,18 @@ from zoo.manifest import families as _families
 
 __version__ = "0.1.0"
 
-# The modules that define models, by the names in the manifest.
+# The names of the modules that define models, as in the manifest.
 FAMILIES = _families()
 
-# Modules that the families import.
+# Modules that the families' modules import.
 _SHARED = tuple(f"zoo.{name}" for name in ("backbone", "checkpoints", "facts", "layers", "pretrained", "recognition"))
 
 
 def _register(_: ModuleType) -> None:
-    # If one of these is imported before timm, it imports timm before its own definitions exist. This function then
-    # returns, and runs again when the module is complete.
+    # This hook runs after the import of timm and of each module in _SHARED. If a shared module is imported before timm,
+    # it imports timm itself, and the hook runs before that module has defined anything. A family imported at that point
+    # would fail, since it needs these definitions. A module without `__all__` is still at its imports: do nothing now.
+    # The hook runs again when that module is complete.
     if not all(hasattr(sys.modules[name], "__all__") for name in _SHARED if name in sys.modules):
         return
     # The operators follow timm.layers.set_fused_attn and set_exportable, but do not import timm.

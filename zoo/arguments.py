@@ -1,4 +1,4 @@
-"""The ranges of models' arguments. A mistake raises an error of one sentence before any memory is allocated."""
+"""The allowed ranges of the models' arguments. A mistake raises a one-sentence error before memory is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["as_tuple", "check", "check_choice", "check_name", "check_stages", "i
 
 T = TypeVar("T")
 
-# The range of each argument, both ends included. For arguments per stage, it is that of every value.
+# The range of each argument, both ends included. If an argument has a value per stage, each value has to be in it.
 WHOLE = {
     "in_chans": (1, 2**14),
     "num_classes": (0, 10**7),
@@ -69,7 +69,7 @@ def check_stages(**settings: Any) -> None:
             raise ValueError(f"Got {name}={shown(values)}; give a list with one value per stage.")
         if name in (*WHOLE, *REAL) and not all(
             _fits(name, value) and isinstance(value, int | float)
-            for value in values  # but not NumPy's numbers
+            for value in values  # excludes NumPy's numbers
         ):
             kind = "whole numbers" if name in WHOLE else "numbers"
             raise ValueError(f"Got {name}={shown(values)}; it has to be {kind} {_range(name)}, one per stage.")
@@ -87,7 +87,9 @@ def check_stages(**settings: Any) -> None:
         for name in ("mlp_ratio", "mlp_ratios"):
             ratio = lists[name][i] if name in lists else settings.get(name, 1)
             if int(dim * ratio) < 1:
-                raise ValueError(f"Got {name} {ratio} for a stage of {dim} channels, which leaves none: raise it.")
+                raise ValueError(
+                    f"Got {name} {ratio} for a stage of {dim} channels, which leaves no hidden channels: raise it."
+                )
 
 
 def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
@@ -97,7 +99,7 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def check_name(name: str, value: Any, known: Iterable[str], owner: str) -> None:
-    """Raise TypeError unless `owner` takes the argument `name`, one of the `known`. The message suggests a name."""
+    """Raise TypeError if `name` is not one of `known`, the arguments of `owner`. The message suggests a name."""
     known = list(known)
     if name not in known:
         hint = did_you_mean(name, known) or f"it takes {', '.join(known)}."
@@ -110,7 +112,7 @@ def is_list(value: Any) -> TypeGuard[Sequence[Any]]:
 
 
 def as_tuple(value: T | Sequence[T], count: int) -> tuple[T, ...]:
-    """A list as a tuple, a single value as a tuple of `count` equal ones."""
+    """Convert a list to a tuple, or repeat a single value `count` times."""
     single: Any = value
     return tuple(value) if is_list(value) else (single,) * count
 

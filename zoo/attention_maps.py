@@ -1,7 +1,8 @@
 """What attention modules attend to, computed from the modules themselves; `zoo-look` draws it.
 
-An attention module describes itself by a method `attention_info()`, which returns an `AttentionInfo`. It has a linear
-layer `proj` at its end. Parameters `lepe.*` are those of a convolution of the values that is added to the attention.
+An attention module describes itself with a method `attention_info()`, which returns an `AttentionInfo`. Its last layer
+is a linear layer `proj`. Parameters `lepe.*` belong to a convolution of the values, whose output is added to the
+attention's.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ class AttentionInfo:
     Attributes:
         groups: For each group of heads, in the order of their channels, what its queries attend to, in words.
         values: The linear layer whose output ends with the values; None for a module without attention weights.
-        kernel: For such a module, the function from its input (B, C, H, W) to the gate that it multiplies it with.
+        kernel: For a module without attention weights, the function that computes the gate from its input (B, C, H, W).
         key_size: Side of a key, in tokens; above 1 where the keys are means of windows.
     """
 
@@ -38,9 +39,9 @@ class Pattern:
 
     Attributes:
         title: What is shown.
-        lines: Two lines of text. Each describes a map and has its colour, unless there is one map.
-        maps: One or two maps (H, W), or of keys that are means (h, w), from 0 to 1.
-        queries: Rows and columns of the tokens.
+        lines: Two lines of text. If there are two maps, each line describes one of them and has its colour.
+        maps: One or two maps with values from 0 to 1: (H, W), or (h, w) if the keys are means of windows.
+        queries: The row and column of each token that attends.
     """
 
     title: str
@@ -50,7 +51,7 @@ class Pattern:
 
 
 def info(module: nn.Module) -> AttentionInfo | None:
-    """What an attention module says of itself; None for any other module."""
+    """The `AttentionInfo` of an attention module; None for any other module."""
     describe = getattr(module, "attention_info", None)
     return describe() if callable(describe) else None
 
@@ -58,19 +59,19 @@ def info(module: nn.Module) -> AttentionInfo | None:
 def attention(module: Any, args: Sequence[Tensor], tokens: Sequence[tuple[int, int]]) -> Tensor:
     """The weights with which chosen tokens attend to the keys, from the module's own output.
 
-    The input of the last linear layer is the weighted sum of the values. So its derivative by a value is the weight,
-    whatever the operator and its implementation, channel by channel. LePE, a convolution of the values that is added,
-    is set to zero for this.
+    The input of the last linear layer is the weighted sum of the values. So its derivative with respect to a value is
+    the weight of that value, channel by channel, for every operator and implementation. LePE, a convolution of the
+    values that is added to the sum, is set to zero for this.
 
     Args:
         module: An attention module with `attention_info`.
-        args: Its inputs for one image: tokens (1, H, W, C), or (1, C, H, W) if it has a kernel; and any others.
+        args: Its inputs for one image: tokens (1, H, W, C), or (1, C, H, W) if it has a kernel; then any others.
         tokens: Rows and columns of the Q queries.
 
     Returns:
-        (Q, G, h, w), averaged over the heads of each of G groups. The map of keys is that of the tokens, with its
-        padding at the bottom and the right if it is padded ahead of the linear layer; or that of the means. For a
-        kernel it is the share of each token in the kernel's absolute weights, over all channels.
+        (Q, G, h, w), averaged over the heads of each of the G groups. The keys are the tokens or the means of windows.
+        If the map is padded before the linear layer, they include the padding at the bottom and the right. For a
+        kernel, the weights are each token's share of the kernel's absolute weights, over all channels.
     """
     described = module.attention_info()
     rows, columns = torch.tensor(tokens).unbind(1)
@@ -95,15 +96,16 @@ def attention(module: Any, args: Sequence[Tensor], tokens: Sequence[tuple[int, i
 
 @torch.no_grad()
 def attention_matrix(module: Any, args: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """The weights with which all tokens attend to all, averaged over heads: (H W, H W), queries by keys.
+    """The weights with which all tokens attend to all tokens, averaged over heads: (H W, H W), queries by keys.
 
-    They are those of `attention` for all tokens, computed much faster. The values are set to one at a single token,
-    another one in each channel of a head: then the weighted sum is the weights of as many keys as a head has channels.
+    They equal those of `attention` for all tokens, but are computed much faster. In each channel of a head, the values
+    are set to one at a single token, a different one for each channel, and to zero elsewhere. The weighted sum then
+    consists of the weights of as many keys as a head has channels.
 
     Args:
         module: An attention module with a single group of heads, whose keys are its tokens.
         args: Its inputs for one image, as for `attention`.
-        size: The sides of the map of tokens, H and W, without padding.
+        size: Height and width of the map of tokens, without padding.
     """
     heads: int = module.num_heads
     head_dim = args[0].shape[-1] // heads
@@ -126,9 +128,9 @@ def attended(module: Any, token: tuple[int, int], *args: Tensor) -> tuple[Tensor
 
 
 def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The input of the last linear layer, with the output of the first one replaced by `change` of it.
+    """The input of the last linear layer if `change` is applied to the output of the first one.
 
-    The last channels of that output are the values. LePE is left out.
+    The last channels of the first layer's output are the values. LePE is left out.
     """
     outputs: list[Tensor] = []
     hooks = [

@@ -1,4 +1,4 @@
-"""What all families share: a pyramid of stages between a stem and a classifier, with timm's methods.
+"""The base class of all families: a pyramid of stages between a stem and a classifier, with timm's methods.
 
 Images and features are NCHW, as timm's users expect. Between the blocks of a transformer, tokens are NHWC, as the
 operators read them. A stage returns a view of its tokens, so the permutation costs nothing.
@@ -29,9 +29,9 @@ class Stage(nn.Module):
     """Downsampling, blocks, norm: (B, C, H, W) -> (B, C', H', W').
 
     Args:
-        blocks: Modules from tokens to tokens.
-        downsample: Module from the previous stage's output to this stage's channels and size, NCHW; None for none.
-        norm: Applied to the stage's output, NCHW; None for none.
+        blocks: Modules that map tokens to tokens.
+        downsample: Module that maps the previous stage's output to this stage's channels and size, NCHW; or None.
+        norm: Norm of the stage's output, NCHW; or None.
         channels_last: Whether the blocks take and return NHWC.
     """
 
@@ -72,8 +72,8 @@ class Backbone(nn.Module):
     constructor last: it initialises all parameters.
 
     Args:
-        stem: Module from images to the input of the first stage, NCHW. It checks the images.
-        stages: The stages, each from the features of the previous one to its own.
+        stem: Module that maps images to the input of the first stage, NCHW. It checks the images.
+        stages: The stages. Each maps the features of the previous one to its own.
         dims: Channels of each stage's output.
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
@@ -82,11 +82,11 @@ class Backbone(nn.Module):
         strides: Pixels per feature, for each stage; 4, 8, 16, ... if None.
         norm: Applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
         pre_logits: Module between pooling and classifier.
-        output_norm: A LayerNorm on each output in `forward_intermediates`, or on those of the stages listed.
+        output_norm: Whether `forward_intermediates` applies a LayerNorm to each output; or the stages where it does.
         output_norm_eps: Epsilon of these norms.
 
     Raises:
-        ValueError: An argument is out of range, or there is an `output_norm` together with a classifier.
+        ValueError: An argument is out of range, or `output_norm` is combined with a classifier.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """None by name. timm does not decay vectors (norms, biases, layer scales) in any case."""
+        """An empty set. timm does not decay vectors (norms, biases, layer scales) anyway."""
         return set()
 
     @torch.jit.ignore
@@ -154,7 +154,7 @@ class Backbone(nn.Module):
         """Parameter groups for timm's layer-wise decay: one per block, or one per stage if `coarse`."""
         blocks = [
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^stages\.(\d+)\.norm", (99999,)),  # timm's number for: belongs to the previous group
+            (r"^stages\.(\d+)\.norm", (99999,)),  # timm adds parameters with this number to the previous group
             (r"^stages\.(\d+)\.", (0,)),
         ]
         last = (r"^(?:norm|output_norms)\.", (99999,))
@@ -193,11 +193,11 @@ class Backbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Features of chosen stages, after those of `forward_features` unless `intermediates_only`.
+        """The output of `forward_features` and the features of chosen stages; only the latter if `intermediates_only`.
 
         Args:
             x: Images (B, in_chans, H, W).
-            indices: The stages; the last n for an int, all for None.
+            indices: The stages. An int n means the last n stages, and None all stages.
             norm: Whether to apply the final norm to the features of the last stage.
             stop_early: Whether to stop after the last chosen stage.
             output_fmt: "NCHW".
@@ -226,7 +226,7 @@ class Backbone(nn.Module):
         """Remove the stages after the last of `indices`, and the final norm and the head if any stage is removed.
 
         Args:
-            indices: The stages to keep; the last n for an int.
+            indices: The stages to keep. An int n means the last n stages.
             prune_norm: Whether to remove the final norm in any case.
             prune_head: Whether to remove the head in any case.
 
@@ -275,18 +275,18 @@ def create(
     filter_fn: FilterFn,
     **kwargs: Any,
 ) -> Model:
-    """A registered model, built by timm.
+    """Build a registered model with timm's `build_model_with_cfg`.
 
     Args:
         model_cls: The family's class.
         variant: The model's name.
-        settings: The variant's arguments of `model_cls`.
+        settings: The variant's arguments for `model_cls`.
         pretrained: Whether to load weights.
         filter_fn: The family's `checkpoint_filter_fn`.
-        kwargs: The caller's arguments, of `model_cls` and of timm's `build_model_with_cfg`.
+        kwargs: The caller's arguments, for `model_cls` and for `build_model_with_cfg`.
 
     Raises:
-        TypeError: An argument does not exist.
+        TypeError: An argument is unknown.
         ValueError: An argument is out of range, or the weights can't be used.
     """
     own = list(inspect.signature(model_cls.__init__).parameters)[1:]

@@ -3,11 +3,11 @@
 A map of any size is cut into 7 x 7 regions. Every region is routed to the few regions whose mean keys match its mean
 query best, and its tokens attend to all tokens of these. The last stage attends to the whole map.
 
-Official code, MIT: https://github.com/rayleizhu/BiFormer. Written from the paper and the facts of that code; the tests
+Official code, MIT: https://github.com/rayleizhu/BiFormer. Written from the paper and facts about that code; the tests
 compare outputs of biformer_tiny. Differences:
-- Images can have any size, by the rules of the official `auto_pad` of the detection code. The official classifier and
-  biformer_stl refuse maps whose sides the regions do not divide. biformer_stl_nchw, of the refactored code, has its own
-  rules, extended here to maps smaller than 7 x 7.
+- Images can have any size: maps are padded as by `auto_pad` in the official detection code. The official classifier and
+  biformer_stl refuse maps that can't be cut into equal regions. biformer_stl_nchw follows the refactored official
+  code, which has other rules. They are extended here to maps smaller than 7 x 7.
 - Dense prediction uses more regions with the same weights: `num_regions=16` for COCO, 8 for ADE20K.
 - The downsampling before an official stage belongs to the stage here, so that a stage's output is its feature.
 - Options that no published model uses are left out: pooled keys and values, soft routing, layer scale, norms after the
@@ -88,8 +88,8 @@ def divmod_open(number: Tensor, size: int) -> tuple[Tensor, Tensor]:
 class RoutedAttention(nn.Module):
     """Bi-level routing attention of tokens (B, H, W, dim), plus LePE, between linear layers.
 
-    One routing serves all heads: mean queries times mean keys over all channels. It has no gradient. Maps whose sides
-    the regions do not divide are padded with zeros at the bottom and the right, before the linear layer. The padding
+    One routing serves all heads: mean queries times mean keys over all channels. It has no gradient. Maps that can't
+    be cut into equal regions are padded with zeros at the bottom and the right, before the linear layer. The padding
     takes part in the means, in attention and in LePE; its query, key and value are the layer's bias.
     """
 
@@ -99,7 +99,7 @@ class RoutedAttention(nn.Module):
         self.num_heads = num_heads
         self.num_regions = num_regions
         self.topk = topk
-        self.scale = dim**-0.5  # by all channels, not by those of a head; in attention too
+        self.scale = dim**-0.5  # from all channels, not those of a head; attention uses it too
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = DepthwiseConv(dim, 5, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -134,7 +134,7 @@ class RoutedAttention(nn.Module):
         return logits.topk(min(self.topk, sizes(logits)[2]), dim=2).indices
 
     def attend_by_index(self, query: Tensor, key: Tensor, value: Tensor, rows: int, columns: int) -> Tensor:
-        """Routing and attention for symbolic sizes: torch.export can't prove that the regions divide the map.
+        """Routing and attention for symbolic sizes, where torch.export can't prove that the regions divide the map.
 
         Tokens are therefore gathered and returned by index, without a reshape of the map. torch.export treats a side of
         1 as another case, so such a region takes its tokens twice, which changes neither mean nor weighted sum.
@@ -164,10 +164,10 @@ class RoutedAttention(nn.Module):
 
 @register_notrace_module
 class GrowingRoutedAttention(RoutedAttention):
-    """Bi-level routing attention as in the official refactored code: other maps have more regions, not larger ones.
+    """Bi-level routing attention of the official refactored code: other map sizes have more regions, not larger ones.
 
     The sides of a region are those of the map over `num_regions`, rounded down. The remaining tokens form regions of
-    their own. These are padded after the linear layer: the padding takes part as keys and values of zeros only.
+    their own. These are padded after the linear layer: the padding takes part only as keys and values of zero.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def patch_downsample(in_dim: int, dim: int, device=None, dtype=None) -> nn.Seque
 class BiFormer(Backbone):
     """BiFormer: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32. Sizes are rounded up, in the layouts "stl" and "stl_nchw" down.
+    Features are NCHW at strides 4, 8, 16, 32. Sizes are rounded up, but down in the layouts "stl" and "stl_nchw".
 
     Args:
         in_chans: Channels of the images.
@@ -332,7 +332,7 @@ class BiFormer(Backbone):
         )
         if layout == "biformer" and embed_dims[0] < 2:
             raise ValueError(
-                f"Got {embed_dims=}; the first stage needs 2 channels or more, half of which its stem has."
+                f"Got {embed_dims=}; the first stage needs 2 channels or more, since the stem has half as many."
             )
         if not all(arguments.is_number(k, 1, num_regions**2) or arguments.is_number(k, FULL, FULL) for k in topks):
             raise ValueError(
@@ -401,7 +401,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     for layout, other, name in (("stl", "stl_nchw", ".attn.qkv_linear."), ("stl_nchw", "stl", ".attn.qkv.qkv.")):
         if model.layout == layout and any(name in key for key in checkpoints.unwrap(state_dict)):
             raise RuntimeError(
-                f"The checkpoint is of biformer_{other}, not of biformer_{layout}: create that model instead."
+                f"The checkpoint belongs to biformer_{other}, not to biformer_{layout}: create that model instead."
             )
     return converted
 
@@ -453,7 +453,7 @@ def test_biformer(pretrained: bool = False, **kwargs) -> BiFormer:
 
 
 def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
-    """The regions with which the official code detects or segments; see `zoo.families`."""
+    """The regions that the official code uses for detection or segmentation; see `zoo.families`."""
     if VARIANTS[variant].get("layout", "biformer") != "biformer" or variant == "test_biformer":
         return {}
     return {"num_regions": 16 if task == "detect" else 8}

@@ -25,7 +25,7 @@ __all__ = ["check_values", "first_names", "other_tensors", "read", "unwrap"]
 WRAPPINGS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net", "module")
 # Prefixes that averaging, data parallelism, torch.compile, Lightning modules and detectors put before names.
 PREFIXES = ("ema_model.", "model_ema.", "module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
-MAX_PREFIXES = 8  # one after another
+MAX_PREFIXES = 8  # in a row
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # timm's trainer saves its command line as a Namespace, as do many official files. Restoring one only sets attributes.
@@ -35,7 +35,7 @@ torch.serialization.add_safe_globals([(argparse.Namespace, "argparse.Namespace")
 
 
 class Ignored:
-    """Takes the place of an object that a training run saved beside its weights: accepts everything, does nothing."""
+    """Takes the place of an object that a training run saved with its weights: accepts everything, does nothing."""
 
     def __new__(cls, *_: Any) -> Ignored:
         return super().__new__(cls)
@@ -47,7 +47,7 @@ class Ignored:
         pass
 
 
-# What official files hold beside tensors and plain values: scores as NumPy scalars, configurations, MMEngine's curves.
+# What official files hold besides tensors and plain values: scores as NumPy scalars, configurations, MMEngine's curves.
 # None of it is needed. Their names are allowed, and an inert object is made in their place.
 IGNORED_TYPES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
     *(
@@ -62,13 +62,13 @@ IGNORED_TYPES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def read(path: str | os.PathLike) -> Mapping[str, Any]:
-    """The content of a checkpoint file of torch or safetensors. No code that the file may contain is run.
+    """The content of a torch or safetensors checkpoint. Code in the file is never run.
 
-    Objects that official files hold beside their tensors are read, but not restored.
+    Objects that official files hold besides their tensors are read, but not restored.
 
     Raises:
-        ValueError: It is not such a file, is damaged, or asks to run code; one sentence without the file's name.
-        OSError: It can't be opened.
+        ValueError: The file is no checkpoint, is damaged, or asks to run code. The message does not name the file.
+        OSError: The file can't be opened.
     """
     _check_file(path)
     with open(path, "rb") as file:
@@ -86,11 +86,11 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
         if isinstance(error, pickle.UnpicklingError) and asked:
             what = first_names([next(filter(None, asked.groups()), "a function")])
             raise ValueError(
-                f"the file asks for {what}, which could run any code and which weights do not need: none of it was "
-                "run; get them as safetensors or plain tensors."
+                f"the file asks for {what}, which could run any code and is not needed for weights: nothing was "
+                "run; get the weights as safetensors or plain tensors."
             ) from error
         raise ValueError(
-            f"the file is damaged, incomplete or no checkpoint ({first_names([_first_line(error)])}): download it "
+            f"the file is damaged, incomplete or not a checkpoint ({first_names([_first_line(error)])}): download it "
             "again."
         ) from error
     if not isinstance(checkpoint, Mapping):
@@ -99,7 +99,7 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def _check_file(path: str | os.PathLike) -> None:
-    """Refuse what can't be read to its end: opening a pipe waits for a writer, and some devices never end."""
+    """Refuse files that can't be read to the end: opening a pipe waits for a writer, and some devices never end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         what = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
@@ -113,7 +113,7 @@ def _check_file(path: str | os.PathLike) -> None:
 
 
 def _check_head(head: bytes) -> None:
-    """Refuse empty files, web pages and other text, by their first bytes."""
+    """Refuse empty files, web pages and other text, recognised by their first bytes."""
     if not head:
         raise ValueError("the file is empty: download it again.")
     if head.lstrip().startswith(b"<"):
@@ -139,8 +139,8 @@ def _first_line(error: Exception) -> str:
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a training checkpoint, without its wrappings (`state_dict`, ...) and prefixes (`module.`, ...).
 
-    If only some names have a prefix, those with it are taken: the file of a detector stores the backbone's weights
-    under `backbone.`, a Lightning module those of its model under `model.` or `net.`.
+    If only some names have a prefix, only their tensors are taken: a detector's file stores the backbone's weights
+    under `backbone.`, and a Lightning module stores those of its model under `model.` or `net.`.
 
     Raises:
         ValueError: Nothing in the file is a tensor, or a tensor does not hold plain numbers.
@@ -234,7 +234,7 @@ def check_values(state_dict: Mapping[str, Tensor]) -> None:
 
 
 def first_names(names: Iterable[Any], limit: int = 3) -> str:
-    """The first of the names, for a sentence. A stranger's file may have keys of any type, length and characters."""
+    """The first of the names, for a sentence. Keys may have any type, length and characters."""
     return first_few(map(_printable, names), limit)
 
 

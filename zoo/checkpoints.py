@@ -44,14 +44,14 @@ __all__ = [
 def convert(
     checkpoint: Mapping[str, Any], model: nn.Module, key_map: KeyMap, resize: str = "bicubic"
 ) -> dict[str, Tensor]:
-    """The state dict that `model` loads from `checkpoint`, which has official names or ours, wrapped or not.
+    """Convert `checkpoint`, with official names or ours, wrapped or not, to a state dict that `model` can load.
 
     Relative-position tables, whose names end in "bias_table", are resized to the model's windows in the interpolation
-    mode `resize` ("bicubic" or "bilinear"), also from the form ((2 wh - 1)(2 ww - 1), N) of Swin's code. Weights of
+    mode `resize` ("bicubic" or "bilinear"). They may have the form ((2 wh - 1)(2 ww - 1), N) of Swin's code. Weights of
     1 x 1 convolutions become those of linear layers if the model has linear layers there.
 
-    timm adapts the rest after this function: a classifier with another number of classes than the pretrained
-    configuration says the weights have, and the first convolution if the number of input channels differs.
+    timm adapts the rest after this function. It drops the classifier's weights if the model's number of classes differs
+    from that in `pretrained_cfg`, and adapts the first convolution if the number of input channels differs.
 
     Raises:
         ValueError: The file holds no tensors, a name twice, or values that are NaN or infinite.
@@ -95,7 +95,7 @@ def _match_output_norms(state_dict: dict[str, Tensor], want: Mapping[str, Tensor
 
 
 def _replaced_classifier(state_dict: Mapping[str, Tensor], want: Mapping[str, Tensor], model: nn.Module) -> set[str]:
-    """Names of the classifier's tensors if the model gets none of the file's: it has none, or one of another size."""
+    """Names of the classifier's tensors if the model can't take the file's: it has none, or one of another size."""
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
     classifier = {key for key in want.keys() | state_dict.keys() if is_part(key, cfg.get("classifier"))}
     same_size = model.num_classes == cfg.get("num_classes", model.num_classes)

@@ -1,4 +1,4 @@
-"""How every command begins and ends: versions, errors in one line, pipes that close. Standard library only."""
+"""Startup and exit of every command: versions, errors on one line, closed pipes. Standard library only."""
 
 import os
 import platform
@@ -49,7 +49,7 @@ def default_sigpipe() -> Iterator[None]:
 
 
 def discard_output() -> None:
-    """Redirect stdout to the null device, after whatever read it has closed the pipe."""
+    """Redirect stdout to the null device, after the reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -69,7 +69,7 @@ def friendly_errors(
 
     Args:
         command: The name of the command, at the beginning of the line.
-        explain: Returns the sentence that stands for an error other than `UserError`, or None to raise the error.
+        explain: Returns the sentence to print for an error other than `UserError`, or None to raise the error.
         say: Prints the line.
     """
     try:

@@ -1,7 +1,7 @@
 """Faster ways to compute some modules on CPUs: linear layers by oneDNN, and wide maps one image at a time.
 
-Both give the module's own result. They step aside for hooks, parametrizations, pruned weights and replaced modules,
-which take effect only if the module itself is called.
+Both give the module's own result. With hooks, parametrizations, pruned weights and replaced modules, the module itself
+is called, since they take effect only then.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether calling `module` does what a `kind` does with its weight and bias, and nothing else."""
+    """Whether calling `module` computes only what the class `kind` computes from its weight and bias."""
     return type(module) is kind and not has_hooks(module)
 
 
@@ -62,7 +62,7 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def by_image(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, widening: float) -> Tensor:
-    """`function(x)`; in inference on CPUs one image at a time if a map inside it exceeds 16 MiB otherwise.
+    """`function(x)`, one image at a time in inference on CPUs if a map inside it would otherwise exceed 16 MiB.
 
     A larger map does not fit in the cache, and the C library requests its memory from the system at every call.
 

@@ -3,7 +3,7 @@
 Half of the heads attend within vertical stripes of the map, half within horizontal stripes. The last stage attends to
 the whole map. A depth-wise convolution of the values, LePE, encodes positions: no parameter depends on the image size.
 
-Official code, MIT: https://github.com/microsoft/CSWin-Transformer. Written from the paper and the facts of that code;
+Official code, MIT: https://github.com/microsoft/CSWin-Transformer. Written from the paper and facts about that code;
 the tests compare outputs of cswin_tiny. Differences:
 - One class serves classification and dense prediction and takes images of any size, with the padding of the official
   segmentation code. The official classifier takes one square size, for which the two agree.
@@ -82,7 +82,7 @@ def from_stripes(x: Tensor, stripes: int, left: int, width: int) -> Tensor:
     x = x.unflatten(0, (stripes, -1)).movedim(0, 2).flatten(2, 3)
     if isinstance(left, int) and isinstance(width, int):
         return x[:, :, left : left + width]
-    # torch.export has to prove that a slice is within the map; for an index it does not.
+    # torch.export has to prove that a slice is within the map, but not that an index is.
     return x.index_select(2, torch.arange(width, device=x.device) + left)
 
 
@@ -146,7 +146,7 @@ class CrossShapedAttention(nn.Module):
         qkv, stripes, left = to_stripes(qkv, self.split_size)
         _, height, columns, *_ = sizes(qkv)  # of a stripe
         if torch.compiler.is_exporting():
-            # The same attention: torch.export can't prove the operator's reshapes if sizes are symbolic.
+            # The same attention. torch.export can't prove the operator's reshapes if sizes are symbolic.
             x = global_attention(qkv, self.num_heads)
         else:
             x = window_attention(qkv.flatten(-2), num_heads=self.num_heads, window_size=(height, columns))

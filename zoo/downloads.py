@@ -1,4 +1,4 @@
-"""Checkpoint files by their address: from the cache, or downloaded, resumed after a broken connection, and checked.
+"""Checkpoint files by URL: from the cache, or downloaded and checked. Downloads resume after a broken connection.
 
 huggingface_hub downloads files of the Hugging Face hub, into its own cache and with its settings (`HF_HOME`,
 `HF_HUB_OFFLINE`, `HF_ENDPOINT`, ...). All others go where torch.hub stores its files (`TORCH_HOME`), under the same
@@ -58,12 +58,12 @@ def fetch(
 
     Args:
         url: The address.
-        folder: The cache; None for the usual ones.
+        folder: The cache; None for the default.
         sha256: The file's hash in hexadecimal digits, or its first digits; "" if it is not known.
         check: Raises ValueError, with the reason in a sentence, if a new download is of no use.
 
     Raises:
-        RuntimeError: The file can't be downloaded or is not the right one. Nothing of it stays in the cache.
+        RuntimeError: The file can't be downloaded or is not the right one. Nothing is left in the cache.
         OSError: It can't be written.
     """
     if found := _HUB.fullmatch(url.partition("?")[0]):
@@ -128,9 +128,7 @@ def _download(url: str, partial: Path) -> None:
             return
         if _size(partial) <= before:
             of = "" if total is None else f" of {total:,}"
-            raise RuntimeError(
-                f"{url} broke off after {_size(partial):,}{of} bytes; run the same again to resume, {_BY_HAND}."
-            )
+            raise RuntimeError(f"{url} broke off after {_size(partial):,}{of} bytes; try again to resume, {_BY_HAND}.")
         before = _size(partial)
 
 
@@ -147,7 +145,7 @@ def _receive(url: str, partial: Path, timeout: float) -> tuple[bool, int | None]
         raise RuntimeError(f"{url} gives no file ({why}); check the address, {_BY_HAND}.") from error
     except (OSError, HTTPException) as error:
         why = one_line(getattr(error, "reason", error), 200)
-        raise RuntimeError(f"{url} can't be reached ({why}); check connection and proxy, {_BY_HAND}.") from error
+        raise RuntimeError(f"{url} can't be reached ({why}); check the connection and proxy, {_BY_HAND}.") from error
     total: int | None
     if start and answer.status == 206:
         total = int(answer.headers["Content-Range"].rpartition("/")[2])
@@ -195,9 +193,9 @@ def _ask_for_rest(url: str, partial: Path, start: int) -> HTTPResponse | None:
 
 
 def _within(seconds: float, function: Callable[[], T]) -> T:
-    """The result or error of `function`; TimeoutError after so many seconds.
+    """Return the result of `function` or raise its error; raise TimeoutError after this many `seconds`.
 
-    It runs in a thread, since the lookup of a host name has no time limit of its own.
+    `function` runs in a thread, since looking up a host name has no time limit of its own.
     """
     results: list[T] = []
     errors: list[Exception] = []
@@ -260,7 +258,7 @@ def _from_hub(
         raise _not_from_hub(repo, filename, error) from error
     if str(path) == known:
         return path
-    # huggingface_hub checks the length. In its cache a large file has its sha256 as its name, and a link leads to it.
+    # huggingface_hub checks the length. In its cache, a large file is named after its sha256; `path` is a link to it.
     blob = Path(os.readlink(path)) if path.is_symlink() else path
     source = "is published"
     if not sha256 and re.fullmatch("[0-9a-f]{64}", blob.name):

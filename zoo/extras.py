@@ -30,12 +30,12 @@ def require(user: str, extra: str, modules: Iterable[str] | None = None) -> None
     """Check that the modules of `extra` are installed, without importing them.
 
     Args:
-        user: What needs them, the beginning of the message.
+        user: What needs the modules. The message begins with it.
         extra: One of `MODULES`.
-        modules: Those of the extra that are needed; None stands for all.
+        modules: The modules of the extra that are needed; None means all.
 
     Raises:
-        MissingExtra: Some are not installed.
+        MissingExtra: Some of the modules are not installed.
     """
     missing = [module for module in modules or MODULES[extra] if find_spec(module) is None]
     if missing:
@@ -49,7 +49,7 @@ def require_for_commands(package: str, modules: Iterable[str] | None = None) -> 
 
     Args:
         package: The name of the package.
-        modules: Those of the extra that the package imports; None stands for all.
+        modules: The modules of the extra that the package imports; None means all.
 
     Raises:
         MissingExtra: The extra is not installed, and `package` is imported by another program.

@@ -1,4 +1,4 @@
-"""What `manifest.json` says of published weights, as timm's pretrained configurations.
+"""The published weights in `manifest.json`, as the `default_cfgs` of timm.
 
 The fields of the manifest are described in `checkpoints/README.md`. `zoo.manifest` reads it without torch.
 """
@@ -21,13 +21,13 @@ def default_cfgs(
     tests: Iterable[str] | None = None,
     exceptions: Mapping[str, tuple[str, int]] | None = None,
 ) -> dict[str, DefaultCfg]:
-    """Timm's configurations of every known checkpoint of `family`, and of its models for tests.
+    """The `default_cfgs` of a family: one for each known checkpoint, and one for each test model.
 
     Args:
-        family: Its name in the manifest.
+        family: The name of the family in the manifest.
         first_conv: Name of the convolution that reads the images.
-        tests: The models for tests; `test_<family>` if None.
-        exceptions: Models with another `first_conv`, or whose last features have a stride other than 32, with both.
+        tests: The test models; `test_<family>` if None.
+        exceptions: For models with another `first_conv` or a last stride other than 32, both values.
     """
     small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     known = {f"{entry['model']}.{entry['tag']}": timm_cfg(entry) for entry in manifest(family)}
@@ -41,7 +41,7 @@ def default_cfgs(
 
 
 def timm_cfg(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An entry of the manifest under the names that timm's pretrained configurations use."""
+    """The `pretrained_cfg` of an entry of the manifest."""
     return {
         "url": entry["url"],
         "hf_hub_id": entry.get("hf_hub_id"),

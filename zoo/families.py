@@ -1,15 +1,15 @@
-"""Facts about models, which their family's file defines, by the name of a model.
+"""Facts about models, looked up by a model's name. The file of each family defines its own.
 
 The file of a family, `zoo/<family>.py`, may define:
 
-- `dense_kwargs(variant, task)`: the keywords with which the official code builds a variant for dense prediction;
-- `tag_kwargs(tag)`: the keywords that go with the published weights of a tag;
+- `dense_kwargs(variant, task)`: the keywords that the official code uses to build a variant for dense prediction;
+- `tag_kwargs(tag)`: the keywords that the published weights of a tag need;
 - `feature_side(side, reduction)`: how the layers round the side of a feature map;
-- `timm_name(variant)`: the same architecture in timm;
-- `patterns(tokens, place)`: its panels of `zoo-look patterns`; see `zoo.attention_maps`.
+- `timm_name(variant)`: the name of the same architecture in timm;
+- `patterns(tokens, place)`: the family's panels in `zoo-look patterns`; see `zoo.attention_maps`.
 
-The functions of this module take a model's name. They call the function of its family, and return the usual value if
-the family does not define it, or if the model is one of timm's own.
+The functions of this module take a model's name. They call the function of its family. They return a default if the
+family does not define the function, or if the model is one of timm's own.
 """
 
 import importlib
@@ -28,7 +28,7 @@ def load(family: str) -> ModuleType:
 
 
 def family_of(model: str) -> ModuleType | None:
-    """The module of the family that `model` belongs to, a name with or without tag; None if it is not a model of zoo.
+    """The module of the family of `model`, a name with or without a tag; None if it is not a model of zoo.
 
     Names with a source, such as "hf-hub:owner/repository", belong to no family.
     """
@@ -40,17 +40,17 @@ def family_of(model: str) -> ModuleType | None:
 
 
 def dense_kwargs(model: str, task: str) -> dict[str, Any]:
-    """Keywords with which the official code of the model's family detects ("detect") or segments ("segment").
+    """Keywords that the family's official code uses for detection ("detect") or segmentation ("segment").
 
-    The dictionary is empty if the code changes nothing, for the small test models of most families, and for other
-    models.
+    The dictionary is empty if that code changes nothing, for the small test models of most families, and for models of
+    timm.
     """
     function = getattr(family_of(model), "dense_kwargs", None)
     return function(split_model_name_tag(model)[0], task) if function else {}
 
 
 def tag_kwargs(model: str) -> dict[str, Any]:
-    """Keywords that go with the published weights of `model`, a name with its tag; usually none."""
+    """Keywords that the published weights of `model`, a name with its tag, need; usually none."""
     function = getattr(family_of(model), "tag_kwargs", None)
     return function(split_model_name_tag(model)[1]) if function else {}
 

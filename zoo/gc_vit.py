@@ -1,15 +1,15 @@
 """GC ViT: Global Context Vision Transformer (Hatamizadeh et al., ICML 2023, https://arxiv.org/abs/2206.09959).
 
-Windows as in Swin, without shifts. Every second block attends within its windows. The blocks between them use a global
-query instead of the window's own: a summary of the whole map that all windows of an image share.
+Tokens attend within windows as in Swin, without shifts. In every second block, the windows have their own queries. In
+the blocks between them, all windows of an image share a global query, a summary of the whole map.
 
 Official code, https://github.com/NVlabs/GCVit, for research or evaluation only: nothing here comes from it. Written
-from the paper and the facts of that code; the tests compare outputs. The published weights are CC-BY-NC-SA-4.0: not for
+from the paper and facts about that code; the tests compare outputs. The published weights are CC-BY-NC-SA-4.0: not for
 commercial use. Differences:
-- Images can have any size, by the rules of the official detection code: maps are padded to whole windows, tokens attend
-  to the padding, and a global query of another size than the window is resized (bicubic). The official classification
-  code takes 224 x 224 only.
-- The tables are resized (bicubic) when weights are loaded for windows of another size; detection has `window_size=24`.
+- Images can have any size, as in the official detection code: maps are padded to whole windows, tokens attend to the
+  padding, and a global query of another size than the window is resized (bicubic). The official classification code
+  takes 224 x 224 only.
+- The tables are resized (bicubic) when weights are loaded for windows of another size; detection uses `window_size=24`.
 - The downsampling at the end of an official level begins the next stage here, so that a stage's output is its feature.
 """
 
@@ -71,7 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class SqueezeExcite(nn.Module):
-    """x * sigmoid(MLP(mean of x over the map)), NCHW. The activation is GELU, the layers have no bias."""
+    """x * sigmoid(MLP(mean of x over the map)), NCHW. The activation is GELU, and the layers have no bias."""
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
@@ -420,7 +420,7 @@ def test_gc_vit(pretrained: bool = False, **kwargs) -> GCViT:
 
 
 def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
-    """The windows with which the official code detects; see `zoo.families`."""
+    """The windows that the official code uses for detection; see `zoo.families`."""
     return {"window_size": 24} if task == "detect" and variant != "test_gc_vit" else {}
 
 
@@ -438,7 +438,7 @@ def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
     image = tokens.permute(0, 3, 1, 2).detach().requires_grad_()
     queries = query(image)
     own = queries[0, place[0] % size * size + place[1] % size]
-    (sources,) = torch.autograd.grad(own.sum(), image)  # the tokens that the query is made from
+    (sources,) = torch.autograd.grad(own.sum(), image)  # the tokens that the query is computed from
     read = 0.45 * (sources[0].abs().sum(0) > 0)
     maps = (*attended(window, place, tokens, queries.detach()), read)
     return [Pattern("GC ViT", ("keys: a window of 7 × 7", "queries: the whole map"), maps, (place,))]

@@ -1,4 +1,4 @@
-"""Official names and shapes of tensors in ours.
+"""Translation of the official names and shapes of tensors to ours.
 
 A family's `KEY_MAP` is a list of regular expressions with their replacements. All of them are applied in order to every
 key. A replacement of None drops the tensor.
@@ -22,7 +22,7 @@ KeyMap = Iterable[tuple[str, str | None]]
 
 
 def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
-    """`state_dict` under the names that `key_map` gives.
+    """Rename the tensors of `state_dict` according to `key_map`.
 
     Raises:
         ValueError: Two keys get the same name.
@@ -49,7 +49,7 @@ def _rename(key: str, key_map: KeyMap) -> str | None:
 
 
 def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor:
-    """`value` in the `shape` that the model has for it, or as it is if it does not hold such a tensor.
+    """Convert `value` to the `shape` of the model's tensor. If that is impossible, `value` is returned unchanged.
 
     Relative-position tables, whose names end in "bias_table", are resized in the interpolation `mode` to (N, h, w). The
     form ((2 wh - 1)(2 ww - 1), N) of Swin's code is accepted too. Weights of 1 x 1 convolutions become those of linear

@@ -1,4 +1,4 @@
-"""Layers that several families share: the checked patch stem, the transformer block and its parts, attention to all.
+"""Layers that several families share: the checked patch stem, the transformer block and its parts, global attention.
 
 Images and features are NCHW. Tokens between the blocks of a transformer are NHWC, as the operators read them.
 """
@@ -41,11 +41,11 @@ __all__ = [
 
 @register_notrace_function
 def check_images(x: Tensor, conv: nn.Module) -> None:
-    """Raise ValueError unless `x` is (B, C, H, W) with the channels of `conv` and at least 32 pixels a side."""
+    """Raise ValueError unless `x` is (B, C, H, W) with the channels of `conv` and at least 32 pixels per side."""
     # A traced graph must not fix the sizes, and Dynamo cannot raise. Eager calls are enough to catch a user's mistake.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    in_chans = getattr(conv, "in_channels", None)  # a module that replaces it, such as an adapter, may not have any
+    in_chans = getattr(conv, "in_channels", None)  # a module that replaces it, such as an adapter, may lack it
     if x.ndim != 4 or in_chans not in (None, x.shape[1]):
         raise ValueError(
             f"Got images of shape {tuple(x.shape)}; expected (batch, {in_chans or 'channels'}, height, width)."
@@ -127,10 +127,10 @@ class TransformerBlock(nn.Module):
 
     Args:
         dim: Channels of the tokens (B, H, W, dim).
-        attn: A module from tokens, and any further arguments of `forward`, to tokens.
-        mlp: A module from tokens to tokens.
+        attn: Module that maps tokens, and any further arguments of `forward`, to tokens.
+        mlp: Module that maps tokens to tokens.
         drop_path: Probability that a branch is left out for an image in training.
-        layer_scale: Initial factor of both branches; none if None.
+        layer_scale: Initial factor of both branches; None for no layer scale.
         norm_eps: Epsilon of the LayerNorms.
         device, dtype: Device and type of the parameters.
     """
@@ -157,13 +157,13 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """(B, H, W, dim), and any further arguments of the attention, to (B, H, W, dim)."""
+        """(B, H, W, dim) -> (B, H, W, dim). Further arguments are passed to the attention."""
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), *context)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 def init_transformer(module: nn.Module) -> None:
-    """Linear layers get a truncated normal of 0.02 and no bias; all others what their `reset_parameters` gives them."""
+    """Initialise linear layers (truncated normal, std 0.02, zero bias), and other modules by `reset_parameters`."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -192,7 +192,7 @@ def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
     """The first rows and columns of tokens (B, H, W, C): (B, height, width, C)."""
     if isinstance(height, int) and isinstance(width, int):
         return x[:, :height, :width]
-    # torch.export has to prove that a slice is within the map; for an index it does not.
+    # torch.export has to prove that a slice is within the map, but not that an index is.
     rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
     return x.index_select(1, rows).index_select(2, columns)
 
@@ -200,7 +200,7 @@ def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """Attention of all queries (B, N, T, D) to all keys and values (B, N, K, D): (B, T, N D).
 
-    `scale` of the logits is D ** -0.5 if None.
+    `scale` is the factor of the logits, D ** -0.5 if None.
     """
     if use_fused_attn():
         x = F.scaled_dot_product_attention(query, key, value, scale=scale)
@@ -211,6 +211,6 @@ def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, scale: floa
 
 
 def global_attention(qkv: Tensor, num_heads: int) -> Tensor:
-    """Attention of all tokens of a map to all: query, key and value (B, H, W, 3, C) to (B, H, W, C)."""
+    """Attention of all tokens of a map to all tokens: query, key and value (B, H, W, 3, C) to (B, H, W, C)."""
     heads = qkv.unflatten(-1, (num_heads, -1)).flatten(1, 2).permute(2, 0, 3, 1, 4)  # three of (B, N, H W, D)
     return dot_product_attention(*heads).unflatten(1, sizes(qkv)[1:3])

@@ -4,7 +4,7 @@ HiLo splits attention into high and low frequencies: Hi-Fi heads attend within s
 averages of windows. The first two stages have no attention. Between stages, a deformable convolution merges tokens
 (Deformable Token Merging of LIT: Pan et al., AAAI 2022, https://arxiv.org/abs/2105.14217).
 
-Official code, Apache-2.0: https://github.com/ziplab/LITv2. Written from the paper and the facts of that code; the tests
+Official code, Apache-2.0: https://github.com/ziplab/LITv2. Written from the paper and facts about that code; the tests
 compare outputs of litv2_small. Differences:
 - One class serves classification and dense prediction and takes images of any size, with the padding of the official
   detection code. The official classifier takes one square size, for which the two agree. `window_size=4` is the other
@@ -59,7 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Tags of published weights whose model has another alpha than the 0.9 of the variants.
+# Tags of published weights, and their alpha where it differs from the 0.9 of the variants.
 TAG_ALPHAS = {
     "in1k_alpha_0": 0.0,
     "in1k_alpha_02": 0.2,
@@ -214,7 +214,7 @@ def sample_patches(x: Tensor, offset: Tensor) -> Tensor:
     height, width = sizes(x)[2:]
     batch, (_, _, down, across) = offset.shape[0], sizes(offset)
     offset = offset.to(dtype).unflatten(1, (2, 2, 2)).permute(0, 4, 1, 5, 2, 3)  # (B, h, i, w, j, 2)
-    # By way of one dimension, since torch.export can't prove that symbolic sizes h and 2 make 2 h.
+    # Flattened first, since torch.export can't prove that symbolic sizes h and 2 combine to 2 h.
     offset = offset.flatten().view(batch, 2 * down, 2 * across, 2)
     rows = offset[..., 0] + torch.arange(2 * down, dtype=dtype, device=x.device)[:, None]
     columns = offset[..., 1] + torch.arange(2 * across, dtype=dtype, device=x.device)
@@ -256,8 +256,8 @@ class DeformableMerging(nn.Module):
 class LITv2(Backbone):
     """LITv2: images (B, in_chans, H, W) to logits (B, num_classes).
 
-    Features are NCHW at strides 4, 8, 16, 32. The first have ceil(H / 4) rows; every later stage halves them and rounds
-    down.
+    Features are NCHW at strides 4, 8, 16, 32. The first have ceil(H / 4) rows. Every later stage halves the number
+    and rounds it down.
 
     Args:
         in_chans: Channels of the images.
@@ -421,7 +421,7 @@ def test_litv2(pretrained: bool = False, **kwargs) -> LITv2:
 
 
 def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
-    """The norms with which the official code detects; see `zoo.families`. Segmentation has one on every output."""
+    """The norms of the official code; see `zoo.families`. Segmentation has a norm on every output."""
     return {"output_norm": (1, 2, 3)} if task == "detect" else {}
 
 

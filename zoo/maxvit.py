@@ -230,7 +230,7 @@ class WindowAttention(nn.Module):
         padded = [(n + side - 1) // side * side for n, side in zip(size, self.window_size, strict=True)]
         divides = certain(padded[0] == size[0]) and certain(padded[1] == size[1])
         x = window_attention(
-            pad_tokens(linear(self.qkv, x), *padded),  # after the layer, to spare it the padding
+            pad_tokens(linear(self.qkv, x), *padded),  # after the layer, which needs no padding
             num_heads=self.num_heads,
             window_size=self.window_size,
             layout=self.layout,
@@ -311,13 +311,13 @@ class MaxViT(Backbone):
         embed_dims, depths: Channels and blocks of each stage.
         stem_dim: Channels of the stem.
         head_dim: Channels of an attention head.
-        window_size: Tokens of a window along each axis, for block and grid. The authors use 1/32 of the image. Tables
-            of weights for other windows are resized (bilinear) when the weights are loaded.
+        window_size: Tokens of a window along each axis, for block and grid. The authors use 1/32 of the image. Weights
+            for other windows can be loaded: their relative-position tables are resized (bilinear).
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout inside the MLPs.
         drop_path_rate: Stochastic depth. Each of the five branches of block b of N has this rate times b / N.
         norm_momentum: Weight of a batch in the running statistics of batch norm. With the authors' value (0.99 in
-            Keras) they need several hundred updates to converge, so short trainings from scratch need more.
+            Keras) they need several hundred updates to converge, so short training runs from scratch need a larger one.
         device, dtype: Device and type of the parameters.
 
     Raises:
@@ -524,7 +524,7 @@ def test_maxvit(pretrained: bool = False, **kwargs) -> MaxViT:
     return _create_maxvit("test_maxvit", pretrained, **kwargs)
 
 
-# timm's own tests have a model of this name, which every family has here; whoever imports zoo means ours.
+# timm registers a test model of the same name. Every family here has one, so `import zoo` replaces that of timm.
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="Overwriting test_maxvit in registry")
     register_model(test_maxvit)

@@ -36,7 +36,7 @@ def one_line(message: object, limit: int | None = None) -> str:
     """`message` on one line and without its final period, so that it can be part of a sentence.
 
     Args:
-        message: Usually an error. One that says nothing is represented by the name of its class.
+        message: Usually an error. If it has no text, the name of its class is used.
         limit: The longest message that is not cut, in characters.
     """
     text = " ".join(str(message).split()).removesuffix(".") or type(message).__name__
@@ -55,7 +55,7 @@ def nearest(word: str, words: Iterable[str], count: int = 1, cutoff: float = 0.6
         word: What the user wrote.
         words: What is allowed.
         count: The largest number of suggestions.
-        cutoff: The least similarity, from 0 to 1, as `difflib.get_close_matches` measures it.
+        cutoff: The smallest similarity, from 0 to 1, as `difflib.get_close_matches` measures it.
     """
     originals: dict[str, str] = {}
     for known in words:
@@ -70,7 +70,7 @@ def did_you_mean(word: str, words: Iterable[str], count: int = 1, cutoff: float 
         word: What the user wrote.
         words: What is allowed.
         count: The largest number of suggestions.
-        cutoff: The least similarity.
+        cutoff: The smallest similarity.
         prefix: Text in front of each suggestion, such as a folder or `data=`.
     """
     suggestions = [f"{prefix}{near}" for near in nearest(word, words, count, cutoff)]
@@ -87,7 +87,7 @@ def similar_path(path: Path) -> str:
     """
     parts = [*reversed(path.absolute().parents), path.absolute()]
     missing = next((part for part in parts if not os.path.exists(part)), None)
-    if missing is None:  # it exists, and is of another kind than was asked for
+    if missing is None:  # it exists, but is not what was asked for
         return "."
     try:
         names = os.listdir(missing.parent)
@@ -118,7 +118,7 @@ def published_figures(figures: Mapping[str, float | None], source: str | None) -
     """Published figures in words, such as "49.8 mIoU at one scale, 50.8 at several with flips, the README's figures".
 
     Args:
-        figures: Any of `top1`, `box_ap`, `mask_ap`, `miou` and `miou_multi_scale`; None where there is none.
+        figures: Any of `top1`, `box_ap`, `mask_ap`, `miou` and `miou_multi_scale`; None if it is not published.
         source: Where they are from, such as "README" or "paper (quoted from memory)".
     """
     top1, box, mask, one, several = (

@@ -4,8 +4,8 @@ https://arxiv.org/abs/2204.07143, https://arxiv.org/abs/2209.15001. Every token 
 tokens around it. In DiNAT, every second block has a dilation that spreads them over the map. DiNAT_s has Swin's layout,
 the isotropic models have ViT's, and ViT-rpb is their counterpart with attention to all tokens.
 
-Official code, MIT: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer. Written from the papers and the
-facts of that code; the tests compare outputs. Differences:
+Official code, MIT: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer. Written from the papers and facts
+about that code; the tests compare outputs. Differences:
 - The downsampling at the end of an official level begins the next stage here, so that a stage's output is its feature.
 - ViT-rpb takes images of any size: its table is resized (bicubic) for maps other than 14 x 14.
 - Dense prediction uses other dilations with the same weights: `dilations=[[1, 28, 1], [1, 7, 1, 14], ...]`.
@@ -281,7 +281,7 @@ class NAT(Backbone):
         arguments.check_stages(embed_dims=embed_dims, dilations=dilations)
         if layout == "nat" and embed_dims[0] < 2:
             raise ValueError(
-                f"Got {embed_dims=}; the first stage needs 2 channels or more, half of which its stem has."
+                f"Got {embed_dims=}; the first stage needs 2 channels or more, since the stem has half as many."
             )
         dd = {"device": device, "dtype": dtype}
         stride = 16 if layout == "isotropic" else 4
@@ -343,7 +343,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(state_dict, model, KEY_MAP)
 
 
-# Models with another first convolution or another stride of the last features: both.
+# The first convolution and the last stride of the models in which one of them differs.
 _EXCEPTIONS = {
     name: ("stem.proj", 16 if settings["layout"] == "isotropic" else 32)
     for name, settings in VARIANTS.items()
@@ -500,20 +500,20 @@ def test_dinat(pretrained: bool = False, **kwargs) -> NAT:
     return _create_nat("test_dinat", pretrained, **kwargs)
 
 
-# Dilations for dense prediction, by layout and task; the weights do not depend on them. A list is that of a stage.
+# Dilations for dense prediction, by layout and task; the weights do not depend on them. Each stage has a list.
 DENSE_DILATIONS = {
     ("nat", "detect"): ([1, 28, 1], [1, 7, 1, 14], [1, 3, 1, 5, 1, 7], [1, 3, 1, 3, 1]),
     ("nat", "segment"): ([1, 16, 1], [1, 4, 1, 8], [1, 2, 1, 3, 1, 4], [1, 2, 1, 2, 1]),
     ("swin", "detect"): ([1, 28], [1, 14], [1, 3, 1, 5, 1, 7], [1, 3]),
     ("swin", "segment"): ([1, 16], [1, 8], [1, 2, 1, 3, 1, 4], [1, 2]),
 }
-# Those of the large models, which are trained on crops of 640 pixels, for segmentation.
+# The same for segmentation by the large models, which are trained on crops of 640 pixels.
 _STAGE_3_OF_LARGE = [1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5]
 DENSE_DILATIONS_OF_LARGE = {
     "nat": ([1, 20, 1], [1, 5, 1, 10], _STAGE_3_OF_LARGE, [1, 2, 1, 2, 1]),
     "swin": ([1, 20], [1, 10], _STAGE_3_OF_LARGE, [1, 2]),
 }
-# Those of the model for Mask2Former, whose kernels of 11 x 11 reach as far with less dilation, for both tasks.
+# The same for both tasks by the Mask2Former model, whose 11 x 11 kernels reach as far with less dilation.
 DENSE_DILATIONS_11X11 = (
     [1, 14, 1],
     [1, 4, 1, 7],
@@ -523,7 +523,7 @@ DENSE_DILATIONS_11X11 = (
 
 
 def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
-    """The dilations with which the official code detects or segments; see `zoo.families`."""
+    """The dilations that the official code uses for detection or segmentation; see `zoo.families`."""
     settings = VARIANTS[variant]
     layout = settings.get("layout", "nat")
     if variant == "test_dinat" or layout == "isotropic" or "dilations" not in settings:

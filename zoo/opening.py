@@ -26,7 +26,7 @@ class OpenModel:
         model: The model.
         name: Its name, for captions.
         weights: What its weights are, for captions.
-        config: Timm's data configuration of it: `input_size`, `mean`, `std`, ...
+        config: Its data configuration, as timm resolves it: `input_size`, `mean`, `std`, ...
         one_size: Whether it takes images of one size only.
     """
 
@@ -52,13 +52,13 @@ def open_model(
             classifier's finished run.
         pretrained: Whether to load the published weights; or a checkpoint, or the folder of a run, to load instead.
             Without `num_classes`, the classifier gets as many classes as the checkpoint has.
-        size: Side of the images, or height and width. Only models that take one size are made for it.
+        size: Side of the images, or height and width. Only models that take one size are created for it.
         checkpoint: Which weights of a run folder `name` to load: `last` or `best`.
         **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
         OptionError: The arguments contradict each other.
-        UserError: There is no such model, file or weights, or they do not fit together.
+        UserError: The model, the file or the weights do not exist or do not fit together.
     """
     folder, given = Path(name), dict(kwargs)
     source, label, weights = name, name.rpartition("/")[2], "random weights"
@@ -124,7 +124,7 @@ def weights_file(path: Path) -> Path:
     """The checkpoint that `path` names: the file itself, or the weights in the folder of a run.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such file, or the folder has no weights.
     """
     if not os.path.lexists(path):  # pathlib raises an error for some names that no file can have
         raise UserError(f"there is no checkpoint {path}{similar_path(path)}")

@@ -28,11 +28,11 @@ FilterFn = Callable[..., dict[str, Tensor]]
 
 
 def resolve_num_classes(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`kwargs` of `build_model_with_cfg`, with the number of classes that the weights to be loaded have.
+    """A copy of the `kwargs` of `build_model_with_cfg`, with a number of classes that fits the weights to be loaded.
 
-    A published file without a classifier is configured with 0 classes, one of ImageNet-22k with its own number, and
-    `pretrained=True` gives a model to match. Models that start from random weights or from the caller's file must not
-    inherit this: they have 1000 classes unless the call says otherwise. A feature extractor never has a classifier.
+    The `pretrained_cfg` of a published file has its number of classes, 0 if it has no classifier, and `pretrained=True`
+    creates a model to match. Models that start from random weights or from the caller's file must not inherit this:
+    they have 1000 classes unless the call says otherwise. A feature extractor never has a classifier.
     """
     kwargs = dict(kwargs)
     if kwargs.get("features_only"):
@@ -46,7 +46,7 @@ def resolve_num_classes(variant: str, pretrained: bool, kwargs: dict[str, Any]) 
 
 
 def published_cfg(variant: str, kwargs: Mapping[str, Any]) -> PretrainedCfg | None:
-    """Configuration of the weights that `pretrained=True` loads; None if `kwargs` name weights of the caller's own."""
+    """The `pretrained_cfg` that `pretrained=True` loads; None if `kwargs` name the caller's own weights."""
     overlay, tag = kwargs.get("pretrained_cfg_overlay") or {}, kwargs.get("pretrained_cfg")
     own = any(overlay.get(source) for source in ("state_dict", "file", "url", "hf_hub_id"))
     if own or not isinstance(tag, str | None):  # a tag or None: the manifest's configuration
@@ -55,14 +55,14 @@ def published_cfg(variant: str, kwargs: Mapping[str, Any]) -> PretrainedCfg | No
 
 
 def with_checked_file(variant: str, kwargs: Mapping[str, Any], filter_fn: FilterFn) -> tuple[dict[str, Any], FilterFn]:
-    """`kwargs` and `filter_fn` of `build_model_with_cfg`, such that files and downloads are read by `read`.
+    """`kwargs` and `filter_fn` of `build_model_with_cfg`, changed so that `read` reads files and downloads.
 
-    Both stay as they are if the weights come as a state dict, from the Hugging Face hub or from a local folder.
+    Both are unchanged if the weights come as a state dict, from the Hugging Face hub or from a local folder.
 
-    Otherwise timm is told that it has a state dict, since it then neither downloads nor opens anything: it builds the
-    model and hands the state dict to `filter_fn`. The one that it gets here only names the source. The new `filter_fn`
-    downloads and reads the file in its place. The file's own state dict is no option, because timm copies the
-    configuration, weights included, and because the model's arguments are checked before anything is downloaded.
+    Otherwise timm gets a state dict, because it then neither downloads nor opens anything: it builds the model and
+    passes the state dict to `filter_fn`. This state dict is a placeholder that only names the source. The new
+    `filter_fn` ignores it, and downloads and reads the file. The file's own state dict can't be passed instead: timm
+    would copy it with the configuration, and the file would be downloaded before the model's arguments are checked.
     """
     load: partial[Mapping[str, Any]]
     if (file := _local_file(variant, kwargs)) is not None:
@@ -118,7 +118,7 @@ def _download_url(variant: str, kwargs: Mapping[str, Any]) -> str | None:
 def _known_hash(url: str) -> str:
     """The sha256 of a published file, or its first digits; "" if it is not known.
 
-    The manifest has it, or the file's name if timm is told to check the hash in it.
+    It is in the manifest, or in the file's name if timm is told to check the hash there.
     """
     entries = (entry for family in zoo.FAMILIES for entry in manifest(family) if entry["url"] == url)
     entry: Mapping[str, Any] = next(entries, {})
@@ -151,11 +151,11 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
         cfg: The model's pretrained configuration, which names its classifier.
 
     Returns:
-        The overlay; and the size of the classifier, None if the file has none by that name.
+        The overlay, and the size of the classifier; None if the file has no classifier of that name.
 
     Raises:
-        ValueError: The file can't be used; one sentence without its name.
-        OSError: It can't be opened.
+        ValueError: The file can't be used. The message does not name it.
+        OSError: The file can't be opened.
     """
     state_dict = unwrap(read(file))
     check_values(state_dict)

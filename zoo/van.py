@@ -5,7 +5,7 @@ approximated 21 x 21 convolution of themselves. It consists of depth-wise convol
 dilation 3, which together reach 23 x 23 pixels, and a 1 x 1 convolution.
 
 Official code, Apache-2.0: https://github.com/Visual-Attention-Network/VAN-Classification and VAN-Segmentation. Written
-from the paper and the facts of that code; the tests compare outputs of van_b0. Differences:
+from the paper and facts about that code; the tests compare outputs of van_b0. Differences:
 - One class serves classification and dense prediction. In both, the LayerNorm at the end of a stage belongs to the
   stage: the next stage and feature extraction get its output. The official segmentation code uses `norm_eps=1e-5`.
 - Features stay NCHW between the blocks, which consist of convolutions and batch norm.
@@ -343,7 +343,7 @@ def test_van(pretrained: bool = False, **kwargs) -> VAN:
 
 
 def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
-    """The epsilon of the norms with which the official code segments; see `zoo.families`."""
+    """The epsilon of the norms that the official code uses for segmentation; see `zoo.families`."""
     return {"norm_eps": 1e-5} if task == "segment" and variant != "test_van" else {}
 
 
@@ -352,6 +352,6 @@ def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
     module = LargeKernelAttention(tokens.shape[-1])
     for conv in (module.dw_conv, module.dw_dilated_conv):
         nn.init.ones_(conv.weight)
-    # The number of paths from each token through the two convolutions, as a part of the largest.
+    # The number of paths from each token through the two convolutions, relative to the largest.
     paths = attention(module, (tokens.permute(0, 3, 1, 2),), [place])[0, 0]
     return [Pattern("VAN", ("23 × 23 by two kernels:", "5 × 5, dilated 7 × 7"), (paths / paths.max(),), (place,))]

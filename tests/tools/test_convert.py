@@ -343,8 +343,8 @@ def test_hostile_pickle_runs_nothing(zipped, state_dict, capsys):
     torch.save({"state_dict": state_dict, "args": Hostile()}, "bad.pth", _use_new_zipfile_serialization=zipped)
     message = refused(capsys, "bad.pth")
     assert message == (
-        "bad.pth: the file asks for posix.mkdir, which could run any code and which weights do not need: none of "
-        "it was run; get them as safetensors or plain tensors."
+        "bad.pth: the file asks for posix.mkdir, which could run any code and is not needed for weights: "
+        "nothing was run; get the weights as safetensors or plain tensors."
     )
     assert not Path("made").exists()
 
@@ -357,7 +357,7 @@ def test_hostile_pickle_runs_nothing(zipped, state_dict, capsys):
         ("<html>café</html>".encode(), "a web page, not a checkpoint"),
         (b"Not Found\n", "a text file, not a checkpoint (it begins with 'Not Found')"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a text file, not a checkpoint (it begins with 'version"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "damaged, incomplete or no checkpoint"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "damaged, incomplete or not a checkpoint"),
     ],
     ids=["empty", "html", "html-utf8", "text", "lfs", "png"],
 )
@@ -379,7 +379,7 @@ def test_truncated_file_is_refused(kind, part, state_dict, capsys):
     Path("file.pth").write_bytes(content[: int(part * len(content))])
     message = refused(capsys, "file.pth")
     assert re.fullmatch(
-        r"file.pth: the file is damaged, incomplete or no checkpoint \(.+\): download it again.", message
+        r"file.pth: the file is damaged, incomplete or not a checkpoint \(.+\): download it again.", message
     )
 
 

@@ -255,7 +255,7 @@ def test_official_weights_load(layout):
 @pytest.mark.parametrize(("layout", "other"), [("stl", "stl_nchw"), ("stl_nchw", "stl")])
 def test_weights_of_the_other_stl_layout_are_refused(layout, other):
     overlay = {"state_dict": official_weights(build(layout=other))}
-    with pytest.raises(RuntimeError, match=f"is of biformer_{other}, not of biformer_{layout}: create that model"):
+    with pytest.raises(RuntimeError, match=f"belongs to biformer_{other}, not to biformer_{layout}: create that model"):
         build(layout=layout, pretrained=True, pretrained_cfg_overlay=overlay)
 
 

@@ -128,7 +128,7 @@ def broken_off(server):
 
 def test_next_call_resumes(server, folder):
     message = broken_off(server)
-    assert f"{server.url}/model.pth broke off after 300 of 1,024 bytes; run the same again to resume, " in message
+    assert f"{server.url}/model.pth broke off after 300 of 1,024 bytes; try again to resume, " in message
     assert not (folder / "model.pth").exists()
     assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == CONTENT
     assert [asked for _, asked in server.requests] == ["bytes=300-"]
@@ -203,7 +203,7 @@ def test_without_network(server, folder):
     server.shutdown()
     server.server_close()
     with pytest.raises(
-        RuntimeError, match=r"can't be reached \(\[Errno \d+\] Connection refused\); check connection"
+        RuntimeError, match=r"can't be reached \(\[Errno \d+\] Connection refused\); check the connection"
     ) as e:
         downloads.fetch(f"{server.url}/model.pth")
     assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
@@ -220,7 +220,7 @@ def silent(monkeypatch):
 
 @pytest.mark.timeout(20)
 def test_server_that_never_answers(silent, folder):
-    with pytest.raises(RuntimeError, match=r"can't be reached \(no answer in 0\.3 seconds\); check connection") as e:
+    with pytest.raises(RuntimeError, match=r"be reached \(no answer in 0\.3 seconds\); check the connection") as e:
         downloads.fetch(f"{silent}/model.pth")
     assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
 
@@ -234,7 +234,7 @@ def test_name_that_never_resolves(monkeypatch, folder):
 
 
 def test_name_that_does_not_exist(folder):
-    with pytest.raises(RuntimeError, match=r"can't be reached \(.+\); check connection and proxy"):
+    with pytest.raises(RuntimeError, match=r"can't be reached \(.+\); check the connection and proxy"):
         downloads.fetch("http://example.invalid/model.pth")
 
 

@@ -110,7 +110,7 @@ def huge(path, weights):
         file.truncate(2**42)
 
 
-DAMAGED = "is damaged, incomplete or no checkpoint"
+DAMAGED = "is damaged, incomplete or not a checkpoint"
 FILES = {
     "itself": (saved(endless), "contains itself under 'state_dict'"),
     "one-another": (saved(endless_pair), "contains itself under 'state_dict'"),

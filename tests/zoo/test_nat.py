@@ -81,7 +81,7 @@ def test_multiply_adds_are_the_papers():
         ({"num_heads": (1, 3, 4, 8)}, r"num_heads=\(1, 3, 4, 8\) for embed_dims=.*divide"),
         ({"kernel_size": 0}, "kernel_size=0; it has to be a whole number from 1 to 1,024"),
         ({"mlp_ratio": 1e6}, "mlp_ratio=1000000.0; it has to be a number from 0 to 100"),
-        ({"mlp_ratio": 0}, "mlp_ratio 0 for a stage of 16 channels, which leaves none"),
+        ({"mlp_ratio": 0}, "mlp_ratio 0 for a stage of 16 channels, which leaves no hidden channels"),
         ({"embed_dims": (1, 2, 4, 8), "num_heads": (1,) * 4}, "the first stage needs 2 channels or more"),
         ({"dilations": ("a",) * 4}, "dilations='a' for a stage of 2 blocks"),
     ],

@@ -51,7 +51,7 @@ def test_norm_eps_reaches_every_stage():
         ({"depths": (1, 1, 0, 1)}, r"depths=\(1, 1, 0, 1\).*it has to be whole numbers from 1 to 1,000"),
         ({"global_pool": "max"}, r"global_pool='max'.*'avg'"),
         ({"num_classes": -1}, r"num_classes=-1; it has to be a whole number from 0"),
-        ({"mlp_ratios": (8, 8, 4, 0)}, "mlp_ratios 0 for a stage of 96 channels, which leaves none"),
+        ({"mlp_ratios": (8, 8, 4, 0)}, "mlp_ratios 0 for a stage of 96 channels, which leaves no hidden channels"),
     ],
     ids=["lengths", "depth", "global_pool", "num_classes", "mlp_ratio"],
 )
