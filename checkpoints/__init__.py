@@ -29,16 +29,16 @@ def examples(family: str) -> tuple[str, ...]:
 
 @cache
 def manifest(family: str) -> tuple[dict[str, Any], ...]:
-    """The known checkpoints of `family`, as the manifest has them, each with the facts that its family shares."""
+    """The known checkpoints of `family` as in the manifest, each with the facts that they all share."""
     shared = {key: value for key, value in _content("manifest.json")[family].items() if key not in _OF_THE_FAMILY}
     return tuple({**shared, **entry} for entry in shared.pop("checkpoints"))
 
 
 @cache
 def counts() -> dict[str, dict[str, Any]]:
-    """By model, with its tag where it has one: `family`, `input_size`, `parameters` and `multiply_adds`.
+    """By name (with the tag, if any), each model's `family`, `input_size`, `parameters` and `multiply_adds`.
 
-    They are of a classifier of 1000 classes and one image of (channels, height, width) `input_size`.
+    They are counted for a classifier of 1000 classes and one image of `input_size`, (channels, height, width).
     """
     return _content("counts.json")
 

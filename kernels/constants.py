@@ -51,7 +51,7 @@ def constant(make: Callable[..., Tensor], *args: object, like: Tensor) -> Tensor
 def only_traced(tensor: Tensor) -> bool:
     """Whether operations on `tensor` are traced or intercepted, so that there are no values to keep or to inspect.
 
-    This is so under torch.compile, torch.jit.trace, torch.func, forward-mode AD and modes such as FakeTensorMode.
+    This is the case under torch.compile, torch.jit.trace, torch.func, forward-mode AD and modes such as FakeTensorMode.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return True

@@ -1,4 +1,4 @@
-"""The cost of neighborhood attention on a GPU, counted without running it: tiles, operations, bytes, least time.
+"""The cost of neighborhood attention on a GPU, counted without running it: tiles, operations, bytes, minimum time.
 
 A fused kernel computes whole tiles of queries and keys, so its work is the number of key tiles that the query tiles
 visit. The counts are exact. They leave out the softmax and the launches, so the time is a lower bound. This follows the
@@ -24,7 +24,7 @@ class GPU:
 
     name: str
     bandwidth: float  # bytes of memory a second
-    flops: float  # dense float16 operations a second, added up in float32
+    flops: float  # dense float16 operations a second, accumulated in float32
 
 
 # From the vendors' data sheets; half of the figures that are stated with sparsity.
@@ -159,7 +159,7 @@ def simulate(
 
 
 def roofline_time(simulation: Simulation, gpu: GPU | str) -> float:
-    """The least time on `gpu` in seconds: issued operations at its peak or bytes at its bandwidth, whichever is longer.
+    """The minimum time on `gpu` in seconds, the longer of issued operations at its peak and bytes at its bandwidth.
 
     Raises:
         KeyError: the name is not in GPUS.

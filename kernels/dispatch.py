@@ -213,7 +213,7 @@ def _knows_autocast(device: str) -> bool:
 
 
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """torch.library.triton_op if Triton is installed, else a decorator that does nothing: torch would raise."""
+    """torch.library.triton_op if Triton is installed; else a decorator that does nothing, since torch would raise."""
     return torch.library.triton_op(name, mutates_args=()) if find_spec("triton") else lambda function: function
 
 

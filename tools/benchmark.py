@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zoo.tools.benchmark_kernels import Result, Row
     from zoo.tools.benchmark_models import Contender, Results
 
-# The first words of the folders' names, found without importing zoo.kernels, which brings torch.
+# The first words of the folders' names, found without importing zoo.kernels, which imports torch.
 _FOLDERS = find_spec("zoo.kernels").submodule_search_locations
 OPERATORS = tuple(sorted(folder.name.partition("_")[0] for folder in iter_modules(_FOLDERS) if folder.ispkg))
 DTYPES = ("fp32", "bf16", "fp16")
@@ -35,7 +35,7 @@ PATHS = ("reference", "torch", "triton")
 AGAINST = "swin_tiny_patch4_window7_224"
 
 MODEL_PASSES = f"""\
-Time inference and the training step of whole models, in units of a common model, beside timm's models of the families.
+Time inference and the training step of whole models, in units of a common model, next to timm's models of the families.
 
 Inference is a forward pass in eval mode without gradients. A training step is a forward pass in train mode, cross
 entropy and a backward pass. It has no optimizer, whose time depends on the number of parameters alone. Weights and
@@ -558,7 +558,7 @@ def _check_models(options: argparse.Namespace, names: list[str]) -> None:
         if not timm.is_model(name):
             raise OptionError(unknown_model(name, timm.list_models()))
     if options.kernels and not any(map(benchmark_models.is_ours, names)):
-        raise OptionError("got --kernels, but no model of zoo, which alone uses them: add one.")
+        raise OptionError("got --kernels, but no model of zoo, and no other model uses them: add one.")
     if "triton" in options.kernels and (obstacle := dispatch.triton_obstacle(torch.empty(0, device=options.device))):
         raise UserError(f"got --kernels with 'triton', which can't run here: {obstacle}.")
     if options.picture and not any(benchmark_models.top1(name) for name in names):
@@ -664,8 +664,8 @@ def _simulate(options: argparse.Namespace) -> None:
     console.print(table)
     console.print(
         "K/V tiles: visited, and those of full attention, for one head of one image; bound: on the speed-up over full\n"
-        "attention; useful: the part of GFLOP, whole tiles, that is wanted; stride: the smallest with the fewest\n"
-        "tiles; GPUs: at least so many microseconds.",
+        "attention; useful: the needed part of GFLOP, a count of whole tiles; stride: the smallest with the fewest\n"
+        "tiles; GPUs: lower bounds in microseconds.",
         style="dim",
     )
     if options.json:

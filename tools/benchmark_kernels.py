@@ -103,7 +103,7 @@ def measure(
 ) -> Result:
     """Check every contender of a case against float64, then time the correct ones in turns for `seconds`."""
     operator = OPERATORS[name]
-    torch.compiler.reset()  # it stops compiling a function after many sizes
+    torch.compiler.reset()  # else torch stops compiling a function after many sizes
     make = partial(_arguments, operator, case, dtype=DTYPES[dtype])
     arguments = make(batch=batch, device=device, requires_grad=backward)
     per_image = _that_differ(make(batch=1, device="meta"), make(batch=2, device="meta"))

@@ -248,7 +248,7 @@ def fresh_compiler(device: str, functions: int) -> Iterator[None]:
     with TemporaryDirectory(prefix="zoo-bench-", ignore_cleanup_errors=True) as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
-            # models of one family share a forward method, of which torch compiles few versions
+            # the models of a family share a forward method, and torch compiles only a few versions of it
             with torch._dynamo.config.patch(recompile_limit=functions):
                 torch.compile(torch.sin)(torch.ones(8, device=device))  # compiles what all functions share
                 yield
@@ -260,7 +260,7 @@ def fresh_compiler(device: str, functions: int) -> Iterator[None]:
 
 
 def top1(name: str) -> float | None:
-    """The published ImageNet-1k accuracy in percent, for a model of zoo that of its first entry in the manifest."""
+    """The published ImageNet-1k accuracy in percent; that of the first entry in the manifest for a model of zoo."""
     if name in _TOP1:
         return _TOP1[name]
     entries = (entry for family in zoo.FAMILIES for entry in manifest(family))

@@ -28,7 +28,7 @@ class Row:
         reason: The reason in words, if it is not timed.
         times: The time of each turn in seconds.
         ratios: The times in units of the yardstick's time in the same turn.
-        peak_bytes: The memory that a call allocates at most, besides its inputs.
+        peak_bytes: The most memory that a call allocates, besides its inputs.
     """
 
     name: str
@@ -100,7 +100,7 @@ class _GpuClock:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The memory that a call allocates at most, besides its inputs, from PyTorch's allocator."""
+    """The most memory that a call allocates, besides its inputs, from PyTorch's allocator."""
     release(device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -128,7 +128,7 @@ def release(device: str) -> None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The machine that figures are from: names, versions, threads."""
+    """The machine that was measured: names, versions, threads."""
 
     def installed(package: str) -> str | None:
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Parser(argparse.ArgumentParser):
     """An argument parser that keeps the line breaks of its description, and prints an error on one line.
 
-    Without the arguments that it requires, it also prints the help on stderr.
+    If required arguments are missing, it also prints the help on stderr.
     """
 
     def __init__(self, **settings):

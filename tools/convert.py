@@ -39,7 +39,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @dataclass
 class Converted:
-    """A checkpoint that became a model of zoo.
+    """A checkpoint, converted to a model of zoo.
 
     Attributes:
         name: The model. It has a tag if the checkpoint is a published one, or if the tag decides the shapes.
@@ -234,7 +234,7 @@ def _fit(
     classifier = mapped.get(f"{cfg.classifier}.weight")
     args: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
     norms = sorted({int(i) for key in mapped for i in re.findall(r"^output_norms\.(\d)\.", key)})
-    if norms:  # a backbone for dense prediction; some have norms on a part of the outputs
+    if norms:  # a backbone for dense prediction; some have norms on only a few outputs
         args = {"num_classes": 0, "output_norm": True if len(norms) == 4 else norms}
     args |= families.tag_kwargs(name)  # timm finds them by the tag, but not from config.json
     first = mapped.get(f"{cfg.first_conv}.weight")
@@ -266,7 +266,7 @@ def write(found: Converted, folder: Path, source: str) -> None:
         UserError: They can't be written.
     """
     from safetensors.torch import save_file
-    from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
+    from timm.models._hub import save_config_for_hf  # the public save_for_hf also writes the weights
 
     facts = found.entry or {}
     preprocessing = {key: found.model.pretrained_cfg[key] for key in PREPROCESSING}

@@ -197,7 +197,7 @@ def _first_that_works(
     facts: dict[str, Any],
     options: argparse.Namespace,
 ) -> tuple[Exported, list[str]]:
-    """Export with batch and size dynamic, or the batch, or nothing: the first that works. Also returns why not more."""
+    """Export with dynamic batch and size, else only the batch, else neither. Also returns why something is fixed."""
     wider = (size[0] + 32, size[1] + 96)
     notes = []
     attempts = [((), (1, channels, *size))]  # dynamic dimensions, and the shape of the images of the second check
@@ -325,7 +325,7 @@ def _least_that_works(
     least: tuple[int, int],
     size: tuple[int, int],
 ) -> tuple[int, int]:
-    """The smallest height and width at which the file agrees with the model. `size`, if smaller ones fail."""
+    """The smallest height and width at which the file agrees with the model; `size` if smaller ones fail."""
     for height, width in (least, (max(32, least[0]), max(32, least[1]))):
         images = _images(1, channels, (height, width))
         try:

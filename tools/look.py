@@ -42,13 +42,13 @@ examples:
   zoo-look keys dinat_mini cat.jpg --pixel 120 200 --pretrained
   zoo-look keys runs/mine digit.png --block -1                   the last block of each stage"""
 CAM = """\
-What speaks for a class: a class activation map (Grad-CAM) over a picture.
+The evidence for a class: a class activation map (Grad-CAM) over a picture.
 
 It works for any classifier of timm whose features are maps, with the package grad-cam."""
 CAM_EXAMPLES = """\
 examples:
   zoo-look cam runs/mine cat.jpg                the predicted class
-  zoo-look cam runs/mine cat.jpg --class dog    what speaks for another class
+  zoo-look cam runs/mine cat.jpg --class dog    the evidence for another class
   zoo-look cam van_b0 cat.jpg --pretrained --stage 3"""
 FIELD = """\
 The effective receptive field: the influence of each pixel on the centre of each stage's features.
@@ -289,10 +289,10 @@ def _cam(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> 
     chosen, score, heat = _running(loaded, facts["size"], compute)
     label = names[chosen] if names else f"class {chosen}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    captions = ("the picture", f"what speaks for {label} ({100 * score:.1f} %)")
+    captions = ("the picture", f"evidence for {label} ({100 * score:.1f} %)")
     look_draw.draw_heat(out, heat, picture, captions, _about(facts), "of the largest")
     if not heat.any():
-        facts["notes"].append(f"nothing speaks for {label}: the map is zero everywhere.")
+        facts["notes"].append(f"there is no evidence for {label}: the map is zero everywhere.")
     return {**facts, "class": chosen, "name": names[chosen] if names else None, "score": score}
 
 

@@ -147,8 +147,8 @@ def keys(
 def rollout(model: nn.Module, name: str, images: Tensor, say: Callable[[str], None] = lambda text: None) -> Tensor:
     """Attention rollout: the share of each token in each token of the last block, (H, W, H, W).
 
-    It is the product over all blocks of the attention, averaged over heads, and the identity for the shortcut, in equal
-    parts (Abnar and Zuidema, arXiv 2005.00928).
+    It is a product over all blocks. Each factor is the mean of the attention, averaged over heads, and the identity,
+    which stands for the shortcut (Abnar and Zuidema, arXiv 2005.00928).
 
     Raises:
         UserError: The blocks do not all have the same tokens, with attention between them.
@@ -184,7 +184,7 @@ def field(
     noise images. A plain sum would be constant after a norm.
 
     Args:
-        model: Returns a list of feature maps (1, C, H, W).
+        model: A model that returns a list of feature maps (1, C, H, W).
         channels: The number of channels of the images.
         size: Height and width of the images.
         count: The number of images.

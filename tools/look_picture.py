@@ -1,4 +1,4 @@
-"""The picture that zoo-look reads, and the input that a model gets from it."""
+"""The picture that zoo-look reads, and the model input made from it."""
 
 from __future__ import annotations
 

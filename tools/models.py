@@ -90,7 +90,7 @@ def _number(text: str) -> float:
 
 
 def _entries() -> list[dict[str, Any]]:
-    """The entries of the manifest, each with `name` (model.tag) and `family`, followed by the models for tests."""
+    """The entries of the manifest, each with `name` (model.tag) and `family`, followed by the test models."""
     known = [
         {"name": f"{entry['model']}.{entry['tag']}", "family": family, **entry}
         for family in zoo.FAMILIES
@@ -115,7 +115,7 @@ def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str |
             raise UserError(f"there is no family {family!r}: there are {', '.join(families)}.")
     chosen: list[str] = []
     for pattern in options.names:
-        # models for tests are listed only if the pattern asks for them
+        # test models are listed only if the pattern asks for them
         found = [
             entry["name"]
             for entry in entries

@@ -198,7 +198,7 @@ def _alike(
 
 
 def _bias(table: Tensor | None, rows: _Axis, columns: _Axis, source: Tensor) -> Tensor:
-    """(P, N, T, K), -inf for keys that are no neighbours of the query; (U, N, T, K) for symbolic sizes."""
+    """(P, N, T, K), -inf for keys that are not neighbours of the query; (U, N, T, K) for symbolic sizes."""
     if table is None:
         table = source.new_zeros(1, 2 * rows.kernel - 1, 2 * columns.kernel - 1)
     table = F.pad(table.to(torch.promote_types(table.dtype, torch.float32)), (0, 1, 0, 1), value=-torch.inf)

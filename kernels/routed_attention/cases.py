@@ -15,7 +15,7 @@ FUNCTION = routed_attention
 
 @dataclass(frozen=True)
 class Case:
-    """One call: the map, its heads, the regions along a side, and to how many of them each is routed."""
+    """One call: the map, its heads, the regions along a side, and the number that each region is routed to."""
 
     size: tuple[int, int]
     num_heads: int

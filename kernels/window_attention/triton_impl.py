@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo.kernels import triton_common
 from zoo.kernels.triton_common import LOG2E, Machine, dot, load_rows, softmax_end, softmax_step, store_rows
 
-# The size of the partial sums of the bias table's gradient.
+# The largest size of the partial sums of the bias table's gradient.
 MAX_PARTIAL_BYTES = 64 << 20
 # The alignment of addresses follows from HEAD_DIM, so one compiled kernel serves all sizes.
 NOT_SPECIALIZED = (

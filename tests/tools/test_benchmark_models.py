@@ -74,7 +74,7 @@ BAD = [
         2,
         "got --kernels with 'fast': it takes reference, torch, triton, separated by commas",
     ),
-    ("resnet18 --kernels torch", 2, "got --kernels, but no model of zoo, which alone uses them: add one"),
+    ("resnet18 --kernels torch", 2, "got --kernels, but no model of zoo, and no other model uses them: add one"),
     ("test_van --kernels triton", 1, "got --kernels with 'triton', which can't run here: the tensors are on cpu"),
     ("test_van --picture a.png", 2, "got --picture, but none of the models has a published accuracy: leave it out"),
     ("test_van --picture a.jpg", 2, "got --picture a.jpg: its name has to end in .png, .svg, .pdf"),

@@ -400,7 +400,7 @@ def test_model_of_one_size_gets_it(photo):
 def test_zero_map_is_said(capsys, tmp_path, photo, finished, monkeypatch):
     monkeypatch.setattr(look_cam, "heat", lambda *_: np.zeros((64, 96)))
     _, out, _ = run(capsys, "cam", finished, photo, "--class", "cat", "-o", tmp_path / "a.png")
-    assert "nothing speaks for cat: the map is zero everywhere." in out
+    assert "there is no evidence for cat: the map is zero everywhere." in out
 
 
 # ---- mistakes
