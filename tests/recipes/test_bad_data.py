@@ -108,7 +108,7 @@ def test_corrupt_validation_image_is_named(fit, folder, tmp_path):
 def test_validation_images_all_corrupt(fit, folder, tmp_path):
     for number in range(15):
         _corrupt(_nth(folder, "val", number))
-    with pytest.raises(UserError, match="no image could be read for evaluation; the first of 15 corrupt ones is"):
+    with pytest.raises(UserError, match="no image could be read for evaluation: the first of 15 corrupt ones is"):
         fit(tmp_path / "run", folder, pictures=True)
 
 

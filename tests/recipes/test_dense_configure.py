@@ -17,7 +17,8 @@ import zoo
 from zoo.messages import UserError
 from zoo.recipes import cli, config, tasks
 
-settings = tasks.load("detect", "settings")
+for task in ("detect", "segment"):  # each registers its own data sets
+    settings = tasks.load(task, "settings")
 
 from mmengine.dataset import pseudo_collate  # noqa: E402  after mmcv's operators are there
 from mmengine.optim import build_optim_wrapper  # noqa: E402
@@ -168,10 +169,10 @@ def _meta(cfg, classes):
 @pytest.mark.slow
 def test_mm_changes_the_runner(compose):
     words = ("++mm.val_evaluator.classwise=true", "++mm.train_cfg.val_begin=5", "++mm.custom=[1,2]")
-    settings = _settings(compose("task=detect", *words), _coco())
-    assert settings.val_evaluator.classwise is True
-    assert settings.train_cfg.val_begin == 5
-    assert settings.custom == [1, 2]
+    built = _settings(compose("task=detect", *words), _coco())
+    assert built.val_evaluator.classwise is True
+    assert built.train_cfg.val_begin == 5
+    assert built.custom == [1, 2]
 
 
 @pytest.mark.slow
@@ -609,11 +610,11 @@ def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
         words.append("dense.crop=[64,64]")
     cfg, data = compose(*words), scenes_data(full.task)
     cfg.model_kwargs = {key: rate for key, rate in full.model_kwargs.items() if key == "drop_path_rate"}  # of any depth
-    settings = _settings(cfg, data, CPU)
+    configuration = _settings(cfg, data, CPU)
     model = models.build_model(cfg, data.classes, CPU, False)
     model.init_weights()  # as the Runner does: DINO's level embedding is uninitialized before
-    wrapper = build_optim_wrapper(model, settings.optim_wrapper)
-    train = DATASETS.build(settings.train_dataloader.dataset)
+    wrapper = build_optim_wrapper(model, configuration.optim_wrapper)
+    train = DATASETS.build(configuration.train_dataloader.dataset)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = model.train().train_step(pseudo_collate([train[0], train[1]]), wrapper)
     assert losses["loss"].isfinite()
@@ -621,7 +622,7 @@ def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
     changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
     assert any(name.startswith("backbone.") for name in changed)
     assert any(not name.startswith("backbone.") for name in changed)
-    val = DATASETS.build(settings.val_dataloader.dataset)
+    val = DATASETS.build(configuration.val_dataloader.dataset)
     with torch.no_grad():
         (found,) = model.eval().test_step(pseudo_collate([val[0]]))
     if cfg.task == "segment":
