@@ -2,15 +2,15 @@
 
 train, eval, predict, report         the commands
 cli, sweep, early, errors            their command lines, sweeps, first checks and errors
-config, conf/, composition           the schema, the settings, and what a run starts from
+config, conf/, composition           the schema, the settings, and the starting point of a run
 tasks, classify/, dense/             the tasks: dense/ is detection and segmentation
-base_run, distributed, timing,       what every training shares
+base_run, distributed, timing,       shared by the training of all tasks
   seeding, progress, batchnorm
-run_folder, run_checkpoints,         the folder of a run: who may write to it, and its files
+run_folder, run_checkpoints,         the run folder: its lock and its files
   run_weights, reading, records,
   lock, logs, atomic_files
-images, inputs, files, corrupt       reading of images and texts, and what can't be read
-digits, scenes, subsets              the data of the demos, and parts of any data
+images, inputs, files, corrupt       reading images and text files, and handling corrupt ones
+digits, scenes, subsets              the data of the demos, and subsets of any data
 plots, sheet                         pictures
 """
 

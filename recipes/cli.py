@@ -1,4 +1,4 @@
-"""What the commands of the recipes share: help, arguments checked and prepared for Hydra, errors in one sentence."""
+"""Shared parts of the recipes' commands: help, checks of arguments, Hydra's grammar, and errors in one sentence."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PATHS = (
     *("run", "out", "pretrained", "data.root", "data.class_map", "data.train_ann", "data.val_ann"),
     *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
 )
-_MOST_OPTIONS = 20  # of a group that messages list
+_MOST_OPTIONS = 20  # the options of a group that a message lists
 
 Keeps = Callable[[str], bool]
 
@@ -48,7 +48,7 @@ Keeps = Callable[[str], bool]
 
 
 def begin() -> None:
-    """Start a command: let it print names that the terminal cannot show, and answer --version."""
+    """Start a command: escape printed characters that the terminal can't show, and answer --version."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     if "--version" in sys.argv[1:]:
@@ -57,7 +57,7 @@ def begin() -> None:
 
 
 def show_help(page: Callable[[], None], needs_words: bool) -> None:
-    """Print the help and end the process, if --help asks for it or a command that needs arguments has none.
+    """Print the help and end the process if --help is given, or if a command that needs arguments has none.
 
     Args:
         page: Prints the help.
@@ -80,7 +80,7 @@ def print_help(description: str, schema: type, origin: str, keeps: Keeps = lambd
     Args:
         description: The command's docstring.
         schema: A dataclass of config.py.
-        origin: What else sets defaults, the end of the heading.
+        origin: The end of the heading, which says what else sets the defaults.
         keeps: Whether a key or group is shown.
     """
     if "recipe" in sys.argv[1:]:
@@ -151,7 +151,7 @@ def run(
 ) -> None:
     """Check the arguments and call `job` with the configuration that they describe, or with each one of a sweep.
 
-    In a sweep, an error is printed, and the next job starts.
+    In a sweep, the error of a job is printed, and the next job starts.
 
     Args:
         command: The name of the command, for messages.
@@ -196,8 +196,8 @@ def run(
 def rewrite_argv(words: Sequence[str]) -> None:
     """Replace the arguments in `sys.argv`.
 
-    Hydra reads `sys.argv`, and its Python API supports neither `-m` nor `--cfg`. So `sys.argv` has to hold arguments
-    in Hydra's grammar at first, and then those that repeat the run, which `composition.command_line` records.
+    Hydra reads `sys.argv`, and its Python API supports neither `-m` nor `--cfg`. So `sys.argv` first has to hold
+    arguments in Hydra's grammar, and then the arguments that repeat the run, which `composition.command_line` records.
     """
     sys.argv[1:] = words
 
@@ -324,7 +324,7 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
                     _check_option(command, key, str(option))
         elif key.partition(".")[0] in _free(schema):
             if override.type == OverrideType.CHANGE:
-                # Hydra wants a sign in front of keys that it does not know. ++ adds or replaces.
+                # Hydra requires a prefix for keys that it does not know; ++ adds a key or replaces its value.
                 checked[position] = f"++{word}"
         elif key.startswith("hydra") or key in known:
             continue
@@ -339,7 +339,7 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
 
 
 def _free(schema: type) -> list[str]:
-    """The keys whose value is a mapping with any names."""
+    """The keys whose value is a mapping with arbitrary keys."""
     return [field.name for field in dataclasses.fields(schema) if str(field.type).startswith("dict")]
 
 
@@ -369,7 +369,7 @@ def hydra_errors(command: str) -> Iterator[None]:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":  # the user asks for the traceback
         yield
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints several lines in place of raising
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints several lines instead of raising the error
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
@@ -379,14 +379,14 @@ def hydra_errors(command: str) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of an error of Hydra, and that of the OmegaConf error that caused it."""
+    """The first line of a Hydra error, and that of the OmegaConf error that caused it."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [(str(one).strip().splitlines() or [type(one).__name__])[0] for one in (error, cause) if one]
     return ": ".join(line.removeprefix("Error merging override ").rstrip(".") for line in lines)
 
 
 def say(message: str, level: int = logging.ERROR) -> None:
-    """Log a message. Before a run starts its log, which imports torch, print it on stderr."""
+    """Log a message. Before a run has started its log, which imports torch, print the message to stderr."""
     log = logging.getLogger("zoo")
     if not log.handlers:
         print(message, file=sys.stderr)
@@ -399,7 +399,7 @@ def say(message: str, level: int = logging.ERROR) -> None:
 
 @contextmanager
 def friendly_errors(command: str) -> Iterator[None]:
-    """End the process with one line in place of a traceback, where the user can correct the error."""
+    """End the process with one line instead of a traceback if the user can correct the error."""
     try:
         with commands.friendly_errors(command, explain=of_the_system, say=say):
             yield

@@ -1,4 +1,4 @@
-"""What a run starts from: the command line, and the settings of its recipe before the user's changes."""
+"""The starting point of a run: the command line, and the settings of its recipe before the user's changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def command_line() -> str:
 
 
 def recipe(task: str) -> tuple[str, dict[str, Any]]:
-    """The words of this process's command line that choose the task and the recipe, and the settings that result."""
+    """The arguments of this process that choose the task and the recipe, and the settings that result from them."""
     words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     words = tuple(word for word in words if word.lstrip("+").partition("=")[0] in ("task", "recipe"))
     settings = composed(words)
@@ -38,7 +38,7 @@ def recipe(task: str) -> tuple[str, dict[str, Any]]:
 
 @cache
 def composed(words: tuple[str, ...]) -> dict[str, Any]:
-    """The settings that result from these words of a command line."""
+    """The settings that result from these arguments of a command line."""
     config.register()
     if GlobalHydra.instance().is_initialized():
         cfg = hydra.compose("config", list(words))

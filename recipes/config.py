@@ -1,4 +1,4 @@
-"""The schema of `zoo-train` and `zoo-eval`: every key, its type, its default and what it means.
+"""The schema of `zoo-train` and `zoo-eval`: every key, its type, its default and its meaning.
 
 Hydra checks every configuration file and every override against these dataclasses.
 """
@@ -31,7 +31,7 @@ class Between:
         high: The largest number.
         above: Whether `low` itself is excluded.
         below: Whether `high` itself is excluded.
-        numbers: How many numbers a list has, in words for messages.
+        numbers: The length of a list, in words for messages.
         lengths: The lengths that a list may have; any if empty.
         rising: Whether the numbers of a list must not decrease.
     """
@@ -107,8 +107,8 @@ def option(
 
     Args:
         default: The default value, or a function that returns it.
-        help: What the key means, for `--help`.
-        allowed: The values that the key takes, where its type does not say it.
+        help: The meaning of the key, for `--help`.
+        allowed: The values that the key takes, if its type does not say this.
         aliases: Other names that users may write, from which `nearest_key` finds the key.
     """
     metadata = {"help": help, "allowed": allowed, "aliases": aliases}
@@ -119,30 +119,30 @@ def option(
 
 @dataclass
 class DataConfig:
-    """Where the images come from and how they are read."""
+    """The source of the images, and how they are read."""
 
     name: str = option(
         "",
         "name of the data set: `digits`, or what timm.data.create_dataset reads: empty (image folders), `tar`, "
         "`hfds/...`, `hfids/...`, `tfds/...`, `wds/...`, `torch/...`",
     )
-    root: str | None = option(None, "root folder of the data; image folders may have train/ and val/ in it")
+    root: str | None = option(None, "root folder of the data; image folders may be in its subfolders train/ and val/")
     train_split: str = option("train", "training split: its name, or its folder below the root")
     val_split: str = option("val", "validation split: its name, or its folder below the root")
     val_fraction: float = option(
         0.1,
-        "validation fraction: share of every class that is held out if an image folder has no validation split",
+        "validation fraction: share of each class that is held out if an image folder has no validation split",
         Between(0, 1, above=True, below=True),
     )
-    num_classes: int | None = option(None, "number of classes, if the data set does not tell it", Between(1, 1e6))
+    num_classes: int | None = option(None, "number of classes, if the data set does not provide it", Between(1, 1e6))
     class_map: str | None = option(None, "class map: file with one class name per line, in the order of the labels")
-    input_key: str | None = option(None, "input key: field of the image (hfds, wds), or file endings (folders)")
+    input_key: str | None = option(None, "input key: field of the image (hfds, wds), or file extensions (folders)")
     target_key: str | None = option(None, "target key: field of the label (hfds, wds)")
     num_samples: int | None = option(
-        None, "number of training samples, if a stream (hfids, wds) does not tell it", Between(1, 1e12)
+        None, "number of training samples, if a stream (hfids, wds) does not provide it", Between(1, 1e12)
     )
     val_num_samples: int | None = option(
-        None, "number of validation samples, if a stream does not tell it", Between(1, 1e12)
+        None, "number of validation samples, if a stream does not provide it", Between(1, 1e12)
     )
     download: bool = option(False, "download the data set, if the reader can")
     img_size: int | None = option(None, "image size in pixels; that of the model if null", Between(1, 1e5))
@@ -160,10 +160,10 @@ class DataConfig:
         None, "share of the resized image that evaluation crops; that of the model if null", Between(0.1, 2)
     )
     num_workers: int | None = option(
-        None, "number of worker processes that load images; depends on the cores if null", Between(0, 1024)
+        None, "number of worker processes that load images; if null, it depends on the CPU cores", Between(0, 1024)
     )
     max_corrupt: int = option(
-        100, "maximum number of corrupt images: they are skipped and named; one more stops the run", Between(0)
+        100, "maximum number of corrupt images: they are skipped and logged; one more stops the run", Between(0)
     )
     max_pixels: int = option(
         178_956_970,
@@ -220,8 +220,8 @@ class AugmentConfig:
     )
     mixup: float = option(0.0, "mixup alpha; 0 is off", Between(0, 100))
     cutmix: float = option(0.0, "cutmix alpha; 0 is off", Between(0, 100))
-    mixup_prob: float = option(1.0, "mixup probability: of mixing a batch", SHARE)
-    mixup_switch_prob: float = option(0.5, "mixup switch probability: of cutmix, if both are on", SHARE)
+    mixup_prob: float = option(1.0, "mixup probability: how likely a batch is mixed", SHARE)
+    mixup_switch_prob: float = option(0.5, "mixup switch probability: how likely cutmix is used, if both are on", SHARE)
     mixup_mode: str = option("batch", "mixup mode: one draw per batch, pair or elem", OneOf(("batch", "pair", "elem")))
     smoothing: float = option(0.0, "label smoothing", Between(0, 1, below=True))
     re_prob: float = option(0.0, "random erasing probability", SHARE, aliases=("random_erasing_probability",))
@@ -238,7 +238,7 @@ class AugmentConfig:
 
 @dataclass
 class OptimConfig:
-    """timm.optim.create_optimizer_v2."""
+    """Arguments of timm.optim.create_optimizer_v2."""
 
     opt: str = option("adamw", "optimizer: any name of timm.optim.list_optimizers()", aliases=("optimizer",))
     lr: float | None = option(
@@ -266,7 +266,7 @@ class OptimConfig:
 
 @dataclass
 class ScheduleConfig:
-    """timm.scheduler.create_scheduler_v2, with a step per update. Lengths are in epochs."""
+    """Arguments of timm.scheduler.create_scheduler_v2; the schedule steps once per update. Lengths are in epochs."""
 
     sched: str = option(
         "cosine",
@@ -340,12 +340,14 @@ class DenseConfig:
         False, "digits first: without pretrained weights, train the backbone on single digits first"
     )
     small: bool = option(False, "small necks, heads and anchors, for images of about 128 pixels")
-    masks: bool = option(True, "masks: find instance masks besides boxes, if data and method have them")
+    masks: bool = option(True, "masks: predict instance masks as well as boxes, if the data and the method have them")
     updates: int | None = option(None, "updates: length of training, in place of trainer.epochs", COUNT)
     warmup_updates: int = option(0, "warm-up updates, linear", Between(0))
     warmup_factor: float = option(1e-3, "warm-up factor of the learning rate at the start", Between(0, 1, above=True))
     no_decay: list[str] | None = option(
-        None, "no weight decay for parameters whose name contains one of these; vectors and those of the model if null"
+        None,
+        "no weight decay for parameters whose name contains one of these; if null, for vectors and those that the "
+        "model lists",
     )
     backbone_lr: float = option(
         1.0,
@@ -359,10 +361,10 @@ class DenseConfig:
         Between(-100, 100, numbers="a list of numbers,"),
     )
     output_norm: bool | None = option(
-        None, "output norm: LayerNorm on each of the features; as in the family's dense-prediction code if null"
+        None, "output norm: LayerNorm on each feature; as in the family's dense-prediction code if null"
     )
     frozen_stages: int = option(
-        -1, "frozen stages: the stem and that many stages are not trained; -1 for none", Between(-1, 100)
+        -1, "frozen stages: the stem and this number of stages are not trained; -1 for none", Between(-1, 100)
     )
     norm_eval: bool = option(False, "norm evaluation: BatchNorm in the backbone keeps its statistics")
     scales: list[int] = option(
@@ -406,9 +408,9 @@ class PublishedConfig:
 
 @dataclass
 class LogConfig:
-    """What is logged during training."""
+    """Logging during training."""
 
-    every: int = option(50, "updates between lines of the log, where there is no progress bar", COUNT)
+    every: int = option(50, "updates between log lines, if there is no progress bar", COUNT)
     wandb: str = option(
         "offline", "Weights & Biases: offline, online or disabled", OneOf(("offline", "online", "disabled"))
     )
@@ -417,7 +419,7 @@ class LogConfig:
 
 @dataclass
 class Config:
-    """`zoo-train`."""
+    """The configuration of `zoo-train`."""
 
     model: str = option("test_van", "model: any name that timm.create_model takes, with or without a tag")
     model_kwargs: dict[str, Any] = option(dict, "model keyword arguments, for example {drop_path_rate: 0.1}")
@@ -436,14 +438,14 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
-    mm: dict[str, Any] = option(dict, "MMEngine configuration: whatever is given here changes what the recipe made")
+    mm: dict[str, Any] = option(dict, "MMEngine configuration: values that override those of the other keys")
     log: LogConfig = field(default_factory=LogConfig)
     published: PublishedConfig = field(default_factory=PublishedConfig)
 
 
 @dataclass
 class EvalConfig(Config):
-    """`zoo-eval`: the keys of `zoo-train` that matter, and these."""
+    """The configuration of `zoo-eval`: the keys of `zoo-train` that affect an evaluation, and these."""
 
     run: str | None = option(None, "run folder of the model to evaluate")
     checkpoint: str = option("last", "checkpoint of a run folder: last or best", OneOf(("last", "best")))
@@ -451,7 +453,7 @@ class EvalConfig(Config):
     out: str | None = option(None, "output folder; <run>/eval or runs/eval-<date>-<model> if null")
 
 
-# Values of trainer.amp -> names of torch's types. true and false in YAML arrive as text.
+# Values of trainer.amp -> names of torch's dtypes. true and false in YAML arrive as text.
 AMP = {"none": None, "false": None, "bf16": "bfloat16", "true": "bfloat16", "fp16": "float16"}
 
 GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "dense", "log", "recipe")
@@ -478,7 +480,7 @@ def nearest_key(key: str, schema: type = Config) -> str | None:
         own_group, _, own_leaf = name.rpartition(".")
         names = (own_leaf, *item.metadata.get("aliases", ()))
         ratio = max(similarity(leaf, other) for other in names)
-        ratio += 0.1 * (own_group == group)  # of two similar keys, the one in the same group
+        ratio += 0.1 * (own_group == group)  # of two similar keys, prefer the one in the same group
         if ratio > score:
             best, score = name, ratio
     return best
@@ -512,10 +514,10 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
         UserError: The run has keys that this version does not have.
     """
     try:
-        # A configuration that Hydra composed takes no new keys, but that of a run can have any below its mappings.
+        # A configuration that Hydra composed accepts no new keys, but that of a run can have any below its mappings.
         merged = OmegaConf.merge(OmegaConf.structured(EvalConfig), trained)
     except OmegaConfBaseException as error:
-        raise UserError(f"{cfg.run} is of another version: {str(error).splitlines()[0]}.") from error
+        raise UserError(f"{cfg.run} was written by another version: {str(error).splitlines()[0]}.") from error
     data = OmegaConf.to_container(merged.data)
     own = {item.name for item in fields(EvalConfig)}
     for key in ("run", "checkpoint", "per_class", "out", *overridden):

@@ -1,12 +1,12 @@
 """zoo-eval: evaluate the model of a run, or a classifier by name.
 
-zoo-eval runs/<folder>                             the run's model on its validation images
+zoo-eval runs/<folder>                             evaluate a run on its validation images
 zoo-eval runs/<folder> checkpoint=best data=imagefolder data.root=/data/pets/test per_class=true
-                                                   its best epoch on other images
+                                                   evaluate its best epoch on other images
 zoo-eval model=van_b0 pretrained=true data=imagefolder data.root=/data/imagenet/val
-                                                   published weights
+                                                   evaluate published weights
 zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/mine/test
-                                                   a detector on other images
+                                                   evaluate a detector on other images
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _OF_BOTH = (
 
 
 def main() -> None:
-    """Compose the configuration, check it, evaluate. `zoo-eval <folder>` is short for `zoo-eval run=<folder>`."""
+    """Compose and check the configuration, and evaluate. `zoo-eval <folder>` is short for `zoo-eval run=<folder>`."""
     config.register()
     cli.begin()
-    origin = "of a run its own"
+    origin = "which a run replaces with its own"
     cli.show_help(lambda: cli.print_help(__doc__, config.EvalConfig, origin, _matters), needs_words=True)
     cli.run("zoo-eval", "eval", config.EvalConfig, _evaluate, _with_run_key(sys.argv[1:]))
 
 
 def _with_run_key(words: list[str]) -> list[str]:
-    """`words` with run= in front of a folder that comes first."""
+    """`words`, with run= added to a folder that comes first."""
     place = next((i for i, word in enumerate(words) if word not in ("-m", "--multirun")), 0)
     first = words[place] if words else "-"
     if first.startswith("-") or ("=" in first and not os.path.isdir(first)):

@@ -1,16 +1,17 @@
-"""zoo-predict: what a run's model sees in images.
+"""zoo-predict: predict the content of images with the model of a run.
 
-zoo-predict run=runs/<folder> image.jpg out/       one image, or several
-zoo-predict run=runs/<folder> photos/ out/         a folder of images, and those below it
+zoo-predict run=runs/<folder> image.jpg out/       predict one image, or several
+zoo-predict run=runs/<folder> photos/ out/         predict the images in a folder and its subfolders
 zoo-predict run=runs/<folder> photos/ out/ checkpoint=best score=0.3
-                                                   the best epoch's weights; objects of 30 % and more
+                                                   use the best epoch; keep objects with scores of 30 % or more
 
-Of a classifier's run a table is printed, and the output folder gets predictions.csv and predictions.json (the first
-five classes of every image with their probabilities) and predictions.png (a sheet of the images with their classes).
-Of a detector's or segmentor's run it gets a picture for each image, and predictions.json (COCO's format; detection) or
-a PNG of labels for each image in labels/ (segmentation; 16 bits if there are more than 256 classes).
+For a classifier, it prints a table and writes three files to the output folder: predictions.csv and predictions.json
+(the five most probable classes of each image, with their probabilities) and predictions.png (a sheet of the images with
+their classes). For a detector or a segmentor, it writes a picture for each image. A detector's objects are written to
+predictions.json, in COCO's format. A segmentor's labels are written to labels/, as a PNG for each image, with 16 bits
+if there are more than 256 classes.
 
-Files that can't be read as images are named and left out; the command then ends with exit code 1.
+Files that can't be read as images are logged and left out; the command then ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from zoo.recipes.config import option
 
 @dataclass
 class PredictConfig:
-    """`zoo-predict`."""
+    """The settings of `zoo-predict`."""
 
     run: str = option("", "run folder")
     checkpoint: str = option("last", "checkpoint of the run: last or best")
     score: float | None = option(
-        None, "score from which on an object is drawn and written, 0-1 (detectors only); 0.5 if null"
+        None, "lowest score of the objects that are drawn and written, 0-1 (detectors only); 0.5 if null"
     )
     device: str = option("auto", "device: auto, cpu, cuda, cuda:N, mps or xpu")
 
@@ -72,10 +73,10 @@ def _print_help() -> None:
 
 
 def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
-    """Parse the words of a command line into settings, images (files and folders) and the output folder.
+    """Parse the arguments of a command line into settings, images (files and folders) and the output folder.
 
     Raises:
-        UserError: A word can't be used; the message says why.
+        UserError: An argument can't be used; the message says why.
     """
     cfg, paths = OmegaConf.structured(PredictConfig), []
     for word in words:
@@ -90,7 +91,7 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
         else:
             hint = did_you_mean(key, _KEYS, cutoff=0.5)
             hint = f": {hint}" if hint else "."
-            raise UserError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}; a file is ./{word}.")
+            raise UserError(f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}; for a file, write ./{word}.")
     if not cfg.run:
         raise UserError("run is not set: give the folder of a run, run=runs/<folder>.")
     if len(paths) < 2:

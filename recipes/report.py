@@ -1,8 +1,8 @@
-"""zoo-report: a run in one page, or several runs side by side.
+"""zoo-report: write the report of a run, or compare several runs.
 
 zoo-report runs/<folder>                           write its report.html again, from the files in the folder
-zoo-report runs/<folder>/eval                      the same for what zoo-eval wrote
-zoo-report runs/a runs/b -o comparison.html        scores, curves, settings and classes of several runs in one page
+zoo-report runs/<folder>/eval                      do the same for the output of zoo-eval
+zoo-report runs/a runs/b -o comparison.html        compare scores, curves, settings and classes on one page
 
 zoo-train and zoo-eval write report.html when they are done. The pages need no network and run no scripts.
 """
@@ -40,7 +40,7 @@ _GENERATOR = '<meta name="generator" content="zoo-report">'
 _CLASS_SCORES = {"top1": "top-1", "IoU": "IoU", "accuracy": "accuracy", **SCORES["detect"]}
 _TASKS = {"classify": "classification", "detect": "detection", "segment": "segmentation"}
 _PICTURES = {  # file -> title and note
-    "precision_recall.png": ("Precision over recall", "Of each class, at an IoU of 0.5."),
+    "precision_recall.png": ("Precision over recall", "For each class, at an IoU of 0.5."),
     "predictions.png": ("Sample predictions", ""),
 }
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
@@ -171,7 +171,7 @@ def read(path: Path) -> Record:
             f"{path} is not the folder of a run or an evaluation: it has neither config.yaml nor eval.json."
         )
     if facts.get("task", "classify") not in SCORES:
-        raise UserError(f"{path / 'eval.json'} is not what zoo writes: it is of no task that there is.")
+        raise UserError(f"{path / 'eval.json'} is not what zoo writes: its task is unknown.")
     settings = {key: facts[key] for key in ("model", "method", "weights", "data") if key in facts}
     return Record(
         path,
@@ -251,7 +251,7 @@ def write(path: Path) -> Path:
 
 
 def write_or_warn(path: Path) -> None:
-    """Write the report of a run that has just ended; an error is logged, since it must not spoil the run."""
+    """Write the report of a run that has just ended; an error is logged, since it must not make the run fail."""
     try:
         log.info("Report: %s", write(path))
     except Exception as error:
@@ -291,7 +291,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     if record.best:
         value, epoch = record.best
         tiles.insert(1, (f"best {names[record.main]}", _percent(value, record.task), f"epoch {_number(epoch)}"))
-    # The figures of a recipe are those of its model: another model=... on the command line does not have them.
+    # The figures of a recipe are those of its model: they do not apply to another model=... on the command line.
     if record.settings.get("published.model") == record.settings["model"]:
         source = record.settings.get("published.source") or ""
         figures = ((name, record.settings.get(f"published.{key}")) for key, name in _PUBLISHED.items())
@@ -327,12 +327,12 @@ def _notes(record: Record) -> list[str]:
     notes = []
     if not record.evaluation and record.summary is None:
         last = record.history[-1] if record.history else None
-        where = f"the figures are those after update {last['update']}" if last else "it was not evaluated yet"
+        where = f"the figures are those after update {last['update']}" if last else "it has not been evaluated yet"
         notes.append(f"This run has not ended: {where}.")
     if record.images and record.images < _FEW_IMAGES:
-        one = f": one image makes {100 / record.images:.2g} points" if record.task == "classify" else ""
+        one = f": one image is worth {100 / record.images:.2g} points" if record.task == "classify" else ""
         notes.append(
-            f"The scores are of no more than {_counted(record.images, 'image')}{one}. Small differences are chance."
+            f"The scores are from only {_counted(record.images, 'image')}{one}. Small differences may be due to chance."
         )
     skipped = sum(r.get("skipped_updates") or 0 for r in record.history)
     if skipped:
@@ -624,7 +624,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 34
 
 
 def _charts(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Curves over the epochs: one chart has several curves of one run, or one curve of each of several runs."""
+    """Curves over the epochs: one chart has several curves of one run, or one curve per run."""
     task = records[0].task
     scores = [name for name in SCORES[task] if any(f"val_{name}" in r for record in records for r in record.history)]
     wanted: list[tuple[str, list[tuple[str, str]]]]
@@ -724,7 +724,7 @@ def _epochs(low: float, high: float) -> list[float]:
 def _heights(low: float, high: float, most: float = math.inf) -> list[float]:
     """Ticks from below `low` to above `high`; they start at 0, unless all values are far from it and differ.
 
-    There are none above `most`, which no value exceeds.
+    No tick is above `most`, which no value exceeds.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -783,14 +783,14 @@ def _duration(seconds: float) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="zoo-report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, or of an evaluation")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="folder of a run or an evaluation")
     parser.add_argument(
         "-o", "--out", type=Path, metavar="FILE",
-        help=f"where to write; <folder>/{REPORT} for one, comparison.html for several",
+        help=f"page to write; default: <folder>/{REPORT}, or comparison.html for several folders",
     )  # fmt: skip
     return parser
 
@@ -820,11 +820,11 @@ def make(folders: Sequence[Path], out: Path | None) -> Path:
 
 
 def _check_out(path: Path) -> None:
-    """Refuse a path that can't be written, or a file that is not such a page."""
+    """Refuse a path that can't be written, or a file that zoo-report did not write."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: give a file, -o {path / 'comparison.html'}.")
     if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} does not exist: make it, or give another file with -o.")
+        raise UserError(f"the folder {path.parent} does not exist: create it, or give another file with -o.")
     if path.exists():
         with open(path, "rb") as file:
             head = file.read(2000)

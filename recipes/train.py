@@ -1,12 +1,12 @@
 """zoo-train: train a model.
 
-zoo-train                                          test_van on handwritten digits
+zoo-train                                          train test_van on handwritten digits
 zoo-train model=van_b0 data=imagefolder data.root=/data/pets pretrained=true
                                                    fine-tune on a folder of images
-zoo-train task=detect                              find digits in pictures; task=segment likewise
+zoo-train task=detect                              detect digits in images; task=segment labels each pixel
 zoo-train recipe=coco/mask_rcnn_1x model=dinat_tiny data.root=/data/coco
 torchrun --nproc-per-node 8 -m zoo.recipes.train recipe=imagenet/van_b0 data.root=/data/imagenet
-                                                   a published recipe on eight GPUs
+                                                   run a published recipe on eight GPUs
 zoo-train run=runs/<folder> ...                    continue where that run stopped
 """
 
@@ -20,7 +20,7 @@ from zoo.recipes import cli, config, early, report, tasks
 
 
 def main() -> None:
-    """Compose the configuration, check it, run the task."""
+    """Compose and check the configuration, and run the task."""
     config.register()
     cli.begin()
     origin = "which data=, task= and recipe= may change"

@@ -1,25 +1,25 @@
 """Write recipes/conf/recipe/, and the published figures for zoo-models, from the tables in this folder: `make recipes`.
 
-A table has `bases`, which are settings with a name, and `recipes`, whose names stand below recipes/conf/recipe/. With
+A table has `bases`, which are named settings, and `recipes`, whose names are paths below recipes/conf/recipe/. With
 `rows`, each row makes a recipe, and its name replaces the * in the recipe's name, title, model and pretrained. A base,
-a recipe and a row may have:
+a recipe and a row may have these keys:
 
-base        bases that it starts from, of any table (a row's instead of the recipe's); what is set later wins
+base        bases that it starts from, in any table (a row's replace the recipe's); later settings win
 options     configuration groups with the option to choose, such as {data: coco}
 title, paper, source, note
             for the head comment; {name}, {method}, {epochs} and {updates} in a title are filled in
-model       a timm name; the longest of `names` that the recipe's name ends in, if it is missing
+model       a timm name; if missing, the longest of `names` that the recipe's name ends in
 drop_path   model_kwargs.drop_path_rate
 top1, box_ap, mask_ap, miou, miou_multi_scale
             published figures
 published   where these were published
-remark      a sentence to follow the figures
-command     words of the command, besides recipe= and data.root=
-run_folder  true: the command names the run folder, as another recipe starts from the weights in it
+remark      a sentence that follows the figures
+command     arguments of the command, besides recipe= and data.root=
+run_folder  true if the command names the run folder, because another recipe starts from the weights in it
 data, augment, optim, ...
-            settings as in recipes/config.py; a comment behind one is copied with it
+            settings as in recipes/config.py; a comment after a setting is copied with it
 
-`paper` and `published` at the top of a table hold for all of its recipes; `names` are what people call the models.
+`paper` and `published` at the top of a table apply to all of its recipes; `names` are the usual names of the models.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from zoo.recipes import cli, config
 
 TABLES = Path(__file__).parent
 RECIPES = TABLES.parent / "conf" / "recipe"
-PUBLISHED = TABLES.parents[1] / "checkpoints" / "recipes.json"  # of zoo-models: tools import nothing of recipes
-COMMON = "common"  # a base of this table names the source of all that it is made of
+PUBLISHED = TABLES.parents[1] / "checkpoints" / "recipes.json"  # for zoo-models, since tools do not import recipes
+COMMON = "common"  # a base in this table names the source of all its settings
 WIDTH = 120
 
 FIGURES = tuple(item.name for item in dataclasses.fields(config.PublishedConfig) if item.type == "float | None")
 WORDS = ("title", "paper", "source", "note", "model", "pretrained", "drop_path", *FIGURES, "published", "remark")
 WORDS += ("command", "run_folder", "options", "base", "table", "rows")
 SECTIONS = ("model_kwargs", "data", "augment", "optim", "schedule", "trainer", "dense", "mm")
-# What an option sets in these sections is written out: an option on the command line does not change it any more.
+# An option's settings in these sections are written out, so an option on the command line does not change them.
 WRITTEN_OUT = ("schedule", "trainer", "dense")
 METHODS = {
     "mask_rcnn": "Mask R-CNN",
@@ -63,12 +63,12 @@ METHODS = {
 }
 ROOTS = {"imagenet": "/data/imagenet", "coco": "/data/coco", "ade20k": "/data/ade"}
 
-Entry = dict[str, Any]  # a base, a recipe, a row or a part of one, as its table has it
+Entry = dict[str, Any]  # a base, a recipe, a row or a part of one, as in its table
 Settings = dict[tuple[str, ...], str]  # ("optim", "lr") -> "1.0e-3"
 
 
 class Setting(str):
-    """A value as its table spells it, and the comment behind it."""
+    """A value as its table spells it, and the comment after it."""
 
     comment = ""
 
@@ -115,7 +115,7 @@ def recipes() -> dict[str, str]:
 
 
 def read(path: Path) -> Entry:
-    """A table: nested dictionaries with a `Setting` at each end."""
+    """A table: nested dictionaries with a `Setting` at each leaf."""
     text = path.read_text(encoding="utf-8")
     return _plain(yaml.compose(text, Loader=yaml.SafeLoader), text)
 
@@ -132,7 +132,7 @@ def _plain(node: yaml.Node, text: str) -> Any:
 
 
 def _ancestors(entry: Entry, bases: dict[str, Entry]) -> list[Entry]:
-    """The bases that an entry starts from, each behind its own."""
+    """The bases that an entry starts from, each after its own bases."""
     names = entry["base"].strip("[]").split(", ") if "base" in entry else []
     return [layer for name in names for layer in (*_ancestors(bases[name], bases), bases[name])]
 
@@ -142,10 +142,10 @@ def recipe(name: str, row: str, table: str, layers: list[Entry], names: dict[str
 
     Args:
         name: Such as coco/mask_rcnn_van_b2.
-        row: What replaces a *.
+        row: The name that replaces a *.
         table: The table that has the recipe.
         layers: Bases, the recipe and the row; later ones win.
-        names: What people call the models.
+        names: The usual names of the models.
     """
     words, options, own = _combined(name, layers)
     for key in {"title", "model", "pretrained"} & words.keys():
@@ -183,11 +183,13 @@ def recipe(name: str, row: str, table: str, layers: list[Entry], names: dict[str
 
 
 def _combined(name: str, layers: list[Entry]) -> tuple[Entry, Entry, Settings]:
-    """What layers say of a recipe: words, options and settings."""
+    """The words, options and settings of a recipe, from all of its layers."""
     words, options, settings = {}, {}, {}
     for layer in layers:
         if unknown := layer.keys() - {*WORDS, *SECTIONS}:
-            raise SystemExit(f"{name} has the key {min(unknown)!r} in its table, which recipes/tables/write.py lacks.")
+            raise SystemExit(
+                f"{name} has the key {min(unknown)!r} in its table, which recipes/tables/write.py does not know."
+            )
         words |= {key: layer[key] for key in WORDS if key in layer}
         options |= layer.get("options", {})
         settings |= _flat({section: layer[section] for section in SECTIONS if section in layer})
@@ -207,7 +209,7 @@ def _keys() -> dict[tuple[str, ...], Any]:
 
 
 def _place(path: tuple[str, ...]) -> tuple[int, int]:
-    """Where a setting stands: in the order of the schema; model_kwargs and mm keep the order of their table."""
+    """The sort key of a setting: its place in the schema; model_kwargs and mm keep the order of their table."""
     keys = list(_keys())
     sections = list(dict.fromkeys(key[0] for key in keys))
     return sections.index(path[0]), keys.index(path) if path in keys else 0
@@ -215,7 +217,7 @@ def _place(path: tuple[str, ...]) -> tuple[int, int]:
 
 @cache
 def _of_options(options: tuple[tuple[str, str], ...]) -> tuple[dict[str, str], Settings]:
-    """The option of every group, and the settings that differ from the schema's defaults with these."""
+    """The option of every group, and the settings in which these options differ from the schema's defaults."""
     config.register()
     with hydra.initialize_config_dir(cli.CONF, version_base="1.3"):
         cfg = hydra.compose("config", [f"{group}={option}" for group, option in options], return_hydra_config=True)
@@ -243,7 +245,7 @@ def _body(settings: Settings) -> Iterator[str]:
 
 
 def _head(title: str, words: Entry, figures: Entry, layers: list[Entry]) -> Iterator[str]:
-    """What the recipe is, what it should reach, and where its settings are from."""
+    """The head comment: the recipe, its expected figures, and the source of its settings."""
     yield from _comment(f"{title} ({words['paper']})." if "paper" in words else f"{title}.")
     if figures:
         told = published_figures({key: float(value) for key, value in figures.items()}, words["published"])
@@ -259,7 +261,7 @@ def _head(title: str, words: Entry, figures: Entry, layers: list[Entry]) -> Iter
 
 
 def _commands(name: str, words: Entry, settings: Settings) -> Iterator[str]:
-    """How to run the recipe."""
+    """The comment on how to run the recipe."""
     folder, _, short = name.partition("/")
     command = ["# Run: torchrun --nproc-per-node 8 -m zoo.recipes.train", f"recipe={name}"]
     command += [words["command"]] if "command" in words else []

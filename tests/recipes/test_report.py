@@ -205,7 +205,7 @@ def test_run_without_an_evaluation(tmp_path):
     for name in ("metrics.jsonl", "classes.json", "start.json"):
         (folder / name).unlink()
     text = _page(folder).text
-    assert "it was not evaluated yet" in text
+    assert "it has not been evaluated yet" in text
     assert "There is no evaluation to draw yet." in text
 
 
@@ -252,7 +252,7 @@ def test_scores_of_few_images_say_so(tmp_path, images, warned):
     (folder / "summary.json").write_text(json.dumps(summary | {"val_images": images}))
     text = _page(folder).text
     assert f"top-1 25.00 % of {images} images" in text
-    assert (f"The scores are of no more than {images} images" in text) == warned
+    assert (f"The scores are from only {images} images" in text) == warned
 
 
 def test_class_of_one_image_has_no_bar(tmp_path):
@@ -564,7 +564,7 @@ def test_files_of_others_are_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("out", "message"),
-    [(".", r"is a folder: give a file, -o"), ("none/out.html", r"the folder .*none does not exist: make it")],
+    [(".", r"is a folder: give a file, -o"), ("none/out.html", r"the folder .*none does not exist: create it")],
 )
 def test_bad_output_is_refused(tmp_path, out, message):
     with pytest.raises(UserError, match=message):
