@@ -1,4 +1,4 @@
-"""Atomic writing of files: a file has its old content or all of the new one."""
+"""Atomic writing of files: a file holds either its old content or all of its new content."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
 
     Args:
         path: The file.
-        before: Where the old content of `path` is kept.
+        before: The path at which the old content of `path` is kept; None to discard it.
 
     Raises:
         UserError: The content could not be written (disk full, folder not writable); `path` is unchanged.
@@ -56,7 +56,7 @@ def atomic(path: Path, before: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def _keep(path: Path, before: Path) -> None:
-    """Link the content of `path` as `before` too."""
+    """Keep the content of `path` as `before` too, as a hard link if the file system has them."""
     if path.exists():
         before.unlink(missing_ok=True)
         try:
@@ -77,7 +77,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None in place of numbers that are not finite, which JSON lacks."""
+    """`value` with None in place of numbers that are not finite, which JSON can't represent."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

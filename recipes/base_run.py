@@ -1,6 +1,6 @@
 """The lifecycle of a run, shared by all tasks: start or resume, signals, checkpoints, summary.
 
-The class of a task adds what is trained and how. Whatever ends the process, nothing in the run folder is lost.
+Each task's subclass defines what is trained and how. No matter how the process ends, nothing in the run folder is lost.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _LAST = ("model.safetensors", "summary.json", reading.REPORT)
 class BaseRun:
     """A run in its folder.
 
-    A subclass trains in `train`, calls `save_or_stop` after every update, and ends in `finish`. It fills `progress`
-    (`update` counts the steps of the optimizer), `history` (a record per evaluation), `best`.
+    A subclass trains in `train`, calls `save_or_stop` after every update, and writes its final files in `finish`. It
+    fills `progress` (`update` counts the steps of the optimizer), `history` (a record per evaluation) and `best`.
 
     Args:
         cfg: The configuration.
@@ -80,7 +80,7 @@ class BaseRun:
         self.times = StepTimes(device)
         self.notes: list[str] = []  # logged before the plan
 
-    # What a task defines.
+    # Methods that each task defines.
 
     def identity(self) -> dict[str, Any]:
         """The settings that have to stay the same within a run."""
@@ -95,7 +95,7 @@ class BaseRun:
         raise NotImplementedError
 
     def describe_data(self) -> list[str]:
-        """A line on each split."""
+        """Describe each split in one line."""
         raise NotImplementedError
 
     def is_complete(self) -> bool:
@@ -120,12 +120,12 @@ class BaseRun:
         """The state to continue from; None for a new run.
 
         Raises:
-            UserError: The folder holds another run, or the setting `resume` forbids it.
+            UserError: The folder holds another run, or the setting `resume` does not allow this.
         """
         resume = self.cfg.resume
         if distributed.share(run_checkpoints.has_checkpoint(self.folder)):
             if resume == "never":
-                raise UserError(f"{self.folder} holds a run already: choose another run=<folder>, or resume=auto.")
+                raise UserError(f"{self.folder} already holds a run: choose another run=<folder>, or resume=auto.")
             state, _, damage = run_checkpoints.last_checkpoint(self.folder)
             self._check_same_run(state)
             self.damaged = bool(damage)
@@ -200,7 +200,7 @@ class BaseRun:
     def resume_hint(self) -> str:
         """A sentence that says which checkpoint is left if the run fails now."""
         if not run_checkpoints.has_checkpoint(self.folder):
-            return "There was no checkpoint yet."
+            return "There is no checkpoint yet."
         return f"The last good checkpoint is {self.folder / 'last.pt'}."
 
     # Lifecycle.
@@ -220,7 +220,8 @@ class BaseRun:
         if summary is not None:
             if self.changed:
                 raise UserError(
-                    f"{self.folder} holds a finished run, not with {self.changed}: choose another run=<folder>."
+                    f"{self.folder} holds a finished run that was not trained with {self.changed}: "
+                    "choose another run=<folder>."
                 )
             log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
             return summary
@@ -237,7 +238,7 @@ class BaseRun:
             self.train()
             summary = self.finish()
             if self.stop_signal and self.resume_command:
-                # Another run would follow in this process: prevent that.
+                # Prevent another run from following in this process.
                 raise Stopped(f"Stopped. Continue with: {self.resume_command}", self.stop_signal)
             return summary
         except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
@@ -252,7 +253,7 @@ class BaseRun:
                 self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
 
     def _finished_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run with all its files; None if it has to train on or to write some of them."""
+        """The summary of a finished run with all its files; None if it still has to train or to write some of them."""
         if not self.progress["finished"] or not self.is_complete():
             return None
         last = [name for name in _LAST if self.write_report or name != reading.REPORT]
@@ -264,7 +265,7 @@ class BaseRun:
         except UserError:
             return None
         whole = isinstance(summary, dict) and isinstance(summary.get("metrics"), dict)
-        # A run that was continued and then killed may have the files of the shorter run.
+        # A run that was continued and then killed may still have the files of the shorter run.
         return summary if whole and summary.get("updates") == self.progress["update"] else None
 
     def _note_start(self) -> None:
@@ -287,7 +288,7 @@ class BaseRun:
             parts.append(f"{distributed.world_size()} {processes}")
         if accumulate > 1:
             parts.append(f"{accumulate} passes, accumulated")
-        return f"{self.effective_batch} images an update" + (f" = {' x '.join(parts)}" if len(parts) > 1 else "")
+        return f"{self.effective_batch} images per update" + (f" = {' x '.join(parts)}" if len(parts) > 1 else "")
 
     def seconds(self) -> float:
         """The seconds that the run has taken, including the time before it was resumed."""
@@ -304,7 +305,7 @@ class BaseRun:
         self.stop_signal = number
 
     def save_or_stop(self) -> None:
-        """Save if it is due; save and stop if a signal arrived. All processes do the same."""
+        """Save if a checkpoint is due; save and stop if a signal arrived. All processes do the same."""
         due = self.primary and time.monotonic() - self.saved_at > 60 * self.cfg.trainer.save_minutes
         stop, save = distributed.total([float(self.stop_signal > 0), float(due)], self.device)
         if stop:
@@ -313,10 +314,10 @@ class BaseRun:
             self.save()
 
     def stop_between_evaluations(self) -> None:
-        """Within an evaluation, stop the run if a signal arrived.
+        """During an evaluation, stop the run if a signal arrived.
 
-        The state is the one from before the evaluation, which a resumed run repeats. Several processes have different
-        numbers of batches, so they stop after the next update instead.
+        The saved state is the one from before the evaluation, so a resumed run repeats the evaluation. Several
+        processes have different numbers of batches, so they stop after the next update instead.
         """
         if self.stop_signal and distributed.world_size() == 1:
             self.stop()
@@ -339,7 +340,7 @@ class BaseRun:
         """
         self.progress["nonfinite"] += 1
         count, limit = self.progress["nonfinite"], self.cfg.trainer.max_nonfinite
-        log.warning("Update %d is skipped, its loss is not finite (%d in a row).", self.progress["update"], count)
+        log.warning("Skipped update %d: its loss is not finite (%d in a row).", self.progress["update"], count)
         if count > limit:
             raise UserError(
                 f"the loss was not finite in {count} updates in a row (trainer.max_nonfinite={limit}): "
@@ -373,7 +374,7 @@ class BaseRun:
         return summary
 
     def refuse_nonfinite(self, weights: Iterable[torch.Tensor]) -> None:
-        """Raise UserError if one of the final `weights` is not finite: the files exist, but they are of no use."""
+        """Raise UserError if one of the final `weights` is not finite: the files exist, but they are useless."""
         if not all(bool(weight.isfinite().all()) for weight in weights):
             raise UserError(
                 f"the final weights in {self.folder} are not finite: lower optim.lr or set optim.clip_grad=1, "

@@ -43,6 +43,6 @@ def check_batchnorm(model: nn.Module, forward: Callable[[], Any], key: str) -> N
 def remedy(key: str) -> str:
     """The message that says what to do."""
     return (
-        "trainer.batch_size=1 is too small for this model: its BatchNorm sees a single value of each channel, which "
-        f"has no variance. Use trainer.batch_size=2 or more (of as many images), or a larger {key}."
+        "trainer.batch_size=1 is too small for this model: its BatchNorm gets a single value of each channel, which "
+        f"has no variance. Use trainer.batch_size=2 or more (with at least as many training images), or a larger {key}."
     )

@@ -1,4 +1,4 @@
-"""Images that can't be read: they are skipped and logged once each, and too many of them end a run."""
+"""Images that can't be read: each is skipped and logged once, and too many of them end a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def worker_errors() -> Iterator[None]:
 
 
 class CorruptImages:
-    """The images that a run could not read so far.
+    """The images that a run has not been able to read so far.
 
     Args:
         folder: The run folder, for a list of the images if there are too many.
@@ -40,11 +40,11 @@ class CorruptImages:
     def __init__(self, folder: Path, limit: int, names: Iterable[str] = ()):
         self.folder, self.limit = folder, limit
         self.names = set(names)
-        self.known = len(self.names)  # how many of them all processes know
+        self.known = len(self.names)  # how many of them are known to all processes
 
     @property
     def news(self) -> int:
-        """How many of them only this process may know."""
+        """How many of them may be known only to this process."""
         return len(self.names) - self.known
 
     def note(self, names: Iterable[str]) -> None:
@@ -67,7 +67,7 @@ class CorruptImages:
             hint: How to resume the run, for the message.
 
         Raises:
-            UserError: There are too many; corrupt.txt in the run folder lists them.
+            UserError: There are too many of them; corrupt.txt in the run folder lists them.
         """
         if self.known + news <= self.limit:
             return

@@ -1,4 +1,4 @@
-"""Distributed training: devices, ranks, and small exchanges between processes. All of it works in one process too."""
+"""Distributed training: devices, ranks, and small exchanges between processes. All of it also works in one process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def world_size() -> int:
 
 
 def local_world_size() -> int:
-    """The number of them on this machine."""
+    """The number of processes on this machine that train together."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
@@ -93,22 +93,22 @@ def fit_batch_size(cfg: DictConfig, images: int) -> tuple[DictConfig, list[str]]
     batch -= batch % 2 if pairs else 0
     if not batch:
         need = f"{'two' if pairs else 'one'} for each of {world_size()} processes"
-        raise UserError(f"there are too few images for training, {images}: it takes at least {need}.")
+        raise UserError(f"there are too few training images ({images}): give at least {need}.")
     lowered = {"batch_size": batch}
     if trainer.effective_batch_size:
         lowered["effective_batch_size"] = images // (batch * world_size()) * batch * world_size()
     changes = [f"trainer.{key} from {trainer[key]} to {new}" for key, new in lowered.items() if new != trainer[key]]
-    note = f"There are {images} images for training, fewer than the {wanted} of an update: lowered "
+    note = f"There are {images} training images, fewer than the {wanted} of an update: lowered "
     return OmegaConf.merge(cfg, {"trainer": lowered}), [f"{note}{' and '.join(changes)}."]
 
 
 def cores() -> int:
-    """The number of CPU cores that this process may use; on macOS and Windows, of all cores."""
+    """The number of CPU cores that this process may use; on macOS and Windows, the number of all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def spare_cores() -> int:
-    """The number of workers to load images with: this process's share of the cores, at most eight."""
+    """The number of workers that load images: this process's share of the cores, at most eight."""
     return min(8, max(1, cores() // local_world_size()))
 
 
@@ -125,7 +125,7 @@ def check_open_files(workers: int) -> int:
     if workers and soft < needed:
         if hard < needed:
             raise UserError(
-                f"only {hard} files may be open at once, and {workers} processes that load images take {needed}: raise "
+                f"only {hard} files may be open at once, and {workers} processes that load images need {needed}: raise "
                 f"the limit (ulimit -n {needed} or more), or set data.num_workers=0."
             )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,4 +1,4 @@
-"""Checks before torch and timm are imported, which takes seconds: what is wrong is said at once."""
+"""Checks that run before torch and timm are imported, which takes seconds, so that errors appear at once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from zoo.messages import UserError, similar_path, unknown_model
 from zoo.recipes.tasks import TASKS
 
-# Keys that name a file or folder below data.root, or anywhere.
+# Keys that name a file or folder, absolute or below data.root.
 _BELOW_ROOT = (
     *("data.class_map", "data.train_ann", "data.val_ann"),
     *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
@@ -56,7 +56,7 @@ def check_root(root: str | None) -> None:
 
 
 def check_run(folder: Path) -> None:
-    """Refuse what is not a run folder.
+    """Refuse a folder that is not a run folder.
 
     Raises:
         UserError: The message says what may have been meant.
@@ -75,7 +75,7 @@ def check_folder(folder: Path, what: str) -> None:
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise UserError(f"{there} is a file, and can't be {what}: give a folder, new or old.")
+        raise UserError(f"{there} is a file, and can't be {what}: give a new or an existing folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{there} can't be written to: choose another folder for {what}.")
 
@@ -83,7 +83,7 @@ def check_folder(folder: Path, what: str) -> None:
 def check_model(name: str) -> None:
     """Refuse the name of a model that is not in the source code of timm or the zoo.
 
-    A model is a function of its name, so that reading the code is enough; timm checks the name again, and the tag.
+    A model is a function with the model's name, so reading the code is enough. timm checks the name again, and the tag.
 
     Raises:
         UserError: The message has the nearest name.

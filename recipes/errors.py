@@ -1,4 +1,4 @@
-"""How a run ends early, and what errors of the operating system mean for it."""
+"""Early ends of a run, and advice on errors of the operating system."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def of_the_system(error: BaseException) -> str | None:
         if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
             return "too many files are open: raise the limit (ulimit -n 4096), or set data.num_workers=0."
         if "DataLoader worker" in text:
-            return f"a process that loads images died ({text}), often because memory is short: lower data.num_workers."
+            return f"a process that loads images died ({text}), often because memory ran out: lower data.num_workers."
         if number == errno.ENOMEM or isinstance(cause, MemoryError) or any(words in text for words in _NO_MEMORY):
             return "there is too little memory: lower trainer.batch_size or data.num_workers, or end other programs."
         if "can't start new thread" in text or (number == errno.EAGAIN and isinstance(cause, BlockingIOError)):

@@ -72,7 +72,7 @@ def read_classes(path: Path) -> list[str]:
     """The names in a text file with one class per line, in the order of the lines.
 
     Raises:
-        UserError: The file can't be read, names no class or one twice, or is of another kind.
+        UserError: The file can't be read, names no class, names a class twice, or is not a list of classes.
     """
     if path.suffix.lower() in (".json", ".pkl", ".pickle"):
         raise UserError(f"{path} is not a list of classes: give a text file with one class per line.")

@@ -5,8 +5,8 @@
 | 8 bits per channel                  | the same numbers                                                    |
 | 16 bits per channel                 | the higher 8 (the number divided by 256)                            |
 | 1, 2 or 4 bits of grey              | black is 0 and white 255                                            |
-| floating-point grey                 | 0 to 1 becomes 0 to 255; more than 1, up to 255, stays as it is     |
-| 32-bit or signed integers           | 0 to 255 stay as they are                                           |
+| floating-point grey                 | up to 1, multiplied by 255; up to 255, unchanged                    |
+| 32-bit or signed integers           | 0 to 255 do not change                                              |
 | floats or such integers beyond that | refused: it is unknown which number is white                        |
 | a palette, CMYK, YCbCr, LAB         | converted to RGB                                                    |
 | transparency                        | kept for four channels (RGBA), otherwise dropped, colours unchanged |
@@ -30,7 +30,7 @@ from PIL import ExifTags, Image, ImageCms
 
 from zoo.messages import one_line
 
-# Endings of the files in a folder that count as images.
+# The extensions of the files in a folder that count as images.
 ENDINGS = frozenset({".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp"})
 # Pillow's mode for each number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -59,10 +59,10 @@ def open_image(file: str | Path | BinaryIO, channels: int = 3, max_pixels: int =
     Args:
         file: A path, or a binary file that is open for reading.
         channels: 1, 3 or 4.
-        max_pixels: Images of more pixels are refused: a small file can claim to be larger than the memory.
+        max_pixels: Images with more pixels are refused: a small file can declare an image that exceeds the memory.
 
     Returns:
-        An image of the mode L, RGB or RGBA.
+        An image in mode L, RGB or RGBA.
 
     Raises:
         ImageError: The file has no usable image.
@@ -73,7 +73,7 @@ def open_image(file: str | Path | BinaryIO, channels: int = 3, max_pixels: int =
 
 
 def image_size(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of the image that `open_image` returns, usually without decoding it; raises the same."""
+    """Width and height of the image that `open_image` returns, usually without decoding it. It raises the same."""
     with _opened(file, max_pixels) as image:
         width, height = image.size
         # Pillow rotates TIFFs itself, and decodes a PNG to find its orientation.
@@ -119,8 +119,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     low, high = values.min(), values.max()
     if not 0 <= low <= high <= 255:  # also false for NaN
         raise ImageError(
-            f"its numbers go from {low:g} to {high:g} and nothing says which is white: save it with 8 or 16 bits, or "
-            "as floats from 0 to 1"
+            f"its numbers range from {low:g} to {high:g}, and nothing says which is white: save it with 8 or 16 bits, "
+            "or as floats from 0 to 1"
         )
     if image.mode == "F" and high <= 1:
         values = 255 * values
@@ -131,7 +131,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 is upright."""
     try:
         value = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF data raise anything, but the image can still be used
+    except Exception:  # damaged EXIF data can raise any error, but the image is still usable
         return 1
     return value if value in range(1, 9) else 1
 
@@ -139,7 +139,7 @@ def _orientation(image: Image.Image) -> int:
 @contextmanager
 def _opened(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     """Pillow's image; an error about the content of the file becomes an ImageError."""
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow itself refuses twice as many, also within formats
+    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow itself refuses more than twice as many, also while it decodes
     try:
         with Image.open(file) as image:
             if image.width * image.height > max_pixels:
@@ -151,7 +151,7 @@ def _opened(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Imag
         raise ImageError(f"it has more than data.max_pixels={max_pixels} pixels") from None
     except Image.UnidentifiedImageError:
         raise ImageError("it is not an image that Pillow can read") from None
-    except Exception as error:  # decoders raise anything
+    except Exception as error:  # decoders can raise any error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ImageError(one_line(error)) from None

@@ -1,4 +1,4 @@
-"""The images that a command line names, read one after another; files that are not images are logged and left out."""
+"""The images that a command line names, read one by one; files that are not images are logged and left out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from zoo.recipes import images
 
 log = logging.getLogger("zoo")
 ENDINGS = images.ENDINGS | {".gif"}
-_LONGEST_NAME = 200  # bytes; file systems allow 255, which have to hold an ending and a number too
+_LONGEST_NAME = 200  # bytes; file systems allow 255, which also have to hold an extension and a number
 # The aspect ratio beyond which an image is refused: resized to a model's size, its long side would fill the memory.
 _MOST_NARROW = 200
 
 
 @dataclass(frozen=True)
 class Input:
-    """An image file, and its name below an output folder; names are unique even without their endings."""
+    """An image file, and its name below an output folder; names are unique even without their extensions."""
 
     path: Path
     name: Path
@@ -87,7 +87,7 @@ class Inputs:
         sources = {os.path.realpath(item.path) for item in self.found}
         for target in targets:
             if os.path.realpath(target) in sources:
-                raise UserError(f"the image {shown(target)} would be written over: give another output folder.")
+                raise UserError(f"the image {shown(target)} would be overwritten: give another output folder.")
 
     def read(self, channels: int, max_pixels: int, advance: Callable[[], None]) -> Iterator[tuple[Input, Image.Image]]:
         """Yield the images that can be read, upright, with `channels` channels; `advance` is called after each file."""
@@ -109,10 +109,10 @@ class Inputs:
         log.warning("%s is left out: the model can't take it (%s).", shown(item.path), reason)
 
     def conclude(self) -> None:
-        """Check at the end that nothing was left out.
+        """At the end, check that no file was left out.
 
         Raises:
-            UserError: Something was.
+            UserError: Files were left out.
         """
         kinds = ((self.unread, "can't be read as images"), (self.failed, "are images that the model can't take"))
         parts = [
@@ -136,7 +136,7 @@ def _open(path: Path, channels: int, max_pixels: int) -> Image.Image:
 
 
 def _unique(name: Path, taken: set[str], folders: set[str]) -> Path:
-    """`name`, changed if it is taken, for example by an image with another ending."""
+    """`name`, changed if it is taken, for example by an image with another extension."""
     if name.parts[0].casefold() == "labels":  # a segmentor writes its labels there
         name = Path("labels_", *name.parts[1:])
     stem, ending = name.stem, name.suffix

@@ -81,7 +81,7 @@ class Lock:
         text = self._read()
         if text is not None and not self._own(text):
             raise UserError(
-                f"{self._in_use(_parse(text))} It has taken the folder over from this process, which writes no more."
+                f"{self._in_use(_parse(text))} It has taken over the folder, so this process no longer writes to it."
             )
 
     def release(self) -> None:
@@ -122,7 +122,7 @@ class Lock:
             aside.unlink(missing_ok=True)
 
     def _lives(self, owner: dict[str, Any] | None, text: str) -> bool:
-        """Whether the owner that the file names is alive; for an owner elsewhere, that may take 90 s to find out."""
+        """Whether the owner that the file names is alive; for an owner elsewhere, finding out may take 90 s."""
         if owner and owner["machine"] == self.owner["machine"]:
             now = _started(owner["pid"])
             if now is None or now != owner["started"]:
@@ -163,7 +163,7 @@ class Lock:
         if owner is None:
             return f"{folder} is in use by an unknown process{age}: {other}, or delete {self.path}."
         who = f"process {owner['pid']} on {owner['host']} ({owner['command']}{age})"
-        end = f"wait for its end, stop it there, or {other}; if it is dead, delete {self.path}."
+        end = f"wait until it ends, stop it there, or {other}; if it is dead, delete {self.path}."
         return f"{folder} is in use by {who}: {end}"
 
 
@@ -213,7 +213,7 @@ def _short(machine: str) -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process of this machine started; "" if the system does not tell, None if no such process is alive."""
+    """When a process of this machine started; "" if the system does not say, None if no such process is alive."""
     try:
         # The name in brackets may contain anything.
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()

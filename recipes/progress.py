@@ -19,7 +19,7 @@ class Progress:
     Args:
         shown: Whether this process shows anything.
         epochs: The number of epochs.
-        updates: Updates in an epoch.
+        updates: Updates per epoch.
         every: Without a terminal, log a line after this number of updates.
         done: Updates of the whole run that are already done.
         last: The update that ends the run; None for the last one of the last epoch.
@@ -75,13 +75,13 @@ class Progress:
                 log.info("%s, update %d/%d: %s, lr %.2e", self.title, self.done, self.updates, note, lr)
             return
         elapsed = self.bar.tasks[-1].elapsed or 0.0
-        if elapsed > 1:  # the first second does not tell the speed
+        if elapsed > 1:  # the first second says little about the speed
             note += f"  {self.images / elapsed:.0f} images/s"
         self.images += images
         self.bar.update(self.task, advance=1, note=note)
 
     def _remaining(self) -> str:
-        """The time left for the whole run, evaluations included, from the time per update of this process so far."""
+        """The time left for the whole run, evaluations included, from this process's time per update so far."""
         self.left -= 1
         if self.begun is None:  # the first update waits for workers and compilers
             self.begun = time.monotonic()

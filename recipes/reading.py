@@ -22,9 +22,9 @@ from zoo.recipes.tasks import TASKS
 
 REPORT = "report.html"  # the report of a run or an evaluation, in its folder
 
-_DEEPEST = 40  # levels of a config.yaml
-_LARGEST = 200_000  # bytes of it
-_NAMES = {float: "a number", int: "a whole number", str: "a text", list: "a list", dict: "a mapping"}
+_DEEPEST = 40  # levels in a config.yaml
+_LARGEST = 200_000  # bytes in a config.yaml
+_NAMES = {float: "a number", int: "a whole number", str: "a string", list: "a list", dict: "a mapping"}
 
 
 class Epoch(TypedDict, total=False):
@@ -37,7 +37,7 @@ class Epoch(TypedDict, total=False):
 
 
 class Summary(TypedDict, total=False):
-    """summary.json."""
+    """The content of summary.json."""
 
     metrics: Required[dict[str, float | None]]
     params: float
@@ -55,7 +55,7 @@ class _Recipe(TypedDict):
 
 
 class Start(TypedDict, total=False):
-    """start.json."""
+    """The content of start.json."""
 
     recipe: _Recipe | None
     data: list[str]
@@ -64,7 +64,7 @@ class Start(TypedDict, total=False):
 
 
 class Evaluation(TypedDict, total=False):
-    """eval.json."""
+    """The content of eval.json."""
 
     task: str
     model: Required[str]
@@ -88,7 +88,7 @@ class _Identity(TypedDict, total=False):
 
 
 class Checkpoint(TypedDict, total=False):
-    """last.pt without the state of the training."""
+    """The content of last.pt without the state of the training."""
 
     progress: Required[_Progress]
     history: Required[list[dict[str, Any]]]
@@ -99,7 +99,7 @@ class Checkpoint(TypedDict, total=False):
 
 
 class Classes(TypedDict):
-    """classes.json."""
+    """The content of classes.json."""
 
     classes: list[str]
     scores: dict[str, list[float | None]]
@@ -129,7 +129,7 @@ def load_config(folder: Path) -> DictConfig:
         if not isinstance(content, DictConfig):
             raise UserError(f"{path} is not the configuration of a run: it names no task and model.")
         known = OmegaConf.merge(OmegaConf.structured(Config), _known(content, Config))
-        OmegaConf.to_container(known, resolve=True)  # finds a text where a number is needed
+        OmegaConf.to_container(known, resolve=True)  # refuses a string where a number is needed
         if known.task not in TASKS or not content.get("model"):
             raise UserError(f"{path} is not the configuration of a run: it names no task and model.")
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
@@ -178,7 +178,7 @@ def load(path: Path, kind: type) -> Any:
 
     Args:
         path: The file.
-        kind: The type of its content: one of this module.
+        kind: The type of its content, from this module.
 
     Raises:
         UserError: It can't be read, or its content is of another type.
@@ -225,7 +225,7 @@ def check(content: Any, kind: type, source: Any) -> Any:
         UserError: It is not; the message begins with `source`.
     """
     if wrong := _misfit(content, kind, ""):
-        raise UserError(f"{source} is not what zoo writes: {wrong}; repair it, or delete it and do without.")
+        raise UserError(f"{source} is not what zoo writes: {wrong}; repair it, or delete it to continue without it.")
     return content
 
 
@@ -242,7 +242,7 @@ def _finite(value: Any, depth: int = 0) -> Any:
 
 
 def _misfit(value: Any, kind: Any, where: str) -> str | None:
-    """What part of `value` is not of the type `kind`; None if all is."""
+    """Say which part of `value` is not of the type `kind`; None if every part is."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return None

@@ -15,7 +15,7 @@ def start_wandb(folder: Path, cfg: DictConfig, run_id: str | None) -> Any:
     """Start the run's record at Weights & Biases, or resume it by its id; None if it is disabled.
 
     Raises:
-        UserError: It can't start, and `log.wandb=online` asks for it.
+        UserError: It can't start, and `log.wandb=online` requires it.
     """
     if cfg.log.wandb == "disabled":
         return None

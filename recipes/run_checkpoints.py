@@ -17,8 +17,8 @@ from zoo.recipes.errors import of_the_system
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, lists, dicts) to `path`, atomically; the old file becomes previous.pt.
 
-    There is a whole checkpoint at every moment and, from the second one on, also the one before it. This takes twice
-    the size of a checkpoint on the disk, and three times while one is being written.
+    After the first call there is always a whole checkpoint, and after the second one also the one before it. On the
+    disk, they take twice the size of a checkpoint, and three times while one is being written.
     """
     with atomic(path, before=path.with_name("previous.pt")) as file:
         torch.save(state, file)
@@ -32,7 +32,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch ignores the checksums; checking them makes loading 1.5 times as long
+            damaged = file.testzip()  # torch ignores the checksums; checking them makes loading take 1.5 times as long
         if damaged:
             raise ValueError(f"{damaged} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -53,7 +53,7 @@ def last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path, str]:
     """The last whole checkpoint of a run, its file, and what is wrong with last.pt if it is another file.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no whole checkpoint.
     """
     last, previous = folder / "last.pt", folder / "previous.pt"
     try:

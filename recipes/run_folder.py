@@ -1,4 +1,4 @@
-"""Run folders: who may write to them, and the files in them.
+"""Run folders: their locks and their files.
 
 config.yaml          the whole configuration
 start.json           command, data, and the settings of the recipe before the user's changes
@@ -7,14 +7,14 @@ last.pt              everything needed to continue
 previous.pt          the checkpoint before it; used if last.pt is damaged
 best.safetensors     weights of the best epoch so far
 metrics.jsonl        one line per epoch
-curves.png           the same as a picture
+curves.png           the same as a plot
 classes.json         the last evaluation by class
 predictions.png      samples of the validation split
 model.safetensors    the final weights and
 config.json          their description: timm.create_model("local-dir:<run folder>") loads them
 summary.json         the figures
-report.html          all of it in one page
-.lock                the process that writes to the folder, while one does
+report.html          all of it on one page
+.lock                names the process that is writing to the folder
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: st
 
     Args:
         folder: The folder; None for a new one below runs/, named by `prefix`, date, time and `name`.
-        prefix: Beginning of a new folder's name.
-        name: End of a new folder's name.
+        prefix: The beginning of a new folder's name.
+        name: The end of a new folder's name.
         key: The setting that chooses another folder, for messages.
 
     Raises:
@@ -74,7 +74,7 @@ def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: st
         if lock:
             lock.release()
             if new:
-                with suppress(OSError):  # which says that something is in it
+                with suppress(OSError):  # raised if something is in the folder
                     path.rmdir()
 
 
@@ -95,12 +95,14 @@ def default_folder(prefix: str, name: str) -> Path:
             folder = Path("runs") / f"{stem}-{number}"
         except OSError as error:
             raise UserError(
-                f"the folder {folder} can't be made ({error.strerror}): choose another with run=<folder>."
+                f"the folder {folder} can't be created ({error.strerror}): choose another with run=<folder>."
             ) from error
 
 
 def make_folder(folder: Path, key: str | None = "run") -> None:
-    """Create `folder` and check that it can be written to; `key` is the setting that names it, None if it is a word.
+    """Create `folder` and check that it can be written to.
+
+    `key` is the setting that names it; None if it is an argument without a key.
 
     Raises:
         UserError: It can't be created or written to.

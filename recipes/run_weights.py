@@ -72,7 +72,9 @@ def load_model(
     check: Callable[[DictConfig], None],
     build: Callable[[DictConfig, list[str]], nn.Module],
 ) -> tuple[nn.Module, DictConfig, list[str], str]:
-    """The model of the run `cfg.run`, its configuration with the user's changes, its classes, the file of its weights.
+    """Load the model of the run `cfg.run`.
+
+    Returns the model, its configuration with the user's changes, its classes, and the file of its weights.
 
     Args:
         cfg: The composed configuration of an evaluation.

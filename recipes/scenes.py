@@ -162,7 +162,7 @@ def _describe(mask: np.ndarray) -> dict[str, Any]:
 
 
 def outlines(mask: np.ndarray) -> list[list[int]]:
-    """The outlines of a mask (H, W), bool, along the edges of pixels, as lists x, y, x, y, ...; also those of holes."""
+    """The outlines of a mask (H, W), bool, along the edges of pixels, as lists x, y, x, y, ...; also of holes."""
     padded = np.pad(mask, 1)
     follows: dict[tuple[int, int], list[tuple[int, int]]] = {}
     # The edges between inside and outside, directed so that the inside is on the right.

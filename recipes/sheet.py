@@ -118,7 +118,7 @@ def read(path: Path) -> Sheet | None:
         step = content["group"]
         groups = [tiles[i : i + step] for i in range(0, len(tiles), step)]
         return Sheet(str(content["title"]), groups, [(str(name), str(colour)) for name, colour in content["legend"]])
-    except Exception:  # the file may come from anyone: decoders raise anything, and keys may be missing
+    except Exception:  # the file may come from anyone: decoders can raise any error, and keys may be missing
         return None
 
 

@@ -1,4 +1,4 @@
-"""Evenly spread parts of lists: what is checked, drawn or shown where all would be too many."""
+"""Evenly spread subsets of lists that are too long to be checked, drawn or shown in full."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
     """The values, by key, in which a run of a sweep differs from the others.
 
     Args:
-        overrides: The words of the run.
-        asked: The words of the sweep. Keys that none of them sets to one value are chosen by Hydra's sweeper.
+        overrides: The overrides of the run.
+        asked: The arguments of the sweep. Keys that none of them sets to a single value are chosen by Hydra's sweeper.
     """
     parser = OverridesParser.create()
     words = parser.parse_overrides([word for word in asked if "=" in word and not word.startswith("-")])
@@ -67,7 +67,7 @@ class Sweep(Callback):
         self.runs: list[tuple[dict[str, str], Path, Any]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the words of the sweep."""
+        """Remember the arguments of the sweep."""
         self.asked = list(config.hydra.overrides.task)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -84,7 +84,7 @@ class Sweep(Callback):
         from rich.console import Console
 
         done = [str(folder) for _, folder, result in self.runs if isinstance(result, dict)]
-        # A terminal needs folded lines; in a file, lines may be long.
+        # Lines are folded to fit a terminal; in a file, they may be long.
         Console(width=None if sys.stdout.isatty() else 240).print(_table(self.runs))
         failed = [(folder, error) for _, folder, error in self.runs if not isinstance(error, dict)]
         if len(done) > 1:

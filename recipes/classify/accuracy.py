@@ -27,7 +27,7 @@ class Evaluation:
     """The result of a pass over a data set.
 
     `metrics` are mean cross-entropy `loss`, `top1` and `top5` in percent, and the number of `images`; `targets` and
-    `predictions` are the labels, in no particular order where several processes share the work.
+    `predictions` are the labels, in no particular order if several processes share the work.
     """
 
     metrics: dict[str, float]

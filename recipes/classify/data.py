@@ -183,9 +183,9 @@ def _labelled(folders: ClassFolders | ClassTar, names: Sequence[str], cfg: DataC
 
 
 def _meant(name: str, known: Sequence[str]) -> str:
-    """A hint at the known name that `name` may have been meant to be."""
+    """A hint at the known name that was probably meant by `name`."""
     close = nearest(name, known)
-    return f" (is {close[0]!r} meant?)" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, int] | None) -> Dataset:
@@ -204,7 +204,7 @@ def _create(cfg: DataConfig, split: str, training: bool, class_map: dict[str, in
             input_key=cfg.input_key,
             target_key=cfg.target_key,
         )
-    except Exception as error:  # any of five libraries reads the data and may raise anything
+    except Exception as error:  # any of five libraries may read the data, and raise any error
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = f"data.name={cfg.name!r}, data.root={cfg.root}, split {split!r}"
         raise UserError(f"the data set can't be opened ({where}): {what}") from error
@@ -277,7 +277,7 @@ def _split(root: Path, split: str, cfg: DataConfig) -> Path | None:
 
 
 def _check_files(reader: ClassFolders, cfg: DataConfig) -> None:
-    """Refuse text files with the name of an image: error pages or lists, saved by mistake, spoil a whole data set.
+    """Refuse text files named like images: error pages or lists, saved by mistake, spoil a whole data set.
 
     Damaged images are not refused: training skips and logs them.
     """
@@ -368,7 +368,7 @@ Sample = tuple[torch.Tensor, int, list[str]]
 class Samples(Dataset):
     """Transformed images: uint8 (C, H, W), label, and the names of images that could not be read.
 
-    The random transform of an item depends on the seed, the epoch and the index only, so it does not matter which
+    The random transform of an item depends only on the seed, the epoch and the index, so it does not matter which
     process makes it, or when. In training, a corrupt image is replaced by the next good one of `indices` (None: of all
     images); in evaluation, it gets the label -1.
     """
@@ -415,7 +415,7 @@ class Samples(Dataset):
                 seed_all(self.seed, epoch, position)
             return self.finish(image), int(target), corrupt
         if self.training:
-            raise UserError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
+            raise UserError(f"{len(corrupt)} corrupt images in a row; the first is {corrupt[0]}: check the data.")
         return torch.zeros(self.input_size, dtype=torch.uint8), -1, corrupt
 
     def _open(self, file: Any) -> Image.Image:
@@ -447,7 +447,7 @@ class Samples(Dataset):
 
 
 class Stream(IterableDataset):
-    """The same for data sets that can only be read in order; the position takes the place of the index."""
+    """`Samples` for data sets that can only be read in order; the position takes the place of the index."""
 
     def __init__(self, dataset: IterableDataset, samples: Samples):
         self.dataset, self.samples, self.epoch = dataset, samples, 0
@@ -558,7 +558,7 @@ def build_loader(
     """A loader of batches made by `collate`; without a sampler, `dataset` is a stream."""
     workers = distributed.check_open_files(num_workers(cfg))
     if sampler is None and training:
-        # A stream's reader counts how often it was read; a new worker for every epoch starts as in a resumed run.
+        # A stream's reader counts how often it was read; a new worker for every epoch starts at 0, as in a resumed run.
         workers = max(workers, 1)
     return DataLoader(
         dataset,

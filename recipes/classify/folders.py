@@ -42,7 +42,7 @@ class _ByClass(Reader):
                 stray[0],
             )
         if not images:
-            raise UserError(f"{root} has no class folders: images belong into {root}/<class>/.")
+            raise UserError(f"{root} has no class folders: images belong in {root}/<class>/.")
         if nested:
             log.info(
                 "%s: %d images lie deeper than their class folders; the classes are the folders of the first level.",
@@ -69,7 +69,7 @@ class ClassFolders(_ByClass):
 
     Args:
         root: The folder.
-        endings: Endings of image files in lower case.
+        endings: The extensions of image files, in lower case.
 
     Raises:
         UserError: A folder can't be read, there is no class folder, one has no images, or two have the same name.
@@ -103,7 +103,7 @@ class ClassTar(_ByClass):
 
     Args:
         root: The uncompressed tar file.
-        endings: Endings of image files in lower case.
+        endings: The extensions of image files, in lower case.
 
     Raises:
         UserError: It can't be read to its end, or has no class folders.
@@ -147,7 +147,7 @@ def class_name(text: str) -> str:
 
 
 def natural_key(text: str) -> tuple[list[int | str], str]:
-    """A sort key that orders numbers within names by value, as timm does, and breaks ties in case."""
+    """A sort key that orders numbers within names by value, as timm does, and breaks ties by case."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", text.lower())], text
 
 

@@ -58,7 +58,7 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
 
 
 def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Run the model on an image. Only this shows whether a model with a minimum or a fixed size takes it."""
+    """Run the model on an image: only this shows whether a model with a minimum or a fixed size takes it."""
     training, weight = model.training, next(model.parameters())
     try:
         with torch.no_grad():

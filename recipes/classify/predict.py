@@ -58,7 +58,9 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         UserError: The user can correct the cause; or, at the end, images were left out.
     """
     if settings.score is not None:
-        raise UserError(f"score={settings.score} is for detectors: {settings.run} is a classifier's run, leave it out.")
+        raise UserError(
+            f"score={settings.score} is for detectors, but {settings.run} is a classifier's run: leave it out."
+        )
     inputs.protect(out / name for name in NAMES)
     model, cfg, classes, weights = from_run(prediction_config(settings.run, settings.checkpoint))
     device = distributed.setup(settings.device)
@@ -124,7 +126,7 @@ def _classify(
 ) -> Iterator[_Prediction]:
     try:
         probabilities = run([pixels for _, pixels, _ in batch])
-    except Exception as error:  # models raise anything
+    except Exception as error:  # models can raise any error
         if len(batch) == 1:
             inputs.fail(batch[0][0], error)
         else:  # one image is the cause, or the batch does not fit in memory

@@ -1,7 +1,7 @@
 """Training a classifier: `zoo-train task=classify`.
 
-Built from timm's task, optimizers, schedules, transforms and Mixup. Random numbers depend on the seed and the position
-in the run only, never on what happened before, so that a run that was killed continues as if it had not been.
+A run uses timm's task, optimizers, schedules, transforms and Mixup. Random numbers depend only on the seed and the
+position in the run, so a run that was killed continues as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class ClassifyRun(BaseRun):
         log.info("Run folder: %s", self.folder)
 
     def describe_data(self) -> list[str]:
-        """A line on each split."""
+        """Describe each split in one line."""
         return [f"training: {self.train_images} images", f"validation: {self.val_images} images"]
 
     def _epoch(self) -> None:
@@ -403,7 +403,7 @@ class ClassifyRun(BaseRun):
 
 
 def _line(record: dict[str, Any], improved: bool, val_images: int) -> str:
-    """The line of the log on an epoch."""
+    """The log line for an epoch."""
     text = f"training loss {record['train_loss']:.4f}"
     if record["train_top1"] is not None:
         text += f" top-1 {record['train_top1']:.2f} %"

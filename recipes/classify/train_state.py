@@ -90,7 +90,9 @@ class TrainState:
                 **schedule,
             )
         except (ArithmeticError, AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"the schedule can't be made from schedule={schedule}: {one_line(error, 300)}") from error
+            raise UserError(
+                f"the schedule can't be created from schedule={schedule}: {one_line(error, 300)}"
+            ) from error
 
     def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         cfg = self.cfg.optim
@@ -107,7 +109,7 @@ class TrainState:
                 **extra,
             )
         except Exception as error:  # raised by many optimizers, and by packages that some of them need
-            raise UserError(f"the optimizer can't be made from optim={dict(cfg)}: {one_line(error, 300)}") from error
+            raise UserError(f"the optimizer can't be created from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Mix and erase normalized images (B, C, H, W) with labels (B,), and return the task's `loss` and `output`."""

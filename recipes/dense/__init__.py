@@ -11,11 +11,11 @@ from zoo.extras import require
 
 
 def prepare(task: str) -> None:
-    """Make MMEngine and its packages ready for `task`; nothing else in this package may be imported before.
+    """Make MMEngine and its packages ready for `task`; import nothing else from this package before.
 
     Three side effects, in this order; calling this again changes nothing:
 
-    1. `mmcv.ops` imports without its compiled extension: PyTorch stands in for what is needed of it.
+    1. `mmcv.ops` imports without its compiled extension: PyTorch and torchvision replace it where needed.
     2. mmdet, for segmentation mmseg too, and this package register their models, data sets and transforms.
     3. MMEngine loads no checkpoint that runs code, and builds nothing that is not registered.
 
@@ -40,7 +40,7 @@ def _replace_compiled_operators() -> None:
 def _register(task: str) -> None:
     # mmseg's Mask2Former is mmdet's.
     for package in ("mmdet",) if task == "detect" else ("mmdet", "mmseg"):
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # they list what they lack
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # they print what they lack
             warnings.simplefilter("ignore")
             importlib.import_module(f"{package}.utils").register_all_modules(init_default_scope=False)
     from zoo.recipes.dense import confusion, optim, transforms  # noqa: F401

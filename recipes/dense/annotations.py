@@ -26,7 +26,7 @@ _REACH = 10  # limit of a coordinate, in longer sides of its image: anything bey
 _RUNS_LIMIT = 2**31  # pixels of an image: COCO's tools count in 32 bits
 _FORMATS = {
     "segments_info": "COCO's panoptic annotations",
-    "neg_category_ids": "annotations of LVIS, whose images are labelled in part and scored in another way",
+    "neg_category_ids": "LVIS annotations, whose images are only partly labelled and scored differently",
 }
 
 
@@ -50,17 +50,17 @@ def _is_side(value: Any) -> bool:
 # The fields that COCO's tools need.
 _FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {
-        "id": (_is_id, "a whole number or a text"),
-        "file_name": (_is_text, "a text"),
+        "id": (_is_id, "a whole number or a string"),
+        "file_name": (_is_text, "a string"),
         "width": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
         "height": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
     },
     "annotations": {
-        "image_id": (_is_id, "a whole number or a text"),
+        "image_id": (_is_id, "a whole number or a string"),
         "category_id": (_is_number, "a whole number"),
         "bbox": (lambda value: isinstance(value, list), "a list"),
     },
-    "categories": {"id": (_is_number, "a whole number"), "name": (_is_id, "a text or a whole number")},
+    "categories": {"id": (_is_number, "a whole number"), "name": (_is_id, "a string or a whole number")},
 }
 
 
@@ -106,16 +106,16 @@ def load_annotations(path: Path) -> dict[str, Any]:
     ids = [image["id"] for image in content["images"]]
     if len({type(number) for number in ids}) > 1:
         text = next(number for number in ids if isinstance(number, str))
-        raise UserError(f"{path} has image ids of both kinds, numbers and texts such as {text!r}: use one.")
+        raise UserError(f"{path} has image ids of both kinds, numbers and strings such as {text!r}: use one.")
     twice = find_twice(ids)
     if twice:
         raise UserError(
-            f"{path} uses {len(twice)} image ids more than once, the first is {twice[0]}: make them unique."
+            f"{path} uses {len(twice)} image ids more than once; the first is {twice[0]}: make them unique."
         )
     large = next((image for image in content["images"] if image["width"] * image["height"] >= _RUNS_LIMIT), None)
     if large:
         raise UserError(
-            f"{path}: image {large['id']} has {large['width']}x{large['height']} pixels, but the tools of COCO can't "
+            f"{path}: image {large['id']} has {large['width']}x{large['height']} pixels, but COCO's tools can't "
             f"count {_RUNS_LIMIT} or more: cut it into parts."
         )
     return content
@@ -152,7 +152,7 @@ def category_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
     if twice:
         ids = [category["id"] for category in categories if str(category["name"]) == twice[0]]
         raise UserError(
-            f"{path} has {len(ids)} categories of the name {twice[0]!r} (ids {', '.join(map(str, ids))}): "
+            f"{path} has {len(ids)} categories named {twice[0]!r} (ids {', '.join(map(str, ids))}): "
             "remove those that no box has, or rename them."
         )
     return {c["id"]: str(c["name"]) for c in sorted(categories, key=lambda category: category["id"])}
@@ -160,7 +160,7 @@ def category_names(path: Path, content: Mapping[str, Any]) -> dict[int, str]:
 
 @dataclass
 class _Findings:
-    """What the annotations of a file hold; the lists have the names of annotations, for messages."""
+    """The findings in the annotations of a file; the lists hold names of annotations, for messages."""
 
     by_class: list[int]  # boxes to learn
     full: set[Any] = field(default_factory=set)  # ids of images with such a box
@@ -247,13 +247,13 @@ def _refuse(path: Path, found: _Findings, names: Mapping[int, str], training: bo
     """Raise UserError for annotations that training or scoring can't use."""
     if found.without_image:
         raise UserError(
-            f"{path}: {len(found.without_image)} annotations name an image that is not among its images, the first is "
+            f"{path}: {len(found.without_image)} annotations name an image that is not among its images; the first is "
             f"{found.without_image[0]}: remove them or add the images."
         )
     if found.without_category:
         ids = f"{', '.join(map(str, [*names][:10]))}{', ...' if len(names) > 10 else ''}"
         raise UserError(
-            f"{path}: {len(found.without_category)} annotations have a category that is not among its categories, the "
+            f"{path}: {len(found.without_category)} annotations have a category that is not among its categories; the "
             f"first is {found.without_category[0]}: the ids are {ids}."
         )
     if not found.full:
@@ -263,7 +263,7 @@ def _refuse(path: Path, found: _Findings, names: Mapping[int, str], training: bo
         )
     if masks and found.maskless:
         raise UserError(
-            f"{path}: {len(found.maskless)} objects have no mask (a polygon, or RLE that fills the image), the first "
+            f"{path}: {len(found.maskless)} objects have no mask (a polygon, or RLE that fills the image); the first "
             f"is {found.maskless[0]}: correct segmentation, or find boxes alone with dense.masks=false."
         )
 
@@ -274,18 +274,18 @@ def _warn(path: Path, found: _Findings, content: Mapping[str, Any], classes: Seq
     kinds = (
         (
             found.unusable,
-            "%s has %d boxes of less than a pixel within their image or marked `ignore`, the first is %s: training "
-            "leaves them out, COCO's scores count them as missed.",
+            "%s has %d boxes of less than a pixel within their image or marked `ignore`; the first is %s: training "
+            "leaves them out, but COCO's scores count them as missed.",
         ),
-        (found.outside, "%s has %d boxes that reach outside, the first is %s: they are clipped."),
+        (found.outside, "%s has %d boxes that reach outside their image; the first is %s: they are clipped."),
         (
             found.shortened if masks else [],
-            "%s has %d masks with polygons of fewer than three points or half a point, the first is %s: those polygons "
+            "%s has %d masks with polygons of fewer than three points or half a point; the first is %s: those polygons "
             "are left out.",
         ),
         (
             repeated,
-            "%s uses %d annotation ids more than once, the first is %s: all of them count, also where the objects are "
+            "%s uses %d annotation ids more than once; the first is %s: all of them count, even if the objects are "
             "the same.",
         ),
     )
@@ -358,12 +358,12 @@ def _runs_fault(mask: Mapping[str, Any], width: int, height: int) -> str | None:
     if isinstance(counts, str):
         runs = _decode_runs(counts)
         if runs is None:
-            return f"the text of its RLE can't be decoded, counts={_short(counts)}"
+            return f"the string of its RLE can't be decoded, counts={_short(counts)}"
         least, total = int(runs.min()), int(runs.sum())
     elif isinstance(counts, list) and counts and set(map(type, counts)) == {int}:
         least, total = min(counts), sum(counts)
     else:
-        return f"its RLE has counts={_short(counts)}: whole numbers or a compressed text are needed"
+        return f"its RLE has counts={_short(counts)}: whole numbers or a compressed string are needed"
     if least < 0:
         return f"its RLE has a run of {least} pixels"
     if total != width * height:

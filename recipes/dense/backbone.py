@@ -82,7 +82,7 @@ class TimmBackbone(BaseModule):
         taken = inspect.signature(type(classifier).__init__).parameters
         indices = _indices(model, classifier, out_indices)
         kwargs = model_kwargs | {"features_only": True, "out_indices": tuple(indices)}
-        if "dynamic_img_size" in taken:  # some Swins and ViTs of timm take a single size otherwise
+        if "dynamic_img_size" in taken:  # otherwise, some of timm's Swins and ViTs take only one size
             kwargs.setdefault("dynamic_img_size", True)
         elif classifier.pretrained_cfg["fixed_input_size"]:
             log.warning("%s is made for images of one size: others may fail, or need certain multiples.", model)
@@ -166,7 +166,7 @@ class TimmBackbone(BaseModule):
             return []
         name = self.arguments["model"]
         if not hasattr(classifier, "group_matcher"):
-            raise UserError(f"dense.frozen_stages={stages}: {name} does not say what its stages are, leave it at -1.")
+            raise UserError(f"dense.frozen_stages={stages}: {name} does not say what its stages are. Leave it at -1.")
         groups = group_parameters(classifier, classifier.group_matcher(coarse=True), reverse=True)
         parameters = dict(self.body.named_parameters())
         groups = self._by_own_names(groups, parameters)

@@ -82,7 +82,7 @@ class NamedCocoMetric(CocoMetric):
                 super().process(data_batch, [sample])
 
     def compute_metrics(self, results: list) -> dict[str, float]:
-        """Score without pycocotools' printed tables; no predictions at all, for which mmdet has no scores, score 0.
+        """Score without pycocotools' printed tables. No predictions, for which mmdet has no scores, score 0.
 
         Objects in corrupt images do not count.
 

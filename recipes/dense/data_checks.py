@@ -34,7 +34,7 @@ def shares(classes: Sequence[str], counts: Sequence[int], most: int = 12) -> str
 
 
 def base_folder(cfg: DataConfig, path: str | None) -> Path:
-    """The folder that relative paths of the data start from; the digit scenes are written there if need be.
+    """The folder that relative paths of the data start from; the digit scenes are written there if necessary.
 
     Args:
         cfg: The configuration.
@@ -54,7 +54,7 @@ def base_folder(cfg: DataConfig, path: str | None) -> Path:
 
 
 def check_folder(key: str, folder: Path) -> None:
-    """Refuse what is not a folder; `key` names the setting."""
+    """Refuse a path that is not a folder; `key` names the setting."""
     if not folder.is_dir():
         wrong = "is a file, not a folder." if folder.exists() else f"does not exist{similar_path(folder)}"
         raise UserError(f"{key}={folder} {wrong}")
@@ -70,11 +70,11 @@ def check_size(file: str, size: tuple[int, int], given: tuple[float, float], ann
 
 
 def warn_shared_images(files: Sequence[set[str]]) -> None:
-    """Warn if validation images are also training images, for example since VOC's lists of splits are not read."""
+    """Warn if validation images are also training images, for example because VOC's lists of splits are not read."""
     shared = set.intersection(*files) if len(files) > 1 else None
     if shared:
         log.warning(
-            "%d of the %d validation images are training images too, the first is %s: scores on them say nothing about "
+            "%d of the %d validation images are training images too; the first is %s: scores on them say nothing about "
             "other images.",
             len(shared),
             len(files[-1]),
@@ -85,7 +85,7 @@ def warn_shared_images(files: Sequence[set[str]]) -> None:
 def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
     """Call `check` on the items, and return its results; corrupt files, which have none, are counted in a warning.
 
-    Text files with the name of an image are refused: error pages or lists, saved by mistake, spoil a whole data set.
+    Text files named like images are refused: error pages or lists, saved by mistake, spoil a whole data set.
 
     Raises:
         UserError: A file is text, or all files are corrupt.
@@ -104,10 +104,10 @@ def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: st
     if text:
         raise UserError(f"{text} is text, not an image: remove or replace it.")
     if corrupt and len(corrupt) == len(items):
-        raise UserError(f"none of the {len(items)} {description} can be read, the first is {corrupt[0]}.")
+        raise UserError(f"none of the {len(items)} {description} can be read; the first is {corrupt[0]}.")
     if corrupt:
         log.warning(
-            "%d of %d %s can't be read, the first is %s: they are skipped.",
+            "%d of %d %s can't be read; the first is %s: they are skipped.",
             len(corrupt),
             len(items),
             description,

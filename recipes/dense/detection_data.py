@@ -38,8 +38,8 @@ class DetectionSplit:
         images: The folder that its file names are relative to.
         classes: Names in the order of the labels, which may differ from their order in the JSON.
         boxes: The number of boxes of each class, without crowds and unusable boxes.
-        num_images: Images that are used: in training those with a box, in evaluation all.
-        num_empty: Images without a box.
+        num_images: The number of images that are used: those with a box in training, all of them in evaluation.
+        num_empty: The number of images without a box.
         has_masks: Whether every object has a mask.
     """
 
@@ -90,7 +90,7 @@ class DetectionData:
     has_masks: bool
 
     def summary(self) -> list[str]:
-        """A line on each split."""
+        """Describe each split in one line."""
         lines = []
         for name, split in named_splits(self.train, self.val):
             line = f"{name}: {split.num_boxes} boxes in {split.num_images} images"
@@ -158,7 +158,7 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
             raise UserError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
         if path.suffix.lower() in (".txt", ".xml", ".yaml", ".yml"):
             raise UserError(
-                f"data.{key}_ann={path} is no COCO JSON: labels of YOLO and VOC have to be converted to one."
+                f"data.{key}_ann={path} is not a COCO JSON: labels of YOLO and VOC have to be converted to one."
             )
         return path
     names = SPLIT_FOLDERS.get(split, (split,))
@@ -187,11 +187,11 @@ def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]
     unknown = [name for name in names if name not in set(classes)]
     if missing or unknown:
         close = nearest(unknown[0], missing or classes) if unknown else []
-        hint = f" (is {close[0]!r} meant?)" if close else ""
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
         parts = [f"{len(missing)} missing, {some(missing)}"] if missing else []
         parts += [f"{len(unknown)} unknown, {some(unknown)}{hint}"] if unknown else []
         raise UserError(
-            f"{path} has other classes than the {len(classes)} of the training: {'; '.join(parts)}: "
+            f"{path} has other classes than the {len(classes)} training classes: {'; '.join(parts)}: "
             "its names have to be the same."
         )
 
@@ -232,7 +232,7 @@ def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, A
             missing.append(file)
     if missing:
         raise UserError(
-            f"{len(missing)} of the {len(images)} images of {path} do not exist, the first is {missing[0]}: "
+            f"{len(missing)} of the {len(images)} images of {path} do not exist; the first is {missing[0]}: "
             "add them, or remove them from the annotations."
         )
     chosen = {str(folder / str(image["file_name"])): image for image in files_to_check(images, cfg)}

@@ -1,8 +1,8 @@
 """MMCV's operators without compiling MMCV: a stand-in for its extension `mmcv._ext`, backed by torchvision.
 
-`mmcv.ops` wraps the functions of the extension in autograd functions; most of them write into tensors that they are
-given. Each function here has the name, the arguments and the effect of the extension's, on CPUs and on GPUs. Only what
-detectors and segmentors commonly call is there; everything else says so when it is called.
+`mmcv.ops` wraps the functions of the extension in autograd functions; most of these write into tensors that they are
+given. Each function here has the name, the arguments and the effect of the extension's, on CPUs and on GPUs. Only the
+functions that detectors and segmentors commonly call are implemented; the others raise an error when they are called.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft NMS: the kept boxes and their lowered scores in the first rows of `dets` (N, 5), their indices returned.
+    """Soft NMS: write the kept boxes and their new scores to the first rows of `dets` (N, 5), and return their indices.
 
     `method` 0 removes boxes that overlap the chosen one by `iou_threshold` or more, 1 multiplies their scores by
     1 - IoU, 2 multiplies all scores by exp(-IoU^2 / sigma). A box whose score falls below `min_score` is dropped.
@@ -121,7 +121,7 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """RoIAlign of `input` (B, C, H, W) at `rois` (R, 5: image, x1, y1, x2, y2) to `output` (R, C, h, w).
+    """Write RoIAlign of `input` (B, C, H, W) at `rois` (R, 5: image, x1, y1, x2, y2) to `output` (R, C, h, w).
 
     Raises:
         UserError: `pool_mode` is 0, the maximum, which torchvision does not have.
@@ -151,7 +151,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """The gradient of `roi_align_forward`, in `grad_input` (B, C, H, W)."""
+    """Write the gradient of `roi_align_forward` to `grad_input` (B, C, H, W)."""
     grad = _at_least_float32(grad_output)
     size = (aligned_height, aligned_width)
     grad_input.copy_(
@@ -185,7 +185,7 @@ def deform_conv_backward_input(
     columns: Tensor,
     **geometry: int,
 ) -> None:
-    """Write the gradients of `deform_conv_forward` by `input` and `offset` to `grad_input` and `grad_offset`."""
+    """Write the gradients with respect to `input` and `offset` to `grad_input` and `grad_offset`."""
     grads = _deform_backward(grad_output, *_deform_arguments(input, weight, offset, geometry))
     grad_input.copy_(grads[0])
     grad_offset.copy_(grads[2])
@@ -201,8 +201,8 @@ def deform_conv_backward_parameters(
     scale: float,
     **geometry: int,
 ) -> None:
-    """`scale` times the gradient of `deform_conv_forward` with respect to the weight, added to `grad_weight`."""
-    # The gradient with respect to the weight does not depend on the weight, which is not an argument either.
+    """Add `scale` times the gradient of `deform_conv_forward` with respect to the weight to `grad_weight`."""
+    # The gradient with respect to the weight does not depend on the weight, which is not an argument here.
     arguments = _deform_arguments(input, torch.zeros_like(grad_weight), offset, geometry)
     grad_weight.add_(_deform_backward(grad_output, *arguments)[1], alpha=scale)
 
@@ -252,7 +252,7 @@ def modulated_deform_conv_backward(
     with_bias: bool,
     **geometry: int,
 ) -> None:
-    """The gradients of `modulated_deform_conv_forward`, in `grad_input`, `grad_weight`, ..."""
+    """Write the gradients of `modulated_deform_conv_forward` to `grad_input`, `grad_weight`, ..."""
     bias = bias if with_bias else None
     grads = _deform_backward(grad_output, *_deform_arguments(input, weight, offset, geometry, mask, bias))
     for ours, grad in zip((grad_input, grad_weight, grad_offset, grad_mask), grads, strict=False):
@@ -289,7 +289,7 @@ def _deform_backward(grad_output: Tensor, input: Tensor, *arguments) -> tuple[Te
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Focal loss of logits (N, C) for labels (N,), to `output` (N, C); a label outside of 0..C-1 is background.
+    """Write the focal loss of logits (N, C) for labels (N,) to `output` (N, C); labels outside 0..C-1 are background.
 
     -alpha (1 - p)^gamma log(p) where the class is the label's, -(1 - alpha) p^gamma log(1 - p) elsewhere, times the
     `weight` (C,) of the label unless it is empty.
@@ -302,7 +302,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """The derivative of each loss with respect to its logit, in `grad_input` (N, C)."""
+    """Write the derivative of each loss with respect to its logit to `grad_input` (N, C)."""
     sign, factor, logit = _focal(input, target, weight, alpha)
     log_p = F.logsigmoid(logit)
     p = log_p.exp()
@@ -357,7 +357,7 @@ def ms_deform_attn_backward(
     grad_attn_weight: Tensor,
     im2col_step: int,
 ) -> None:
-    """The gradients of `ms_deform_attn_forward`, which is computed again, in `grad_value`, ..."""
+    """Write the gradients of `ms_deform_attn_forward`, which is computed again, to `grad_value`, ..."""
     value, locations, weights = (x.detach().requires_grad_() for x in (value, sampling_locations, attention_weights))
     with torch.enable_grad():
         output = ms_deform_attn_forward(

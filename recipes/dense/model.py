@@ -1,7 +1,7 @@
-"""Detectors and segmentors: the configurations of mmdet and mmseg with a backbone of timm's.
+"""Detectors and segmentors: the configurations of mmdet and mmseg with a backbone from timm.
 
-Models start from the configurations that ship inside the packages; what differs (backbone, channels, classes) is set
-here.
+Models start from the configurations that ship inside the packages. The differences (backbone, channels, classes) are
+set here.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
         model: The detector or segmentor, on the CPU.
 
     Raises:
-        UserError: It can't.
+        UserError: Such a batch can't train the BatchNorm of `model`.
     """
     divisor, side = cfg.dense.size_divisor, min(cfg.dense.scales)
     size = cfg.dense.crop or [-(-side // divisor) * divisor] * 2

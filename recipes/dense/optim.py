@@ -37,7 +37,7 @@ class TimmOptimWrapperConstructor:
         try:
             optimizer = create_optimizer_v2(groups, opt=name, **settings)
         except (AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"the optimizer can't be made from optim={self.optimizer}: {error}") from error
+            raise UserError(f"the optimizer can't be created from optim={self.optimizer}: {error}") from error
         return OPTIM_WRAPPERS.build(dict(self.wrapper, optimizer=optimizer))
 
 
@@ -85,9 +85,9 @@ class _SkipBadLoss:
 
 @OPTIM_WRAPPERS.register_module()
 class SkipBadLossOptimWrapper(_SkipBadLoss, OptimWrapper):
-    """MMEngine's OptimWrapper without updates on a loss that is not finite."""
+    """An OptimWrapper of MMEngine that skips updates whose loss is not finite."""
 
 
 @OPTIM_WRAPPERS.register_module()
 class SkipBadLossAmpOptimWrapper(_SkipBadLoss, AmpOptimWrapper):
-    """MMEngine's AmpOptimWrapper without updates on a loss that is not finite."""
+    """An AmpOptimWrapper of MMEngine that skips updates whose loss is not finite."""

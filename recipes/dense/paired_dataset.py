@@ -1,4 +1,4 @@
-"""A data set for mmseg of images and label PNGs with the same names."""
+"""A data set of images and label PNGs with the same names, for mmseg."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.recipes.dense.transforms import SkipsCorrupt
 
 @DATASETS.register_module()
 class PairedDataset(SkipsCorrupt, BaseSegDataset):
-    """Images may have different endings: mmseg itself takes only one."""
+    """Images may have different extensions, while mmseg's own data sets take only one."""
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """List the pairs."""

@@ -47,13 +47,13 @@ def draw_objects(
     """Draw objects on an RGB image.
 
     Args:
-        image: Of width W and height H.
+        image: An image of width W and height H.
         boxes: (N, 4): left, top, right, bottom, in pixels.
         labels: (N,), integers.
         classes: The names of the labels.
         scores: (N,), 0-1; not written if None.
         masks: (N, H, W), bool; not drawn if None.
-        width: Of the result; if None that of the image, of a small one more.
+        width: The width of the result; None for the image's own, or a larger one for a small image.
     """
     palette = [colors(len(classes))[label] for label in labels.tolist()]
     factor, pixels = _resized(image, width)
@@ -113,7 +113,7 @@ def _resized(image: Image.Image, width: int | None) -> tuple[float, torch.Tensor
 def draw_labels(
     image: Image.Image, labels: torch.Tensor, classes: Sequence[str], width: int | None = None
 ) -> Image.Image:
-    """Draw the classes of pixels, (H, W) integers, on an RGB image; `width` is that of `draw_objects`.
+    """Draw the classes of pixels, (H, W) integers, on an RGB image; `width` is as in `draw_objects`.
 
     Pixels without a class (255), and those of a class named background, are not drawn over.
     """
@@ -150,7 +150,7 @@ def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str], width: i
 
 @torch.no_grad()
 def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequence[str], most: int = 8) -> None:
-    """Draw at most `most` validation images, evenly spread, with predictions, and their annotations beside."""
+    """Draw at most `most` validation images, evenly spread, with their predictions and, beside them, annotations."""
     model.eval()
     numbers = evenly_spread(range(len(dataset)), most)
     pairs = []

@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 
 
 def pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
-    """The transforms of training and of test images; prediction omits the transforms that load."""
+    """The transforms of training and of test images; prediction omits those that load images and annotations."""
     return (_detection_pipelines if cfg.task == "detect" else _segmentation_pipelines)(cfg, masks)
 
 

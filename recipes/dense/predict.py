@@ -53,7 +53,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
                     with torch.no_grad():
                         [found] = model.test_step(pseudo_collate([pipeline(data)]))
                     picture = pictures.draw_sample(image, found, classes, written.score)
-                except Exception as error:  # mmdet and mmseg raise anything; the other images go on
+                except Exception as error:  # mmdet and mmseg can raise any error; the other images follow
                     inputs.fail(item, error)
                 else:
                     written.add(item.name, image, found, picture)
@@ -72,7 +72,7 @@ def _labels(out: Path, name: Path) -> Path:
 
 
 class _Written:
-    """Writes predictions to the output folder, and keeps what concerns all images."""
+    """Writes predictions to the output folder, and collects the content of the files on all images."""
 
     def __init__(self, cfg: DictConfig, out: Path, classes: Sequence[str], score: float):
         self.out, self.classes, self.task, self.score = out, classes, cfg.task, score

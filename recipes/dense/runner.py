@@ -1,7 +1,7 @@
 """MMEngine's Runner for a run's settings.
 
-MMEngine counts the training in iterations, forward passes of each process, of which an update takes `accumulate`. The
-schedule is counted in updates.
+MMEngine counts iterations, which are forward passes of each process; an update takes `accumulate` of them. The
+schedule counts updates.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def runner_config(
     result = MMConfig(
         dict(
             work_dir=str(work_dir),
-            experiment_name=str(work_dir),  # otherwise two runners of the same second share a visualizer and its folder
+            experiment_name=str(work_dir),  # otherwise runners made in the same second share a visualizer
             default_scope=SCOPES[cfg.task],
             val_dataloader=evaluated,
             val_cfg=dict(type="ValLoop"),
@@ -150,7 +150,7 @@ def _schedule(cfg: DictConfig, length: RunLength) -> list[dict[str, Any]]:
 
 
 def _workers(cfg: DictConfig) -> int:
-    """The number of workers: none for the small models of the demo, since starting one takes seconds."""
+    """The number of workers: 0 for the small models of the demo, since starting one takes seconds."""
     if cfg.data.num_workers is not None:
         return cfg.data.num_workers
     return 0 if cfg.dense.small else distributed.spare_cores()
@@ -167,7 +167,9 @@ def mm_errors(cfg: DictConfig) -> Iterator[None]:
         if not unknown and not cfg.mm.keys() - {"model"}:
             raise
         reason = one_line(reason.partition(" Please check")[0], 300)
-        raise UserError(f"mm can't be used ({reason}): correct it, every `type` in it is a registered name.") from error
+        raise UserError(
+            f"mm can't be used ({reason}): correct it. Every `type` in it has to be a registered name."
+        ) from error
 
 
 def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runner:

@@ -29,7 +29,7 @@ _SAFE = [
 
 
 def refuse_unpickling() -> None:
-    """Patch the loaders of MMEngine to refuse checkpoints with more than tensors and plain values.
+    """Patch the loaders of MMEngine to refuse checkpoints that hold more than tensors and plain values.
 
     By default, MMEngine unpickles files that torch refuses, and everything that it downloads, which runs any code that
     the file names. It also lets a file call `getattr`, which gives access to all modules.
@@ -60,7 +60,7 @@ def _errors(source: Any) -> Iterator[None]:
         # torch first gives advice on how to unpickle the file anyway; the reason follows.
         reason = _short(str(error).rpartition("WeightsUnpickler error: ")[2])
         raise UserError(
-            f"{source} can't be loaded without running code that it brings along ({reason}): give a file with tensors."
+            f"{source} can't be loaded without running code that it contains ({reason}): give a file with tensors."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise UserError(f"{source} can't be read as a checkpoint ({_short(error)}): give another file.") from error

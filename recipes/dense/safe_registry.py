@@ -1,6 +1,6 @@
 """Restrictions of MMEngine's registries and readers, so that a configuration or a file can't run code.
 
-By default, any importable name is a `type` (`os.system`), a scope is a package to import, and some parts evaluate
+By default, a `type` can be any importable name (`os.system`), a scope can be any package, and some parts evaluate
 strings, run configurations in Python or unpickle files that a configuration names.
 """
 
@@ -62,7 +62,9 @@ def _package_file(filename: str | Path, *args: Any, **options: Any) -> Config:
     path = Path(filename).resolve()
     folders = [Path(importlib.util.find_spec(name).origin).resolve().parent for name in ("mmdet", "mmseg")]
     if not any(path.is_relative_to(folder) for folder in folders):
-        raise UserError(f"{filename} is a configuration of MMEngine, a program, and is not run: give its values in mm.")
+        raise UserError(
+            f"{filename} is a configuration of MMEngine, which is a program and is not run: give its values in mm."
+        )
     return _fromfile(filename, *args, **options)
 
 
@@ -73,6 +75,4 @@ def _nms(name: str) -> Callable[..., Any]:
 
 
 def _refuse_pickle(self: PickleHandler, file: Any, **options: Any) -> Any:
-    raise UserError(
-        f"{getattr(file, 'name', 'a pickle')} can't be read without running what it says: give JSON or YAML."
-    )
+    raise UserError(f"{getattr(file, 'name', 'a pickle')} can't be read without running its code: give JSON or YAML.")

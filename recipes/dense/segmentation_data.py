@@ -46,8 +46,8 @@ class SegmentationSplit:
         labels: The folder of labels, with one channel of 8 or 16 bits, or palette indices.
         classes: Names in the order of the labels.
         ignore_index: The label of ignored pixels.
-        reduce_zero_label: In the files, 0 is ignored too, and the classes are 1, 2, ...
-        num_images: Images with labels.
+        reduce_zero_label: Whether 0 in the files is ignored too, and the classes are 1, 2, ...
+        num_images: The number of images with labels.
         pixels: The number of pixels of each class in the label files that were checked.
         num_checked: The number of label files that were checked.
     """
@@ -89,7 +89,7 @@ class SegmentationData:
     reduce_zero_label: bool
 
     def summary(self) -> list[str]:
-        """A line on each split."""
+        """Describe each split in one line."""
         return [
             f"{name}: {split.num_images} images, pixels of {split.num_checked}: {shares(split.classes, split.pixels)}"
             for name, split in named_splits(self.train, self.val)
@@ -146,12 +146,12 @@ def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
     if cfg.reduce_zero_label and index <= classes:
         raise UserError(
             f"data.ignore_index={index} can't be used with data.reduce_zero_label=true, where 0 is not a class and "
-            f"1 to {classes} are classes: it has to be a label above, for example {_MOST_LABELS - 1}."
+            f"1 to {classes} are classes: it has to be a higher label, for example {_MOST_LABELS - 1}."
         )
     if index == DataConfig.ignore_index < classes:
         raise UserError(
-            f"data.ignore_index={index} is one of the {classes} classes: set it to a label that is none, for example "
-            f"{_MOST_LABELS - 1}."
+            f"data.ignore_index={index} is one of the {classes} classes: set it to a label that is not a class, "
+            f"for example {_MOST_LABELS - 1}."
         )
 
 
@@ -167,8 +167,8 @@ def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | No
     names = names or _numbered_classes(cfg)
     if names is None:
         raise UserError(
-            f"{base} does not name its classes: write {base / 'classes.txt'} with one name a line, in the order of the "
-            "labels, or give data.class_map=<file> or data.num_classes=<number>."
+            f"{base} does not name its classes: write {base / 'classes.txt'} with one name per line, in the order of "
+            "the labels, or give data.class_map=<file> or data.num_classes=<number>."
         )
     if len(names) < 2:
         raise UserError(f"the data has {len(names)} class, {names[0]!r}: segmentation needs two or more.")
@@ -219,7 +219,7 @@ def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None
         wanted = " or ".join(str(base / parent / split) for parent in parents)
         lists = base / "ImageSets" / "Segmentation"
         voc = (
-            f"; the lists of VOC in {lists} are not read, each split needs folders of its own" if lists.is_dir() else ""
+            f"; the lists of VOC in {lists} are not read: each split needs folders of its own" if lists.is_dir() else ""
         )
         raise UserError(
             f"there are no {kind} of the split {split!r} in {wanted}: name the split with data.{key}_split=<name>, or "
@@ -234,11 +234,11 @@ def _listing(folder: Path) -> str:
 
 
 def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[Path, Path]]:
-    """Pairs of images and label PNGs whose paths below the two folders are the same without endings, sorted.
+    """Sorted pairs of images and label PNGs with the same paths below the two folders, extensions aside.
 
     Raises:
-        UserError: Two images differ only in their endings; or, if `strict`, an image has no label, or a folder has no
-            files.
+        UserError: Two images differ only in their extensions; or, if `strict`, an image has no label, or a folder has
+            no files.
     """
     by_stem = _files(images, ENDINGS)
     labels_by_stem = _files(labels, _LABELS)
@@ -253,12 +253,12 @@ def pair_files(images: Path, labels: Path, strict: bool = False) -> list[tuple[P
         if unlabelled:
             first = by_stem[unlabelled[0]]
             raise UserError(
-                f"{len(unlabelled)} of the {len(by_stem)} images in {images} have no label in {labels}, the first is "
+                f"{len(unlabelled)} of the {len(by_stem)} images in {images} have no label in {labels}; the first is "
                 f"{first.relative_to(images)}, which needs {unlabelled[0]}.png: add labels or remove the images."
             )
         unused = sorted(labels_by_stem.keys() - by_stem.keys())
         if unused:
-            log.warning("%s has %d labels without an image, the first is %s.png.", labels, len(unused), unused[0])
+            log.warning("%s has %d labels without an image; the first is %s.png.", labels, len(unused), unused[0])
     return [(by_stem[stem], labels_by_stem[stem]) for stem in both]
 
 
@@ -273,7 +273,7 @@ def _files(folder: Path, endings: frozenset[str]) -> dict[str, Path]:
             path = Path(parent, name)
             key = path.relative_to(folder).with_name(stem).as_posix()
             if key in found:
-                raise UserError(f"{found[key]} and {path} differ in their endings only: remove one of them.")
+                raise UserError(f"{found[key]} and {path} differ only in their extensions: remove one of them.")
             found[key] = path
     return found
 
@@ -366,7 +366,7 @@ def _check_pixels(
     ignored = f"{'0 and ' if reduce else ''}{ignore_index}"
     if not any(pixels):
         raise UserError(
-            f"no pixel in {folder} counts, all labels are {ignored}: check data.ignore_index and the files."
+            f"no pixel in {folder} counts, because all labels are {ignored}: check data.ignore_index and the files."
         )
     without = [name for name, count in zip(classes, pixels, strict=True) if not count]
     if all_training and len(without) == len(classes) - 1:

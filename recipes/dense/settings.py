@@ -97,7 +97,7 @@ def finds_masks(cfg: DictConfig) -> bool:
         UserError: dense.masks=false with a method that predicts only masks.
     """
     if cfg.dense.method == "mask2former" and not cfg.dense.masks:
-        raise UserError("dense.masks=false can't be used with dense.method=mask2former: it finds nothing but masks.")
+        raise UserError("dense.masks=false can't be used with dense.method=mask2former: it finds only masks.")
     return cfg.dense.masks and cfg.dense.method not in ("retinanet", "dino")
 
 

@@ -142,7 +142,7 @@ class DenseRun(BaseRun):
             runner.train_loop._iter = update * self.length.accumulate
             evaluated = max((r["update"] for r in self.history if any(key.startswith("val_") for key in r)), default=0)
             if update > evaluated and self.evaluates(update):
-                runner.val_loop.run()  # the run was ended between this update and its evaluation
+                runner.val_loop.run()  # the run ended between this update and its evaluation
         self.seed()
 
     def _load(self, runner: Runner, state: dict[str, Any]) -> None:
@@ -164,7 +164,7 @@ class DenseRun(BaseRun):
     # Lifecycle.
 
     def describe_data(self) -> list[str]:
-        """A line on each split."""
+        """Describe each split in one line."""
         return self.data.summary()
 
     def log_plan(self) -> None:

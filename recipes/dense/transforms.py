@@ -85,7 +85,7 @@ class LoadLabels(BaseTransform):
 class SkipsCorrupt:
     """A mixin for MMEngine's data sets that replaces an item that can't be read by the next good one.
 
-    The replacement has the names of the corrupt items as `corrupt` in its sample. In evaluation it does not count.
+    The sample of the replacement holds the names of the corrupt items as `corrupt`. In evaluation, it does not count.
     """
 
     def prepare_data(self, idx: int) -> Any:
@@ -106,7 +106,7 @@ class SkipsCorrupt:
                 if self.test_mode:
                     self.exclude(item["data_samples"], idx)
             return item
-        raise UserError(f"{len(corrupt)} corrupt images in a row, the first is {corrupt[0]}: check the data.")
+        raise UserError(f"{len(corrupt)} corrupt images in a row; the first is {corrupt[0]}: check the data.")
 
     def exclude(self, sample: Any, idx: int) -> None:
         """Exclude `sample`, which replaces the item `idx`, from the scores."""

@@ -343,7 +343,7 @@ def test_update_that_is_not_finite_is_skipped_and_counted(fit, images, tmp_path,
 def test_skipped_update_is_in_the_log(fit, images, tmp_path, spoil):
     spoil({2})
     fit(tmp_path / "run", images)
-    assert "Update 2 is skipped, its loss is not finite" in (tmp_path / "run" / "train.log").read_text()
+    assert "Skipped update 2: its loss is not finite" in (tmp_path / "run" / "train.log").read_text()
 
 
 @pytest.mark.slow

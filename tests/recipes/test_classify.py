@@ -258,7 +258,7 @@ def test_validation_labels_follow_the_training_classes(make_folder, options, tmp
 def test_validation_class_that_training_lacks(make_folder, options, tmp_path):
     make_folder(tmp_path / "train", per_class=2)
     make_folder(tmp_path / "val", classes=("apple", "chery"), per_class=2)
-    with pytest.raises(UserError, match=r"'chery' \(is 'cherry' meant\?\)"):
+    with pytest.raises(UserError, match=r"'chery' \(did you mean 'cherry'\?\)"):
         open_data(options(tmp_path), seed=0)
 
 
@@ -538,7 +538,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(fit, images, tmp_pat
 @pytest.mark.slow
 def test_accumulation_is_said(fit, images, tmp_path):
     fit(tmp_path / "run", images, "trainer.batch_size=4", "trainer.effective_batch_size=8")
-    assert "8 images an update = 4 images x 2 passes, accumulated" in (tmp_path / "run" / "train.log").read_text()
+    assert "8 images per update = 4 images x 2 passes, accumulated" in (tmp_path / "run" / "train.log").read_text()
 
 
 @pytest.mark.slow
@@ -675,8 +675,8 @@ def test_run_whose_weights_are_not_finite_ends_in_an_error(fit, images, tmp_path
             r"augment.auto_augment=nonsense is not a policy of timm .*: give one such as",
         ),
         ("augment.auto_augment=rand-n-5", r"augment.auto_augment=rand-n-5 is not a policy of timm"),
-        ("optim.opt=nonsense", r"the optimizer can't be made from .*: Optimizer nonsense not found"),
-        ("optim.opt=os.system", r"the optimizer can't be made from .*: Optimizer os.system not found"),
+        ("optim.opt=nonsense", r"the optimizer can't be created from .*: Optimizer nonsense not found"),
+        ("optim.opt=os.system", r"the optimizer can't be created from .*: Optimizer os.system not found"),
     ],
 )
 def test_value_that_timm_refuses(fit, images, tmp_path, override, message):

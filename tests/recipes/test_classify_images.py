@@ -81,7 +81,7 @@ BAD = Image.fromarray(np.full((8, 8), 1e6, np.float32))
 def test_image_of_a_stream_that_can_not_be_used_is_skipped_and_named():
     [(_, label, corrupt)] = _stream(BAD, Image.new("RGB", (8, 8)), training=True)
     assert label == 1
-    assert corrupt[0].startswith("image 0 of the stream (its numbers go from")
+    assert corrupt[0].startswith("image 0 of the stream (its numbers range from")
 
 
 def test_image_of_a_stream_that_can_not_be_used_does_not_count():

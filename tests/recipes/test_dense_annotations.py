@@ -119,7 +119,7 @@ def test_annotations_are_told_apart_whatever_their_ids_are(count, value):
 
 def test_annotation_ids_twice_are_counted(count, caplog):
     assert count(id=1).by_class == [2, 0]
-    assert "uses 1 annotation ids more than once, the first is 1: all of them count" in caplog.text
+    assert "uses 1 annotation ids more than once; the first is 1: all of them count" in caplog.text
 
 
 def test_annotation_without_an_id_is_named_by_its_place(count):
@@ -157,19 +157,21 @@ def test_whole_sides_may_be_floats(count):
 @pytest.mark.parametrize("value", [True, 1.0, 2**63, None, "", "a\0b", "\ud800", [1], {}], ids=ascii)
 def test_image_id_that_is_none(count, value):
     content = _changed("images", id=value)
-    _refuse("number 1 of its images has id=.*: it has to be a whole number or a text", lambda: count(content=content))
+    _refuse("number 1 of its images has id=.*: it has to be a whole number or a string", lambda: count(content=content))
 
 
 def test_image_ids_of_both_kinds(count):
     """pycocotools would convert the numbers to strings, and find no boxes for them."""
     content = _changed("images", id="b")
-    _refuse("has image ids of both kinds, numbers and texts such as 'b'", lambda: count(content=content, image_id="b"))
+    _refuse(
+        "has image ids of both kinds, numbers and strings such as 'b'", lambda: count(content=content, image_id="b")
+    )
 
 
 @pytest.mark.parametrize("value", [None, 5, "", "a\0.png", "\udcff.png", ["a.png"], True], ids=ascii)
 def test_file_name_that_is_none(count, value):
     content = _changed("images", file_name=value)
-    _refuse("number 1 of its images has file_name=.*: it has to be a text", lambda: count(content=content))
+    _refuse("number 1 of its images has file_name=.*: it has to be a string", lambda: count(content=content))
 
 
 @pytest.mark.parametrize("value", [True, 7.0, "7", None, 2**63, [7]], ids=str)
@@ -181,7 +183,7 @@ def test_category_id_that_is_none(count, value):
 @pytest.mark.parametrize("value", [True, 1.5, None, "", "\ud800", ["cat"]], ids=ascii)
 def test_category_name_that_is_none(count, value):
     content = _changed("categories", name=value)
-    _refuse("number 1 of its categories has name=.*: it has to be a text", lambda: count(content=content))
+    _refuse("number 1 of its categories has name=.*: it has to be a string", lambda: count(content=content))
 
 
 @pytest.mark.slow
@@ -251,12 +253,12 @@ MASKS = {
     "long": ({"size": [HEIGHT, WIDTH], "counts": [5, 5000]}, "the runs of its RLE have 5005 pixels"),
     "huge-run": ({"size": [HEIGHT, WIDTH], "counts": [HUGE]}, "the runs of its RLE have 100.* pixels"),
     "wraps": ({"size": [HEIGHT, WIDTH], "counts": [2**32, 1200]}, "the runs of its RLE have"),
-    "words": ({"size": [HEIGHT, WIDTH], "counts": "hello world"}, "the text of its RLE can't be decoded"),
-    "no-text": ({"size": [HEIGHT, WIDTH], "counts": ""}, "the text of its RLE can't be decoded, counts=''"),
-    "other-script": ({"size": [HEIGHT, WIDTH], "counts": "éö"}, "the text of its RLE can't be decoded"),
-    "surrogate": ({"size": [HEIGHT, WIDTH], "counts": "\ud800"}, "the text of its RLE can't be decoded"),
-    "cut": ({"size": [HEIGHT, WIDTH], "counts": "P"}, "the text of its RLE can't be decoded"),
-    "endless-number": ({"size": [HEIGHT, WIDTH], "counts": "o" * 40 + "0"}, "the text of its RLE can't be decoded"),
+    "words": ({"size": [HEIGHT, WIDTH], "counts": "hello world"}, "the string of its RLE can't be decoded"),
+    "no-text": ({"size": [HEIGHT, WIDTH], "counts": ""}, "the string of its RLE can't be decoded, counts=''"),
+    "other-script": ({"size": [HEIGHT, WIDTH], "counts": "éö"}, "the string of its RLE can't be decoded"),
+    "surrogate": ({"size": [HEIGHT, WIDTH], "counts": "\ud800"}, "the string of its RLE can't be decoded"),
+    "cut": ({"size": [HEIGHT, WIDTH], "counts": "P"}, "the string of its RLE can't be decoded"),
+    "endless-number": ({"size": [HEIGHT, WIDTH], "counts": "o" * 40 + "0"}, "the string of its RLE can't be decoded"),
     "short-text": ({"size": [HEIGHT, WIDTH], "counts": "51"}, "the runs of its RLE have 6 pixels"),
     "negative-text": ({"size": [HEIGHT, WIDTH], "counts": "O51"}, "its RLE has a run of -1 pixels"),
 }
@@ -265,7 +267,7 @@ MASKS = {
 @pytest.mark.parametrize(("segmentation", "reason"), MASKS.values(), ids=MASKS)
 def test_mask_that_is_none(count, segmentation, reason):
     _refuse(
-        rf"boxes\.json: 1 objects have no mask \(.*\), the first is annotation 2 \(.*{reason}.*\): correct "
+        rf"boxes\.json: 1 objects have no mask \(.*\); the first is annotation 2 \(.*{reason}.*\): correct "
         r"segmentation, or find boxes alone with dense\.masks=false",
         lambda: count(segmentation=segmentation),
     )
@@ -288,7 +290,7 @@ def test_bad_mask_of_a_box_that_is_left_out(count):
 def test_polygons_without_area_beside_others_are_counted(count, caplog):
     polygon = [5, 6, 15, 6, 15, 14]
     assert count(segmentation=[[1, 2], polygon, [*polygon, 3]]).has_masks
-    assert "has 1 masks with polygons of fewer than three points or half a point, the first is annotation 2" in (
+    assert "has 1 masks with polygons of fewer than three points or half a point; the first is annotation 2" in (
         caplog.text
     )
 

@@ -374,7 +374,7 @@ def test_layer_decay_falls_towards_the_image(compose, detector):
 
 @pytest.mark.slow
 def test_unknown_optimizer(compose, detector):
-    with pytest.raises(UserError, match=r"the optimizer can't be made from optim=.*nonsense"):
+    with pytest.raises(UserError, match=r"the optimizer can't be created from optim=.*nonsense"):
         _wrapper(compose, detector, "optim.opt=nonsense")
 
 

@@ -66,7 +66,7 @@ def test_too_many_corrupt_images_stop_the_run_with_the_list(fit_dense, damaged, 
 def test_images_all_corrupt(fit_dense, damaged, tmp_path, workers):
     root, _ = damaged(*range(16))
     words = (f"data.root={root}", "data.check_files=0", f"data.num_workers={workers}")
-    with pytest.raises(UserError, match=r"^\d+ corrupt images in a row, the first is .*: check the data\.$"):
+    with pytest.raises(UserError, match=r"^\d+ corrupt images in a row; the first is .*: check the data\.$"):
         fit_dense(tmp_path / "run", *words, task="segment")
 
 

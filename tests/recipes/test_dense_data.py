@@ -206,7 +206,7 @@ def test_training_images_in_validation_are_counted(coco, caplog):
     (coco.root / "link").symlink_to(coco.root / "train")
     del coco.contents["train"]["images"][2]
     coco.open(val_images="link")
-    assert "2 of the 3 validation images are training images too, the first is" in caplog.text
+    assert "2 of the 3 validation images are training images too; the first is" in caplog.text
 
 
 @pytest.mark.slow
@@ -275,7 +275,7 @@ def test_boxes_without_area_are_counted_and_left_out(coco, caplog, change):
     coco.contents["train"]["annotations"][2].update(change)
     data = coco.open()
     assert (data.train.boxes, data.train.num_images) == ([1, 1], 1)
-    assert "has 1 boxes of less than a pixel within their image or marked `ignore`, the first is annotation 2" in (
+    assert "has 1 boxes of less than a pixel within their image or marked `ignore`; the first is annotation 2" in (
         caplog.text
     )
 
@@ -284,7 +284,7 @@ def test_boxes_without_area_are_counted_and_left_out(coco, caplog, change):
 def test_boxes_that_reach_outside_are_counted(coco, caplog, box):
     coco.contents["train"]["annotations"][2]["bbox"] = box
     assert coco.open().train.num_boxes == 3
-    assert "has 1 boxes that reach outside, the first is annotation 2: they are clipped" in caplog.text
+    assert "has 1 boxes that reach outside their image; the first is annotation 2: they are clipped" in caplog.text
 
 
 def test_rounding_is_not_outside(coco, caplog):
@@ -347,7 +347,9 @@ def test_other_formats_are_named(coco, name, format, given):
 @pytest.mark.parametrize("name", ["data.yaml", "1.txt", "1.xml"])
 def test_file_of_another_format(coco, name):
     (coco.root / name).write_text("names: [cat, dog]")
-    _refuse(f"{name} is no COCO JSON: labels of YOLO and VOC have to be converted", lambda: coco.open(train_ann=name))
+    _refuse(
+        f"{name} is not a COCO JSON: labels of YOLO and VOC have to be converted", lambda: coco.open(train_ann=name)
+    )
 
 
 def test_missing_image_folder(coco):
@@ -370,12 +372,12 @@ def test_images_nowhere(coco):
 def test_missing_images(coco):
     (coco.root / "train" / "2.jpg").unlink()
     (coco.root / "train" / "3.jpg").unlink()
-    _refuse(r"2 of the 3 images of .*instances_train\.json do not exist, the first is .*train/2\.jpg", coco.open)
+    _refuse(r"2 of the 3 images of .*instances_train\.json do not exist; the first is .*train/2\.jpg", coco.open)
 
 
 def test_missing_folder_below_the_images(coco):
     coco.contents["train"]["images"][1]["file_name"] = "more/2.jpg"
-    _refuse(r"1 of the 3 images of .* do not exist, the first is .*more/2\.jpg", coco.open)
+    _refuse(r"1 of the 3 images of .* do not exist; the first is .*more/2\.jpg", coco.open)
 
 
 @pytest.mark.parametrize(
@@ -409,13 +411,13 @@ def test_lacking_list(coco, kind):
 @pytest.mark.parametrize(
     ("kind", "field", "value", "allowed"),
     [
-        ("images", "id", [1], "a whole number or a text"),
-        ("images", "file_name", None, "a text"),
+        ("images", "id", [1], "a whole number or a string"),
+        ("images", "file_name", None, "a string"),
         ("images", "height", "30", "a whole number of pixels, 1 to 100000"),
         ("annotations", "bbox", None, "a list"),
-        ("annotations", "image_id", None, "a whole number or a text"),
+        ("annotations", "image_id", None, "a whole number or a string"),
         ("categories", "id", "7", "a whole number"),
-        ("categories", "name", None, "a text or a whole number"),
+        ("categories", "name", None, "a string or a whole number"),
     ],
 )
 def test_field_of_the_wrong_type(coco, kind, field, value, allowed):
@@ -430,7 +432,7 @@ def test_entry_of_the_wrong_type(coco):
 
 def test_image_id_twice(coco):
     coco.contents["train"]["images"][1]["id"] = 10
-    _refuse("uses 1 image ids more than once, the first is 10", coco.open)
+    _refuse("uses 1 image ids more than once; the first is 10", coco.open)
 
 
 def test_no_images(coco):
@@ -450,13 +452,13 @@ def test_category_id_twice(coco):
 
 def test_category_name_twice(coco):
     coco.contents["train"]["categories"][1]["name"] = "cat"
-    _refuse(r"has 2 categories of the name 'cat' \(ids 7, 3\): remove those that no box has, or rename", coco.open)
+    _refuse(r"has 2 categories named 'cat' \(ids 7, 3\): remove those that no box has, or rename", coco.open)
 
 
 def test_annotation_of_a_missing_image(coco):
     coco.contents["train"]["annotations"][1]["image_id"] = 99
     _refuse(
-        "1 annotations name an image that is not among its images, the first is annotation 1 with image_id 99",
+        "1 annotations name an image that is not among its images; the first is annotation 1 with image_id 99",
         coco.open,
     )
 
@@ -464,7 +466,7 @@ def test_annotation_of_a_missing_image(coco):
 def test_annotation_of_a_missing_category(coco):
     coco.contents["train"]["annotations"][1]["category_id"] = 4
     _refuse(
-        "1 annotations have a category that is not among its categories, the first is annotation 1 with "
+        "1 annotations have a category that is not among its categories; the first is annotation 1 with "
         "category_id 4: the ids are 3, 7",
         coco.open,
     )
@@ -501,7 +503,7 @@ def test_crowds_alone(coco):
 def test_missing_mask(coco, segmentation):
     coco.contents["train"]["annotations"][1]["segmentation"] = segmentation
     _refuse(
-        r"1 objects have no mask .*, the first is annotation 1 \(.*\): .* dense\.masks=false",
+        r"1 objects have no mask .*; the first is annotation 1 \(.*\): .* dense\.masks=false",
         lambda: coco.open(masks=True),
     )
 
@@ -520,8 +522,8 @@ def test_rle_is_a_mask(coco):
 def test_other_classes_in_validation(coco):
     coco.contents["val"]["categories"][0]["name"] = "cats"
     _refuse(
-        r"instances_val\.json has other classes than the 2 of the training: 1 missing, 'cat'; 1 unknown, 'cats' "
-        r"\(is 'cat' meant\?\): its names have to be the same",
+        r"instances_val\.json has other classes than the 2 training classes: 1 missing, 'cat'; 1 unknown, 'cats' "
+        r"\(did you mean 'cat'\?\): its names have to be the same",
         coco.open,
     )
 
@@ -552,13 +554,13 @@ def test_text_saved_as_an_image(coco):
 def test_image_that_is_none_is_skipped(coco, caplog, content):
     (coco.root / "train" / "2.jpg").write_bytes(content)
     assert coco.open().train.num_images == 2
-    assert "1 of 3 images of instances_train.json can't be read, the first is" in caplog.text
+    assert "1 of 3 images of instances_train.json can't be read; the first is" in caplog.text
 
 
 def test_no_image_can_be_read(coco):
     for number in (1, 2, 3):
         (coco.root / "train" / f"{number}.jpg").write_bytes(b"")
-    _refuse(r"none of the 3 images of instances_train\.json can be read, the first is .*1\.jpg", coco.open)
+    _refuse(r"none of the 3 images of instances_train\.json can be read; the first is .*1\.jpg", coco.open)
 
 
 def test_image_of_more_pixels_than_the_limit(coco, caplog):
@@ -882,7 +884,7 @@ def test_sample_of_the_labels(masks):
 def test_label_without_an_image_is_counted(masks, caplog):
     masks.label("train", "c", masks.pixels())
     assert masks.open().train.num_images == 2
-    assert "has 1 labels without an image, the first is c.png" in caplog.text
+    assert "has 1 labels without an image; the first is c.png" in caplog.text
 
 
 def test_class_without_pixels_is_named(masks, caplog):
@@ -973,7 +975,7 @@ def test_more_classes_than_labels(masks):
 
 def test_nothing_counts(masks):
     masks.every(lambda pixels: np.full_like(pixels, 255))
-    _refuse("no pixel in .* counts, all labels are 255", masks.open)
+    _refuse("no pixel in .* counts, because all labels are 255", masks.open)
 
 
 def test_masks_of_0_and_255(masks):
@@ -1001,14 +1003,14 @@ def test_label_of_another_size(masks):
 def test_image_without_a_label(masks):
     _image(masks.root / "images" / "train" / "c.jpg")
     _refuse(
-        r"1 of the 3 images in .* have no label in .*, the first is c\.jpg, which needs c\.png: add labels or remove",
+        r"1 of the 3 images in .* have no label in .*; the first is c\.jpg, which needs c\.png: add labels or remove",
         masks.open,
     )
 
 
 def test_images_that_differ_in_their_endings(masks):
     _image(masks.root / "images" / "train" / "a.png")
-    _refuse("differ in their endings only: remove one of them", masks.open)
+    _refuse("differ only in their extensions: remove one of them", masks.open)
 
 
 def test_labels_of_another_format(masks):
@@ -1033,12 +1035,12 @@ def test_missing_split(masks):
 
 def test_lists_of_voc_are_not_read(masks):
     (masks.root / "ImageSets" / "Segmentation").mkdir(parents=True)
-    _refuse(r"the lists of VOC in .* are not read, each split needs folders", lambda: masks.open(val_split="vall"))
+    _refuse(r"the lists of VOC in .* are not read: each split needs folders", lambda: masks.open(val_split="vall"))
 
 
 def test_segmentation_on_the_images_of_the_training_is_pointed_out(masks, caplog):
     masks.open(val_images="images/train", val_labels="annotations/train")
-    assert "2 of the 2 validation images are training images too, the first is" in caplog.text
+    assert "2 of the 2 validation images are training images too; the first is" in caplog.text
 
 
 def test_missing_labels(masks):
@@ -1068,7 +1070,7 @@ def test_truncated_image_or_label_is_skipped(masks, kind, caplog):
     path.write_bytes(path.read_bytes()[:60])
     split = masks.open().train
     assert (split.num_checked, split.num_images, split.pixels) == (1, 2, [HEIGHT * n for n in (12, 12, 8)])
-    assert f"1 of 2 labels in {split.labels} can't be read, the first is {path} (" in caplog.text
+    assert f"1 of 2 labels in {split.labels} can't be read; the first is {path} (" in caplog.text
 
 
 def test_no_classes_named(masks):

@@ -179,7 +179,7 @@ def test_finished_run_says_so_and_changes_nothing(fit_dense, copied, summary):
 
 @pytest.mark.slow
 def test_finished_run_refuses_other_settings(fit_dense, copied):
-    with pytest.raises(UserError, match=r"holds a finished run, not with seed=1 \(was 0\)"):
+    with pytest.raises(UserError, match=r"holds a finished run that was not trained with seed=1 \(was 0\)"):
         fit_dense(copied, *AGAIN, "seed=1")
 
 
@@ -231,7 +231,7 @@ def test_checkpoint_of_another_shape_is_refused(fit_dense, copied, override):
 
 @pytest.mark.slow
 def test_never_refuses_an_existing_run(fit_dense, copied):
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         fit_dense(copied, *AGAIN, "resume=never")
 
 
@@ -347,7 +347,7 @@ def test_bad_loss_skips_the_update(fit_dense, tmp_path, spoil, same, value):
     assert same(before[1], before[2])
     assert not same(before[2], before[3])
     assert (summary["updates"], summary["skipped_updates"]) == (4, 1)
-    assert "Update 2 is skipped, its loss is not finite (1 in a row)." in _log(tmp_path / "run")
+    assert "Skipped update 2: its loss is not finite (1 in a row)." in _log(tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -551,7 +551,7 @@ def test_two_processes_train_one_model(digit_scenes, tmp_path, task, same, summa
     one, two = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))
     assert same(dict(one), dict(two))
     assert output.count("on 4 validation images") == 1
-    assert "4 images an update = 2 images x 2 processes" in output
+    assert "4 images per update = 2 images x 2 processes" in output
     found = summary(tmp_path / "run")
     assert (found["updates"], found["processes"], list(found["metrics"])) == (2, 2, SCORES[task])
 

@@ -88,7 +88,7 @@ def test_figures_are_those_of_one_process(alone, together, summary, kind, case):
 
 def test_processes_are_said(together):
     text = (together("ddp", "plain") / "train.log").read_text()
-    assert "8 images an update = 4 images x 2 processes (ddp)" in text
+    assert "8 images per update = 4 images x 2 processes (ddp)" in text
 
 
 def test_one_process_writes(together):

@@ -138,7 +138,7 @@ def test_two_folders_of_one_class_are_refused(write):
 
 def test_class_in_other_case_in_validation_is_named(write):
     root = write("train/X/1.png", "train/y/1.png", "val/x/1.png")
-    with pytest.raises(UserError, match=r"that training does not have, 'x' \(is 'X' meant\?\)"):
+    with pytest.raises(UserError, match=r"that training does not have, 'x' \(did you mean 'X'\?\)"):
         _open(root)
 
 

@@ -116,7 +116,7 @@ def test_owner_that_was_followed_writes_no_more(tmp_path, other):
     held = Lock(tmp_path)
     held.acquire()
     other()
-    with pytest.raises(UserError, match="has taken the folder over"):
+    with pytest.raises(UserError, match="has taken over the folder"):
         held.check()
 
 
@@ -191,7 +191,7 @@ def test_training_refuses_a_folder_in_use(fit, images, tmp_path, other, living):
 @pytest.mark.slow
 def test_training_ends_when_another_process_took_its_folder_over(fit, images, tmp_path, other, monkeypatch):
     monkeypatch.setattr(run_folder, "save_config", lambda *_: other())
-    with pytest.raises(UserError, match="has taken the folder over"):
+    with pytest.raises(UserError, match="has taken over the folder"):
         fit(tmp_path, images)
     assert not (tmp_path / "last.pt").exists()
 

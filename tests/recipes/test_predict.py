@@ -341,7 +341,7 @@ def test_images_are_not_written_over(run_predict, photos, tmp_path, inputs):
     (tmp_path / "labels").mkdir()
     for name in ("a.jpg", "b.png", "labels/a.png"):
         (tmp_path / name).write_bytes((photos / "a.png").read_bytes())
-    with pytest.raises(UserError, match=r"the image .*png would be written over: give another output folder"):
+    with pytest.raises(UserError, match=r"the image .*png would be overwritten: give another output folder"):
         run_predict("segment", [tmp_path / name for name in inputs], tmp_path / "labels" / "..")
     assert {path.read_bytes() for path in tmp_path.rglob("*.*")} == {(photos / "a.png").read_bytes()}
 

@@ -190,7 +190,7 @@ def test_all_is_written_when_it_is_interrupted(finished, images, tmp_path, monke
 @pytest.mark.parametrize("name", predict.NAMES[2:])
 def test_image_is_not_written_over(finished, images, tmp_path, name):
     (tmp_path / name).write_bytes((images / "val" / "apple" / "0_00.jpg").read_bytes())
-    with pytest.raises(UserError, match=r"predictions.png would be written over"):
+    with pytest.raises(UserError, match=r"predictions.png would be overwritten"):
         predict.predict(settings(finished), Inputs([tmp_path], tmp_path), tmp_path)
 
 

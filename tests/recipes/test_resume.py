@@ -190,7 +190,7 @@ AGAIN = ("trainer.epochs=3", "optim.lr=3e-3")
 
 @pytest.mark.slow
 def test_never_refuses_an_existing_run(fit, images, copied):
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         fit(copied, images, *AGAIN, "resume=never")
 
 

@@ -50,14 +50,14 @@ def test_batch_of_mixed_images_stays_even(compose):
 )
 def test_fewer_images_than_processes_need(compose, monkeypatch, words, processes, images, need):
     monkeypatch.setattr(distributed, "world_size", lambda: processes)
-    with pytest.raises(UserError, match=f"too few images for training, {images}: it takes at least {need}"):
+    with pytest.raises(UserError, match=rf"too few training images \({images}\): give at least {need}"):
         distributed.fit_batch_size(compose(*words), images)
 
 
 @pytest.mark.slow
 def test_lowered_batch_is_said(fit, images, tmp_path):
     fit(tmp_path, images, "trainer.batch_size=64")
-    expected = "24 images for training, fewer than the 64 of an update: lowered trainer.batch_size from 64 to 24"
+    expected = "24 training images, fewer than the 64 of an update: lowered trainer.batch_size from 64 to 24"
     assert expected in _log(tmp_path)
 
 
@@ -90,7 +90,7 @@ def test_nothing_is_said_where_none_is_left_out(fit, images, tmp_path):
 
 @pytest.mark.slow
 def test_one_image_a_pass_with_batchnorm_over_one_pixel(fit, images, tmp_path):
-    with pytest.raises(UserError, match=r"BatchNorm sees a single value .* Use trainer.batch_size=2 .* data.img_size"):
+    with pytest.raises(UserError, match=r"BatchNorm gets a single value .* Use trainer.batch_size=2 .* data.img_size"):
         fit(tmp_path / "run", images, "model=test_van", "trainer.batch_size=1")
     assert not (tmp_path / "run").exists()
 
@@ -109,7 +109,7 @@ def test_one_image_a_pass_without_batchnorm(fit, images, tmp_path):
 @pytest.mark.slow
 def test_segmentor_of_one_image_a_pass_that_pools_to_one_pixel(fit_dense, tmp_path):
     words = ("dense.method=upernet", "trainer.batch_size=1")
-    with pytest.raises(UserError, match=r"BatchNorm sees a single value .* a larger dense\.(crop|scales)"):
+    with pytest.raises(UserError, match=r"BatchNorm gets a single value .* a larger dense\.(crop|scales)"):
         fit_dense(tmp_path / "run", *words, task="segment")
     assert not (tmp_path / "run").exists()
 

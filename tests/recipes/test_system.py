@@ -113,7 +113,7 @@ def limits(monkeypatch):
 
 def test_few_files_for_workers_are_refused(limits):
     limits(32, 32)
-    with pytest.raises(UserError, match=r"only 32 files .* 8 processes .* take 136: .* set data.num_workers=0"):
+    with pytest.raises(UserError, match=r"only 32 files .* 8 processes .* need 136: .* set data.num_workers=0"):
         distributed.check_open_files(8)
 
 
