@@ -222,9 +222,11 @@ def _fwd_large_kernel(
         added = _added(table_ptr, head, query, key, allowed, tokens, window_width, bias_sign)
         scores = _scores(q, k, added, key < tokens, key_position, mask_ptr, scale, PRECISION)
         highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION)
-    divisor, lse = softmax_end(highest, total)
+    # The lines of `softmax_end`, in an order that spills no registers on sm_80.
+    divisor = tl.where(total == 0.0, 1.0, total)
     acc /= divisor[:, None]
     store_rows(out_ptr, (position * num_heads + head) * HEAD_DIM, acc, valid, HEAD_DIM, BLOCK_D)
+    lse = tl.where(total == 0.0, float("inf"), highest + tl.log2(divisor))
     statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + query
     tl.store(lse_ptr + statistic, lse, mask=valid)
 

@@ -525,12 +525,12 @@ train = tasks.load("detect", "train")
 finish = train.DenseRun.finish
 
 
-def resume_hint(run):
+def keep(run):
     torch.save(run.runner.model.module.state_dict(), f"rank{distributed.rank()}.pt")
     return finish(run)
 
 
-train.DenseRun.finish = kept
+train.DenseRun.finish = keep
 main()
 """
 
