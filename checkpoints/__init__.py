@@ -13,7 +13,7 @@ _OF_THE_FAMILY = ("names", "attends_to", "examples", "measured")
 
 @cache
 def families() -> tuple[str, ...]:
-    """The names of the families, sorted; each is that of a module of `zoo`."""
+    """The sorted names of the families, which are also the names of their modules in `zoo`."""
     return tuple(sorted(_content("manifest.json")))
 
 
@@ -23,7 +23,7 @@ def about(family: str) -> dict[str, Any]:
 
 
 def examples(family: str) -> tuple[str, ...]:
-    """The models that stand for `family` in benchmarks and documents, the usual one first."""
+    """The models that represent `family` in benchmarks and documents, the default first."""
     return tuple(about(family)["examples"])
 
 

@@ -13,7 +13,7 @@ from zoo.kernels import dispatch
 
 
 def fused(*tensors: Tensor | None) -> bool:
-    """Whether to use PyTorch's fused attention: if it is allowed and none of `tensors` needs a gradient.
+    """Whether to use PyTorch's fused attention: it has to be allowed, and none of `tensors` may need a gradient.
 
     On CPUs its backward pass is slow, several times slower in bfloat16, and cannot be differentiated. It does not
     support torch.func and forward-mode AD. Exported programs are for inference and use it.

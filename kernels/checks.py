@@ -72,7 +72,7 @@ def count(value: int, name: str) -> None:
 
 
 def tensors(needed: dict[str, Tensor], **optional: Tensor | None) -> None:
-    """Check that the needed arguments, and those of the optional ones that are given, are dense tensors on one device.
+    """Check that all `needed` arguments, and the `optional` ones that are not None, are dense tensors on one device.
 
     Raises:
         TypeError: one is not a tensor, or not dense.

@@ -54,7 +54,7 @@ def set_implementation(choice: str) -> None:
             without a Triton form runs PyTorch under "triton" too.
 
     Raises:
-        ValueError: another choice.
+        ValueError: the choice is unknown.
     """
     global _choice
     _choice = _checked(choice, "choice")
@@ -68,7 +68,7 @@ def implementation(choice: str) -> Iterator[None]:
         choice: As for `set_implementation`.
 
     Raises:
-        ValueError: another choice, when the block is entered.
+        ValueError: the choice is unknown; raised when the block is entered.
     """
     before = _choice
     set_implementation(choice)

@@ -59,7 +59,7 @@ def softmax(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scal
 
 
 def needs_no_mask(bias: Tensor | None) -> None:
-    """Check that `bias` is that of a table, the same for all windows, and contains no mask.
+    """Check that `bias` comes from a table, the same for all windows, and contains no mask.
 
     Raises:
         CannotRunError: it contains a mask.

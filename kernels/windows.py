@@ -73,13 +73,13 @@ def neighborhood_layout(
 ) -> str | None:
     """The layout in which neighborhood attention equals window attention; None if there is none.
 
-    The window is then the kernel, and the bias table is that of key minus query. For symbolic sizes, the layout has to
-    be right for every value of them.
+    The window then has the size of the kernel, and the bias sign is key minus query. For symbolic sizes, the layout has
+    to be right for all of their values.
     """
     if any(is_causal):
         return None
     axes = list(zip(size, kernel_size, dilation, stride, strict=True))
-    # A dilation group of the size of the kernel has a single window, whatever the stride.
+    # A dilation group of the size of the kernel has a single window, with any stride.
     if all(checks.certain(length == k * d) for length, k, d, _ in axes):
         return "grid"
     # Windows that do not overlap are adjacent blocks if the last one does not have to move inward.

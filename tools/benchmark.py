@@ -42,7 +42,7 @@ entropy and a backward pass. It has no optimizer, whose time depends on the numb
 images are random. Every contender first runs once, and its results have to be finite. Then all run in turns in one
 process, and each time is divided by that of {AGAINST} (or --against) in the same turn, so that
 other load on the machine affects both alike. Figures are medians, with the middle 80 % of the turns in brackets; a / b
-is inference / training. Memory is the most that a call allocates, besides weights and images. The time to compile is
+is inference / training. Memory is the most that a call allocates besides weights and images. The time to compile is
 that of the first call, without a cache."""
 MODEL_EXAMPLES = """\
 examples:
@@ -53,7 +53,7 @@ examples:
   zoo-bench models --compile --device cuda --dtype float16 --json all.json --picture all.png"""
 
 KERNELS = """\
-Time the operators of zoo.kernels against other ways to compute the same.
+Time the operators of zoo.kernels against other ways to compute the same results.
 
 For each case, the output and the gradients of every contender are first compared with the formula in float64. A
 contender that fails or is wrong is named, but not timed. The others run in turns, so that other load on the machine
@@ -70,7 +70,7 @@ examples:
 SIMULATE = """\
 Count what neighborhood attention costs on a GPU, without running it: the tiles of keys and values that the tiles of
 queries visit, which bound the speed-up over full attention; the bytes and operations; and the shortest possible time on
-GPUs by name. Softmax and kernel launches do not count: times are lower bounds, and nothing is measured."""
+GPUs by name. Softmax and kernel launches are not counted: times are lower bounds, and nothing is measured."""
 SIMULATE_EXAMPLES = """\
 examples:
   zoo-bench simulate --size 56x56 --kernel 7

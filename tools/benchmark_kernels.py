@@ -162,7 +162,7 @@ def _arguments(operator: Operator, case: str, **options: Any) -> Arguments:
 
 
 def _that_differ(some: Arguments, others: Arguments) -> set[str]:
-    """The tensors whose shapes differ between `some` and `others`: with another batch size, those of images."""
+    """The tensors whose shapes differ between `some` and `others`, such as images if the batch size differs."""
     return {name for name, x in some.items() if isinstance(x, Tensor) and x.shape != others[name].shape}
 
 

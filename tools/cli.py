@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def friendly_errors(command: str) -> AbstractContextManager[None]:
-    """End the process with one line in place of a traceback, where the user can correct the error."""
+    """End the process with one line in place of a traceback if the user can correct the error."""
     return commands.friendly_errors(command, explain=_explained)
 
 

@@ -122,8 +122,8 @@ def _convert(file: Path, name: str | None, model: str | None, say: Callable[[str
         names, share = checkpoints.closest_models(state_dict)
         if share < 0.1:
             raise UserError(
-                f"{file} looks like no model of zoo (its tensors are called {checkpoints.first_names(state_dict)}): "
-                "zoo-models lists the models."
+                f"{file} does not look like a model of zoo (its tensors are called "
+                f"{checkpoints.first_names(state_dict)}): zoo-models lists the models."
             )
         if entry and entry["model"] in {name.partition(".")[0] for name in names}:
             names = [f"{entry['model']}.{entry['tag']}"]

@@ -17,7 +17,7 @@ from zoo.families import load
 SIDE = 28  # tokens along a side: the map of the second stage for 224 pixels
 DIM = 32
 QUERY = (11, 16)
-SEED = 7  # decides to which regions the random tokens are routed
+SEED = 7  # decides which regions the random tokens are routed to
 
 # Visible on white and on black.
 BLUE, ORANGE, PINK, GREY = (47, 129, 247), (224, 125, 16), (232, 51, 126), (128, 128, 128)

@@ -213,7 +213,7 @@ def _unusual(value: Tensor) -> str | None:
     if type(value) in (Tensor, nn.Parameter) and not value.is_meta:
         size = value.numel() * value.element_size()
         if size > max(value.untyped_storage().nbytes(), 2**30):
-            return f"is {value.untyped_storage().nbytes():,} bytes that stand for {size:,}"
+            return f"expands {value.untyped_storage().nbytes():,} bytes to {size:,}"
     return None
 
 

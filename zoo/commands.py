@@ -63,7 +63,7 @@ def friendly_errors(
     explain: Callable[[Exception], str | None] = lambda error: None,
     say: Callable[[str], None] = _print_error,
 ) -> Iterator[None]:
-    """End the process with one line in place of a traceback, where the user can correct the error.
+    """End the process with one line in place of a traceback if the user can correct the error.
 
     The exit code is that of the `UserError`, 1 for other errors, and 130 after Ctrl-C.
 

@@ -52,9 +52,9 @@ def fetch(
     """The file at the address `url` (http or https), from the cache if it is there.
 
     A download gets its final name only if it has the length that the server announced, passes `check`, and has the
-    right sha256: the one given, or that of an earlier download, which is stored beside the file in
-    `<name>.download.json`, or the hub's. If several processes ask for a file, one downloads it and the others wait. A
-    file in the cache is not checked again.
+    right sha256. This is the one given, the hub's, or that of an earlier download, which is stored beside the file in
+    `<name>.download.json`. If several processes ask for a file, one downloads it and the others wait. A file in the
+    cache is not checked again.
 
     Args:
         url: The address.

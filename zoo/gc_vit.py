@@ -218,8 +218,8 @@ class GlobalContextStage(Stage):
 def pooled_stages(window_sizes: Sequence[int]) -> list[bool]:
     """For each stage, whether the maps of its global query are pooled. They are not if one window covers the map.
 
-    This refers to the image size that the windows are made for, at which a window of the last stage covers the map, and
-    the map of every earlier stage is twice as large as that of the next: 56, 28, 14 and 7 tokens for windows of 7, 7,
+    This refers to the image size that the windows are made for. At that size, a window of the last stage covers the
+    map, and the map of every earlier stage is twice as large as the next: 56, 28, 14 and 7 tokens for windows of 7, 7,
     14 and 7. The rule covers the official cases: the third stage pools in detection (windows of 24 in all stages), and
     does not in classification, at 224, 384 and 512 pixels.
     """

@@ -42,7 +42,7 @@ def suggest_model(state_dict: Mapping[str, Tensor], name: str) -> str:
     """A sentence that says which model an unwrapped state dict looks like, if it does not fit the model `name`."""
     names, share = closest_models(state_dict)
     if not names or share < 0.1:
-        return "It looks like no model of zoo: check which family the file belongs to."
+        return "It does not look like a model of zoo: check which family the file belongs to."
     best = names[0]
     if best == name:
         return f"{share:.0%} of it is {name}: the file is incomplete or altered."

@@ -29,7 +29,7 @@ def depthwise_conv2d_nhwc(
 
     Raises:
         TypeError: an integer tensor, or dtypes that differ.
-        ValueError: a shape or an option other than above.
+        ValueError: a shape or an option other than those above.
     """
     dilations = checks.pair(dilation, "dilation")
     checks.tensors({"x": x, "weight": weight}, bias=bias)
@@ -82,7 +82,7 @@ def large_kernel_attention(
 
     Raises:
         TypeError: an integer tensor, or dtypes that differ.
-        ValueError: a shape or an option other than above.
+        ValueError: a shape or an option other than those above.
 
     Source: VAN, arXiv 2202.09741, section 3.2.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zoo.kernels.peers import Arguments, Contender, pair
 
-BACKWARD_FLOPS = 2.0  # operations of the backward pass over those of the forward pass
+BACKWARD_FLOPS = 2.0  # operations of the backward pass, relative to those of the forward pass
 
 
 def flops(arguments: Arguments) -> int:

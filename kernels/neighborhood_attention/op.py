@@ -60,8 +60,8 @@ def neighborhood_attention(
         `qkv` is converted to its dtype.
 
     Raises:
-        TypeError: an integer tensor, or dtypes that differ; an option of another type.
-        ValueError: a shape or an option other than above, or devices that differ.
+        TypeError: an integer tensor, dtypes that differ, or an option of the wrong type.
+        ValueError: a shape or an option other than those above, or devices that differ.
 
     Source: NAT, arXiv 2204.07143, section 3.1; DiNAT, arXiv 2209.15001, section 3; Generalized NA, arXiv 2504.16922,
     section 3.

@@ -25,7 +25,7 @@ from zoo.kernels.peers import (
     without_bias,
 )
 
-# Operations of the backward pass over those of the forward pass: five matrix products to two.
+# Operations of the backward pass, relative to those of the forward pass: five matrix products to two.
 BACKWARD_FLOPS = 2.5
 
 

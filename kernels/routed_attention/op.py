@@ -43,9 +43,9 @@ def routed_attention(
 
     Raises:
         TypeError: an integer tensor for q, k or v, dtypes that differ, or routes that are not int64.
-        ValueError: a shape or an option other than above, or devices that differ. The values of `routes` are checked
-            on CPUs only, and not in compiled, exported or transformed code: on a GPU, the check would synchronize.
-            Where they are not checked, a value out of range is undefined behaviour.
+        ValueError: a shape or an option other than those above, or devices that differ. The values of `routes` are
+            checked on CPUs only, and not in compiled, exported or transformed code: on a GPU, the check would
+            synchronize. Where they are not checked, a value out of range is undefined behaviour.
 
     Source: BiFormer, arXiv 2303.08810, section 3.2.
     """

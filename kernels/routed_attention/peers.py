@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo.kernels.peers import Arguments, Contender, sdpa, softmax
 from zoo.kernels.windows import partition, unpartition
 
-# Operations of the backward pass over those of the forward pass: five matrix products to two.
+# Operations of the backward pass, relative to those of the forward pass: five matrix products to two.
 BACKWARD_FLOPS = 2.5
 
 

@@ -52,8 +52,8 @@ def window_attention(
         `qkv` and `q` are converted to its dtype.
 
     Raises:
-        TypeError: an integer tensor, or dtypes that differ; an option of another type.
-        ValueError: a shape or an option other than above, or devices that differ.
+        TypeError: an integer tensor, dtypes that differ, or an option of the wrong type.
+        ValueError: a shape or an option other than those above, or devices that differ.
 
     Source: Swin, arXiv 2103.14030, section 3.2; MaxViT, arXiv 2204.01697, section 3.2; GC ViT, arXiv 2206.09959,
     section 3.2.

@@ -26,7 +26,7 @@ from zoo.kernels.peers import (
 from zoo.kernels.window_attention.reference import expand_bias
 from zoo.kernels.windows import partition, unpartition
 
-# Operations of the backward pass over those of the forward pass: five matrix products to two.
+# Operations of the backward pass, relative to those of the forward pass: five matrix products to two.
 BACKWARD_FLOPS = 2.5
 
 

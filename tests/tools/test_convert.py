@@ -388,7 +388,7 @@ def test_truncated_file_is_refused(kind, part, state_dict, capsys):
     [
         ({"epoch": 3}, "file.pth: The checkpoint holds no tensors, only epoch"),
         ([torch.zeros(2)], "file.pth: the file holds a list, not a state dict"),
-        ({"conv1.weight": torch.zeros(2)}, "looks like no model of zoo (its tensors are called conv1.weight)"),
+        ({"conv1.weight": torch.zeros(2)}, "does not look like a model of zoo (its tensors are called conv1.weight)"),
     ],
     ids=["empty", "list", "other"],
 )

@@ -271,7 +271,7 @@ def test_other_family_is_recognised(source):
     from torchvision.models import resnet18
 
     resnet = timm.create_model("resnet18") if source == "timm" else resnet18()
-    with pytest.raises(RuntimeError, match=r"does not fit test_van: .*It looks like no model of zoo"):
+    with pytest.raises(RuntimeError, match=r"does not fit test_van: .*It does not look like a model of zoo"):
         load("test_van", resnet.state_dict())
 
 

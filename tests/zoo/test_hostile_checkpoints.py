@@ -134,7 +134,7 @@ FILES = {
                 r"\d\d\d tensors of the checkpoint have values that are NaN or infinite"),
     "inf": (with_tensor(spoiled(float("inf"), 1)), r"1 tensors .* are NaN or infinite \(1 in head\.weight\)"),
     "half-inf": (with_tensor(lambda x: spoiled(float("-inf"))(x.half())), r"\(3 in head\.weight\)"),
-    "expanded": (with_tensor(lambda x: torch.zeros(1).expand(10**6, 10**6)), "is 4 bytes that stand for 4,000,000,0"),
+    "expanded": (with_tensor(lambda x: torch.zeros(1).expand(10**6, 10**6)), "expands 4 bytes to 4,000,000,0"),
     "scalar": (with_tensor(lambda x: torch.tensor(1.0)), "does not fit test_van"),
     "zero-size": (saved(lambda sd: sd.update({"stages.0.norm.weight": torch.zeros(0)})), "does not fit test_van"),
     "no-tensors": (saved(lambda sd: {"state_dict": [1, 2], "model": None}), "holds no tensors, only state_dict, model"),
