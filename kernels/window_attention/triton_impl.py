@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels import triton_common
-from zoo.kernels.triton_common import LOG2E, Machine, dot, load_rows, softmax_end, softmax_step, store_rows
+from zoo.kernels.triton_common import LOG2E, Machine, dot, load_rows, softmax_step, store_rows
 
 # The largest size of the partial sums of the bias table's gradient.
 MAX_PARTIAL_BYTES = 64 << 20

@@ -167,7 +167,7 @@ def test_digits_in_a_few_updates(fit, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES - {"previous.pt"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_default_run_reads_digits(compose, tmp_path):
     result = train(compose(f"run={tmp_path / 'run'}"))
     assert result["metrics"]["top1"] >= 97.0

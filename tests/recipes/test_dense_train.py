@@ -398,7 +398,7 @@ def _wait_for_update(process, folder, update):
         time.sleep(0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_process_continues(start_cli, run_cli, digit_scenes, tmp_path):
     words = ("task=detect", f"data.root={digit_scenes}", *CHILD)
     process = start_cli(*words, cwd=tmp_path)
@@ -504,7 +504,7 @@ MODELS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("task", TASKS)
 def test_family_trains_and_evaluates(fit_dense, tmp_path, task, model):
@@ -535,7 +535,7 @@ main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes_train_one_model(digit_scenes, tmp_path, task, same, summary):
     (tmp_path / "keep.py").write_text(KEEP_WEIGHTS)

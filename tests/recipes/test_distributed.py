@@ -97,6 +97,7 @@ def test_one_process_writes(together):
     assert text.count("24 training and 15 validation images") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_counts_every_image_once(run_cli, together, summary, tmp_path, kind):
     folder = together(kind)
@@ -108,6 +109,7 @@ def test_evaluation_counts_every_image_once(run_cli, together, summary, tmp_path
     assert "on 15 images" in output
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_run_continues(train, together, tmp_path, weights, kind):
     more = (f"trainer.parallel={kind}", *CASES["averaged"])
@@ -117,6 +119,7 @@ def test_run_continues(train, together, tmp_path, weights, kind):
     assert [name for name in one if not torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5)] == []
 
 
+@pytest.mark.long
 def test_two_processes_learn_digits(run_cli, tmp_path, summary):
     args = ("trainer.device=cpu", "log.wandb=disabled", "trainer.batch_size=16", "trainer.epochs=4", "run=run")
     code, output = run_cli(*args, cwd=tmp_path, processes=2)
@@ -152,6 +155,7 @@ def long_run(start_cli, images, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_lost_process_ends_the_run_and_keeps_the_checkpoint(long_run, tmp_path):
     os.kill(_ranks(long_run.pid)[-1], signal.SIGKILL)
     output, _ = long_run.communicate(timeout=120)
@@ -160,6 +164,7 @@ def test_lost_process_ends_the_run_and_keeps_the_checkpoint(long_run, tmp_path):
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["update"] >= 1
 
 
+@pytest.mark.long
 def test_sigterm_to_torchrun_saves(long_run, tmp_path):
     long_run.send_signal(signal.SIGTERM)
     output, _ = long_run.communicate(timeout=120)

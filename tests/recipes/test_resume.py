@@ -111,27 +111,27 @@ def killed(start, tmp_path_factory):
     return cwd / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_ends_with_the_same_exported_weights(killed, undisturbed, weights, same):
     assert same(weights(killed), weights(undisturbed))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_ends_with_the_same_state(killed, undisturbed, same):
     assert same(_trained(killed), _trained(undisturbed))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_has_the_same_metrics(killed, undisturbed):
     assert _lines(killed) == _lines(undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_has_the_same_best_weights(killed, undisturbed, same):
     assert same(*(load_file(folder / "best.safetensors") for folder in (killed, undisturbed)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_run_says_where_it_continued(killed):
     assert len(re.findall(r"Continues in epoch \d+ after update \d+", (killed / "train.log").read_text())) == 2
 
