@@ -209,7 +209,7 @@ def test_own_weights_and_classes(tmp_path, folder):
     torch.testing.assert_close(load(path)(x), [folder[1].forward_head(folder[1].forward_features(x), pre_logits=True)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_program_needs_no_zoo(tmp_path):
     assert run("test_dinat", "--static", "-o", tmp_path / "model.pt2") == 0
     code = (

@@ -117,6 +117,7 @@ def _extremes():
 COUNTED = _extremes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*COUNTED[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in COUNTED[2:])])
 def test_multiply_adds_are_those_of_the_whole_model(name):
     model = timm.create_model(name, device="meta").eval()

@@ -1,4 +1,4 @@
-"""Half precision: every family's smallest and largest model under autocast. All slow, 80 s."""
+"""Half precision: every family's smallest and largest model under autocast. All slow, 20 s; the largest 60 s."""
 
 import pytest
 import timm
@@ -10,16 +10,17 @@ from . import golden
 
 OFFICIAL = golden.official()
 
-pytestmark = pytest.mark.slow
 
-
-def extremes():
+def extremes() -> list:
     """The smallest and the largest model of every family, among those that are made for 224 pixels."""
     models = [name for name in OFFICIAL if timm.is_model(name) and timm.get_pretrained_cfg(name).input_size[1] == 224]
     models.sort(key=lambda name: OFFICIAL[name]["params_M"])
     largest = {families.family_of(name): name for name in models}
     smallest = {families.family_of(name): name for name in reversed(models)}
-    return sorted({*smallest.values(), *largest.values()})
+    return [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in smallest.values()),
+        *(pytest.param(name, marks=pytest.mark.long) for name in largest.values()),
+    ]
 
 
 @pytest.fixture(scope="module", params=extremes())
