@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import traceback
 from collections.abc import Iterator
 
 from zoo.messages import one_line
@@ -32,7 +34,7 @@ def of_the_system(error: BaseException) -> str | None:
         number = getattr(cause, "errno", None)
         if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "ancdata" in text:
             return "too many files are open: raise the limit (ulimit -n 4096), or set data.num_workers=0."
-        if "DataLoader worker" in text:
+        if "DataLoader worker" in text or (isinstance(cause, ConnectionResetError) and _of_a_worker(cause)):
             return f"a process that loads images died ({text}), often because memory ran out: lower data.num_workers."
         if number == errno.ENOMEM or isinstance(cause, MemoryError) or any(words in text for words in _NO_MEMORY):
             return "there is too little memory: lower trainer.batch_size or data.num_workers, or end other programs."
@@ -41,6 +43,12 @@ def of_the_system(error: BaseException) -> str | None:
                 "no more processes or threads can be started: raise the limit (ulimit -u), or set data.num_workers=0."
             )
     return None
+
+
+def _of_a_worker(error: BaseException) -> bool:
+    """Whether `error` was raised while a tensor or a message of another process was received."""
+    files = (frame.filename.replace(os.sep, "/") for frame in traceback.extract_tb(error.__traceback__))
+    return any("/multiprocessing/" in file for file in files)
 
 
 _NO_MEMORY = ("can't allocate memory", "Cannot allocate memory", "bad_alloc", "failed to map segment")

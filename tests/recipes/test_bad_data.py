@@ -461,7 +461,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_disk_keeps_the_last_checkpoint(run_cli, images, tmp_path):
     args = (*ARGS, f"data.root={images}", "data.num_workers=0", "run=run")
     assert run_cli(*args, "trainer.epochs=1", cwd=tmp_path)[0] == 0

@@ -319,7 +319,7 @@ def test_recorded_command_is_the_one_that_was_typed(called, monkeypatch, tmp_pat
     assert seen == ["zoo-train run=a,b model_kwargs.x=3"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sweep_of_real_runs(run_cli, tmp_path):
     small = ("log.wandb=disabled", "trainer.device=cpu", "model=test_vit", "data.img_size=32", "trainer.max_updates=2")
     code, output = run_cli("-m", "seed=0,1", *small, cwd=tmp_path)

@@ -155,7 +155,7 @@ def test_evaluation_in_between_changes_nothing(fit_dense, tmp_path, same):
     assert same(_state(tmp_path / "often")["model"], _state(tmp_path / "once")["model"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_longer_training_follows_its_own_schedule(fit_dense, tmp_path, same):
     """The schedule is that of the new configuration, not that of the checkpoint."""
     args = ("trainer.max_updates=4", "optim.lr=1e-3")
@@ -250,7 +250,7 @@ def _killed(*_, **__):
     raise SystemError
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_between_the_last_update_and_its_evaluation(fit_dense, tmp_path, monkeypatch, weights, same):
     args = ("trainer.save_minutes=0", "optim.lr=1e-3")
     fit_dense(tmp_path / "whole", *args)
@@ -305,7 +305,7 @@ def test_accumulated_batches_train_alike(fit_dense, tmp_path, monkeypatch):
     assert four["progress"]["update"] == two["progress"]["update"] == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_accumulated_run_continues(fit_dense, tmp_path, same):
     args = (*RANDOM, "trainer.effective_batch_size=4")
     fit_dense(tmp_path / "whole", *args, "trainer.max_updates=3")
@@ -414,7 +414,7 @@ def test_killed_process_continues(start_cli, run_cli, digit_scenes, tmp_path):
     assert re.search(r"box AP50 \d", output)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_process_saves_and_says_how_to_continue(start_cli, digit_scenes, tmp_path):
     process = start_cli("task=segment", f"data.root={digit_scenes}", *CHILD, cwd=tmp_path)
     try:

@@ -78,6 +78,7 @@ def test_weights_are_those_of_one_process(alone, together, weights, kind, case):
     assert [name for name in one if not torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5)] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "case"), TRIED)
 def test_figures_are_those_of_one_process(alone, together, summary, kind, case):
     one, two = summary(alone(case)), summary(together(kind, case))

@@ -196,7 +196,7 @@ def test_training_ends_when_another_process_took_its_folder_over(fit, images, tm
     assert not (tmp_path / "last.pt").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_that_was_killed_is_continued_at_once(start_cli, run_cli, images, tmp_path):
     words = ("model=test_vit", "data=imagefolder", f"data.root={images}", "data.img_size=32", "data.num_workers=2")
     words += ("trainer.batch_size=8", "log.wandb=disabled", "trainer.device=cpu", "run=run")

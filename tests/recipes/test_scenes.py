@@ -23,7 +23,7 @@ SPLITS = tuple(FEW)
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch, request):
-    if "slow" not in request.keywords:
+    if request.node.name != "test_all_scenes":
         monkeypatch.setattr(scenes, "SCENES", FEW)
 
 

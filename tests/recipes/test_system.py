@@ -1,6 +1,7 @@
 """Limits of open files and memory, and dead processes: one sentence each. A second; slow ones 1 min."""
 
 import errno
+import multiprocessing
 import os
 import resource
 import signal
@@ -67,6 +68,16 @@ def test_cause_of_another_error_counts(capsys):
 def test_other_errors_stay_as_they_are(error):
     with pytest.raises(type(error)), cli.friendly_errors("zoo-train"):
         raise error
+
+
+def test_lost_connection_to_a_worker_is_a_dead_worker():
+    ours, theirs = multiprocessing.Pipe()
+    ours.send("unread")
+    theirs.close()  # with unread data, as of a killed process
+    with pytest.raises(ConnectionResetError) as error:
+        ours.recv()
+    assert "a process that loads images died" in of_the_system(error.value)
+    assert of_the_system(ConnectionResetError("of a download")) is None
 
 
 def test_error_that_is_its_own_cause_ends():
@@ -159,7 +170,7 @@ TASKS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("words", TASKS.values(), ids=TASKS)
 def test_training_whose_worker_is_killed_ends_with_a_sentence(start_cli, images, digit_scenes, tmp_path, words):
     words = [word.format(images=images, scenes=digit_scenes) for word in words]

@@ -88,8 +88,8 @@ def test_published_architecture_in_onnx(capsys, tmp_path, name):
     assert max(check["difference"] for check in said["checks"]) <= 1e-4
 
 
+@pytest.mark.long
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.parametrize("form", ["pt2", "onnx"])
 def test_features(capsys, tmp_path, form):
     said = record(capsys, "test_van", "--features", "--format", form, "-o", tmp_path)
@@ -186,7 +186,7 @@ def test_best_weights_of_a_run_folder(folder):
         assert all(torch.equal(value, want[name]) for name, value in loaded.model.state_dict().items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_run_of_zoo_train(capsys, tmp_path):
     settings = ("model=test_van", "trainer.max_updates=2", "trainer.device=cpu", "log.wandb=disabled", "run=digits")
     command = [sys.executable, "-m", "zoo.recipes.train", *settings]

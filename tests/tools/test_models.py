@@ -147,7 +147,7 @@ def test_some_counts_are_right(name):
     assert manifest.counts()[name] == counted(name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_counts_are_right():
     """`make tables` writes them."""
     names = [entry["name"] for entry in tool._entries() if entry["tag"]]

@@ -304,8 +304,8 @@ def test_bad_argument_is_named(kwargs, message):
         build(**kwargs)
 
 
+@pytest.mark.long
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["stl", "stl_nchw"])
 def test_exported_stl_layouts_take_any_batch(layout):
     dim = torch.export.Dim
