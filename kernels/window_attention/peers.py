@@ -39,7 +39,7 @@ def flops(arguments: Arguments) -> int:
 def _windows(attend: Callable[..., Tensor], **given: Any) -> Tensor:
     """Copy the windows, attend, copy them back."""
     qkv, heads, size, layout = (given[name] for name in ("qkv", "num_heads", "window_size", "layout"))
-    size = size if isinstance(size, tuple) else (size, size)
+    size = pair(size)
     parts = 3 if given["q"] is None else 2
     cut = partition(qkv, size, layout)  # (B, windows, T, C)
     count = cut.shape[1]
