@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from numbers import Integral, Real
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor
+
+# With ZOO_DEBUG=1, values on a GPU are checked too. Each check waits for the GPU.
+DEBUG = os.environ.get("ZOO_DEBUG", "0") == "1"
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from zoo.kernels.constants import only_traced
 from zoo.kernels.dispatch import interpreting
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -63,28 +65,80 @@ def _machine(index: int) -> Machine:
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run `kernel` over `grid`. Every launch of this package goes through this function, so that tests can record them.
 
+    It runs on the device of the first tensor in `arguments`, on the stream that is current there; Triton itself would
+    take the current device. In a program that is traced, the compiler sees to that.
+
     With ZOO_AUTOTUNE=1 in the environment, Triton's autotuner replaces the warps and stages in `arguments`: it times
-    all choices at the first launch with these sizes and keeps the result in Triton's cache on disk.
+    all choices at the first launch with these sizes of map, heads and windows, whatever the batch, and keeps the result
+    in Triton's cache on disk. It cannot time a launch that a CUDA graph captures; such a launch keeps the warps and
+    stages in `arguments`, unless the sizes were tuned before.
     """
-    if AUTOTUNE and not interpreting():
-        kernel, options = _autotuned(kernel), ("num_warps", "num_stages")
-        arguments = {name: value for name, value in arguments.items() if name not in options}
-    wrap_triton(kernel)[grid](**arguments)
+    traced = wrap_triton(kernel) is not kernel  # a running operator gets the kernel itself
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" and not traced else nullcontext():
+        if AUTOTUNE and not interpreting() and (traced or _may_tune(kernel, arguments)):
+            kernel = _autotuned(kernel)
+            arguments = {name: value for name, value in arguments.items() if name not in ("num_warps", "num_stages")}
+        # Triton 3.10 no longer contracts a * b + c by default.
+        wrap_triton(kernel)[grid](**arguments, enable_fp_fusion=True)
+
+
+# Arguments that depend on the batch: they do not change which number of warps and stages is best.
+BATCH_SIZES = frozenset((
+    "batch", "chunks", "first_head", "groups", "groups_per_program", "parts", "per_program", "tiles",
+    "tiles_per_program", "windows", "windows_per_program",
+))  # fmt: skip
 
 
 @cache
 def _autotuned(kernel: Any) -> Any:
     # Repeated runs are safe: a kernel writes only its outputs, and all of them.
     configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2, 3)]
-    sizes = [name for name in kernel.arg_names if not name.endswith("_ptr") and name != "scale"]
-    return triton.autotune(configs, key=sizes, cache_results=True)(kernel)
+    return triton.autotune(configs, key=_sizes(kernel), cache_results=True)(kernel)
 
 
-def precision(dtype: torch.dtype, gpu: Machine) -> str:
-    """The precision of products of float32 tiles, by torch.set_float32_matmul_precision; AMD only has "ieee"."""
-    if dtype != torch.float32 or gpu.is_amd or torch.get_float32_matmul_precision() == "highest":
+def _sizes(kernel: Any) -> list[str]:
+    """The arguments of `kernel` that its choice of warps and stages may depend on, apart from the dtypes of tensors."""
+    names: list[str] = kernel.arg_names
+    return [name for name in names if not name.endswith("_ptr") and name != "scale" and name not in BATCH_SIZES]
+
+
+_tuned: set[tuple[Any, ...]] = set()
+
+
+def _may_tune(kernel: Any, arguments: dict[str, Any]) -> bool:
+    """Whether the autotuner has timed `kernel` with the sizes in `arguments`, or may do so now."""
+    dtypes = (getattr(arguments[name], "dtype", None) for name in kernel.arg_names)
+    key = (kernel, *(arguments[name] for name in _sizes(kernel)), *dtypes)
+    if key not in _tuned and torch.cuda.is_current_stream_capturing():
+        return False
+    _tuned.add(key)
+    return True
+
+
+def precision(dtype: torch.dtype, gpu: Machine, *, memory_bound: bool = False) -> str:
+    """The precision of products of float32 tiles: "ieee", "tf32" or "tf32x3"; AMD only has "ieee".
+
+    It is "ieee" unless the user allows TF32 in matrix products, in whichever way: torch.set_float32_matmul_precision
+    with "high" or "medium", which are the same to cuBLAS and to us, torch.backends.cuda.matmul.allow_tf32, or the
+    fp32_precision of torch.backends.cuda.matmul or torch.backends. Then it is "tf32", or "tf32x3" for a kernel that is
+    `memory_bound`: three products of TF32 are nearly as exact as one of float32, and take no longer than one of TF32
+    where a kernel waits for memory.
+    """
+    if dtype != torch.float32 or gpu.is_amd or torch.backends.cuda.matmul.fp32_precision != "tf32":
         return "ieee"
-    return "tf32"
+    return "tf32x3" if memory_bound else "tf32"
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x`, a map (B, H, W, channels), or a contiguous copy if only its address keeps it from loads of 16 bytes.
+
+    Triton compiles narrow loads, without a pipeline, for an address that is not a multiple of 16, as of a slice of
+    channels; they take longer than the copy. A program that is traced has no addresses yet.
+    """
+    if only_traced(x) or x.data_ptr() % 16 == 0 or x.stride(2) * x.element_size() % 16 != 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit

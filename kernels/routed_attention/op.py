@@ -44,8 +44,9 @@ def routed_attention(
     Raises:
         TypeError: an integer tensor for q, k or v, dtypes that differ, or routes that are not int64.
         ValueError: a shape or an option other than those above, or devices that differ. The values of `routes` are
-            checked on CPUs only, and not in compiled, exported or transformed code: on a GPU, the check would
-            synchronize. Where they are not checked, a value out of range is undefined behaviour.
+            checked on CPUs, and on GPUs only with ZOO_DEBUG=1 in the environment, since the check waits for the GPU
+            (so a CUDA graph cannot capture it); never in compiled, exported or transformed code. Where they are not
+            checked, a value out of range is undefined behaviour.
 
     Source: BiFormer, arXiv 2303.08810, section 3.2.
     """
@@ -81,7 +82,7 @@ def routed_attention(
 
 
 def _check_routes(routes: Tensor, regions: int) -> None:
-    if routes.device.type != "cpu" or constants.only_traced(routes) or routes.numel() == 0:
+    if not (checks.DEBUG or routes.device.type == "cpu") or constants.only_traced(routes) or routes.numel() == 0:
         return
     least, most = (number.item() for number in routes.aminmax())
     if least < 0 or most >= regions**2:

@@ -267,10 +267,11 @@ def _inverse(routes: Tensor, regions: int) -> tuple[Tensor, Tensor]:
 
 
 def _even(x: Tensor) -> Tensor:
-    """`x` if its tokens are evenly spaced, as in slices of a projection; else a contiguous copy."""
+    """`x` if its tokens are evenly spaced and aligned, as in slices of a projection; else a contiguous copy."""
     _, height, width, _ = x.shape
     step = x.stride(2)
-    return x if x.stride() == (height * width * step, width * step, step, 1) else x.contiguous()
+    even = x.stride() == (height * width * step, width * step, step, 1)
+    return triton_common.aligned(x) if even else x.contiguous()
 
 
 def _tokens(x: Tensor, regions: int) -> int:

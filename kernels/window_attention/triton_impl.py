@@ -457,7 +457,7 @@ def _readable(qkv: Tensor, head_dim: int) -> Tensor:
     """`qkv` if its tokens are evenly spaced and aligned to heads, as in a Linear's output or a slice of one."""
     down, right, inner = qkv.stride(1), qkv.stride(2), qkv.stride(3)
     even = down == qkv.shape[2] * right and qkv.stride(0) == qkv.shape[1] * down
-    return qkv if even and inner == 1 and right % head_dim == 0 else qkv.contiguous()
+    return triton_common.aligned(qkv) if even and inner == 1 and right % head_dim == 0 else qkv.contiguous()
 
 
 def _arguments(

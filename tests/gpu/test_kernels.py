@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from zoo.kernels import OPERATORS, implementation
+from zoo.kernels import OPERATORS, checks, implementation
 
 pytestmark = pytest.mark.gpu
 
@@ -180,6 +180,30 @@ def test_auto_chooses_triton(name, case):
         with implementation("triton"):
             want = function(**arguments)
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(("name", "case"), FEW, ids=FEW_IDS)
+def test_runs_on_the_device_of_the_tensors(name, case):
+    """The results on the second GPU equal those on the first, which is the current one."""
+    if DEVICE == "cpu" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    function, arguments, wanted = make(name, case, torch.float16)
+    there = {
+        key: x.detach().to("cuda:1").requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+        for key, x in arguments.items()
+    }
+    for a, b in zip(run(function, arguments, wanted), run(function, there, wanted), strict=True):
+        assert b.device.index == 1
+        assert torch.equal(a, b.to(a.device))
+
+
+def test_routes_are_checked_on_request(monkeypatch):
+    function, arguments, _ = make("routed_attention", "14x14x256-regions7-top16", torch.float16, batch=1)
+    monkeypatch.setattr(checks, "DEBUG", True)
+    function(**arguments)
+    arguments["routes"][0, 3, 1] = 49
+    with pytest.raises(ValueError, match="routes from 0 to 49 for 7 x 7 regions; they have to be from 0 to 48"):
+        function(**arguments)
 
 
 @pytest.mark.parametrize("name", WITH_TRITON)

@@ -109,7 +109,9 @@ def compile_launch(launch: Launch, target: str) -> Report:
         {(names.index(name),): value for name, value in launch.constants},
         {(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    compiled = triton.compile(source, target=TARGETS[target][1], options=dict(launch.options))
+    compiled = triton.compile(
+        source, target=TARGETS[target][1], options={**dict(launch.options), "enable_fp_fusion": True}
+    )
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
         used = ("vgpr_count", "private_segment_fixed_size")

@@ -105,6 +105,15 @@ def test_views(case):
     check((other, *kv), expanded, grad[:1].expand(grad.shape), options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_slices_that_start_between_multiples_of_16_bytes(dtype):
+    tensors, routes, grad, options = make("plain", dtype)
+    wide = (torch.cat((x[..., :1], x, x[..., :15]), -1)[..., 1:-15] for x in (*tensors, grad))
+    *odd, odd_grad = wide
+    assert all(x.data_ptr() % 16 for x in (*odd, odd_grad))
+    check(odd, routes, odd_grad, options)
+
+
 def test_gradients_are_the_same_each_time():
     case = make("pooled-keys", torch.float32, "repeated")
     for first, second in zip(check(*case), check(*case), strict=True):
