@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from fnmatch import fnmatch
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from zoo.tools.benchmark_kernels import Result, Row
-    from zoo.tools.benchmark_models import Contender, Results
+    from zoo.tools.benchmark_models import Contender, Product, Results
+    from zoo.tools.benchmark_models import Row as ModelRow
 
 # The first words of the folders' names, found without importing zoo.kernels, which imports torch.
 _FOLDERS = find_spec("zoo.kernels").submodule_search_locations
@@ -39,18 +42,26 @@ Time inference and the training step of whole models, in units of a common model
 
 Inference is a forward pass in eval mode without gradients. A training step is a forward pass in train mode, cross
 entropy and a backward pass. It has no optimizer, whose time depends on the number of parameters alone. Weights and
-images are random. Every contender first runs once, and its results have to be finite. Then all run in turns in one
-process, and each time is divided by that of {AGAINST} (or --against) in the same turn, so that
-other load on the machine affects both alike. Figures are medians, with the middle 80 % of the turns in brackets; a / b
-is inference / training. Memory is the most that a call allocates besides weights and images. The time to compile is
-that of the first call, without a cache."""
+images are random. Each model runs in every dtype of --dtype by autocast, with --cast also cast to it, and with
+--compile each of these also compiled. Every contender first runs once, and its results have to be finite. One that
+fails is named with the reason. The others run in turns in one process, and each time is divided by that of
+{AGAINST} (or --against, in the first dtype, not compiled) in the same turn, so that other load on
+the machine affects both alike. So are times by those of timm's model in the same mode, of the same model in float32,
+and of the same model without compilation. Figures are medians; the middle 80 % of the turns are in brackets.
+
+"of matmul" compares operations per second with those of a matrix product in the same dtype and the same turn: a linear
+layer of 1024 features (4096 on a GPU), as nn.Linear or as a 1x1 convolution, whichever is faster. A model's operations
+are its matrix products and convolutions, as zoo-models counts them; a training step counts as three forward passes.
+Memory is the most that a call allocates besides weights and images. The time to compile is that of the first call,
+without a cache."""
 MODEL_EXAMPLES = """\
 examples:
   zoo-bench models --threads 2                              one or two of each family, about ten minutes
+  zoo-bench models --dtype float32 bfloat16 --compile       all modes, an hour on two cores
   zoo-bench models dinat_tiny resnet50 --no-training        models of zoo and timm by name
   zoo-bench models van_b0 --batch-size 1 --dtype bfloat16   the latency of one image
   zoo-bench models cswin_tiny --kernels reference,torch     the implementations of zoo's operators compared
-  zoo-bench models --compile --device cuda --dtype float16 --json all.json --picture all.png"""
+  zoo-bench models --device cuda --dtype float16 --compile --json all.json --picture all.png"""
 
 KERNELS = """\
 Time the operators of zoo.kernels against other ways to compute the same results.
@@ -84,6 +95,7 @@ TILES = (((8, 8), (4, 16)), ((8, 8), (8, 8)), ((8, 8), (2, 32)), ((4, 16), (4, 1
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and run the subcommand."""
     options = parser().parse_args(arguments)
+    options.command_line = shlex.join(["zoo-bench", *(sys.argv[1:] if arguments is None else arguments)])
     with cli.friendly_errors(f"zoo-bench {options.command}"):
         options.run(options)
 
@@ -160,17 +172,24 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--dtype",
+        nargs="+",
         type=lambda text: AUTOCAST.get(text, text),
         choices=tuple(AUTOCAST.values()),
-        default="float32",
-        help="dtype of autocast; float32 for none (float32)",
+        default=["float32"],
+        metavar="TYPE",
+        help=f"dtypes of autocast, {', '.join(AUTOCAST.values())}; float32 for none (float32)",
+    )
+    add(
+        "--cast",
+        action="store_true",
+        help="also run every model with weights and images cast to the dtypes other than float32, without autocast",
     )
     add("--threads", type=cli.count, metavar="N", help="number of threads of PyTorch on the CPU (PyTorch's default)")
     add("--training", action=argparse.BooleanOptionalAction, default=True, help="also time the training step (on)")
     add(
         "--compile",
         action="store_true",
-        help="also run every model compiled, which takes some minutes per model on a CPU",
+        help="also run every model compiled, which on a CPU takes a minute per model, dtype and kind of pass",
     )
     add(
         "--kernels",
@@ -296,7 +315,7 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _where(machine: dict[str, Any]) -> str:
-    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}"
 
 
 def _check_file(path: Path | None, endings: tuple[str, ...], options: argparse.Namespace) -> None:
@@ -493,9 +512,10 @@ def _models(options: argparse.Namespace) -> None:
     for path in options.kernels:
         if path not in PATHS:
             raise OptionError(f"got --kernels with {path!r}: it takes {', '.join(PATHS)}, separated by commas.")
+    options.dtype = list(dict.fromkeys(options.dtype))
+    if options.cast and options.dtype == ["float32"]:
+        raise OptionError("got --cast, but only float32, which nothing is cast to: add --dtype bfloat16 or float16.")
     _prepare(options)
-    import torch
-
     from zoo.tools import benchmark_models, benchmark_timing
 
     names = options.models or list(MODELS)
@@ -503,7 +523,7 @@ def _models(options: argparse.Namespace) -> None:
     batch = options.batch_size or (128 if options.device == "cuda" else 4)
     machine = benchmark_timing.machine(options.device)
     where = _where(machine)
-    setting = f"batch {batch}, {size_text(options.size)}, {options.dtype}"
+    setting = f"batch {batch}, {size_text(options.size)}, {' and '.join(options.dtype)}"
     console = cli.console()
     console.print(f"{where}; torch {machine['torch']}, timm {machine['timm']}; {setting}")
 
@@ -514,32 +534,41 @@ def _models(options: argparse.Namespace) -> None:
                 options.against,
                 size=options.size,
                 device=options.device,
+                dtypes=tuple(options.dtype),
+                cast=options.cast,
                 compiled=options.compile,
                 choices=tuple(options.kernels),
             )
+            products = tuple(benchmark_models.product(dtype, options.device) for dtype in options.dtype)
         if options.compile:
             stack.enter_context(benchmark_models.fresh_compiler(options.device, 4 * len(contenders)))
+        keys = ("against", "size", "dtype", "cast", "compile", "seconds", "rounds")
+        content = {
+            "command": options.command_line,
+            "machine": machine,
+            "settings": {key: getattr(options, key) for key in keys} | {"batch_size": batch},
+            "matmul": {},
+        }
         results: benchmark_models.Results = {}
         passes = ("inference", "training")[: 1 + options.training]
         for number, what in enumerate(passes, 1):
             with cli.progress(f"[{number}/{len(passes)}] {what}, {len(contenders)} contenders", log=True) as say:
-                results[what] = benchmark_models.measure(
+                rows = results[what] = benchmark_models.measure(
                     contenders,
                     what == "training",
                     batch=batch,
                     size=options.size,
-                    dtype=getattr(torch, options.dtype),
                     device=options.device,
                     seconds=options.seconds,
                     rounds=options.rounds,
+                    products=products,
                     say=say,
                 )
+            content["matmul"][what] = benchmark_models.rates(products, rows)
+            content["models"] = benchmark_models.as_json(contenders, results, batch)
             if options.json:
-                keys = ("against", "size", "dtype", "seconds", "rounds")
-                settings = {key: getattr(options, key) for key in keys} | {"batch_size": batch}
-                models = benchmark_models.as_json(contenders, results, batch)
-                _write_json(options.json, {"machine": machine, "settings": settings, "models": models})
-    _print_models(console, options, contenders, results, batch)
+                _write_json(options.json, content)
+            _print_models(console, contenders, rows, batch, what, products)
     if options.picture:
         benchmark_models.draw(options.picture, contenders, results, f"{where}; {setting}")
     for path in filter(None, (options.json, options.picture)):
@@ -566,22 +595,28 @@ def _check_models(options: argparse.Namespace, names: list[str]) -> None:
 
 
 def _print_models(
-    console: Console, options: argparse.Namespace, contenders: list[Contender], results: Results, batch: int
+    console: Console,
+    contenders: list[Contender],
+    rows: dict[str, ModelRow],
+    batch: int,
+    what: str,
+    products: tuple[Product, ...],
 ) -> None:
     from rich.text import Text
 
     from zoo.tools import benchmark_models
 
-    console.print(benchmark_models.table(contenders, results, batch))
-    beside = "; timm's: its own model of that family" if any(c.peer for c in contenders) else ""
-    console.print(
-        f"{' and '.join(results)}: time in units of {options.against}'s{beside}; a / b: {' / '.join(results)}.",
-        style="dim",
-    )
-    for what, rows in results.items():
-        for row in rows.values():
-            if row.status == "failed":
-                console.print(Text(f"not timed: {row.name}, {what}: {row.reason}", style="red"))
+    console.print()
+    console.print(benchmark_models.table(contenders, rows, batch, what))
+    console.print()
+    for note in benchmark_models.notes(contenders, rows, products, what):
+        console.print(note, style="dim")
+    reasons: dict[str, list[str]] = {}
+    for row in rows.values():
+        if row.status == "failed":
+            reasons.setdefault(row.reason, []).append(row.name)
+    for reason, labels in reasons.items():
+        console.print(Text(f"not timed: {'; '.join(labels)}, {what}: {reason}", style="red"))
 
 
 def _judge_models(options: argparse.Namespace, contenders: list[Contender], results: Results) -> None:

@@ -39,8 +39,10 @@ class Row:
     peak_bytes: int | None = None
 
     def failed(self, fault: Exception) -> None:
-        """Record the first line of an error."""
-        self.status, self.reason = "failed", f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]}"
+        """Record the first line of an error; two lines if the first one only announces the next."""
+        first, second = [*filter(None, map(str.strip, str(fault).splitlines())), "", ""][:2]
+        text = f"{first} {second}" if first.endswith(":") else first
+        self.status, self.reason = "failed", f"{type(fault).__name__}: {text}"
 
     def figures(self) -> dict[str, Any]:
         """The measurements, for JSON."""
