@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 __all__ = ["by_image", "has_hooks", "is_plain", "linear"]
 
 WIDE = 16 * 2**20  # bytes
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()  # Dynamo cannot trace the call
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -37,28 +38,29 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)` of a linear layer: tokens (..., in_features) to (..., out_features).
 
-    On CPUs, in float32 and outside of torch.compile, oneDNN computes it. PyTorch itself calls MKL there, which takes
-    twice as long on the AMD CPU of the README's timings. A 1 x 1 convolution is the same product, and PyTorch hands it
-    to oneDNN, forward and backward.
+    On CPUs, oneDNN computes maps (B, H, W, in_features) of float32, in eager mode and compiled. PyTorch calls MKL
+    there, which takes twice as long on the AMD CPU of the README's timings. A 1 x 1 convolution is the same product,
+    and PyTorch hands it to oneDNN, forward and backward.
     """
-    # Compiled and exported programs keep the linear layer, so that the compiler can choose. Under autocast, PyTorch
-    # uses oneDNN anyway. A weight that is a tensor subclass (quantized, sharded) may not support convolutions.
+    # Exported programs keep the linear layer, since they may run elsewhere. Under autocast, PyTorch uses oneDNN anyway.
+    # A weight that is a tensor subclass (quantized, sharded) may not support convolutions. Other tokens than maps could
+    # be a map of one row, but Inductor loses the strides of such a map, and copies it to NCHW and back.
     if (
-        torch.compiler.is_compiling()
+        torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or x.device.type != "cpu"
         or not is_plain(layer, nn.Linear)
         or not (x.dtype == layer.weight.dtype == torch.float32)
         or x.numel() == 0
+        or x.ndim != 4
         or x.shape[-1] != layer.in_features
         or type(layer.weight) not in (Tensor, nn.Parameter)
         or torch.is_autocast_enabled("cpu")
-        or not torch.backends.mkldnn.is_available()
+        or not _HAS_ONEDNN
     ):
         return layer(x)
-    pixels = x.reshape(1, 1, -1, layer.in_features).permute(0, 3, 1, 2)  # (1, in_features, 1, tokens)
-    out = F.conv2d(pixels, layer.weight[:, :, None, None], layer.bias)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], layer.out_features)
+    out = F.conv2d(x.contiguous().permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias)
+    return out.permute(0, 2, 3, 1)
 
 
 def by_image(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, widening: float) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +15,7 @@ from zoo import cpu, families
 from zoo.cpu import by_image, linear
 from zoo.layers import Mlp
 
-SHAPES = [(5, 12), (2, 3, 4, 12), (1, 12), (12,)]
+SHAPES = [(5, 12), (2, 3, 4, 12), (1, 1, 1, 12), (1, 3, 1, 12), (12,)]
 
 
 class Operators(torch.utils._python_dispatch.TorchDispatchMode):
@@ -62,7 +63,7 @@ def test_inputs_may_have_any_strides():
 
 
 def test_second_derivative():
-    layer, x = make(), torch.randn(3, 12, requires_grad=True)
+    layer, x = make(), torch.randn(1, 1, 3, 12, requires_grad=True)
 
     def curvature(out):
         (grad,) = torch.autograd.grad((out**3).sum(), x, create_graph=True)
@@ -73,7 +74,7 @@ def test_second_derivative():
 
 
 def test_torch_func_works():
-    layer, x = make(), torch.randn(3, 4, 12)
+    layer, x = make(), torch.randn(3, 2, 2, 4, 12)
     out, tangent = torch.func.jvp(partial(linear, layer), (x,), (x,))
     torch.testing.assert_close(out, F.linear(x, layer.weight, layer.bias), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(tangent, F.linear(x, layer.weight), rtol=1e-5, atol=1e-6)
@@ -81,23 +82,53 @@ def test_torch_func_works():
 
 
 def test_float32_on_a_cpu_goes_to_onednn():
-    assert "convolution" in operators(make(), torch.randn(2, 3, 12))
+    assert "convolution" in operators(make(), torch.randn(2, 3, 4, 12))
+
+
+@pytest.mark.parametrize("shape", [(3, 12), (2, 3, 12), (1, 2, 3, 2, 12)], ids=str)
+def test_other_tokens_than_maps_stay_a_matrix_product(shape):
+    assert "convolution" not in operators(make(), torch.randn(shape))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2, 3, 4, 12), (1, 3, 4, 12), (2, 1, 1, 12)], ids=str)
+def test_compiled_layers_go_to_onednn_without_copies(shape):
+    """Copies would be generated kernels."""
+    torch._dynamo.reset()
+    layer, x = make(), torch.randn(shape)
+    with torch.no_grad():
+        out, (code,) = run_and_get_code(torch.compile(partial(linear, layer), fullgraph=True), x)
+        torch.testing.assert_close(out, layer(x), rtol=1e-5, atol=1e-6)
+    assert code.count("extern_kernels.convolution(") == 1
+    assert "cpp_fused" not in code
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_gradients_are_those_of_a_linear_layer(dynamic):
+    torch._dynamo.reset()
+    layer, compiled = make(), torch.compile(linear, fullgraph=True, dynamic=dynamic)
+    for shape in ((2, 3, 4, 12), (3, 5, 2, 12)):
+        x = torch.randn(shape, requires_grad=True)
+        wanted = [x, *layer.parameters()]
+        found, want = (torch.autograd.grad(out.sin().sum(), wanted) for out in (compiled(layer, x), layer(x)))
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_types_stay_a_matrix_product(dtype):
-    assert "convolution" not in operators(make(dtype), torch.randn(2, 3, 12, dtype=dtype))
+    assert "convolution" not in operators(make(dtype), torch.randn(2, 3, 4, 12, dtype=dtype))
 
 
 def test_autocast_stays_a_matrix_product():
-    layer, x = make(), torch.randn(2, 3, 12)
+    layer, x = make(), torch.randn(2, 3, 4, 12)
     with torch.autocast("cpu", torch.bfloat16):
         assert "convolution" not in operators(layer, x)
         assert linear(layer, x).dtype == torch.bfloat16
 
 
 def test_an_exported_program_has_a_linear_layer():
-    program = torch.export.export(Mlp(12, 7), (torch.randn(2, 3, 12),))
+    program = torch.export.export(Mlp(12, 7), (torch.randn(2, 3, 4, 12),))
     names = {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
     assert names == {"linear.default", "gelu.default", "dropout.default"}
 
@@ -116,7 +147,7 @@ def test_quantized_weight_computes_its_own_linear_layer():
         def __getitem__(self, index):
             raise NotImplementedError
 
-    layer, x = make(), torch.randn(2, 12)
+    layer, x = make(), torch.randn(2, 3, 4, 12)
     want = linear(layer, x)
     del layer.weight
     layer.weight = make().weight.detach().as_subclass(Halves)
@@ -124,17 +155,17 @@ def test_quantized_weight_computes_its_own_linear_layer():
 
 
 def test_no_tokens_give_no_tokens():
-    assert linear(make(), torch.randn(2, 0, 12)).shape == (2, 0, 7)
+    assert linear(make(), torch.randn(2, 0, 3, 12)).shape == (2, 0, 3, 7)
 
 
 def test_wrong_channels_are_refused_as_torch_does():
     with pytest.raises(RuntimeError, match=r"4x6 and 12x7"):
-        linear(make(), torch.randn(4, 6))
+        linear(make(), torch.randn(1, 1, 4, 6))
 
 
 def test_multiply_adds_are_counted():
     with FlopCounterMode(display=False) as counter:
-        linear(make(bias=False), torch.randn(5, 12))
+        linear(make(bias=False), torch.randn(1, 1, 5, 12))
     assert counter.get_total_flops() == 2 * 5 * 12 * 7
 
 
