@@ -72,6 +72,10 @@ def neighborhood_attention(
             key_mask=key_mask,
             q=None,
         )
+    if qkv.device.type == "cpu" and torch.compiler.is_compiling() and fused(qkv, bias_table):
+        if not torch.compiler.is_exporting():
+            axes = kernel_size, dilation, stride, is_causal
+            return _uncompiled(qkv, bias_table, key_mask, num_heads, *axes, scale)
     closed = has_static_value(height) and has_static_value(width)
     rows, columns = (
         _axis(*options, closed=closed)
@@ -128,6 +132,41 @@ def neighborhood_attention(
     place = (tile * batch + image[:, None, None]) * queries + slot  # (B, H, W)
     out = out.index_select(0, place.flatten()).reshape(batch, height, width, num_heads * head_dim)
     return out.to(qkv.dtype)
+
+
+# Inductor would take minutes to compile the program, in which each kind of tiles has attention of its own, and gather
+# more slowly. Programs that compute gradients are small, since they treat all tiles alike.
+@torch.library.custom_op("zoo::na2d_tiles", mutates_args=(), device_types="cpu")
+def _uncompiled(
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    key_mask: Tensor | None,
+    num_heads: int,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Tensor:
+    """`neighborhood_attention` as one node of a compiled program for CPUs, without gradients."""
+    with dispatch.as_given(qkv):
+        out = neighborhood_attention(
+            qkv,
+            num_heads=num_heads,
+            kernel_size=tuple(kernel_size),
+            dilation=tuple(dilation),
+            stride=tuple(stride),
+            is_causal=tuple(is_causal),
+            bias_table=bias_table,
+            scale=scale,
+            key_mask=key_mask,
+        )
+    return out.contiguous()
+
+
+@_uncompiled.register_fake
+def _(qkv: Tensor, *_: object) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
 def _attend(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from zoo.kernels import dispatch, implementation, neighborhood_attention
 from zoo.kernels.neighborhood_attention import torch_impl
@@ -150,6 +151,35 @@ def test_compiles_as_one_graph(differentiated, masked):
     torch.testing.assert_close(run("torch", compiled, given), run("torch", function, given))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "open"])
+def test_compiled_forward_is_one_node(dynamic, dtype):
+    torch._dynamo.reset()
+    nodes = []
+
+    def look(graph, _):
+        nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    module = Module((2, 1), (1, 3), False)
+    compiled = torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=look), dynamic=dynamic)
+    for size in ((2, 20, 14), (3, 33, 17)):
+        qkv = torch.randn(*size, 12)
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            torch.testing.assert_close(compiled(qkv), module(qkv), rtol=0, atol=0)
+    assert nodes.count("zoo.na2d_tiles.default") == (1 if dynamic else 2)
+    assert not any("softmax" in node or "scaled_dot_product" in node for node in nodes)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+def test_node_of_compiled_programs_is_a_proper_operator(biased, masked):
+    given, _ = call("tile-and-one", biased, masked)
+    mask = hide(given["qkv"]) if masked else None
+    arguments = given["qkv"], given.get("bias_table"), mask, 2, (7, 5), (1, 1), (1, 1), (False, False), 0.5
+    torch.library.opcheck(torch.ops.zoo.na2d_tiles.default, arguments)
+
+
 class Module(torch.nn.Module):
     def __init__(self, dilation, stride, causal):
         super().__init__()
@@ -165,6 +195,7 @@ def test_exports_with_open_sizes(options):
     module = Module(*options)
     dims = {axis: torch.export.Dim(name, min=10, max=99) for axis, name in enumerate(("batch", "rows", "columns"))}
     program = torch.export.export(module, (torch.randn(11, 20, 12, 12),), dynamic_shapes=(dims,))
+    assert "zoo" not in str(program.graph)
     again = torch.randn(10, 33, 17, 12)
     torch.testing.assert_close(program.module()(again), module(again))
 
