@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -72,10 +72,10 @@ def neighborhood_attention(
             key_mask=key_mask,
             q=None,
         )
-    if qkv.device.type == "cpu" and torch.compiler.is_compiling() and fused(qkv, bias_table):
-        if not torch.compiler.is_exporting():
-            axes = kernel_size, dilation, stride, is_causal
-            return _uncompiled(qkv, bias_table, key_mask, num_heads, *axes, scale)
+    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if compiled and qkv.device.type == "cpu" and fused(qkv, bias_table):
+        axes = kernel_size, dilation, stride, is_causal
+        return _uncompiled(qkv, bias_table, key_mask, num_heads, *axes, scale)
     closed = has_static_value(height) and has_static_value(width)
     rows, columns = (
         _axis(*options, closed=closed)
@@ -149,17 +149,11 @@ def _uncompiled(
     scale: float,
 ) -> Tensor:
     """`neighborhood_attention` as one node of a compiled program for CPUs, without gradients."""
+    axes = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride, "is_causal": is_causal}
+    options: dict[str, Any] = {name: tuple(pair) for name, pair in axes.items()}
     with dispatch.as_given(qkv):
         out = neighborhood_attention(
-            qkv,
-            num_heads=num_heads,
-            kernel_size=tuple(kernel_size),
-            dilation=tuple(dilation),
-            stride=tuple(stride),
-            is_causal=tuple(is_causal),
-            bias_table=bias_table,
-            scale=scale,
-            key_mask=key_mask,
+            qkv, num_heads=num_heads, **options, bias_table=bias_table, scale=scale, key_mask=key_mask
         )
     return out.contiguous()
 
