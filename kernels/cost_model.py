@@ -25,19 +25,26 @@ class GPU:
     name: str
     bandwidth: float  # bytes of memory a second
     flops: float  # dense float16 operations a second, accumulated in float32
+    processors: int = 0
+    clock: float = 0.0  # per second, under load; 0 if instructions are not modelled
 
 
-# From the vendors' data sheets; half of the figures that are stated with sparsity.
+# From the vendors' data sheets; half of the figures that are stated with sparsity. The clock of H100 and H200 is about
+# the one at which an H100 ran our kernels; the others are those of the data sheets.
 GPUS: dict[str, GPU] = {
     gpu.name: gpu
     for gpu in (
-        GPU("A100", 2.039e12, 312e12),  # NVIDIA A100 Tensor Core GPU datasheet, SXM 80 GB
-        GPU("H100", 3.35e12, 989.5e12),  # NVIDIA H100 Tensor Core GPU datasheet, SXM
-        GPU("H200", 4.8e12, 989.5e12),  # NVIDIA H200 Tensor Core GPU datasheet, SXM
-        GPU("B200", 8e12, 2.25e15),  # NVIDIA DGX B200 datasheet, an eighth of the system's
+        GPU("A100", 2.039e12, 312e12, 108, 1.41e9),  # NVIDIA A100 Tensor Core GPU datasheet, SXM 80 GB
+        GPU("H100", 3.35e12, 989.5e12, 132, 1.7e9),  # NVIDIA H100 Tensor Core GPU datasheet, SXM
+        GPU("H200", 4.8e12, 989.5e12, 132, 1.7e9),  # NVIDIA H200 Tensor Core GPU datasheet, SXM
+        GPU("B200", 8e12, 2.25e15, 148, 1.85e9),  # NVIDIA DGX B200 datasheet, an eighth of the system's
         GPU("MI300X", 5.3e12, 1307.4e12),  # AMD Instinct MI300X accelerator data sheet
     )
 }
+
+# Shares of the peak rates that a good kernel reaches, by counters of our kernels on an H100: of issued instructions, of
+# wavefronts of shared memory and L1 cache, and of the memory's bandwidth.
+ISSUED, PIPED, MOVED = 0.65, 0.7, 0.9
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,16 @@ def roofline_time(simulation: Simulation, gpu: GPU | str) -> float:
     """
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
     return max(simulation.flops_issued / gpu.flops, simulation.bytes_minimum / gpu.bandwidth)
+
+
+def issue_time(warp_instructions: float, gpu: GPU) -> float:
+    """The modelled time in seconds to issue instructions: four a clock and processor, at the share ISSUED."""
+    return warp_instructions / (4 * gpu.processors * gpu.clock * ISSUED)
+
+
+def wavefront_time(wavefronts: float, gpu: GPU) -> float:
+    """The modelled time in seconds of wavefronts of shared memory and L1 cache: one a clock and processor, at PIPED."""
+    return wavefronts / (gpu.processors * gpu.clock * PIPED)
 
 
 def recommend_stride(

@@ -70,13 +70,22 @@ For each case, the output and the gradients of every contender are first compare
 contender that fails or is wrong is named, but not timed. The others run in turns, so that other load on the machine
 affects all alike. "x ours" is a contender's time in units of that of zoo in the same turn: above 1, it is slower than
 zoo. Figures are medians, with the middle 80 % of the runs in brackets. Memory is the most that a call allocates beyond
-its inputs."""
+its inputs.
+
+With --static, nothing runs and no GPU is needed: the Triton kernels of each case are compiled for a GPU, and their
+instructions counted in the disassembly. A step is one trip of the innermost loop with the most work; "M instr" is what
+all warps of the launch execute, in millions. Times are modelled, not measured: the longest of the time to issue the
+instructions, at 65 % of the peak, the time of shared memory and L1 cache, at 70 %, and the time to move the kernel's
+tensors once, at 90 %. Waiting is not modelled. LDG, LDGSTS and STG are accesses to global memory, as the bits of a
+thread x how often they stand in the kernel."""
 KERNELS_EXAMPLES = """\
 examples:
   zoo-bench kernels                                      the target cases on the CPU, about two minutes
   zoo-bench kernels --cases '56x56x64-7x7*' --backward   cases by name
   zoo-bench kernels --operators depthwise --dtype bf16   all cases of an operator
-  zoo-bench kernels --device cuda --all --dtype fp16 bf16 --json all.json --picture all.png"""
+  zoo-bench kernels --device cuda --all --dtype fp16 bf16 --json all.json --picture all.png
+  zoo-bench kernels --static --target sm_90 gfx942       the instructions of compiled kernels, two minutes
+  zoo-bench kernels --static --cases 56x56x64-7x7        those of one case"""
 
 SIMULATE = """\
 Count what neighborhood attention costs on a GPU, without running it: the tiles of keys and values that the tiles of
@@ -87,6 +96,8 @@ examples:
   zoo-bench simulate --size 56x56 --kernel 7
   zoo-bench simulate --size 56x56 --kernel 7 --dilation 8 --heads 2 --batch 128 --gpu H100 MI300X
   zoo-bench simulate --size 256x256 --kernel 80x80 --stride 16 --heads 24 --head-dim 128"""
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 # Rows x columns of the queries of a program, and of the keys of one of its steps.
 TILES = (((8, 8), (4, 16)), ((8, 8), (8, 8)), ((8, 8), (2, 32)), ((4, 16), (4, 16)), ((16, 16), (8, 16)))
@@ -142,6 +153,14 @@ def parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="TFLOP/s",
         help="peak rate of the processor, for the roofline (known for some GPUs)",
+    )
+    add("--static", action="store_true", help="count the instructions of compiled Triton kernels instead")
+    add(
+        "--target",
+        nargs="+",
+        choices=TARGETS,
+        metavar="NAME",
+        help=f"what to compile for with --static: {', '.join(TARGETS)} (sm_90)",
     )
     add("--json", type=Path, metavar="FILE", help="write all measurements as JSON, after each table")
     add("--picture", type=Path, metavar="FILE", help="draw times in units of zoo's, as .png, .svg or .pdf")
@@ -247,6 +266,11 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _kernels(options: argparse.Namespace) -> None:
+    if options.static:
+        _static(options)
+        return
+    if options.target:
+        raise OptionError("got --target without --static: add it.")
     _prepare(options)
     from zoo.tools import benchmark_kernels, benchmark_timing
 
@@ -298,6 +322,60 @@ def _kernels(options: argparse.Namespace) -> None:
     for path in filter(None, (options.json, options.picture)):
         console.print(f"written: {path}")
     _judge(options, results)
+
+
+def _static(options: argparse.Namespace) -> None:
+    """Count the instructions of compiled kernels."""
+    usual = vars(parser().parse_args(["kernels"]))
+    for name in ("device", "without", "backward", "threads", "seconds", "bandwidth", "peak", "picture"):
+        if getattr(options, name) != usual[name]:
+            raise OptionError(f"got --{name} with --static, which measures nothing: leave it out.")
+    if find_spec("triton") is None:
+        raise UserError("got --static, but triton, which compiles the kernels, is not installed: install it.")
+    from zoo.kernels import dispatch
+
+    if dispatch.interpreting():
+        raise UserError("got --static with TRITON_INTERPRET set, so that Triton compiles nothing: unset it.")
+    import torch
+    import triton
+
+    from zoo.tools import benchmark_kernels, benchmark_static
+
+    known = {name: list(op.cases) for name, op in benchmark_kernels.OPERATORS.items()}
+    if _only_targets(options):
+        chosen = [(name, case) for name, cases in benchmark_static.CASES.items() for case in cases]
+    else:
+        chosen = _chosen_cases(options, known)
+    without = [name for name in dict.fromkeys(name for name, _ in chosen) if name not in benchmark_static.CASES]
+    chosen = [(name, case) for name, case in chosen if name not in without]
+    if not chosen:
+        raise OptionError(f"got only cases of {', '.join(without)}, which has no Triton kernels: choose others.")
+    batch = options.batch or 128
+    tables = [
+        (target, name, case, dtype)
+        for target in dict.fromkeys(options.target or ["sm_90"])
+        for name, case in chosen
+        for dtype in options.dtype or ["fp16"]
+    ]
+    console = cli.console()
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    console.print(f"compiled by triton {versions['triton']} (torch {versions['torch']}); batch {batch}; nothing is run")
+    results: list[benchmark_static.Pass] = []
+    for number, (target, name, case, dtype) in enumerate(tables, 1):
+        with cli.progress(f"[{number}/{len(tables)}] {target}, {name}/{case}, {dtype}", log=True):
+            found = benchmark_static.passes(name, case, batch=batch, dtype=dtype, target=target)
+        results += found
+        for result in found:
+            console.print(benchmark_static.title(result), style="bold")
+            console.print(benchmark_static.table(result))
+        if options.json:
+            _write_json(options.json, {"versions": versions, "passes": [result.as_json() for result in results]})
+    if not all(kernel.exact for result in results for kernel in result.kernels):
+        console.print("~: some loops were not recognised or depend on the inputs, and are counted once.", style="dim")
+    if without:
+        console.print(f"[dim]left out: {', '.join(without)}, which has no Triton kernels[/]")
+    if options.json:
+        console.print(f"written: {options.json}")
 
 
 def _prepare(options: argparse.Namespace) -> None:

@@ -153,6 +153,17 @@ def measure(
     )
 
 
+def least_bytes(name: str, case: str, batch: int, dtype: str, backward: bool) -> int:
+    """The fewest bytes that a case has to read and write, without running it."""
+    with FakeTensorMode():
+        arguments = _arguments(
+            OPERATORS[name], case, batch=batch, dtype=DTYPES[dtype], device="cpu", requires_grad=backward
+        )
+        with torch.no_grad():
+            out = call_ours(OPERATORS[name].function, "reference", **arguments)
+        return _min_bytes(arguments, out, backward)
+
+
 def _arguments(operator: Operator, case: str, **options: Any) -> Arguments:
     """All arguments of the public function, by name."""
     args, kwargs = operator.cases[case](**options)

@@ -1,10 +1,12 @@
-"""The resources of compiled kernels, against hard limits and against a snapshot."""
+"""The resources and instructions of compiled kernels, against hard limits and against a snapshot."""
 
 import json
 import os
 from pathlib import Path
 
 import triton
+
+from zoo.kernels import instructions
 
 from . import compilation
 
@@ -36,10 +38,11 @@ def check(launches, target, file):
         kept = {"triton": triton.__version__, "resources": {}}
     faults = []
     for launch in dict.fromkeys(launches):
-        report = compilation.compile_launch(launch, target)
+        compiled = compilation.compile_launch(launch, target)
         key = f"{target} {describe(launch)}"
-        found = {"registers": report.registers, "stack": report.stack, "shared": report.shared}
-        if report.stack > STACK or report.shared > SHARED[target]:
+        found = {"registers": compiled.registers, "stack": compiled.stack, "shared": compiled.shared}
+        found |= instructions.sizes(compiled.assembly)
+        if compiled.stack > STACK or compiled.shared > SHARED[target]:
             faults.append(f"{key}: {found}; at most {STACK} bytes of stack, {SHARED[target]} of shared memory")
         if writing:
             kept["resources"][key] = found
@@ -47,7 +50,7 @@ def check(launches, target, file):
             before = kept["resources"].get(key)
             if before is None:
                 faults.append(f"{key} is not in {file}: look at {found}, then run with ZOO_SNAPSHOT=1")
-            elif any(found[what] > before[what] * ROOM for what in found):
+            elif any(found[what] > before[what] * ROOM for what in found.keys() & before.keys()):
                 faults.append(f"{key}: {found}, before {before}")
     if writing:
         kept["resources"] = dict(sorted(kept["resources"].items()))
