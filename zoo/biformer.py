@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import linear
+from zoo.cpu import convolution, linear
 from zoo.kernels import routed_attention, sizes
 from zoo.layers import (
     DepthwiseConv,
@@ -229,6 +229,7 @@ class Block(TransformerBlock):
         return super().forward(x + self.pos_embed(x), *context)
 
 
+@register_notrace_module
 class ConvStem(nn.Module):
     """Two 3 x 3 convolutions with stride 2 and batch norms: (B, C, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4))."""
 
@@ -243,7 +244,7 @@ class ConvStem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1)
-        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        return convolution(self.conv2, convolution(self.conv1, x, self.norm1, self.act), self.norm2)
 
 
 class FlooringPatchStem(nn.Module):

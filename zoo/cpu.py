@@ -1,20 +1,23 @@
-"""Faster ways to compute some modules on CPUs: linear layers by oneDNN, and wide maps one image at a time.
+"""Faster ways to compute some modules on CPUs: layers by oneDNN with what follows, wide maps one image at a time.
 
-Both give the module's own result. With hooks, parametrizations, pruned weights and replaced modules, the module itself
+All give the module's own result. With hooks, parametrizations, pruned weights and replaced modules, the module itself
 is called, since they take effect only then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-__all__ = ["by_image", "has_hooks", "is_plain", "linear"]
+from zoo.kernels import dispatch
+from zoo.kernels.constants import only_traced
+
+__all__ = ["by_image", "convolution", "fused_convolution", "has_hooks", "is_plain", "linear"]
 
 WIDE = 16 * 2**20  # bytes
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # Dynamo cannot trace the call
@@ -35,32 +38,124 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
     return type(module) is kind and not has_hooks(module)
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)` of a linear layer: tokens (..., in_features) to (..., out_features).
+def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
+    """`layer(x)` of a linear layer, then `act` if it is given: tokens (..., in_features) to (..., out_features).
 
-    On CPUs, oneDNN computes maps (B, H, W, in_features) of float32, in eager mode and compiled. PyTorch calls MKL
-    there, which takes twice as long on the AMD CPU of the README's timings. A 1 x 1 convolution is the same product,
-    and PyTorch hands it to oneDNN, forward and backward.
+    On CPUs, oneDNN computes it, and in eager mode without a gradient a GELU along with it. In float32, PyTorch itself
+    calls MKL, which takes up to twice as long on AMD CPUs. With a gradient and compiled, maps (B, H, W, in_features) go
+    through a 1 x 1 convolution: the same product, which PyTorch hands to oneDNN, forward and backward.
     """
+    if is_plain(layer, nn.Linear) and x.shape[-1:] == (layer.in_features,):
+        given = _for_onednn(x, layer.weight, layer.bias)
+        if given is not None:
+            return _followed(torch.ops.mkldnn._linear_pointwise, given, act)
+        if _for_convolution(x, layer.weight):
+            out = F.conv2d(x.contiguous().permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias)
+            out = out.permute(0, 2, 3, 1)
+            return out if act is None else act(out)
+    out = layer(x)
+    return out if act is None else act(out)
+
+
+def convolution(layer: nn.Module, x: Tensor, norm: nn.Module | None = None, act: nn.Module | None = None) -> Tensor:
+    """`layer(x)` of a convolution, NCHW, then `norm` and `act` if they are given; see `fused_convolution`."""
+    out = None
+    if is_plain(layer, nn.Conv2d) and layer.padding_mode == "zeros":
+        options = layer.padding, layer.stride, layer.dilation, layer.groups
+        out = fused_convolution(x, layer.weight, layer.bias, *options, norm, act)
+    if out is None:
+        out = layer(x)
+        out = out if norm is None else norm(out)
+        out = out if act is None else act(out)
+    return out
+
+
+def fused_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: str | tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    norm: nn.Module | None = None,
+    act: nn.Module | None = None,
+) -> Tensor | None:
+    """A convolution by oneDNN with what follows: batch norm joins its weights, and GELU is computed along with it.
+
+    Returns None if that can't be done. It can on CPUs, outside of torch.compile, for channels-last maps, if no gradient
+    is needed. Batch norm has to be in evaluation mode, and the padding consists of zeros.
+    """
+    given = _for_onednn(x, weight, bias)
+    if given is None or isinstance(padding, str) or x.ndim != 4 or x.shape[1] != weight.shape[1] * groups:
+        return None
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return None
+    if norm is not None:
+        if not is_plain(norm, nn.BatchNorm2d) or norm.training or norm.running_mean is None or norm.running_var is None:
+            return None
+        if dispatch.again_differentiable(norm.weight, norm.bias):
+            return None
+        x, weight, bias = dispatch.autocast(given[0], *_with_norm(weight, bias, norm))
+        given = x, weight, bias
+    return _followed(torch.ops.mkldnn._convolution_pointwise, (*given, padding, stride, dilation, groups), act)
+
+
+def _with_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that includes the batch norm after it."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None
+    mean, scale = mean.float(), (variance.float() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = (-mean if bias is None else bias - mean) * scale
+    shift = shift if norm.bias is None else shift + norm.bias
+    return (weight * scale[:, None, None, None]).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The arguments in the dtype of a layer, if oneDNN can compute it without autograd and nothing traces it."""
+    # A weight that is a tensor subclass (quantized, sharded) may only support the layer itself.
+    if (
+        only_traced(x)
+        or x.device.type != "cpu"
+        or x.numel() == 0
+        or type(weight) not in (Tensor, nn.Parameter)
+        or dispatch.again_differentiable(x, weight, bias)
+        or not (_HAS_ONEDNN and torch.backends.mkldnn.enabled)
+    ):
+        return None
+    x, weight, bias = dispatch.autocast(x, weight, bias)
+    if any(other is not None and other.dtype != x.dtype for other in (weight, bias)):
+        return None
+    if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return x, weight, bias
+    return None
+
+
+def _for_convolution(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch hands a linear layer to oneDNN as a convolution, but not as it is."""
     # Exported programs keep the linear layer, since they may run elsewhere. Under autocast, PyTorch uses oneDNN anyway.
     # A weight that is a tensor subclass (quantized, sharded) may not support convolutions. Other tokens than maps could
     # be a map of one row, but Inductor loses the strides of such a map, and copies it to NCHW and back.
-    if (
+    return not (
         torch.compiler.is_exporting()
         or torch.jit.is_tracing()
         or x.device.type != "cpu"
-        or not is_plain(layer, nn.Linear)
-        or not (x.dtype == layer.weight.dtype == torch.float32)
+        or not (x.dtype == weight.dtype == torch.float32)
         or x.numel() == 0
         or x.ndim != 4
-        or x.shape[-1] != layer.in_features
-        or type(layer.weight) not in (Tensor, nn.Parameter)
+        or type(weight) not in (Tensor, nn.Parameter)
         or torch.is_autocast_enabled("cpu")
         or not _HAS_ONEDNN
-    ):
-        return layer(x)
-    out = F.conv2d(x.contiguous().permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias)
-    return out.permute(0, 2, 3, 1)
+    )
+
+
+def _followed(operator: Callable[..., Tensor], given: tuple[Any, ...], act: nn.Module | None) -> Tensor:
+    """`act` of one of oneDNN's operators. It computes a GELU itself."""
+    if act is not None and is_plain(act, nn.GELU):
+        return operator(*given, "gelu", [], act.approximate)
+    out = operator(*given, "none", [], "")
+    return out if act is None else act(out)
 
 
 def by_image(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, widening: float) -> Tensor:

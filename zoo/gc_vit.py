@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import linear
+from zoo.cpu import convolution, linear
 from zoo.kernels import sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens, stage_rates
 
@@ -85,6 +85,7 @@ class SqueezeExcite(nn.Module):
         return x * gate.sigmoid()[:, :, None, None]
 
 
+@register_notrace_module
 class MBConv(nn.Module):
     """x + 1 x 1 convolution(squeeze-excite(GELU(3 x 3 depth-wise convolution(x)))), NCHW, without norms and biases."""
 
@@ -92,11 +93,12 @@ class MBConv(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.dw_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False, **dd)
+        self.act = nn.GELU()
         self.se = SqueezeExcite(dim, **dd)
         self.pw_conv = nn.Conv2d(dim, dim, 1, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.pw_conv(self.se(F.gelu(self.dw_conv(x))))
+        return x + convolution(self.pw_conv, self.se(convolution(self.dw_conv, x, act=self.act)))
 
 
 class Downsample(nn.Module):

@@ -20,7 +20,7 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.cpu import linear
+from zoo.cpu import fused_convolution, is_plain, linear
 from zoo.kernels import depthwise_conv2d_nhwc, sizes
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "TransformerBlock",
     "check_images",
     "crop_tokens",
+    "depthwise",
     "dot_product_attention",
     "global_attention",
     "init_transformer",
@@ -94,6 +95,15 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise_conv2d_nhwc(x, self.weight, self.bias)
 
 
+def depthwise(layer: nn.Module, x: Tensor, act: nn.Module) -> Tensor:
+    """`act(layer(x))` of a `DepthwiseConv`, (B, H, W, dim) -> (B, H, W, dim)."""
+    out = None
+    if is_plain(layer, DepthwiseConv):
+        options = layer.padding, layer.stride, layer.dilation, layer.groups
+        out = fused_convolution(x.permute(0, 3, 1, 2), layer.weight, layer.bias, *options, act=act)
+    return act(layer(x)) if out is None else out.permute(0, 2, 3, 1)
+
+
 @register_notrace_module
 class Mlp(nn.Module):
     """Linear, GELU, Linear on tokens (..., dim), with dropout after both.
@@ -119,7 +129,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
-        return self.drop2(linear(self.fc2, self.drop1(self.act(linear(self.fc1, x)))))
+        return self.drop2(linear(self.fc2, self.drop1(linear(self.fc1, x, self.act))))
 
 
 class TransformerBlock(nn.Module):

@@ -36,6 +36,7 @@ from zoo.layers import (
     PatchStem,
     TransformerBlock,
     crop_tokens,
+    depthwise,
     dot_product_attention,
     pad_tokens,
     stage_rates,
@@ -185,8 +186,8 @@ class ConvMlp(nn.Module):
 
     def forward_images(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        x = self.dw_conv(linear(self.fc1, x))
-        return self.drop2(linear(self.fc2, self.drop1(self.act(x))))
+        x = depthwise(self.dw_conv, linear(self.fc1, x), self.act)
+        return self.drop2(linear(self.fc2, self.drop1(x)))
 
 
 class MlpBlock(nn.Module):

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, linear
+from zoo.cpu import by_image, convolution, linear
 from zoo.kernels import certain, sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens
 
@@ -190,9 +190,9 @@ class MBConv(nn.Module):
         branch = self.norm(x)
         if self.turned:  # rotated here because there are fewer channels than after the expansion
             branch = branch.flip(2, 3)
-        branch = self.act(self.norm1(self.expand(branch)))
-        branch = self.act(self.norm2(self.dw_conv(branch)))
-        branch = self.reduce(self.se(branch))
+        branch = convolution(self.expand, branch, self.norm1, self.act)
+        branch = convolution(self.dw_conv, branch, self.norm2, self.act)
+        branch = convolution(self.reduce, self.se(branch))
         if self.turned:
             branch = branch.flip(2, 3)
         return (self.shortcut(self.pool(x)) + self.drop_path(branch)).permute(0, 2, 3, 1)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attention
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, is_plain
+from zoo.cpu import by_image, convolution, is_plain
 from zoo.kernels import large_kernel_attention
 from zoo.layers import check_images, stage_rates
 
@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@register_notrace_module
 class PatchEmbed(nn.Module):
     """Overlapping patches: a strided convolution and batch norm. (B, C, H, W) -> (B, dim, ceil(H/s), ceil(W/s))."""
 
@@ -57,9 +58,10 @@ class PatchEmbed(nn.Module):
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.proj(x))
+        return convolution(self.proj, x, self.norm)
 
 
+@register_notrace_module
 class Stem(PatchEmbed):
     """The first patch embedding, 7 x 7 with stride 4. It checks the images."""
 
@@ -95,6 +97,7 @@ class LargeKernelAttention(nn.Module):
         return large_kernel_attention(x.permute(0, 2, 3, 1), *weights).permute(0, 3, 1, 2)
 
 
+@register_notrace_module
 class Attention(nn.Module):
     """LKA between two 1 x 1 convolutions, with its own shortcut."""
 
@@ -108,7 +111,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The shortcut adds the block's normalised input, so layer scale and drop path act on it as well.
-        return x + self.proj_out(self.lka(self.act(self.proj_in(x))))
+        return x + convolution(self.proj_out, self.lka(convolution(self.proj_in, x, act=self.act)))
 
 
 @register_notrace_module
@@ -131,8 +134,8 @@ class Mlp(nn.Module):
 
     def forward_images(self, x: Tensor) -> Tensor:
         """(B, dim, H, W) -> (B, dim, H, W)."""
-        x = self.drop1(self.act(self.dw_conv(self.fc1(x))))
-        return self.drop2(self.fc2(x))
+        x = self.drop1(convolution(self.dw_conv, convolution(self.fc1, x), act=self.act))
+        return self.drop2(convolution(self.fc2, x))
 
 
 class Block(nn.Module):

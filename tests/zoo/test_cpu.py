@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo import cpu, families
-from zoo.cpu import by_image, linear
+from zoo.cpu import by_image, convolution, linear
 from zoo.layers import Mlp
 
 SHAPES = [(5, 12), (2, 3, 4, 12), (1, 1, 1, 12), (1, 3, 1, 12), (12,)]
@@ -113,6 +113,124 @@ def test_compiled_gradients_are_those_of_a_linear_layer(dynamic):
         wanted = [x, *layer.parameters()]
         found, want = (torch.autograd.grad(out.sin().sum(), wanted) for out in (compiled(layer, x), layer(x)))
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("act", [None, nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_without_gradient(shape, act):
+    layer, x = make(), torch.randn(shape)
+    want = F.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        out = linear(layer, x, act)
+    torch.testing.assert_close(out, want if act is None else act(want), rtol=1e-5, atol=1e-6)
+
+
+def inputs(channels=12, dtype=torch.float32):
+    torch.manual_seed(1)
+    return torch.randn(2, channels, 7, 5, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def trained(dim):
+    """A batch norm with statistics, in evaluation mode."""
+    norm = nn.BatchNorm2d(dim)
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(norm.running_var, 0.5, 2)
+    return norm.eval()
+
+
+def plain(layer, x, norm=None, act=None):
+    return nn.Sequential(layer, norm or nn.Identity(), act or nn.Identity())(x)
+
+
+CONVS = {
+    "1x1": partial(nn.Conv2d, 12, 8, 1),
+    "no-bias": partial(nn.Conv2d, 12, 8, 3, padding=1, bias=False),
+    "strided": partial(nn.Conv2d, 12, 8, 3, 2, padding=(0, 1)),
+    "depthwise": partial(nn.Conv2d, 12, 12, 5, padding=4, dilation=2, groups=12),
+    "same": partial(nn.Conv2d, 12, 8, 3, padding="same"),
+    "reflected": partial(nn.Conv2d, 12, 8, 3, padding=1, padding_mode="reflect"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("act", [None, nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("conv", CONVS)
+def test_convolution_is_that_of_its_modules(conv, normed, act):
+    layer, x = CONVS[conv](), inputs()
+    norm = trained(layer.out_channels) if normed else None
+    for images in (x, x.contiguous(), x[:1], x[:0]):
+        out = convolution(layer, images, norm, act)
+        torch.testing.assert_close(out, plain(layer, images, norm, act), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_bfloat16_errs_no_more_than_the_modules(autocast):
+    conv, norm, act, layer = nn.Conv2d(12, 8, 3, padding=1), trained(8), nn.GELU(), make()
+    modules = nn.ModuleList([conv, norm, act, layer]).bfloat16()
+    x, tokens = inputs(dtype=torch.bfloat16), inputs(dtype=torch.bfloat16).permute(0, 2, 3, 1)
+    found = {}
+    if autocast:
+        modules.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found["fused"] = convolution(conv, x, norm, act), linear(layer, tokens, act)
+        found["plain"] = plain(conv, x, norm, act), plain(layer, tokens, act=act)
+    modules.double()
+    want = plain(conv, x.double(), norm, act), plain(layer, tokens.double(), act=act)
+    for fused, other, exact in zip(found["fused"], found["plain"], want, strict=True):
+        assert fused.dtype == other.dtype == torch.bfloat16
+        assert (fused - exact).square().mean() <= 1.05 * (other - exact).square().mean()
+
+
+def test_fused_layers_are_one_operator():
+    conv, norm, act = nn.Conv2d(12, 8, 1), trained(8), nn.GELU()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        convolution(conv, inputs(), norm, act)
+        linear(make(), torch.randn(2, 12), act)
+    names = {event.key for event in profile.key_averages()}
+    assert names >= {"mkldnn::_convolution_pointwise", "mkldnn::_linear_pointwise"}
+    assert not names & {"aten::gelu", "aten::batch_norm"}
+
+
+def test_gradients_of_a_convolution_are_those_of_its_modules():
+    conv, norm, act, x = nn.Conv2d(12, 8, 1), trained(8), nn.GELU(), inputs().requires_grad_()
+    parameters = [x, *conv.parameters(), *norm.parameters()]
+    found = torch.autograd.grad(convolution(conv, x, norm, act).square().sum(), parameters)
+    want = torch.autograd.grad(plain(conv, x, norm, act).square().sum(), parameters)
+    torch.testing.assert_close(found, want)
+    for module in (conv, norm):  # one of them is frozen
+        module.requires_grad_(False)
+        assert convolution(conv, x.detach(), norm, act).requires_grad == (module is conv)
+
+
+@torch.no_grad()
+def test_batch_norm_in_training_takes_the_statistics_of_the_batch():
+    conv, norm, x = nn.Conv2d(12, 8, 1), trained(8).train(), inputs()
+    want = F.batch_norm(conv(x), None, None, norm.weight, norm.bias, True)
+    torch.testing.assert_close(convolution(conv, x, norm), want)
+    assert norm.num_batches_tracked == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", range(3), ids=["convolution", "norm", "activation"])
+def test_hooks_of_fused_modules_run(position):
+    modules, seen = [nn.Conv2d(12, 8, 1), trained(8), nn.GELU()], []
+    modules[position].register_forward_hook(lambda module, args, out: seen.append(out) or 2 * out)
+    conv, norm, act = modules
+    torch.testing.assert_close(convolution(conv, inputs(), norm, act), plain(conv, inputs(), norm, act))
+    assert len(seen) == 2
+    if position == 2:
+        linear(make(), torch.randn(2, 12), act)
+        assert len(seen) == 3
+
+
+@torch.no_grad()
+def test_fusion_can_be_switched_off():
+    with torch.backends.mkldnn.flags(enabled=False), torch.profiler.profile() as profile:
+        linear(make(), torch.randn(2, 12))
+    assert "mkldnn::_linear_pointwise" not in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
