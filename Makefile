@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m "not gpu and not browser"
 
-.PHONY: demo test test-all check browser bench gpu recipes docs tables lint types clean
+.PHONY: demo test test-all check browser bench speed gpu recipes docs tables lint types clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -26,6 +26,10 @@ browser: $(VENV)/dev.stamp  ## the reports in a real browser, as wide as a phone
 
 bench: $(VENV)/user.stamp  ## time the operators on this machine's CPU
 	$(BIN)/zoo-bench kernels
+
+speed: $(VENV)/dev.stamp  ## measure the models for the README: an hour on two cores that do nothing else
+	$(BIN)/zoo-bench models --threads 2 --dtype float32 bfloat16 --compile --json docs/results/models-cpu.json --picture docs/images/speed.png
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
 
 gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: tests and timings, written to docs/results
 	PYTHON=$(BIN)/python tools/gpu_session.sh

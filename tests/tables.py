@@ -5,6 +5,7 @@ A table stands between `<!-- name -->` and `<!-- end -->`.
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import cache
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import zoo
 from zoo import families, manifest
+from zoo.messages import size_text
 from zoo.tools import models
 
 from .pages import ROOT
 
 INDEX = ROOT / "docs" / "families" / "index.md"
 README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "results" / "models-cpu.json"  # `make speed` writes it
 
 
 @cache
@@ -82,23 +85,99 @@ def index() -> Iterator[str]:
         yield f"| [{', '.join(about['names'])}]({family}.md) | {about['attends_to']} | {commercial} |"
 
 
-def speed() -> Iterator[str]:
-    """The examples of the families, with the times that were measured here, for the README."""
-    yield "| family | model | parameters | top-1 | inference (timm's own model) | training (timm's own model) |"
-    yield "|---|---|---|---|---|---|"
+def results() -> dict:
+    """What zoo-bench models measured."""
+    return json.loads(RESULTS.read_text())
+
+
+def speed(results: dict) -> Iterator[str]:
+    """The examples of the families with their measured times, and timm's own models, for the README."""
+    modes, found = _modes(results)
+    yield f"| family | model | parameters | top-1 | {' | '.join(modes)} |"
+    yield "|---" * (4 + len(modes)) + "|"
+    against = results["settings"]["against"]
+
+    def line(title: str, name: str, shown: str) -> str:
+        entry = found[name, modes[0]]
+        cells = [f"{entry['parameters'] / 1e6:.1f} M", f"{entry['top1']} %" if entry["top1"] else ""]
+        cells += [_passes(found[name, mode], lambda figures: f"{figures['ratio']['median']:.2f}") for mode in modes]
+        return f"| {f'{title} ' if title else ''}| {shown} | {' | '.join(cells)} |"
+
     for family in zoo.FAMILIES:
         about = manifest.about(family)
-        papers = (f"[{name}](https://arxiv.org/abs/{paper})" for name, paper in about["names"].items())
-        title = ", ".join(papers)
+        title = ", ".join(f"[{name}](https://arxiv.org/abs/{paper})" for name, paper in about["names"].items())
         for name in about["examples"]:
-            row = next(row for row in rows() if row["model"] == name)
-            measured = about.get("measured", {}).get(name, {})
-            cells = [f"{row['parameters'] / 1e6:.1f} M", "" if row["top1"] is None else f"{row['top1']} %"]
-            for what in ("inference", "training"):
-                times = [f"{time:.2f}" for time in measured.get(what, ())]
-                cells.append(f"{times[0]} ({times[1]})" if len(times) > 1 else "".join(times))
-            yield f"| {f'{title} ' if title else ''}| `{name}` | {' | '.join(cells)} |"
+            yield line(title, name, f"`{name}`")
             title = ""
+            if peer := found[name, modes[0]]["timm"]:
+                yield line("", peer, f"timm's `{peer}`")
+    yield line("[Swin](https://arxiv.org/abs/2103.14030)", against, f"timm's `{against}`")
+    machine, settings = results["machine"], results["settings"]
+    kinds = [what for what in ("inference", "training") if what in found[against, modes[0]]]
+    command = re.sub(r" --(json|picture) \S+", "", results["command"])
+    turns = (f"{len(found[against, modes[0]][what]['times_s'])} for {what}" for what in kinds)
+    sentences = [
+        f"Times of {' / '.join(kinds)}, in units of those of timm's `{against}` in {modes[0]}; lower is faster.",
+        *(["bfloat16 is by autocast."] if "bfloat16" in modes else []),
+        *(["Compiled models were compiled by `torch.compile`."] if settings["compile"] else []),
+        f"They are medians (turns: {', '.join(turns)}) of `{command}`",
+        f"for {_count(settings['batch_size'], 'image')} of {size_text(settings['size'])} with {_cores(machine)},",
+        f"torch {machine['torch'].partition('+')[0]} and timm {machine['timm']}.",
+    ]
+    yield from ["", *_wrapped(" ".join(sentences))]
+
+
+def shares(results: dict) -> Iterator[str]:
+    """How near the models come to the rate of a matrix product on the machine that was measured, for the README."""
+    modes, found = _modes(results)
+    yield f"| model | {' | '.join(modes)} |"
+    yield "|---" * (1 + len(modes)) + "|"
+    for name in dict.fromkeys(name for name, _ in found):
+        shown = f"`{name}`" if found[name, modes[0]]["ours"] else f"timm's `{name}`"
+        cells = (_passes(found[name, mode], lambda each: f"{each['matmul_share']['median']:.0%}") for mode in modes)
+        yield f"| {shown} | {' | '.join(cells)} |"
+    product = results["matmul"]["inference"]
+    rates = " and ".join(f"{one['flops_per_s'] / 1e9:,.0f} GFLOP/s in {one['dtype']}" for one in product)
+    kinds = [what for what in ("inference", "training") if what in found[results["settings"]["against"], modes[0]]]
+    yield from [
+        "",
+        *_wrapped(
+            f"Operations per second of {' / '.join(kinds)}, as shares of those of a linear layer of "
+            f"{product[0]['features']} features in the same dtype, which reached {rates} with "
+            f"{_cores(results['machine'])}. The operations are the multiply-adds of `zoo-models`; those of a training "
+            "step are three times as many."
+        ),
+    ]
+
+
+def _modes(results: dict) -> tuple[list[str], dict[tuple[str, str], dict]]:
+    """The modes that were measured, in words, and the entries of the results by model and mode."""
+    found = {}
+    for entry in results["models"]:
+        cast, compiled = " cast" * entry["cast"], ", compiled" * entry["compiled"]
+        found[entry["name"], f"{entry['dtype']}{cast}{compiled}"] = entry
+    return list(dict.fromkeys(mode for _, mode in found)), found
+
+
+def _passes(entry: dict, cell: Callable[[dict], str]) -> str:
+    """A cell of inference / training."""
+    figures = (entry[what] for what in ("inference", "training") if what in entry)
+    return " / ".join(cell(each) if each["status"] == "timed" else each["status"] for each in figures)
+
+
+def _cores(machine: dict) -> str:
+    return f"{_count(machine['threads'], 'thread')} of an {machine['cpu']}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"
+
+
+def _wrapped(text: str) -> list[str]:
+    """The lines of a paragraph; code is not broken."""
+    text = re.sub("`.*?`", lambda code: code[0].replace(" ", "\0"), text)
+    lines = textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]
 
 
 def digits() -> Iterator[str]:
@@ -118,7 +197,8 @@ def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
     """What makes each table, by its document and its name."""
     found: dict[tuple[Path, str], Callable[[], Iterator[str]]] = {
         (INDEX, "families"): index,
-        (README, "speed"): speed,
+        (README, "speed"): lambda: speed(results()),
+        (README, "shares"): lambda: shares(results()),
         (README, "digits"): digits,
     }
     for family in zoo.FAMILIES:

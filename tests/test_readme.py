@@ -1,12 +1,15 @@
 """Code in the README runs, its commands are known, and its figures are true. Some seconds, slow ones 15 s."""
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
-from . import pages
+from zoo.tools import benchmark
+
+from . import pages, tables
 from .pages import ROOT
 
 README = ROOT / "README.md"
@@ -46,3 +49,81 @@ def test_parameter_counts(name, figure):
     with torch.device("meta"):
         model = timm.create_model(name)
     assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}" == figure
+
+
+# ---- the tables of speed
+
+
+def entry(name, parameters, ratios, *, timm=None, ours=True, top1=None, compiled=False, dtype="float32"):
+    """What zoo-bench models writes of a model in one mode; a ratio of None is a failure."""
+    made = {"name": name, "dtype": dtype, "cast": False, "compiled": compiled, "ours": ours, "timm": timm}
+    made |= {"parameters": parameters, "top1": top1}
+    for what, ratio in zip(("inference", "training"), ratios, strict=True):
+        figures = {"ratio": {"median": ratio}, "matmul_share": {"median": 0.3}, "times_s": [1.0] * 12}
+        made[what] = {"status": "failed"} if ratio is None else {"status": "timed", **figures}
+    return made
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """Results of a family with one model, which timm has, too."""
+    monkeypatch.setattr(tables.zoo, "FAMILIES", ("gc_vit",))
+    about = {"names": {"GC ViT": "2206"}, "examples": ["gc_vit_tiny"]}
+    monkeypatch.setattr(tables.manifest, "about", lambda family: about)
+    unit = {"name": "swin", "parameters": 28.3e6, "ours": False, "top1": 81.3}
+    ours = {"name": "gc_vit_tiny", "parameters": 28.2e6, "timm": "gcvit_tiny", "top1": 83.5}
+    other = {"name": "gcvit_tiny", "parameters": 28.2e6, "ours": False}
+    fast = {"dtype": "bfloat16", "compiled": True}
+    models = [
+        *(entry(ratios=(1.0, 1.0), **unit), entry(ratios=(0.4, 0.5), **unit, **fast)),
+        *(entry(ratios=(0.88, 0.9), **ours), entry(ratios=(0.312, None), **ours, **fast)),
+        *(entry(ratios=(1.19, 1.3), **other), entry(ratios=(0.6, 0.7), **other, **fast)),
+    ]
+    return {
+        "command": "zoo-bench models --threads 2 --json docs/a.json --compile --picture b.png",
+        "machine": {"cpu": "AMD EPYC", "threads": 2, "torch": "2.15.0+cpu", "timm": "1.0.31"},
+        "settings": {"against": "swin", "size": [224, 224], "compile": True, "batch_size": 4},
+        "matmul": {"inference": [{"dtype": "float32", "flops_per_s": 511.4e9, "features": 1024}]},
+        "models": models,
+    }
+
+
+def test_table_of_speed(results):
+    lines = list(tables.speed(results))
+    assert lines[:6] == [
+        "| family | model | parameters | top-1 | float32 | bfloat16, compiled |",
+        "|---|---|---|---|---|---|",
+        "| [GC ViT](https://arxiv.org/abs/2206) | `gc_vit_tiny` | 28.2 M | 83.5 % | 0.88 / 0.90 | 0.31 / failed |",
+        "| | timm's `gcvit_tiny` | 28.2 M |  | 1.19 / 1.30 | 0.60 / 0.70 |",
+        "| [Swin](https://arxiv.org/abs/2103.14030) | timm's `swin` | 28.3 M | 81.3 % | 1.00 / 1.00 | 0.40 / 0.50 |",
+        "",
+    ]
+    assert max(map(len, lines[6:])) <= 120
+    text = " ".join(lines[6:])
+    assert text == (
+        "Times of inference / training, in units of those of timm's `swin` in float32; lower is faster. Compiled "
+        "models were compiled by `torch.compile`. They are medians (turns: 12 for inference, 12 for training) of "
+        "`zoo-bench models --threads 2 --compile` for 4 images of 224x224 with 2 threads of an AMD EPYC, torch 2.15.0 "
+        "and timm 1.0.31."
+    )
+
+
+def test_table_of_shares(results):
+    lines = list(tables.shares(results))
+    assert lines[:5] == [
+        "| model | float32 | bfloat16, compiled |",
+        "|---|---|---|",
+        "| timm's `swin` | 30% / 30% | 30% / 30% |",
+        "| `gc_vit_tiny` | 30% / 30% | 30% / failed |",
+        "| timm's `gcvit_tiny` | 30% / 30% | 30% / 30% |",
+    ]
+    assert "which reached 511 GFLOP/s in float32 with 2 threads of an AMD EPYC." in " ".join(lines[6:])
+
+
+def test_results_have_all_examples_in_float32_and_bfloat16():
+    """`make speed` measures them."""
+    results = json.loads(tables.RESULTS.read_text())
+    modes = {(each["name"], each["dtype"]) for each in results["models"] if each["inference"]["status"] == "timed"}
+    assert {(name, dtype) for name in benchmark.MODELS for dtype in ("float32", "bfloat16")} <= modes
+    assert results["settings"]["against"] == benchmark.AGAINST
+    assert results["settings"]["size"] == [224, 224]
