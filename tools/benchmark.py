@@ -143,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--backward",
         action=argparse.BooleanOptionalAction,
-        help="also time forward and backward together (off, except for the target cases)",
+        help="also time the backward pass, alone and with the forward pass (off, except for the target cases)",
     )
     add("--threads", type=cli.count, metavar="N", help="number of threads of PyTorch on the CPU (PyTorch's default)")
     add("--seconds", type=_positive, default=5.0, metavar="S", help="how long to time for each table (5)")
@@ -294,9 +294,10 @@ def _kernels(options: argparse.Namespace) -> None:
     absent: dict[tuple[str, str], int] = {}
     try:
         for number, (name, case, dtype, with_backward) in enumerate(tables, 1):
-            label = f"[{number}/{len(tables)}] {_label(name, case, dtype, with_backward)}"
+            kind = "backward" if with_backward else "forward"
+            label = f"[{number}/{len(tables)}] {_label(name, case, dtype, kind)}"
             with cli.progress(label, log=True) as say:
-                result = benchmark_kernels.measure(
+                found = benchmark_kernels.measure(
                     name,
                     case,
                     batch=batch,
@@ -307,11 +308,12 @@ def _kernels(options: argparse.Namespace) -> None:
                     leave_out=tuple(options.without),
                     say=say,
                 )
-            results.append(result)
-            for row in result.rows:
+            results += found
+            for row in found[0].rows:
                 if row.status == "not run":
                     absent[row.name, row.reason] = absent.get((row.name, row.reason), 0) + 1
-            _print_result(console, result, peaks, on_gpu)
+            for result in found:
+                _print_result(console, result, peaks, on_gpu)
             if options.json:
                 _write_json(options.json, {"machine": machine, "results": [_as_json(r, peaks) for r in results]})
     finally:
@@ -443,8 +445,8 @@ def _peaks(options: argparse.Namespace, gpu: str | None) -> tuple[float, float] 
     return (bandwidth, flops) if bandwidth and flops else None
 
 
-def _label(operator: str, case: str, dtype: str, backward: bool) -> str:
-    return f"{operator}/{case}, {dtype}, {'forward and backward' if backward else 'forward'}"
+def _label(operator: str, case: str, dtype: str, kind: str) -> str:
+    return f"{operator}/{case}, {dtype}, {kind}"
 
 
 def _least_time(result: Result, peaks: tuple[float, float] | None) -> float | None:
@@ -457,7 +459,7 @@ def _print_result(console: Console, result: Result, peaks: tuple[float, float] |
 
     from zoo.tools.benchmark_timing import digits, spread
 
-    title = _label(result.operator, result.case, result.dtype, result.backward)
+    title = _label(result.operator, result.case, result.dtype, result.kind)
     work = f"at least {result.min_bytes / 2**20:.1f} MiB moved, {result.flops / 1e9:.3g} GFLOP wanted"
     table = Table()
     rate, unit = (1e12, "TFLOP/s") if on_gpu else (1e9, "GFLOP/s")
@@ -509,7 +511,7 @@ def _as_json(result: Result, peaks: tuple[float, float] | None) -> dict[str, Any
         "operator": result.operator,
         "case": result.case,
         "dtype": result.dtype,
-        "backward": result.backward,
+        "pass": result.kind,
         "batch": result.batch,
         "min_bytes": result.min_bytes,
         "flops": result.flops,
@@ -532,7 +534,7 @@ def _judge(options: argparse.Namespace, results: list[Result]) -> None:
     for result in results:
         for row in result.rows:
             if row.name in ("triton", "torch", "reference") and row.status in ("wrong", "failed"):
-                label = _label(result.operator, result.case, result.dtype, result.backward)
+                label = _label(result.operator, result.case, result.dtype, result.kind)
                 raise UserError(f"zoo's {row.name} {row.status} in {label}: {row.reason}.")
 
 
@@ -556,7 +558,7 @@ def _draw(path: Path, results: list[Result], where: str) -> None:
     limit = 3 * top  # longer lines are cut, so that their labels stay in the picture
     y = 0.0
     for result, rows in groups:
-        label = _label(result.operator, result.case, result.dtype, result.backward)
+        label = _label(result.operator, result.case, result.dtype, result.kind)
         axes.text(bottom, y - 0.1, f" {label}, batch {result.batch}", va="center", fontsize=9, weight="bold")
         for row in rows:
             y += 1

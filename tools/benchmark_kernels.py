@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # wrong border or a missing bias far above.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 CHECKED_IMAGES = 2
+KINDS = ("forward", "backward", "forward and backward")
 MIN_ROUNDS = 5
 
 
@@ -81,7 +82,7 @@ class Result:
     operator: str
     case: str
     dtype: str
-    backward: bool
+    kind: str  # "forward", "backward" or "forward and backward"
     batch: int
     min_bytes: int
     flops: int
@@ -89,6 +90,8 @@ class Result:
     rows: list[Row]
 
 
+# The compiler must keep what a backward pass needs, since `measure` runs it again.
+@torch._functorch.config.patch(donated_buffer=False)
 def measure(
     name: str,
     case: str,
@@ -100,8 +103,12 @@ def measure(
     seconds: float,
     leave_out: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda text: None,
-) -> Result:
-    """Check every contender of a case against float64, then time the correct ones in turns for `seconds`."""
+) -> list[Result]:
+    """Check every contender of a case against float64, then time the correct ones in turns.
+
+    Returns:
+        The forward pass or, with `backward`, the backward pass and both passes together; each is timed for `seconds`.
+    """
     operator = OPERATORS[name]
     torch.compiler.reset()  # else torch stops compiling a function after many sizes
     make = partial(_arguments, operator, case, dtype=DTYPES[dtype])
@@ -109,7 +116,8 @@ def measure(
     per_image = _that_differ(make(batch=1, device="meta"), make(batch=2, device="meta"))
     want = _Wanted(operator.function, arguments, per_image, backward)
 
-    rows, runs = [], {}
+    rows: list[Row] = []
+    right: list[Contender] = []
     for contender in operator.contenders:
         if contender.name in leave_out or (contender.only_backward and not backward):
             continue
@@ -125,43 +133,54 @@ def measure(
         else:
             allowed = TOLERANCE[DTYPES[dtype]]
             if row.error <= allowed:
-                runs[contender.name] = want.run(contender)
+                right.append(contender)
             else:
                 row.status = "wrong"
                 row.reason = f"relative error {row.error:.1e} against float64, {allowed:.0e} allowed"
         timing.release(device)
 
-    say("timing")
-    ours = next((name for name in ("triton", "torch") if name in runs), None)
-    if runs:
-        times = timing.alternately(runs, device, seconds, MIN_ROUNDS)
-        for row in rows:
+    ours = next((name for name in ("triton", "torch") if name in {contender.name for contender in right}), None)
+    results = []
+    for kind in KINDS[1:] if backward else KINDS[:1]:
+        say(f"timing {kind}")
+        timed = [replace(row) for row in rows]
+        runs = {contender.name: want.run(contender, kind) for contender in right}
+        times = timing.alternately(runs, device, seconds, MIN_ROUNDS) if runs else {}
+        for row in timed:
             if row.name in runs:
                 row.times = times[row.name]
                 row.ratios = [a / b for a, b in zip(row.times, times[ours], strict=True)] if ours else []
                 row.peak_bytes = timing.peak_bytes(runs[row.name], device)
-    return Result(
-        operator=name,
-        case=case,
-        dtype=dtype,
-        backward=backward,
-        batch=batch,
-        min_bytes=_min_bytes(arguments, want.output, backward),
-        flops=int(want.output.numel() * operator.flops(arguments) * (1 + operator.backward_flops * backward)),
-        ours=ours,
-        rows=rows,
-    )
+        del runs
+        timing.release(device)
+        shares = {"forward": 1.0, "backward": operator.backward_flops}
+        results.append(
+            Result(
+                operator=name,
+                case=case,
+                dtype=dtype,
+                kind=kind,
+                batch=batch,
+                min_bytes=_min_bytes(arguments, want.output, kind),
+                flops=int(
+                    want.output.numel() * operator.flops(arguments) * sum(shares[x] for x in kind.split(" and "))
+                ),
+                ours=ours,
+                rows=timed,
+            )
+        )
+    return results
 
 
-def least_bytes(name: str, case: str, batch: int, dtype: str, backward: bool) -> int:
-    """The fewest bytes that a case has to read and write, without running it."""
+def least_bytes(name: str, case: str, batch: int, dtype: str, kind: str) -> int:
+    """The fewest bytes that a pass of a case has to read and write, without running it."""
     with FakeTensorMode():
         arguments = _arguments(
-            OPERATORS[name], case, batch=batch, dtype=DTYPES[dtype], device="cpu", requires_grad=backward
+            OPERATORS[name], case, batch=batch, dtype=DTYPES[dtype], device="cpu", requires_grad=kind != "forward"
         )
         with torch.no_grad():
             out = call_ours(OPERATORS[name].function, "reference", **arguments)
-        return _min_bytes(arguments, out, backward)
+        return _min_bytes(arguments, out, kind)
 
 
 def _arguments(operator: Operator, case: str, **options: Any) -> Arguments:
@@ -217,10 +236,14 @@ class _Wanted:
             errors.append(_relative_error(part, want[name]))
         return max(errors)
 
-    def run(self, contender: Contender) -> Callable[[], object]:
-        """The call that is timed."""
+    def run(self, contender: Contender, kind: str) -> Callable[[], object]:
+        """The call that is timed; the backward pass alone repeats that of a single forward pass."""
         arguments, names = _prepared(contender, self.arguments, self.grad)
-        return partial(_call, contender.compute, arguments, names)
+        if kind != "backward":
+            return partial(_call, contender.compute, arguments, names)
+        grad = arguments.pop("grad")
+        out = contender.compute(**arguments)
+        return partial(torch.autograd.grad, out, [arguments[name] for name in names], grad, retain_graph=True)
 
     def _reference(self, arguments: Arguments, grad: Tensor | None) -> dict[str, Tensor]:
         with_bias = arguments.get("bias_table") is not None
@@ -269,8 +292,9 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
     return float("inf") if math.isnan(error) else error
 
 
-def _min_bytes(arguments: Arguments, out: Tensor, backward: bool) -> int:
-    """The fewest bytes to read and write: each input and output once, and the gradients in the backward pass."""
+def _min_bytes(arguments: Arguments, out: Tensor, kind: str) -> int:
+    """The fewest bytes to read and write: each input and output once a pass, and the gradients in the backward one."""
     tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
     forward = sum(x.nbytes for x in tensors) + out.nbytes
-    return forward + (forward + out.nbytes + sum(x.nbytes for x in tensors if x.requires_grad)) * backward
+    backward = forward + out.nbytes + sum(x.nbytes for x in tensors if x.requires_grad)
+    return {"forward": forward, "backward": backward, "forward and backward": forward + backward}[kind]

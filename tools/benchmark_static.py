@@ -99,8 +99,6 @@ def passes(name: str, case: str, *, batch: int, dtype: str, target: str) -> list
     machine, _ = launches.TARGETS[target]
     number = benchmark_kernels.DTYPES[dtype]
     recorded = launches.record_case(cases, case, batch=batch, dtype=number, gpu=machine)
-    forward, both = (benchmark_kernels.least_bytes(name, case, batch, dtype, backward) for backward in (False, True))
-    least = {"forward": forward, "backward": both - forward}
     bandwidth = cost_model.GPUS[GPUS.get(target, "MI300X")].bandwidth
     return [
         Pass(
@@ -110,7 +108,7 @@ def passes(name: str, case: str, *, batch: int, dtype: str, target: str) -> list
             target=target,
             batch=batch,
             kind=kind,
-            least_us=least[kind] / bandwidth * 1e6,
+            least_us=benchmark_kernels.least_bytes(name, case, batch, dtype, kind) / bandwidth * 1e6,
             kernels=[kernel(call, target) for call in calls],
         )
         for kind, calls in recorded.items()

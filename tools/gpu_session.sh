@@ -14,7 +14,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 declare -A parts=(
     [tests]="pytest memcheck racecheck initcheck"
     [times]="kernels-float16 kernels-bfloat16 kernels-float32 targets compiled flex"
-    [counters]="counters-float16"
+    [counters]="counters-float16 counters-table"
 )
 known=" ${parts[tests]} ${parts[times]} ${parts[counters]} "
 chosen='' out='' archive=''
@@ -81,14 +81,20 @@ metrics+=,sm__inst_issued.avg.pct_of_peak_sustained_active,sm__warps_active.avg.
 
 nvidia-smi 2>/dev/null || rocm-smi 2>/dev/null || true
 part pytest 300 "${pytest[@]}" -n 10 -k 'not compiles'
+# A case of each kernel; without PyTorch's cache of memory, which hides accesses beyond a tensor.
 for check in memcheck racecheck initcheck; do
-    part "$check" 80 compute-sanitizer --tool "$check" --error-exitcode 3 "${kernel_times[@]}" --batch 1
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$check" 80 compute-sanitizer --tool "$check" --error-exitcode 3 \
+        "${kernel_times[@]}" --batch 1 --cases '*/7x7x512-block*' '*/14x14x*-block14x14' '*/*-unbiased' '*/14x14x*-7x7' \
+        'routed*/28x28x*' 'routed*/14x14x*'
 done
 for dtype in float16 bfloat16 float32; do
     part "kernels-$dtype" 60 "${kernel_times[@]}" --times --dtype "$dtype" --json "$out/kernels-$dtype.json"
 done
 part counters-float16 200 ncu --profile-from-start off --clock-control none --nvtx --metrics "$metrics" --csv --page raw \
     --log-file "$out/counters-float16.csv" "${kernel_times[@]}"
+if [ -f "$out/counters-float16.csv" ]; then
+    part counters-table 20 "${kernel_times[@]}" --counters "$out/counters-float16.csv" --json "$out/counters-float16.json"
+fi
 part targets 90 "${bench[@]}" --without flex --dtype fp16 bf16 --json "$out/targets.json" --picture "$out/targets.png"
 part compiled 90 "${pytest[@]}" -n 4 -k compiles
 part flex 200 "${bench[@]}" --dtype fp16 --json "$out/flex.json" --picture "$out/flex.png"

@@ -119,24 +119,27 @@ def test_table_json_and_picture(capsys, tmp_path):
     limits = ("--bandwidth", "100", "--peak", "1")
     assert run("kernels", "--cases", "*/tiny", "--backward", *QUICK, *limits, *files) == 0
     printed = capsys.readouterr()
-    assert "window/tiny, fp32, forward and backward" in printed.out
+    for kind in ("forward", "backward", "forward and backward"):
+        assert f"window/tiny, fp32, {kind}: at least" in printed.out
     assert "not run: triton: the tensors are on cpu" in printed.out
-    assert "[2/4] neighborhood/tiny, fp32, forward and backward" in printed.err
+    assert "[2/4] neighborhood/tiny, fp32, backward" in printed.err
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
     content = json.loads((tmp_path / "sub" / "out.json").read_text())
     assert content["machine"]["torch"] == torch.__version__
     assert content["machine"]["threads"] == torch.get_num_threads()
-    assert [(r["operator"], r["backward"]) for r in content["results"]] == [
-        ("neighborhood", False),
-        ("neighborhood", True),
-        ("window", False),
-        ("window", True),
+    passes = ("forward", "backward", "forward and backward")
+    assert [(r["operator"], r["pass"]) for r in content["results"]] == [
+        (operator, kind) for operator in ("neighborhood", "window") for kind in passes
     ]
-    forward = content["results"][2]
+    forward, backward, both = content["results"][3:]
     tokens, channels = 14 * 14, 32
     assert forward["min_bytes"] == 4 * (4 * tokens * channels + 13 * 13)
     assert forward["flops"] == 4 * tokens * channels * 49
+    assert backward["min_bytes"] == 4 * (8 * tokens * channels + 2 * 13 * 13)
+    assert backward["flops"] == 2.5 * forward["flops"]
+    for figure in ("min_bytes", "flops"):
+        assert both[figure] == forward[figure] + backward[figure]
     rows = {row["name"]: row for row in forward["contenders"]}
     assert forward["ours"] == "torch"
     timed = {name for name, row in rows.items() if row["status"] == "timed"}
@@ -179,8 +182,8 @@ def test_wrong_gradient_is_found(monkeypatch):
     contend(monkeypatch, "window", Contender("hasty", stops_the_bias_gradient))
     options = {"batch": 3, "dtype": "fp32", "device": "cpu", "seconds": 0.01}
     for backward, status in ((False, "timed"), (True, "wrong")):
-        result = benchmark_kernels.measure("window", "tiny", backward=backward, **options)
-        assert {row.name: row.status for row in result.rows}["hasty"] == status
+        for result in benchmark_kernels.measure("window", "tiny", backward=backward, **options):
+            assert {row.name: row.status for row in result.rows}["hasty"] == status
 
 
 @pytest.mark.usefixtures("tiny")
@@ -230,7 +233,7 @@ SMALL = list(small_cases())
 def test_all_contenders_are_right(operator, case):
     """Whoever can run on a CPU, forward and backward."""
     options = {"batch": 1, "dtype": "fp32", "device": "cpu", "backward": True, "seconds": 0.01}
-    result = benchmark_kernels.measure(operator, case, **options)
+    result, _ = benchmark_kernels.measure(operator, case, **options)
     assert not [(row.name, row.reason) for row in result.rows if row.status in ("wrong", "failed")]
     assert [row.name for row in result.rows if row.status == "timed"]
 
@@ -248,7 +251,7 @@ def test_peak_memory_counts_what_is_held_at_once():
 @pytest.mark.slow
 def test_neighborhoods_take_a_fifth_of_unfolds_memory():
     options = {"batch": 1, "dtype": "fp32", "device": "cpu", "backward": False, "seconds": 0.01}
-    result = benchmark_kernels.measure("neighborhood", "target-56x56x64", leave_out=("reference",), **options)
+    (result,) = benchmark_kernels.measure("neighborhood", "target-56x56x64", leave_out=("reference",), **options)
     peak = {row.name: row.peak_bytes for row in result.rows}
     assert peak["torch"] < peak["unfold"] / 5
 
