@@ -2,8 +2,9 @@
 
 Loops are found in the disassembly by its jumps, and paired in order with the loops of Triton's form of the kernel,
 whose trips `trip_counts` computes. A loop that the compiler has unrolled is missing, and its instructions are counted
-where they stand. A block behind a condition is weighted by the share of programs that enter it; conditions that the
-compiler has added itself (a load that may be skipped) are taken to be true.
+where they stand. Of two loops in place of one, the first has several copies of the body in each trip, and the second
+makes the trips that are left; such counts are not called exact. A block behind a condition is weighted by the share of
+programs that enter it; conditions that the compiler has added itself (a load that may be skipped) are taken to be true.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import inf
 
 from zoo.kernels.trip_counts import Branch
 
@@ -25,6 +27,7 @@ _ENDS = ("EXIT", "RET", "s_endpgm", "s_setpc")
 _WAITS = ("SYNCS.PHASECHK", "UTCATOMSWS")
 _SHORT = 16
 _MOVED = ("UTCHMMA", "UTCQMMA")
+_WORK = ("LDG", "STG", "LDS", "STS", "HMMA", "HGMMA", "UTC", "MUFU")
 
 
 @dataclass
@@ -48,15 +51,9 @@ class Loop:
 class Counts:
     """Instructions of a launch; those of a call are of all warps."""
 
-    text: Counter[str]  # opcode -> how often it occurs
     loops: list[Loop]
     executed: dict[str, float]  # opcode -> how often a warp executes it in a call
     exact: bool  # whether all loops of the kernel were recognised, and their trips known
-
-    @property
-    def size(self) -> int:
-        """Instructions in the kernel's text."""
-        return sum(self.text.values())
 
     @property
     def total(self) -> int:
@@ -74,7 +71,7 @@ def count(assembly: str, branches: list[Branch], programs: int, num_warps: int) 
     """Count the instructions of a launch.
 
     Args:
-        assembly: The disassembly by nvdisasm, or AMD's assembly.
+        assembly: The disassembly by nvdisasm. AMD's jumps are too subtle: one on an empty mask may always be taken.
         branches: What `trip_counts.executions` returned for the launch.
         programs: The size of the grid.
         num_warps: Warps of a program.
@@ -94,8 +91,7 @@ def count(assembly: str, branches: list[Branch], programs: int, num_warps: int) 
         work = sum(runs[number] * len(blocks[number].instructions) for number in own)
         inner = header not in graph.parents.values()
         loops.append(Loop(round(work / runs[header]) if runs[header] else graph.size(own), inner, runs[header]))
-    text = Counter(opcode for number in graph.order for opcode in blocks[number].instructions)
-    return Counts(text, loops, executed, exact)
+    return Counts(loops, executed, exact)
 
 
 def sizes(assembly: str) -> dict[str, int]:
@@ -103,6 +99,12 @@ def sizes(assembly: str) -> dict[str, int]:
     graph = _Graph(_blocks(assembly))
     innermost = [members for header, members in graph.loops.items() if header not in graph.parents.values()]
     return {"instructions": graph.size(graph.order), "step": max(map(graph.size, innermost), default=0)}
+
+
+def opcodes(assembly: str) -> Counter[str]:
+    """How often each instruction occurs in a compiled kernel."""
+    blocks = _blocks(assembly)
+    return Counter(opcode for number in _Graph(blocks).order for opcode in blocks[number].instructions)
 
 
 def _lines(assembly: str) -> Iterator[tuple[str, str, str, str]]:
@@ -140,10 +142,12 @@ def _blocks(assembly: str) -> list[_Block]:
         block.instructions.append(opcode)
         target = re.search(r"`\(([^)]+)\)|(\.L\w+)", operands)
         name = (target[1] or target[2]) if target else ""
-        if opcode.startswith("CALL"):
+        # ptxas for sm_80 jumps by CALL too, but only to labels within the kernel.
+        jump = opcode.startswith(_JUMPS) or (opcode.startswith("CALL") and name.startswith(".L"))
+        if opcode.startswith("CALL") and not jump:
             calls.append((len(blocks) - 1, name))
-        if opcode.startswith(_JUMPS + _ENDS):
-            if opcode.startswith(_JUMPS):
+        if jump or opcode.startswith(_ENDS):
+            if jump:
                 jumps.append((len(blocks) - 1, name))
             open_ended = bool(condition)
             block.may_end = opcode.startswith(_ENDS) and open_ended
@@ -236,7 +240,7 @@ class _Graph:
         """How often all programs together run each block, and whether all loops were recognised and are known."""
         loops: dict[int, Branch] = {}
         exact = self._pair(None, branches, loops)
-        shares = self._shares(branches, loops)
+        amounts = self._amounts(branches, loops)
         runs, arrivals = dict.fromkeys(self.order, 0.0), dict.fromkeys(self.order, 0.0)
         arrivals[0] = programs
         for number in self.order:
@@ -253,10 +257,11 @@ class _Graph:
                 if other is not None:
                     arrivals[other] += arrivals[header]
             staying = [other for other in onward if other not in {other for _, other in leaving}]
-            if len(staying) == 1:
-                arrivals[staying[0]] += (runs[number] - left) * shares.get((number, staying[0]), 1.0)
-            for other in staying if len(staying) > 1 else ():
-                arrivals[other] += (runs[number] - left) * shares[number, other]
+            rest = runs[number] - left
+            for other in sorted(staying, key=lambda other: (number, other) not in amounts):
+                share = min(amounts.get((number, other), rest), rest)
+                arrivals[other] += share
+                rest -= share
         return runs, exact and all(branch.known for branch in _all(branches))
 
     def _leaving(self, number: int) -> list[tuple[int, int | None]]:
@@ -286,6 +291,11 @@ class _Graph:
         moved = outside / inside if inside else 0.0
         return max(loop.trips / max(loop.entered, 1) - moved, 0.0)
 
+    def _work(self, numbers: set[int]) -> int:
+        """The instructions of some blocks that a compiler repeats when it copies the body of a loop."""
+        names = [name for number in numbers for name in self.blocks[number].instructions]
+        return sum(name.startswith(_WORK) for name in names) or len(names)
+
     def _products(self, numbers: Iterable[int]) -> int:
         return sum(name.startswith(_MOVED) for number in numbers for name in self.blocks[number].instructions)
 
@@ -294,54 +304,59 @@ class _Graph:
         headers = [header for header in self.loops if self.parents[header] == parent]
         wanted = [branch for branch in _same_level(branches) if branch.is_loop]
         constant = [number for number, branch in enumerate(wanted) if len(branch.lengths) == 1]
-        for unrolled in (set(some) for n in range(len(constant) + 1) for some in combinations(constant, n)):
+        innermost = [number for number, branch in enumerate(wanted) if not any(x.is_loop for x in _all(branch.inner))]
+        for unrolled, split in (
+            *((set(some), set()) for n in range(len(constant) + 1) for some in combinations(constant, n)),
+            *((set(), set(some)) for n in range(1, len(innermost) + 1) for some in combinations(innermost, n)),
+        ):
+            candidates: list[Branch] = []
+            for number, branch in enumerate(wanted):
+                if number in unrolled:
+                    candidates += _unrolled(branch)
+                elif number in split and len(candidates) + 1 < len(headers):
+                    first, second = (self._work(self.loops[header]) for header in headers[len(candidates) :][:2])
+                    candidates += _split(branch, max(round(first / second), 1))
+                else:
+                    candidates.append(branch)
             found: dict[int, Branch] = {}
-            candidates = [
-                copy
-                for number, branch in enumerate(wanted)
-                for copy in (_unrolled(branch) if number in unrolled else [branch])
-            ]
             if len(candidates) == len(headers) and all(
                 self._pair(header, branch.inner, found) for header, branch in zip(headers, candidates, strict=True)
             ):
                 pairs |= found | dict(zip(headers, candidates, strict=True))
-                return True
+                return not split
         for header, branch in zip(headers, wanted, strict=False):
             pairs[header] = branch
             self._pair(header, branch.inner, pairs)
         return False
 
-    def _shares(self, branches: list[Branch], loops: dict[int, Branch]) -> dict[tuple[int, int], float]:
-        """For each jump with a condition that ends no loop, the shares of the blocks that may follow."""
-        shares: dict[tuple[int, int], float] = {}
+    def _amounts(self, branches: list[Branch], loops: dict[int, Branch]) -> dict[tuple[int, int], float]:
+        """How often a jump with a condition that ends no loop goes one of its ways; as a rule, the rest goes the other.
+
+        A jump that may skip a loop has the loop's entries. The others belong to the conditions of TTIR, the longest
+        first; the compiler has added those that are left, and always goes the longer way.
+        """
+        amounts: dict[tuple[int, int], float] = {}
         for level in (None, *self.loops):
             inside = branches if level is None else loops[level].inner if level in loops else []
-            guards: dict[int, tuple[int, int]] = {}  # loop -> the last jump that may skip it, and the way to the loop
-            jumps = []
-            for number in self.order:
-                if self.loop_of(number) != level or not self._chooses(number):
-                    continue
-                guarded = [
-                    (header, way) for header in loops for way in self._ways(number) if self._guards(number, way, header)
-                ]
-                for header, way in guarded:
-                    guards[header] = number, way
-                jumps.append(number)
-            for header, (number, way) in guards.items():
-                share = loops[header].entered / max(loops[header].reached, 1)
-                shares |= {(number, other): share if other == way else 1 - share for other in self._ways(number)}
+            jumps = [number for number in self.order if self.loop_of(number) == level and self._chooses(number)]
+            guards = {  # the last jump that may skip a loop
+                header: (number, way)
+                for number in jumps
+                for way in self._ways(number)
+                for header in loops
+                if self._guards(number, way, header)
+            }
+            amounts |= {jump: loops[header].entered for header, jump in guards.items()}
             open_jumps = [n for n in jumps if len(self._ways(n)) == 2 and n not in {n for n, _ in guards.values()}]
-            sizes = {number: [self._own_size(number, way) for way in self._ways(number)] for number in open_jumps}
+            longer = {number: self._longer_way(number) for number in open_jumps}
             conditions = [branch for branch in _same_level(inside) if not branch.is_loop]
-            largest = sorted(open_jumps, key=lambda number: -max(sizes[number]))[: len(conditions)]
-            matched = dict(zip(sorted(largest, key=self.position.__getitem__), conditions, strict=False))
-            for number in open_jumps:
-                branch = matched.get(number)
-                share = branch.entered / max(branch.reached, 1) if branch else 1.0
-                first, second = self._ways(number)
-                larger, smaller = (first, second) if sizes[number][0] >= sizes[number][1] else (second, first)
-                shares |= {(number, larger): share, (number, smaller): 1 - share}
-        return shares
+            longest = sorted(open_jumps, key=lambda n: -longer[n][1])[: len(conditions)]
+            matched = dict(zip(sorted(longest, key=self.position.__getitem__), conditions, strict=False))
+            amounts |= {
+                (number, way): matched[number].entered if number in matched else inf
+                for number, (way, _) in longer.items()
+            }
+        return amounts
 
     def _ways(self, number: int) -> list[int]:
         """The blocks that may follow a block without ending or repeating a loop."""
@@ -359,6 +374,12 @@ class _Graph:
             return False
         behind = way == header or (way in self.dominators[header] and self.before[way] == [number])
         return behind and not any(self._reaches(other, header) for other in self._ways(number) if other != way)
+
+    def _longer_way(self, number: int) -> tuple[int, int]:
+        """The way out of a block behind which more instructions run, the next block if in doubt; and their number."""
+        next_one, other = self._ways(number)
+        size, other_size = self._own_size(number, next_one), self._own_size(number, other)
+        return (next_one, size) if size >= other_size else (other, other_size)
 
     def _own_size(self, number: int, way: int) -> int:
         """The instructions that only run behind one way out of a block."""
@@ -399,6 +420,16 @@ def _unrolled(branch: Branch) -> list[Branch]:
     (times,) = branch.lengths
     inner = [loop for loop in _same_level(branch.inner) if loop.is_loop]
     return [_part(loop, times) for _ in range(times) for loop in inner]
+
+
+def _split(branch: Branch, copies: int) -> list[Branch]:
+    """A loop with several copies of its body, and the loop behind it for the trips that are left."""
+    parts = []
+    for trips_of in (lambda length: length // copies, lambda length: length % copies):
+        trips = sum(trips_of(length) * times for length, times in branch.lengths.items())
+        entered = sum(times for length, times in branch.lengths.items() if trips_of(length))
+        parts.append(replace(branch, trips=trips, entered=entered))
+    return parts
 
 
 def _part(branch: Branch, times: int) -> Branch:

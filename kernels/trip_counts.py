@@ -7,6 +7,7 @@ so they are computed here for all programs at once, as tensors of integers. Tens
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ class Branch:
     entered: int = 0  # how often the loop runs at least once, or the condition is true
     trips: int = 0  # all runs of the loop's body, or of the condition's first block
     known: bool = True  # else it depends on numbers of the kernel's tensors, and is taken to run once
-    lengths: set[int] = field(default_factory=set)  # the different numbers of trips, up to two of them
+    lengths: Counter[int] = field(default_factory=Counter)  # a number of trips -> how often the loop has it
     inner: list[Branch] = field(default_factory=list)
 
 
@@ -248,9 +249,8 @@ def _note(branch: Branch, weight: Tensor, trips: Tensor, known: bool) -> None:
     branch.entered += int((weight * (trips > 0)).sum())
     branch.trips += int((weight * trips).sum())
     branch.known &= known
-    found = trips[weight > 0]
-    if found.numel() and len(branch.lengths) < 2:
-        branch.lengths |= {int(found.min()), int(found.max())}
+    for length in trips[weight > 0].unique().tolist():
+        branch.lengths[length] += int(weight[trips == length].sum())
 
 
 def _either(condition: Tensor, yes: Value, no: Value) -> Value:

@@ -53,7 +53,7 @@ class Kernel:
     programs_per_processor: int | None  # as many as fit; None for AMD
     size: int  # instructions in the program's text
     step: int  # instructions of a trip of the innermost loop with the most work, for one warp
-    warp_instructions: int  # of the launch
+    warp_instructions: int | None  # of the launch; None for AMD, whose jumps are not followed
     exact: bool  # whether all loops were recognised, and their trips are known
     tensor_core: dict[str, int]  # instruction -> how often it occurs in the text
     accesses: dict[str, dict[int, int]]  # LDG, STG, LDGSTS -> bits per thread -> how often they occur in the text
@@ -118,13 +118,15 @@ def passes(name: str, case: str, *, batch: int, dtype: str, target: str) -> list
 def kernel(call: Call, target: str) -> Kernel:
     """Compile a launch and count."""
     compiled = launches.compile_launch(call.launch, target)
-    counts = count(call, compiled)
     gpu = cost_model.GPUS[GPUS.get(target, "MI300X")]
-    issue, shared = None, None
+    sizes = instructions.sizes(compiled.assembly)
+    total, step, exact, issue, shared = None, sizes["step"], True, None, None
     if target in GPUS:
-        issue = cost_model.issue_time(counts.total, gpu) * 1e6
+        counts = count(call, compiled)
+        total, step, exact = counts.total, counts.step, counts.exact
+        issue = cost_model.issue_time(total, gpu) * 1e6
         shared = cost_model.wavefront_time(sum(wavefronts(name) * n for name, n in counts.executed.items()), gpu) * 1e6
-    texts = Counter(counts.text)
+    texts = instructions.opcodes(compiled.assembly)
     return Kernel(
         name=call.launch.name,
         programs=call.programs,
@@ -133,10 +135,10 @@ def kernel(call: Call, target: str) -> Kernel:
         stack=compiled.stack,
         shared=compiled.shared,
         programs_per_processor=programs_per_processor(compiled, call.launch.num_warps, target),
-        size=counts.size,
-        step=counts.step,
-        warp_instructions=counts.total,
-        exact=counts.exact,
+        size=sizes["instructions"],
+        step=step,
+        warp_instructions=total,
+        exact=exact,
         tensor_core=_tensor_core(texts),
         accesses=_accesses(texts),
         issue_us=issue,
@@ -225,7 +227,7 @@ def table(result: Pass) -> Table:
             row.name,
             f"{row.programs:,}",
             str(row.step or ""),
-            f"{'' if row.exact else '~'}{row.warp_instructions / 1e6:.2f}",
+            "" if row.warp_instructions is None else f"{'' if row.exact else '~'}{row.warp_instructions / 1e6:.2f}",
             str(row.registers),
             "" if row.programs_per_processor is None else str(row.programs_per_processor),
             f"{row.shared:,}",

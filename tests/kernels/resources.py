@@ -30,7 +30,7 @@ def check(launches, target, file):
 
     ZOO_SNAPSHOT=1 writes the file.
     """
-    path = Path(__file__).with_name(file)
+    path = Path(__file__).parent / file
     kept = json.loads(path.read_text()) if path.exists() else {"triton": triton.__version__, "resources": {}}
     same_version = kept["triton"].split(".")[:2] == triton.__version__.split(".")[:2]
     writing = os.environ.get("ZOO_SNAPSHOT") == "1"
