@@ -5,6 +5,8 @@ Letters: T queries, K keys, N heads, D head dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,6 +48,27 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale).transpose(-3, -2)
         # The strides of the output depend on the machine, and an exported program may run on another one.
         return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
-    logits = (scale * query.to(dtype)) @ key.to(dtype).transpose(-2, -1)
+    logits = _products(scale * query.to(dtype), key.to(dtype))
     weights = (logits if bias is None else logits + bias.to(dtype)).softmax(-1)
     return (weights @ value.to(dtype)).to(query.dtype).transpose(-3, -2)
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """query @ key^T: (..., T, D) and (..., K, D) to (..., T, K)."""
+    if dispatch.compiled_for_cpu(query) and dispatch.again_differentiable(query, key):
+        return _Products.apply(query, key)
+    return query @ key.transpose(-2, -1)
+
+
+class _Products(torch.autograd.Function):
+    """The gradient of the keys is computed as (..., K, D). Autograd's is transposed, and Inductor copies it slowly."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor) -> Tensor:
+        ctx.save_for_backward(query, key)
+        return query @ key.transpose(-2, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        query, key = ctx.saved_tensors
+        return grad @ key, grad.transpose(-2, -1) @ query

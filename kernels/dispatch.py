@@ -233,6 +233,11 @@ def again_differentiable(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def compiled_for_cpu(tensor: Tensor) -> bool:
+    """Whether torch.compile traces operations on `tensor`, on a CPU; False for programs to export."""
+    return tensor.device.type == "cpu" and torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def composite_gradients(
     function: Callable[..., Tensor], inputs: tuple[Tensor | None, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:

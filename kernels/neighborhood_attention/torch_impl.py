@@ -22,6 +22,7 @@ from torch.fx.experimental.symbolic_shapes import has_static_value
 from zoo.kernels import checks, dispatch
 from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
+from zoo.kernels.gather import take
 from zoo.kernels.window_attention.torch_impl import window_attention
 from zoo.kernels.windows import neighborhood_layout
 
@@ -72,8 +73,7 @@ def neighborhood_attention(
             key_mask=key_mask,
             q=None,
         )
-    compiled = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-    if compiled and qkv.device.type == "cpu" and fused(qkv, bias_table):
+    if dispatch.compiled_for_cpu(qkv) and fused(qkv, bias_table):
         axes = kernel_size, dilation, stride, is_causal
         return _uncompiled(qkv, bias_table, key_mask, num_heads, *axes, scale)
     closed = has_static_value(height) and has_static_value(width)
@@ -102,7 +102,7 @@ def neighborhood_attention(
 
     def compute(index: Tensor, bias: Tensor) -> Tensor:
         query, key, value = (
-            entries.index_select(0, (part[:, None, None] + parts).flatten()).reshape(
+            take(entries, 0, (part[:, None, None] + parts).flatten()).reshape(
                 checks.sizes(part)[0], batch, num_heads, count, head_dim
             )
             for part, count in zip(index.split(counts, 1), counts, strict=True)
@@ -126,11 +126,11 @@ def neighborhood_attention(
         out = torch.cat(chunks)
     else:
         if closed:
-            bias = bias.index_select(0, constant(_kinds, rows, columns, like=qkv))
+            bias = take(bias, 0, constant(_kinds, rows, columns, like=qkv))
         out = compute(index, bias[:, None])  # (U B T, N D)
     tile, slot = constant(_places, rows, columns, like=qkv)
     place = (tile * batch + image[:, None, None]) * queries + slot  # (B, H, W)
-    out = out.index_select(0, place.flatten()).reshape(batch, height, width, num_heads * head_dim)
+    out = take(out, 0, place.flatten()).reshape(batch, height, width, num_heads * head_dim)
     return out.to(qkv.dtype)
 
 
@@ -237,7 +237,7 @@ def _bias(table: Tensor | None, rows: _Axis, columns: _Axis, source: Tensor) -> 
     table = F.pad(table.to(torch.promote_types(table.dtype, torch.float32)), (0, 1, 0, 1), value=-torch.inf)
     for dim, axis in ((2, columns), (1, rows)):
         offsets = constant(_offsets, axis, like=source)
-        table = table.index_select(dim, offsets.flatten()).unflatten(dim, offsets.shape)
+        table = take(table, dim, offsets.flatten()).unflatten(dim, offsets.shape)
     return table.permute(1, 4, 0, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(0, 1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zoo.kernels import checks
 from zoo.kernels.attention import attend, fused
+from zoo.kernels.gather import take
 
 # Gathering takes as long as attending to this many times more keys.
 GATHERING = 4
@@ -33,9 +34,9 @@ def routed_attention(
         image, head = (torch.arange(n, device=q.device) for n in (batch, num_heads))
         rows = (image[:, None, None] * count + routes)[:, :, None] * num_heads + head[:, None]  # (B, R, N, K)
         key, value = (
-            x.reshape(batch * count * num_heads, keys * head_dim)
-            .index_select(0, rows.flatten())
-            .reshape(batch * count, num_heads, topk * keys, head_dim)
+            take(x.reshape(batch * count * num_heads, keys * head_dim), 0, rows.flatten()).reshape(
+                batch * count, num_heads, topk * keys, head_dim
+            )
             for x in (key, value)
         )  # (B R, N, K T, D)
         query = query.flatten(0, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from zoo.kernels import checks
 from zoo.kernels.attention import attend, fused
 from zoo.kernels.constants import constant
+from zoo.kernels.gather import take
 from zoo.kernels.window_attention.common import entries
 from zoo.kernels.windows import cut, join
 
@@ -43,7 +44,7 @@ def window_attention(
     else:
         (wh, ww), count = window_size, windows.shape[0]
         image = torch.arange(count, device=qkv.device) // ((height // wh) * (width // ww))
-        query = q.to(windows.dtype).unflatten(-1, (num_heads, head_dim)).transpose(1, 2).index_select(0, image)
+        query = take(q.to(windows.dtype).unflatten(-1, (num_heads, head_dim)).transpose(1, 2), 0, image)
 
     bias = None if bias_table is None else expand_bias(bias_table, window_size, bias_sign)[None]
     any_key = None
@@ -63,7 +64,7 @@ def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tenso
     """(N, 2 wh - 1, 2 ww - 1) -> (N, T, T), the bias for each query (row) and key (column)."""
     index = constant(_entries, *window_size, sign, like=table)
     tokens = window_size[0] * window_size[1]
-    return table.flatten(1).index_select(1, index).reshape(-1, tokens, tokens)
+    return take(table.flatten(1), 1, index).reshape(-1, tokens, tokens)
 
 
 def _entries(wh: int, ww: int, sign: str, device: torch.device) -> Tensor:
