@@ -384,7 +384,8 @@ def fresh_compiler(device: str, functions: int) -> Iterator[None]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         try:
             # the models of a family share a forward method, and torch compiles only a few versions of it
-            with torch._dynamo.config.patch(recompile_limit=functions):
+            # past the limit, it would run them without compilation
+            with torch._dynamo.config.patch(recompile_limit=functions, fail_on_recompile_limit_hit=True):
                 torch.compile(torch.sin)(torch.ones(8, device=device))  # compiles what all functions share
                 yield
         finally:
@@ -493,7 +494,22 @@ def notes(contenders: list[Contender], rows: dict[str, Row], products: tuple[Pro
             f"{rate['flops_per_s'] / 1e9:,.0f} in {rate['dtype']} by {rate['way']}" for rate in rates(products, rows)
         )
         found.append(f"of matmul: share of the GFLOP/s of a linear layer of {products[0].features}, {', '.join(each)}")
-    return found
+    return found + summary(contenders, rows)
+
+
+def summary(contenders: list[Contender], rows: dict[str, Row]) -> list[str]:
+    """For each baseline and mode, the median and the largest ratio of zoo's models; [] for less than two models."""
+    ratios: dict[tuple[str, str], dict[str, float]] = {}
+    for contender in filter(lambda each: each.ours, contenders):
+        for name, each in rows[contender.label].against.items():
+            ratios.setdefault((name, contender.mode), {})[contender.name] = spread(each)[0]
+    found = []
+    for (name, mode), by_model in sorted(ratios.items(), key=lambda item: list(BASELINES).index(item[0][0])):
+        if len(by_model) > 1:
+            worst = max(by_model, key=lambda model: by_model[model])
+            median = spread(list(by_model.values()))[0]
+            found.append(f"{mode} {BASELINES[name]} {median:.2f} ({by_model[worst]:.2f} for {worst})")
+    return [f"median of zoo's models (largest): {'; '.join(found)}"] if found else []
 
 
 def _with_spread(ratios: list[float]) -> str:

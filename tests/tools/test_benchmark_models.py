@@ -470,6 +470,23 @@ def test_times_are_compared_with_those_of_the_same_turn(monkeypatch):
     assert training["test_van"].shares == pytest.approx([3 * share for share in rows["test_van"].shares])
 
 
+def test_summary_has_the_median_and_the_largest_ratio():
+    ratios = {"test_van": (0.5, 0.9), "test_cswin": (0.7, 0.8), "test_dinat": (0.6, 1.2), "test_resnet": (9.0, 9.0)}
+    made, rows = [], {}
+    for name, (half, eager) in ratios.items():
+        for compiled in (False, True):
+            one = contender(name=name, dtype="bfloat16", compiled=compiled)
+            made.append(one)
+            rows[one.label] = benchmark_models.Row(one.label, against={"float32": [half] * 3})
+        rows[one.label].against = {"eager": [eager] * 3, "float32": [half + 0.1] * 3}
+    assert benchmark_models.summary(made, rows) == [
+        "median of zoo's models (largest): bfloat16 / float32 0.60 (0.70 for test_cswin); "
+        "bfloat16, compiled / float32 0.70 (0.80 for test_cswin); "
+        "bfloat16, compiled / eager 0.90 (1.20 for test_dinat)"
+    ]
+    assert benchmark_models.summary(made[:2], rows) == []
+
+
 def test_turns_begin_with_another_each_time():
     order = []
     runs = {name: partial(order.append, name) for name in "abc"}
