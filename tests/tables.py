@@ -21,6 +21,8 @@ from .pages import ROOT
 
 INDEX = ROOT / "docs" / "families" / "index.md"
 README = ROOT / "README.md"
+OPERATORS = ROOT / "docs" / "operators.md"
+KERNELS = ROOT / "docs" / "results"
 RESULTS = ROOT / "docs" / "results" / "models-cpu.json"  # `make speed` writes it
 
 
@@ -193,6 +195,47 @@ def digits() -> Iterator[str]:
     yield f"| {' | '.join(f'{accuracy} %' for accuracy in found.values())} |"
 
 
+def instructions() -> Iterator[str]:
+    """The counts of compiled kernels, next to what a GPU measured, for the page of the operators."""
+    counted = json.loads((KERNELS / "kernels-static.json").read_text())
+    folder = max(
+        (path.parent for path in KERNELS.glob("*H100*/kernels-float16.json")), key=lambda path: path.name[-10:]
+    )
+    timed, counters = (json.loads((folder / f"{name}-float16.json").read_text()) for name in ("kernels", "counters"))
+    measured: dict[tuple[str, str], list[float]] = {}
+    for result in timed["results"]:
+        for kernel, times in result["kernels"].items():
+            measured[result["case"], kernel] = [times["ms"] * times["launches"] * 1e3, 0.0]
+    for launch in counters:
+        if (launch["case"], launch["kernel"]) in measured:
+            measured[launch["case"], launch["kernel"]][1] += launch["warp_instructions"] / 1e6
+    yield "| case | kernel | step | instructions | registers | modelled | H100: instructions | H100 |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for found in counted["passes"]:
+        title = f"{found['operator']} {found['case']}" if found["kind"] == "forward" else ""
+        rows: dict[str, list[dict]] = {}
+        for kernel in found["kernels"]:
+            rows.setdefault(kernel["name"], []).append(kernel)
+        for name, parts in rows.items():
+            total, modelled = (sum(part[key] for part in parts) for key in ("warp_instructions", "modelled_us"))
+            if total < 1e6:  # adds up a table
+                continue
+            time, executed = measured.get((f"{found['operator']}_attention/{found['case']}", name), (None, None))
+            beside = f"{executed:.1f} M | {time:.0f} us" if executed and time else "|"
+            yield (
+                f"| {title} | `{name}` | {parts[0]['step']} | {total / 1e6:.1f} M | {parts[0]['registers']} "
+                f"| {modelled:.0f} us | {beside} |"
+            )
+            title = ""
+    machine = timed["machine"]
+    yield (
+        f"\nfp16, batch {counted['passes'][0]['batch']}. Counted and modelled for {counted['passes'][0]['target']}, "
+        f"compiled by Triton {counted['versions']['triton']}; measured on an {machine['gpu']} on "
+        f"{folder.name[-10:]} with PyTorch {machine['torch']} and Triton {machine['triton']}, the "
+        "instructions by Nsight Compute."
+    )
+
+
 def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
     """What makes each table, by its document and its name."""
     found: dict[tuple[Path, str], Callable[[], Iterator[str]]] = {
@@ -200,6 +243,7 @@ def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
         (README, "speed"): lambda: speed(results()),
         (README, "shares"): lambda: shares(results()),
         (README, "digits"): digits,
+        (OPERATORS, "instructions"): instructions,
     }
     for family in zoo.FAMILIES:
         page = INDEX.with_name(f"{family}.md")
