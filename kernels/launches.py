@@ -112,12 +112,22 @@ def record(function: Callable[[], object], gpu: Machine) -> list[Call]:
         assert not arguments, f"{kernel} has no arguments {sorted(arguments)}"
         launch = Launch(kernel, tuple(signature), tuple(constants), tuple(aligned), options)
         found.append(Call(launch, grid[0], given))
+        if kernel.fn.__name__ == "_inverse_kernel":
+            _write_inverse(given["routes_ptr"], given["order_ptr"], given["starts_ptr"])
 
     with ExitStack() as stack:
         stack.enter_context(_replaced(triton_common, "launch", note))
         stack.enter_context(_replaced(triton_common, "_assumed", gpu))
         function()
     return found
+
+
+def _write_inverse(routes: Tensor, order: Tensor, starts: Tensor) -> None:
+    """What the kernel that inverts routes computes: the bounds of the loop of another one."""
+    if routes.device.type == "cpu":
+        named, places = routes.flatten(1).sort(dim=1, stable=True)
+        order.copy_((places // routes.shape[2]).view_as(order))
+        starts.copy_(torch.searchsorted(named, torch.arange(starts.shape[1]).expand(starts.shape).contiguous()))
 
 
 def record_case(cases: ModuleType, name: str, *, batch: int, dtype: torch.dtype, gpu: Machine) -> dict[str, list[Call]]:

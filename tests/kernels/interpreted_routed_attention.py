@@ -4,25 +4,37 @@ import pytest
 import torch
 
 from zoo.kernels import implementation, routed_attention
-from zoo.kernels.routed_attention import op, reference
+from zoo.kernels.routed_attention import op, reference, triton_impl
 
 from .comparison import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
 # map of q, map of k and v, regions, topk, heads, head dim
-CASES = {
-    "plain": ((4, 6), (4, 6), 2, 3, 2, 32),
+LISTS = {
     "one-region": ((3, 5), (3, 5), 1, 1, 1, 8),
-    "single-tokens": ((3, 3), (3, 3), 3, 4, 2, 16),
-    "seven-of-one-token": ((7, 7), (7, 7), 7, 16, 1, 16),
-    "all-regions": ((6, 9), (6, 9), 3, 9, 1, 24),
+    "one-route": ((8, 8), (8, 8), 2, 1, 1, 16),
+    "odd-regions": ((15, 9), (15, 9), 3, 2, 2, 32),
     "pooled-keys": ((9, 12), (3, 6), 3, 2, 2, 16),
     "more-keys-than-queries": ((2, 4), (8, 12), 2, 2, 1, 64),
     "one-less-than-a-tile": ((7, 9), (7, 9), 1, 1, 1, 16),
     "one-more-than-a-tile": ((10, 26), (10, 26), 2, 2, 1, 40),
     "seventeen-tokens": ((1, 17), (1, 17), 1, 1, 2, 32),
+    "wide-heads": ((6, 6), (6, 6), 1, 1, 1, 128),
 }
+# Small regions and many routes: all keys are gone through.
+ALL_KEYS = {
+    "plain": ((4, 6), (4, 6), 2, 3, 2, 32),
+    "single-tokens": ((3, 3), (3, 3), 3, 4, 2, 16),
+    "seven-of-one-token": ((7, 7), (7, 7), 7, 16, 1, 16),
+    "seven-of-four-tokens": ((14, 14), (14, 14), 7, 16, 1, 32),
+    "more-regions-than-a-tile": ((9, 9), (9, 9), 9, 11, 1, 16),
+    "all-regions": ((6, 9), (6, 9), 3, 9, 1, 24),
+    "one-key-per-region": ((6, 6), (3, 3), 3, 2, 1, 64),
+    "one-query-per-region": ((3, 3), (9, 6), 3, 3, 1, 16),
+    "wide-heads-of-small-regions": ((4, 6), (4, 6), 2, 3, 1, 128),
+}
+CASES = LISTS | ALL_KEYS
 ROUTES = ("distinct", "repeated", "one-for-all")
 
 
@@ -66,26 +78,57 @@ def test_agrees_with_the_reference(case, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("routes", ROUTES[1:])
-@pytest.mark.parametrize("case", ["plain", "pooled-keys"])
+@pytest.mark.parametrize("case", ["plain", "one-query-per-region", "pooled-keys"])
 def test_routes_that_repeat_and_leave_out(case, routes, dtype):
     check(*make(case, dtype, routes))
 
 
-@pytest.mark.parametrize("case", ["plain", "single-tokens"])
+@pytest.mark.parametrize("case", ["pooled-keys", "plain"])
 def test_bfloat16(case):
     check(*make(case, torch.bfloat16))
 
 
-def test_keys_of_regions_that_nobody_routes_to_have_no_gradient():
-    _, _, k_grad, v_grad = check(*make("plain", torch.float32, "one-for-all"))
-    assert not k_grad[:, :2].any()
-    assert not v_grad[:, :2].any()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_small_regions_with_many_routes_take_all_keys(case, dtype):
+    (q, k, _), routes, _, options = make(case, dtype)
+    bias = triton_impl._region_bias(q, k, routes, options["num_heads"], options["regions"])
+    assert (bias is not None) == (case in ALL_KEYS)
+
+
+@pytest.mark.parametrize(("regions", "topk"), [(1, 1), (3, 1), (3, 5), (16, 3)])
+def test_inverse_routes(regions, topk):
+    routes = torch.randint(regions**2, (2, regions**2, topk), generator=torch.Generator().manual_seed(0))
+    order, starts = triton_impl._inverse(routes, regions)
+    for image, listed in enumerate(routes):
+        for region in range(regions**2):
+            begin, end = starts[image, region : region + 2].tolist()
+            want = [source for source, row in enumerate(listed.tolist()) for target in row if target == region]
+            assert order[image].flatten()[begin:end].tolist() == want
+
+
+def test_bias_counts_routes():
+    (q, k, _), routes, _, _ = make("plain", torch.float32, "repeated")
+    routes[0, 0] = torch.tensor([2, 2, 1])
+    bias = triton_impl._region_bias(q, k, routes, 2, 2)
+    counts = torch.zeros(2, 4, bias.shape[2]).scatter_add(2, routes, torch.ones(routes.shape))
+    assert counts[0, 0, 2] == 2
+    torch.testing.assert_close(bias, counts.log2())
+
+
+@pytest.mark.parametrize("case", ["plain", "one-route"])
+def test_keys_of_regions_that_nobody_routes_to_have_no_gradient(case):
+    _, _, k_grad, v_grad = check(*make(case, torch.float32, "one-for-all"))
+    half = k_grad.shape[1] // 2
+    assert not k_grad[:, :half].any()
+    assert not v_grad[:, :half].any()
 
 
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
-def test_sums_of_exponentials_that_underflow():
-    """They are below 2^-128: keys past the end of a list, with scores of 0, must not be added to them."""
-    (q, k, v), routes, grad, options = make("plain", torch.float32)
+@pytest.mark.parametrize("case", ["plain", "pooled-keys"])
+def test_sums_of_exponentials_that_underflow(case):
+    """They are below 2^-128: keys that do not exist, with scores of 0, must not be added to them."""
+    (q, k, v), routes, grad, options = make(case, torch.float32)
     tensors = q * 0.1 + 1, k * 0.1 - 20, v
     with implementation("triton"):
         found = gradients(lambda *x: routed_attention(*x, routes, **options), tensors, grad)
@@ -106,8 +149,9 @@ def test_views(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_slices_that_start_between_multiples_of_16_bytes(dtype):
-    tensors, routes, grad, options = make("plain", dtype)
+@pytest.mark.parametrize("case", ["plain", "one-route"])
+def test_slices_that_start_between_multiples_of_16_bytes(case, dtype):
+    tensors, routes, grad, options = make(case, dtype)
     wide = (torch.cat((x[..., :1], x, x[..., :15]), -1)[..., 1:-15] for x in (*tensors, grad))
     *odd, odd_grad = wide
     assert all(x.data_ptr() % 16 for x in (*odd, odd_grad))
