@@ -130,12 +130,12 @@ def _write_inverse(routes: Tensor, order: Tensor, starts: Tensor) -> None:
         starts.copy_(torch.searchsorted(named, torch.arange(starts.shape[1]).expand(starts.shape).contiguous()))
 
 
-def record_case(cases: ModuleType, name: str, *, batch: int, dtype: torch.dtype, gpu: Machine) -> dict[str, list[Call]]:
+def record_case(cases: ModuleType, case: Any, *, batch: int, dtype: torch.dtype, gpu: Machine) -> dict[str, list[Call]]:
     """The launches of the "forward" and "backward" pass of a case of an operator, given its module `cases`.
 
     Floating-point tensors have no contents. Integer tensors, such as routes, have those of a few images, repeated.
     """
-    args, kwargs = _contents_of_indices(cases, (cases.CASES | cases.TARGETS)[name], batch, dtype)
+    args, kwargs = _contents_of_indices(cases, case, batch, dtype)
     wanted = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.requires_grad]
     outputs = []
     with ExitStack() as stack:

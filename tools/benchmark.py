@@ -90,10 +90,14 @@ examples:
 SIMULATE = """\
 Count what neighborhood attention costs on a GPU, without running it: the tiles of keys and values that the tiles of
 queries visit, which bound the speed-up over full attention; the bytes and operations; and the shortest possible time on
-GPUs by name. Softmax and kernel launches are not counted: times are lower bounds, and nothing is measured."""
+GPUs by name. Softmax and kernel launches are not counted: times are lower bounds, and nothing is measured.
+
+--static also compiles zoo's forward kernel for these GPUs and counts its instructions, as `zoo-bench kernels --static`
+does. Most of our kernels are limited by the rate of instructions, so its time is far above the lower bounds."""
 SIMULATE_EXAMPLES = """\
 examples:
   zoo-bench simulate --size 56x56 --kernel 7
+  zoo-bench simulate --size 56x56 --kernel 7 --heads 2 --batch 128 --gpu H100 --static
   zoo-bench simulate --size 56x56 --kernel 7 --dilation 8 --heads 2 --batch 128 --gpu H100 MI300X
   zoo-bench simulate --size 256x256 --kernel 80x80 --stride 16 --heads 24 --head-dim 128"""
 
@@ -238,6 +242,7 @@ def parser() -> argparse.ArgumentParser:
     add("--head-dim", type=cli.count, default=32, metavar="D", help="channels of a head (32)")
     add("--batch", type=cli.count, default=1, metavar="N", help="number of images (1)")
     add("--gpu", nargs="+", metavar="NAME", help="names of GPUs (all that are known)")
+    add("--static", action="store_true", help="also model the time of zoo's kernel, compiled for these GPUs")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser
 
@@ -332,12 +337,7 @@ def _static(options: argparse.Namespace) -> None:
     for name in ("device", "without", "backward", "threads", "seconds", "bandwidth", "peak", "picture"):
         if getattr(options, name) != usual[name]:
             raise OptionError(f"got --{name} with --static, which measures nothing: leave it out.")
-    if find_spec("triton") is None:
-        raise UserError("got --static, but triton, which compiles the kernels, is not installed: install it.")
-    from zoo.kernels import dispatch
-
-    if dispatch.interpreting():
-        raise UserError("got --static with TRITON_INTERPRET set, so that Triton compiles nothing: unset it.")
+    _check_compiler()
     import torch
     import triton
 
@@ -378,6 +378,15 @@ def _static(options: argparse.Namespace) -> None:
         console.print(f"[dim]left out: {', '.join(without)}, which has no Triton kernels[/]")
     if options.json:
         console.print(f"written: {options.json}")
+
+
+def _check_compiler() -> None:
+    if find_spec("triton") is None:
+        raise UserError("got --static, but triton, which compiles the kernels, is not installed: install it.")
+    from zoo.kernels import dispatch
+
+    if dispatch.interpreting():
+        raise UserError("got --static with TRITON_INTERPRET set, so that Triton compiles nothing: unset it.")
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -720,6 +729,8 @@ def _simulate(options: argparse.Namespace) -> None:
     for gpu in gpus:
         if gpu not in cost_model.GPUS:
             raise OptionError(f"got --gpu {gpu!r}: there are {', '.join(cost_model.GPUS)}.")
+    if options.static:
+        _check_compiler()
     causal = (options.causal, options.causal)
     window = (options.size, options.kernel, options.dilation)
     rows = []
@@ -783,11 +794,48 @@ def _simulate(options: argparse.Namespace) -> None:
         "tiles; GPUs: lower bounds in microseconds.",
         style="dim",
     )
+    ours = _our_kernel(options, gpus) if options.static else {}
+    for gpu, kernel in ours.items():
+        console.print(
+            f"zoo's forward kernel on {gpu}: {kernel['warp_instructions'] / 1e6:.1f} M instructions, "
+            f"{kernel['step']} a step; modelled, not measured: {kernel['modelled_us']:.4g} us."
+        )
     if options.json:
         keys = ("size", "kernel", "dilation", "stride", "causal", "heads", "head_dim", "batch")
         settings = {key: getattr(options, key) for key in keys}
-        _write_json(options.json, {"settings": settings, "tiles": rows})
+        _write_json(options.json, {"settings": settings, "tiles": rows} | ({"kernel": ours} if ours else {}))
         console.print(f"written: {options.json}")
+
+
+def _our_kernel(options: argparse.Namespace, gpus: list[str]) -> dict[str, dict[str, Any]]:
+    """The counts of our forward kernel and its modelled time, for each GPU that they are known for."""
+    from zoo.kernels.neighborhood_attention.cases import Case
+    from zoo.tools import benchmark_static
+
+    if options.head_dim > 128:
+        raise OptionError(
+            f"got --static with --head-dim {options.head_dim}: zoo's kernel has tiles for heads of up to 128 channels."
+        )
+    case = Case(
+        options.size,
+        options.heads,
+        options.kernel,
+        options.dilation,
+        options.stride,
+        (options.causal, options.causal),
+        options.head_dim,
+    )
+    found = {}
+    for gpu in gpus:
+        if gpu not in benchmark_static.COMPILED_FOR:
+            continue
+        with cli.progress(f"compiling for {gpu}", log=True):
+            kernel = benchmark_static.neighborhood_forward(case, options.batch, gpu)
+        found[gpu] = {name: getattr(kernel, name) for name in ("warp_instructions", "step", "modelled_us")}
+    if not found:
+        known = ", ".join(benchmark_static.COMPILED_FOR)
+        raise OptionError(f"got --static with --gpu {' '.join(gpus)}: times are modelled for {known}.")
+    return found
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from importlib import import_module
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from zoo.kernels import cost_model, instructions, launches, trip_counts
 from zoo.kernels.launches import Call, Compiled
 from zoo.tools import benchmark_kernels
@@ -31,7 +33,9 @@ CASES = {
     "neighborhood": ("56x56x64-7x7", "14x14x256-7x7", "96x96x192-11x11"),
     "routed": ("56x56x64-regions7-top1", "28x28x128-regions7-top4", "14x14x256-regions7-top16"),
 }
+# The GPU whose time is modelled, and what to compile for each GPU of the cost model.
 GPUS = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200"}
+COMPILED_FOR = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100"}
 # Per processor: registers, bytes of shared memory of which a program takes 1 KiB besides its own, warps, programs.
 ROOM = {"sm_80": (65536, 164 << 10, 64, 32), "sm_90": (65536, 228 << 10, 64, 32), "sm_100": (65536, 228 << 10, 64, 32)}
 TENSOR_CORE = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "v_mfma")
@@ -98,8 +102,8 @@ def passes(name: str, case: str, *, batch: int, dtype: str, target: str) -> list
     cases = import_module(f"{operator.function.__module__.rpartition('.')[0]}.cases")
     machine, _ = launches.TARGETS[target]
     number = benchmark_kernels.DTYPES[dtype]
-    recorded = launches.record_case(cases, case, batch=batch, dtype=number, gpu=machine)
-    bandwidth = cost_model.GPUS[GPUS.get(target, "MI300X")].bandwidth
+    recorded = launches.record_case(cases, (cases.CASES | cases.TARGETS)[case], batch=batch, dtype=number, gpu=machine)
+    gpu = cost_model.GPUS[GPUS.get(target, "MI300X")]
     return [
         Pass(
             operator=name,
@@ -108,17 +112,27 @@ def passes(name: str, case: str, *, batch: int, dtype: str, target: str) -> list
             target=target,
             batch=batch,
             kind=kind,
-            least_us=benchmark_kernels.least_bytes(name, case, batch, dtype, kind) / bandwidth * 1e6,
-            kernels=[kernel(call, target) for call in calls],
+            least_us=benchmark_kernels.least_bytes(name, case, batch, dtype, kind) / gpu.bandwidth * 1e6,
+            kernels=[kernel(call, target, gpu) for call in calls],
         )
         for kind, calls in recorded.items()
     ]
 
 
-def kernel(call: Call, target: str) -> Kernel:
+def neighborhood_forward(case: Any, batch: int, gpu: str) -> Kernel:
+    """Compile the forward kernel of a case of neighborhood attention in half precision for a GPU, and count."""
+    from zoo.kernels.neighborhood_attention import cases
+
+    target = COMPILED_FOR[gpu]
+    machine, _ = launches.TARGETS[target]
+    recorded = launches.record_case(cases, case, batch=batch, dtype=torch.float16, gpu=machine)
+    longest = max(recorded["forward"], key=lambda call: call.programs)  # others may prepare a table
+    return kernel(longest, target, cost_model.GPUS[gpu])
+
+
+def kernel(call: Call, target: str, gpu: cost_model.GPU) -> Kernel:
     """Compile a launch and count."""
     compiled = launches.compile_launch(call.launch, target)
-    gpu = cost_model.GPUS[GPUS.get(target, "MI300X")]
     sizes = instructions.sizes(compiled.assembly)
     total, step, exact, issue, shared = None, sizes["step"], True, None, None
     if target in GPUS:

@@ -24,10 +24,10 @@ BAD = [
 ]
 
 
-def run(*arguments):
-    """The exit code of `zoo-bench kernels` with these arguments."""
+def run(*arguments, command="kernels"):
+    """The exit code of a command of `zoo-bench` with these arguments."""
     try:
-        benchmark.main(["kernels", *arguments])
+        benchmark.main([command, *arguments])
     except SystemExit as end:
         return end.code or 0
     return 0
@@ -140,3 +140,45 @@ def test_default_cases(monkeypatch):
     assert run("--static") == 0
     assert seen == [(name, case) for name, cases in benchmark_static.CASES.items() for case in cases]
     assert all(case in benchmark_kernels.OPERATORS[name].cases for name, case in seen)
+
+
+SIMULATED = ("--size", "14x14", "--kernel", "7", "--heads", "8", "--batch", "16")
+
+
+def simulate(*arguments):
+    return run(*SIMULATED, "--static", *arguments, command="simulate")
+
+
+@pytest.mark.slow
+def test_the_simulation_models_our_kernel(capsys, tmp_path):
+    """The figures of `zoo-bench kernels --static`."""
+    file = tmp_path / "out.json"
+    assert simulate("--gpu", "H100", "MI300X", "--json", str(file)) == 0
+    out = capsys.readouterr().out
+    ours = json.loads(file.read_text())["kernel"]
+    assert ours.keys() == {"H100"}
+    assert run("--static", "--cases", "14x14x256-7x7", "--batch", "16", "--json", str(file)) == 0
+    kernels = json.loads(file.read_text())["passes"][0]["kernels"]
+    assert ours["H100"] in [{name: kernel[name] for name in ours["H100"]} for kernel in kernels]
+    instructions = ours["H100"]["warp_instructions"] / 1e6
+    assert f"zoo's forward kernel on H100: {instructions:.1f} M instructions, {ours['H100']['step']} a step" in out
+    assert f"modelled, not measured: {ours['H100']['modelled_us']:.4g} us" in out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--gpu MI300X", "got --static with --gpu MI300X: times are modelled for A100, H100, H200, B200."),
+        ("--head-dim 256", "got --static with --head-dim 256: zoo's kernel has tiles for heads of up to 128 channels."),
+    ],
+)
+def test_kernels_that_the_simulation_does_not_model(capsys, line, message):
+    assert simulate(*line.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_simulation_without_triton(capsys, monkeypatch):
+    found = benchmark.find_spec
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None if name == "triton" else found(name))
+    assert simulate() == 1
+    assert "triton, which compiles the kernels, is not installed" in capsys.readouterr().err
