@@ -125,8 +125,10 @@ class RoutedAttention(nn.Module):
 
     def region_means(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, regions, dim)."""
-        split = (self.num_regions, -1)
-        return x.detach().unflatten(2, split).unflatten(1, split).mean(dim=(2, 4)).flatten(1, 2)
+        split, wide = (self.num_regions, -1), torch.promote_types(x.dtype, torch.float32)
+        # A mean over both axes at once takes 5 to 10 times as long on CPUs.
+        rows = x.detach().unflatten(1, split).mean(dim=2, dtype=wide)
+        return rows.unflatten(2, split).mean(dim=3).flatten(1, 2).to(x.dtype)
 
     def route(self, query: Tensor, key: Tensor) -> Tensor:
         """The regions that each region attends to: two means (B, regions, dim) -> (B, regions, topk)."""

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, convolution, linear
+from zoo.cpu import by_image, convolution, fused_convolution, is_plain, linear
 from zoo.kernels import certain, sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens
 
@@ -112,6 +112,15 @@ class TurnedConv2d(nn.Conv2d):
         return F.conv2d(x, weight, None, 2, padding, 1, self.groups)
 
 
+def turned_convolution(layer: nn.Module, x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
+    """`convolution` of a `TurnedConv2d` or of another convolution."""
+    out = None
+    if is_plain(layer, TurnedConv2d):
+        options = layer.padding, layer.stride, layer.dilation, layer.groups
+        out = fused_convolution(x, layer.weight.flip(2, 3), None, *options, norm, act)
+    return convolution(layer, x, norm, act) if out is None else out
+
+
 @register_notrace_module
 class HalfPool2d(nn.Module):
     """Mean of 2 x 2 pixels, of fewer at the end of an odd side: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
@@ -191,11 +200,11 @@ class MBConv(nn.Module):
         if self.turned:  # rotated here because there are fewer channels than after the expansion
             branch = branch.flip(2, 3)
         branch = convolution(self.expand, branch, self.norm1, self.act)
-        branch = convolution(self.dw_conv, branch, self.norm2, self.act)
+        branch = turned_convolution(self.dw_conv, branch, self.norm2, self.act)
         branch = convolution(self.reduce, self.se(branch))
         if self.turned:
             branch = branch.flip(2, 3)
-        return (self.shortcut(self.pool(x)) + self.drop_path(branch)).permute(0, 2, 3, 1)
+        return (convolution(self.shortcut, self.pool(x)) + self.drop_path(branch)).permute(0, 2, 3, 1)
 
 
 @register_notrace_module

@@ -42,9 +42,12 @@ def window_attention(
     if q is None:
         (query,) = queries
     else:
-        (wh, ww), count = window_size, windows.shape[0]
-        image = torch.arange(count, device=qkv.device) // ((height // wh) * (width // ww))
-        query = take(q.to(windows.dtype).unflatten(-1, (num_heads, head_dim)).transpose(1, 2), 0, image)
+        (wh, ww), query = window_size, q.to(windows.dtype).unflatten(-1, (num_heads, head_dim)).transpose(1, 2)
+        per_image = (height // wh) * (width // ww)
+        if isinstance(per_image, int):
+            query = query[:, None].expand(-1, per_image, -1, -1, -1).flatten(0, 1)
+        else:
+            query = take(query, 0, torch.arange(windows.shape[0], device=qkv.device) // per_image)
 
     bias = None if bias_table is None else expand_bias(bias_table, window_size, bias_sign)[None]
     any_key = None
