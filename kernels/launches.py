@@ -36,7 +36,7 @@ TYPES = {
     torch.int64: "*i64",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 SAMPLE = 2  # images whose indices are drawn; all others repeat them
 
 

@@ -88,7 +88,7 @@ def test_each_operator(capsys, tmp_path, operator, case):
         assert kernel["exact"]
         assert kernel["stack"] == 0
         assert 16 <= kernel["registers"] <= 255
-        assert 1 <= kernel["programs_per_processor"] <= 16
+        assert 1 <= kernel["programs_per_processor"] <= 32
         assert kernel["warp_instructions"] >= kernel["programs"] * kernel["num_warps"] * 50
         assert kernel["step"] <= kernel["size"]
         assert kernel["modelled_us"] == max(kernel["issue_us"], kernel["shared_us"], kernel["memory_us"])
