@@ -6,7 +6,7 @@ is called, since they take effect only then.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -41,14 +41,14 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """`layer(x)` of a linear layer, then `act` if it is given: tokens (..., in_features) to (..., out_features).
 
-    On CPUs, oneDNN computes it, and in eager mode without a gradient a GELU along with it. In float32, PyTorch itself
-    calls MKL, which takes up to twice as long on AMD CPUs. With a gradient and compiled, maps (B, H, W, in_features) go
-    through a 1 x 1 convolution: the same product, which PyTorch hands to oneDNN, forward and backward.
+    On CPUs, oneDNN computes it, and without a gradient a GELU along with it. In float32, PyTorch calls MKL, which
+    takes up to twice as long on AMD CPUs. With a gradient, maps (B, H, W, in_features) go through a 1 x 1 convolution:
+    the same product, which PyTorch hands to oneDNN, forward and backward.
     """
     if is_plain(layer, nn.Linear) and x.shape[-1:] == (layer.in_features,):
         given = _for_onednn(x, layer.weight, layer.bias)
         if given is not None:
-            return _followed(torch.ops.mkldnn._linear_pointwise, given, act)
+            return _followed(_linear, given, act)
         if _for_convolution(x, layer.weight):
             out = F.conv2d(x.contiguous().permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias)
             out = out.permute(0, 2, 3, 1)
@@ -83,7 +83,7 @@ def fused_convolution(
 ) -> Tensor | None:
     """A convolution by oneDNN with what follows: batch norm joins its weights, and GELU is computed along with it.
 
-    Returns None if that can't be done. It can on CPUs, outside of torch.compile, for channels-last maps, if no gradient
+    Returns None if that can't be done. It can on CPUs, outside of torch.export, for channels-last maps, if no gradient
     is needed. Batch norm has to be in evaluation mode, and the padding consists of zeros.
     """
     given = _for_onednn(x, weight, bias)
@@ -98,7 +98,7 @@ def fused_convolution(
             return None
         x, weight, bias = dispatch.autocast(given[0], *_with_norm(weight, bias, norm))
         given = x, weight, bias
-    return _followed(torch.ops.mkldnn._convolution_pointwise, (*given, padding, stride, dilation, groups), act)
+    return _followed(_convolution, (*given, padding, stride, dilation, groups), act)
 
 
 def _with_norm(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -116,20 +116,24 @@ def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
     """The arguments in the dtype of a layer, if oneDNN can compute it without autograd and nothing traces it."""
     # A weight that is a tensor subclass (quantized, sharded) may only support the layer itself.
     if (
-        only_traced(x)
+        not (dispatch.compiled_for_cpu(x) or not only_traced(x))
         or x.device.type != "cpu"
         or x.numel() == 0
         or type(weight) not in (Tensor, nn.Parameter)
         or dispatch.again_differentiable(x, weight, bias)
-        or not (_HAS_ONEDNN and torch.backends.mkldnn.enabled)
     ):
         return None
     x, weight, bias = dispatch.autocast(x, weight, bias)
     if any(other is not None and other.dtype != x.dtype for other in (weight, bias)):
         return None
-    if x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return x, weight, bias
-    return None
+    return (x, weight, bias) if _onednn_computes(x.dtype) else None
+
+
+@torch.compiler.assume_constant_result  # Dynamo cannot trace these calls
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _for_convolution(x: Tensor, weight: Tensor) -> bool:
@@ -153,9 +157,60 @@ def _for_convolution(x: Tensor, weight: Tensor) -> bool:
 def _followed(operator: Callable[..., Tensor], given: tuple[Any, ...], act: nn.Module | None) -> Tensor:
     """`act` of one of oneDNN's operators. It computes a GELU itself."""
     if act is not None and is_plain(act, nn.GELU):
-        return operator(*given, "gelu", [], act.approximate)
-    out = operator(*given, "none", [], "")
+        return operator(*given, "gelu", act.approximate)
+    out = operator(*given, "none", "")
     return out if act is None else act(out)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, algorithm: str) -> Tensor:
+    operator = torch.ops.zoo.onednn_linear if torch.compiler.is_compiling() else _run_linear
+    return operator(x, weight, bias, act, algorithm)
+
+
+def _convolution(x: Tensor, *arguments: Any) -> Tensor:
+    operator = torch.ops.zoo.onednn_convolution if torch.compiler.is_compiling() else _run_convolution
+    return operator(x, *arguments)
+
+
+def _run_linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, algorithm: str) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act, [], algorithm)
+
+
+def _run_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    act: str,
+    algorithm: str,
+) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(
+        x, weight, bias, padding, stride, dilation, groups, act, [], algorithm
+    )
+
+
+# Inductor takes oneDNN's own operators for constant weights only, which it has after freezing a model.
+@torch.library.register_fake(torch.library.custom_op("zoo::onednn_linear", _run_linear, mutates_args=()))
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake(torch.library.custom_op("zoo::onednn_convolution", _run_convolution, mutates_args=()))
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *_: object,
+) -> Tensor:
+    out = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return torch.empty_like(out, memory_format=torch.channels_last)
 
 
 def by_image(module: nn.Module, function: Callable[[Tensor], Tensor], x: Tensor, widening: float) -> Tensor:

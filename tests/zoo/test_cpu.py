@@ -96,9 +96,8 @@ def test_compiled_layers_go_to_onednn_without_copies(shape):
     """Copies would be generated kernels."""
     torch._dynamo.reset()
     layer, x = make(), torch.randn(shape)
-    with torch.no_grad():
-        out, (code,) = run_and_get_code(torch.compile(partial(linear, layer), fullgraph=True), x)
-        torch.testing.assert_close(out, layer(x), rtol=1e-5, atol=1e-6)
+    out, (code, *_) = run_and_get_code(torch.compile(partial(linear, layer), fullgraph=True), x)
+    torch.testing.assert_close(out, layer(x), rtol=1e-5, atol=1e-6)
     assert code.count("extern_kernels.convolution(") == 1
     assert "cpp_fused" not in code
 
@@ -194,6 +193,49 @@ def test_fused_layers_are_one_operator():
     assert not names & {"aten::gelu", "aten::batch_norm"}
 
 
+class Layers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act, self.fc = nn.Conv2d(12, 12, 3, 2, 1), trained(12), nn.GELU("tanh"), make()
+
+    def forward(self, x):
+        x = convolution(self.conv, x.permute(0, 3, 1, 2), self.norm, self.act)
+        return linear(self.fc, x.permute(0, 2, 3, 1), self.act)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "open"])
+def test_compiled_layers_without_gradients_are_nodes(dynamic, dtype):
+    """They take maps without copies, and no kernel is generated for GELU."""
+    torch._dynamo.reset()
+    layers = Layers()
+    compiled = torch.compile(layers, fullgraph=True, dynamic=dynamic)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        _, (code,) = run_and_get_code(compiled, torch.randn(2, 7, 5, 12))
+        for shape in ((2, 7, 5, 12), (3, 8, 9, 12), (1, 2, 1, 12)):
+            x = torch.randn(shape)
+            torch.testing.assert_close(compiled(x), layers(x), rtol=1e-5, atol=2e-2 if dtype != torch.float32 else 1e-6)
+    assert code.count("torch.ops.zoo.onednn_convolution.default(") == 1
+    assert code.count("torch.ops.zoo.onednn_linear.default(") == 1
+    assert "tanh()" not in code
+
+
+@pytest.mark.parametrize("act", ["none", "gelu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_nodes_of_compiled_programs_are_proper_operators(bias, act):
+    layer, conv = make(bias=bias), nn.Conv2d(12, 12, 3, 2, 1, groups=2, bias=bias)
+    given = [tuple(None if x is None else x.detach() for x in (m.weight, m.bias)) for m in (layer, conv)]
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")  # they have no gradient
+    torch.library.opcheck(
+        torch.ops.zoo.onednn_linear.default, (torch.randn(5, 12), *given[0], act, "none"), test_utils=tests
+    )
+    options = (1, 1), (2, 2), (1, 1), 2
+    arguments = inputs(), *given[1], *options, act, "none"
+    torch.library.opcheck(torch.ops.zoo.onednn_convolution.default, arguments, test_utils=tests)
+
+
 def test_gradients_of_a_convolution_are_those_of_its_modules():
     conv, norm, act, x = nn.Conv2d(12, 8, 1), trained(8), nn.GELU(), inputs().requires_grad_()
     parameters = [x, *conv.parameters(), *norm.parameters()]
@@ -246,7 +288,8 @@ def test_autocast_stays_a_matrix_product():
 
 
 def test_an_exported_program_has_a_linear_layer():
-    program = torch.export.export(Mlp(12, 7), (torch.randn(2, 3, 4, 12),))
+    with torch.no_grad():
+        program = torch.export.export(Mlp(12, 7), (torch.randn(2, 3, 4, 12),))
     names = {node.target.__name__ for node in program.graph.nodes if node.op == "call_function"}
     assert names == {"linear.default", "gelu.default", "dropout.default"}
 
