@@ -262,7 +262,8 @@ class _Graph:
                 share = min(amounts.get((number, other), rest), rest)
                 arrivals[other] += share
                 rest -= share
-        return runs, exact and all(branch.known for branch in _all(branches))
+        ends = Counter(header for number in self.order for header, _ in self._leaving(number))
+        return runs, exact and max(ends.values(), default=1) == 1 and all(branch.known for branch in _all(branches))
 
     def _leaving(self, number: int) -> list[tuple[int, int | None]]:
         """The loops that a block may end, each with the block behind it, None for the end of the program."""
@@ -272,7 +273,7 @@ class _Graph:
                 found += [(header, other) for other in self.blocks[number].following if other not in members]
                 found += [(header, None)] if self.blocks[number].may_end else []
         # A jump out of several loops at once ends the outermost.
-        outermost = {other: header for header, other in sorted(found, key=lambda pair: -len(self.loops[pair[0]]))}
+        outermost = {other: header for header, other in sorted(found, key=lambda pair: len(self.loops[pair[0]]))}
         return [(header, other) for other, header in outermost.items()]
 
     def _trips(self, header: int, loop: Branch | None) -> float:
