@@ -93,7 +93,7 @@ BATCH_SIZES = frozenset((
 @cache
 def _autotuned(kernel: Any) -> Any:
     # Repeated runs are safe: a kernel writes only its outputs, and all of them.
-    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (4, 8) for stages in (1, 2, 3)]
+    configs = [triton.Config({}, num_warps=warps, num_stages=stages) for warps in (1, 2, 4, 8) for stages in (1, 2, 3)]
     return triton.autotune(configs, key=_sizes(kernel), cache_results=True)(kernel)
 
 

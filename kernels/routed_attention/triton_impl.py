@@ -299,7 +299,7 @@ def forward(
         q_stride=q.stride(2),
         k_stride=k.stride(2),
         v_stride=v.stride(2),
-        **_common(q, k, routes, bias, num_heads, regions, scale, for_keys=False),
+        **_common(_fwd_kernel, q, k, routes, bias, num_heads, regions, scale),
     )
     return out, lse
 
@@ -340,7 +340,7 @@ def backward(
         out_ptr=out,
         q_grad_ptr=q_grad,
         **arguments,
-        **_common(q, k, routes, bias, num_heads, regions, scale, for_keys=False),
+        **_common(_bwd_q_kernel, q, k, routes, bias, num_heads, regions, scale),
     )
     order, starts = (None, None) if bias is not None else _inverse(routes, regions)
     triton_common.launch(
@@ -350,7 +350,7 @@ def backward(
         k_grad_ptr=k_grad,
         v_grad_ptr=v_grad,
         **arguments,
-        **_common(q, k, routes, bias, num_heads, regions, scale, for_keys=True),
+        **_common(_bwd_kv_kernel, q, k, routes, bias, num_heads, regions, scale),
     )
     return q_grad, k_grad, v_grad
 
@@ -380,7 +380,7 @@ def _region_bias(q: Tensor, k: Tensor, routes: Tensor, num_heads: int, regions: 
     This is so if the lists lead to no more than twice as many pairs of a row of a tile and a key.
     """
     pad, key_pad, topk = _pad(q, regions), _pad(k, regions), routes.shape[2]
-    if pad is None or key_pad is None or regions**2 * pad * key_pad > 2 * topk * 16 * _tokens(k, regions):
+    if 0 in (pad, key_pad) or regions**2 * pad * key_pad > 2 * topk * 16 * _tokens(k, regions):
         return None
     pitch = max(triton.next_power_of_2(regions**2), _step(q, num_heads))
     bias = q.new_empty(q.shape[0], regions**2, pitch, dtype=torch.float32)
@@ -413,9 +413,9 @@ def _tokens(x: Tensor, regions: int) -> int:
     return (x.shape[1] // regions) * (x.shape[2] // regions)
 
 
-def _pad(x: Tensor, regions: int) -> int | None:
-    """The number of rows for the tokens of a region in a tile of several regions, if it can be one of several."""
-    return next((size for size in (1, 2, 4, 8) if _tokens(x, regions) <= size), None)
+def _pad(x: Tensor, regions: int) -> int:
+    """The number of rows for the tokens of a region in a tile of several regions; 0 if it is too large for that."""
+    return next((size for size in (1, 2, 4, 8) if _tokens(x, regions) <= size), 0)
 
 
 def _block(x: Tensor, regions: int) -> int:
@@ -434,6 +434,7 @@ def _block_d(q: Tensor, num_heads: int) -> int:
 
 
 def _common(
+    kernel: Any,
     q: Tensor,
     k: Tensor,
     routes: Tensor,
@@ -441,22 +442,27 @@ def _common(
     num_heads: int,
     regions: int,
     scale: float,
-    *,
-    for_keys: bool,
 ) -> dict[str, Any]:
-    """The grid and the arguments that all kernels share; each program owns keys if `for_keys`, else queries."""
-    own, other, step = (k, q, _step(q, num_heads)) if for_keys else (q, k, _step(q, num_heads))
+    """The grid of `kernel` and the arguments that all kernels share."""
+    for_keys = kernel is _bwd_kv_kernel  # a program owns keys, else queries
+    own, other = (k, q) if for_keys else (q, k)
+    step = _step(q, num_heads)
+    gpu = triton_common.machine(q)
+    # The rows of a step and the stages of its pipeline are those that took the least time on an H100.
     if bias is None:
-        # Few queries a step for few keys, so that one warp has the registers.
         tile = 1, _block(own, regions)
-        step_tile = 1, min(step, 2 * tile[1]) if for_keys else step
+        step_tile = 1, min(step, {_fwd_kernel: 64, _bwd_q_kernel: tile[1], _bwd_kv_kernel: 2 * tile[1]}[kernel])
+        stages = 1 if for_keys and tile[1] == 64 else 2
     else:
-        tile, step_tile = ((step // pad, pad) for pad in (_pad(own, regions), _pad(other, regions)) if pad)
+        pad, other_pad = _pad(own, regions), _pad(other, regions)
+        tile = step // pad, pad
+        step_tile = max(step // 2, 16) // other_pad, other_pad
+        stages = 3
     query_tile, key_tile = (step_tile, tile) if for_keys else (tile, step_tile)
     rows = tile[0] * tile[1]
     programs = triton.cdiv(regions**2, tile[0]) * triton.cdiv(_tokens(own, regions), tile[1])
-    gpu = triton_common.machine(q)
-    large = q.element_size() == 4 or _block_d(q, num_heads) == 128
+    precision = triton_common.precision(q.dtype, gpu)
+    large = (q.element_size() == 4 and precision == "ieee") or _block_d(q, num_heads) == 128
     return {
         "grid": (q.shape[0] * programs * num_heads,),
         "scale": scale,
@@ -474,8 +480,7 @@ def _common(
         "KEY_PAD": key_tile[1],
         "HEAD_DIM": q.shape[3] // num_heads,
         "BLOCK_D": _block_d(q, num_heads),
-        "PRECISION": triton_common.precision(q.dtype, gpu),
+        "PRECISION": precision,
         "num_warps": max(rows // 16, 2) * 2 if large else rows // 16,
-        # The list of a region of keys is short: the registers of another stage cost more than they save.
-        "num_stages": 1 if gpu.is_amd or (for_keys and bias is None) else 2,
+        "num_stages": 1 if gpu.is_amd else stages,
     }
