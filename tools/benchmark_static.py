@@ -119,15 +119,14 @@ def passes(name: str, case: str, *, batch: int, dtype: str, target: str) -> list
     ]
 
 
-def neighborhood_forward(case: Any, batch: int, gpu: str) -> Kernel:
-    """Compile the forward kernel of a case of neighborhood attention in half precision for a GPU, and count."""
+def neighborhood_forward(case: Any, batch: int, gpu: str) -> list[Kernel]:
+    """Compile the forward kernels of a case of neighborhood attention in half precision for a GPU, and count."""
     from zoo.kernels.neighborhood_attention import cases
 
     target = COMPILED_FOR[gpu]
     machine, _ = launches.TARGETS[target]
     recorded = launches.record_case(cases, case, batch=batch, dtype=torch.float16, gpu=machine)
-    longest = max(recorded["forward"], key=lambda call: call.programs)  # others may prepare a table
-    return kernel(longest, target, cost_model.GPUS[gpu])
+    return [kernel(call, target, cost_model.GPUS[gpu]) for call in recorded["forward"]]
 
 
 def kernel(call: Call, target: str, gpu: cost_model.GPU) -> Kernel:
