@@ -17,7 +17,7 @@ from torch.nn.modules import module as torch_module
 from zoo.kernels import dispatch
 from zoo.kernels.constants import only_traced
 
-__all__ = ["by_image", "convolution", "fused_convolution", "has_hooks", "is_plain", "linear"]
+__all__ = ["by_image", "channels_last", "convolution", "fused_convolution", "has_hooks", "is_plain", "linear"]
 
 WIDE = 16 * 2**20  # bytes
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # Dynamo cannot trace the call
@@ -68,6 +68,16 @@ def convolution(layer: nn.Module, x: Tensor, norm: nn.Module | None = None, act:
         out = out if norm is None else norm(out)
         out = out if act is None else act(out)
     return out
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """Images (B, C, H, W), copied to channels-last in inference on CPUs, so that the maps of the stem are too.
+
+    Without a gradient, oneDNN then computes its convolutions with what follows; see `fused_convolution`.
+    """
+    if only_traced(images) or images.device.type != "cpu" or torch.is_grad_enabled():
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def fused_convolution(

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import convolution, linear
+from zoo.cpu import channels_last, convolution, linear
 from zoo.kernels import sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens, stage_rates
 
@@ -116,6 +116,7 @@ class Downsample(nn.Module):
         return self.norm2(self.reduction(self.mbconv(self.norm1(x))))
 
 
+@register_notrace_module
 class Stem(nn.Module):
     """3 x 3 convolution with stride 2, downsampling: (B, in_chans, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4))."""
 
@@ -127,7 +128,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv)
-        return self.downsample(self.conv(x))
+        return self.downsample(convolution(self.conv, channels_last(x)))
 
 
 @register_notrace_module

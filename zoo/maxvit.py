@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, convolution, fused_convolution, is_plain, linear
+from zoo.cpu import by_image, channels_last, convolution, fused_convolution, is_plain, linear
 from zoo.kernels import certain, sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens
 
@@ -132,6 +132,7 @@ class HalfPool2d(nn.Module):
         return F.avg_pool2d(x, 2)
 
 
+@register_notrace_module
 class Stem(nn.Module):
     """3 x 3 convolution with stride 2, batch norm, GELU, 3 x 3 convolution."""
 
@@ -147,7 +148,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1)
-        return self.conv2(self.act(self.norm(self.conv1(x))))
+        return convolution(self.conv2, self.act(self.norm(self.conv1(channels_last(x)))))
 
 
 @register_notrace_module

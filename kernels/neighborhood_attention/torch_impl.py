@@ -27,7 +27,7 @@ from zoo.kernels.window_attention.torch_impl import window_attention
 from zoo.kernels.windows import neighborhood_layout
 
 TILE = 4
-CHUNK = 2**21  # elements to gather at a time if no gradient is needed
+CHUNK = 2**20  # elements to gather at a time if no gradient is needed
 
 
 def can_run(

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo import cpu, families
-from zoo.cpu import by_image, convolution, linear
+from zoo.cpu import by_image, channels_last, convolution, linear
 from zoo.layers import Mlp
 
 SHAPES = [(5, 12), (2, 3, 4, 12), (1, 1, 1, 12), (1, 3, 1, 12), (12,)]
@@ -374,3 +374,12 @@ def test_batch_norm_in_training_sees_all_images(monkeypatch):
     with torch.no_grad():
         model(torch.randn(3, 3, 64, 64))
     assert norm.num_batches_tracked == 1
+
+
+def test_images_become_channels_last_in_inference_only():
+    images = torch.randn(2, 3, 8, 8)
+    assert channels_last(images) is images
+    with torch.no_grad():
+        assert channels_last(images).is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(channels_last(images), images)
+        assert torch.equal(torch.vmap(channels_last)(images[None]), images[None])
