@@ -34,6 +34,11 @@ class Machine:
         """Whether it is an AMD GPU."""
         return self.name.startswith("gfx")
 
+    @property
+    def has_ptx(self) -> bool:
+        """Whether kernels may contain PTX: on NVIDIA GPUs, not in the interpreter."""
+        return not self.is_amd and not interpreting()
+
 
 SM_80 = Machine("sm_80", 108)
 SM_90 = Machine("sm_90", 132)
@@ -74,11 +79,14 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     stages in `arguments`, unless the sizes were tuned before.
     """
     traced = wrap_triton(kernel) is not kernel  # a running operator gets the kernel itself
+    if traced:
+        arguments.pop("maxnreg", None)  # the tracer does not know this option
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" and not traced else nullcontext():
         if AUTOTUNE and not interpreting() and (traced or _may_tune(kernel, arguments)):
             kernel = _autotuned(kernel)
-            arguments = {name: value for name, value in arguments.items() if name not in ("num_warps", "num_stages")}
+            options = ("num_warps", "num_stages", "maxnreg")
+            arguments = {name: value for name, value in arguments.items() if name not in options}
         # Triton 3.10 no longer contracts a * b + c by default.
         wrap_triton(kernel)[grid](**arguments, enable_fp_fusion=True)
 
@@ -147,6 +155,16 @@ def dot(a, b, PRECISION: tl.constexpr):
     if INTERPRETED and a.dtype == tl.bfloat16:
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def log2(x, PTX: tl.constexpr):
+    """log2 of float32 numbers that are not subnormal, by one instruction where the kernel may contain PTX."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.log2(x)
 
 
 @triton.jit

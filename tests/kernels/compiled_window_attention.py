@@ -35,11 +35,27 @@ def check(names, dtype, target):
 
 @pytest.mark.parametrize("target", compilation.TARGETS)
 def test_half_precision(target):
-    check(CASES, torch.float16, target)
+    check(KINDS, torch.float16, target)
 
 
-def test_small_windows_with_mask_or_shared_query():
-    check(("56x56x64-block7x7-key_minus_query-masked", "56x56x64-block7x7-shared_query"), torch.float16, "sm_90")
+def test_more_kinds():
+    names = "56x56x64-block7x7-key_minus_query-masked", "56x56x64-block7x7-shared_query", "56x56x32-block56x1-unbiased"
+    check((*names, "14x14x256-block14x14", "16x16x512-block16x16-key_minus_query"), torch.float16, "sm_90")
+
+
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def test_float32_with_tf32(tf32):
+    check(KINDS[:2], torch.float32, "sm_90")
+    (forward,) = (x for x in launches(KINDS[:1], torch.float32, "sm_90") if x.name == "_fwd_kernel")
+    assert dict(forward.constants)["PRECISION"] == "tf32x3"
+    assert dict(forward.options)["num_warps"] == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -47,5 +63,8 @@ def test_other_types(dtype):
     check(KINDS[:2], dtype, "sm_90")
 
 
-def test_few_programs_serve_all_shapes():
-    assert len(launches(CASES, torch.float16, "sm_90")) <= 25
+def test_one_program_per_window_size_serves_all_maps():
+    """What a size compiles: forward, backward and table, with the query of its own or a shared one."""
+    assert len(launches(CASES, torch.float16, "sm_90")) <= 75
+    stripes = [name for name, case in CASES.items() if not case.bias]
+    assert len(launches(stripes, torch.float16, "sm_90")) <= 12

@@ -33,6 +33,12 @@ CASES = {
     "13x5-shared-grid": (2, Case((13, 10), 1, (13, 5), 16, "grid", shared_query=True, key_mask=True)),
     "12x12": (1, Case((12, 12), 2, (12, 12), 8)),
     "14x14": (1, Case((14, 14), 1, (14, 14), 32, bias_sign="key_minus_query")),
+    # the last block is a quarter, half, almost all of a block, and a block
+    "11x13-grid": (1, Case((22, 13), 1, (11, 13), 16, "grid", bias_sign="key_minus_query")),
+    "8x11-mask": (2, Case((8, 11), 1, (8, 11), 16, key_mask=True)),
+    "14x9-shared": (2, Case((14, 9), 1, (14, 9), 16, shared_query=True)),
+    "16x8": (1, Case((16, 8), 2, (16, 8), 16)),
+    "6x11-wide_head": (1, Case((6, 11), 1, (6, 11), 128, key_mask=True)),
 }
 
 
@@ -109,14 +115,26 @@ def test_table_gradient_in_several_passes(monkeypatch):
     assert_right(*make(Case((5, 13), 2, (5, 13), 16), 1, torch.float32), torch.float32)
 
 
-def test_float32_table_beside_half():
-    arguments, grad = make(Case((7, 7), 2, (7, 7), 16), 1, torch.float16)
-    arguments["bias_table"] = torch.randn(2, 13, 13, requires_grad=True)
-    assert_right(arguments, grad, torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window_size", [(7, 7), (6, 12)], ids=str)
+def test_float32_table_beside_half(window_size, dtype):
+    wh, ww = window_size
+    arguments, grad = make(Case(window_size, 2, window_size, 16), 1, dtype)
+    arguments["bias_table"] = (4 * torch.randn(2, 2 * wh - 1, 2 * ww - 1)).requires_grad_()
+    assert_right(arguments, grad, dtype)
     assert differentiate(arguments, grad)[2].dtype == torch.float32
 
 
-@pytest.mark.parametrize("window_size", [(3, 3), (7, 7)], ids=str)
+def test_float32_table_beyond_float16():
+    """Half precision reads the bias of large windows in float16, where -1e6 becomes the smallest number."""
+    arguments, grad = make(Case((6, 12), 1, (6, 12), 16), 1, torch.bfloat16)
+    table = torch.zeros(1, 11, 23)
+    table[:, :, :12] = -1e6
+    arguments["bias_table"] = table.requires_grad_()
+    assert_right(arguments, grad, torch.bfloat16)
+
+
+@pytest.mark.parametrize("window_size", [(3, 3), (7, 7), (6, 12)], ids=str)
 def test_large_biases(window_size):
     """The weights of the unused rows of a tile would be infinite in float16."""
     arguments, grad = make(Case((2 * window_size[0], window_size[1]), 1, window_size, 16), 1, torch.float16)
@@ -140,6 +158,11 @@ def test_views(window_size):
     assert triton_impl._readable(arguments["qkv"], 16) is arguments["qkv"]
     assert_right(arguments, grad[:, :, :, :1].expand_as(grad), torch.float32)
     arguments["qkv"] = torch.randn(14, 2, case.size[0], 64).permute(1, 2, 0, 3).requires_grad_()
+    assert_right(arguments, grad, torch.float32)
+    arguments["qkv"] = whole.detach()[..., 1:65].requires_grad_()
+    copied = triton_impl._readable(arguments["qkv"], 16)
+    assert copied.data_ptr() % 16 == 0
+    assert torch.equal(copied, arguments["qkv"])
     assert_right(arguments, grad, torch.float32)
 
 
