@@ -126,7 +126,7 @@ def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor,
     """The arguments in the dtype of a layer, if oneDNN can compute it without autograd and nothing traces it."""
     # A weight that is a tensor subclass (quantized, sharded) may only support the layer itself.
     if (
-        not (dispatch.compiled_for_cpu(x) or not only_traced(x))
+        (only_traced(x) and not dispatch.compiled_for_cpu(x))
         or x.device.type != "cpu"
         or x.numel() == 0
         or type(weight) not in (Tensor, nn.Parameter)
