@@ -86,7 +86,7 @@ def test_each_operator(capsys, tmp_path, operator, case):
     assert backward["least_us"] == pytest.approx(2 * forward["least_us"], rel=0.1)
     for kernel in forward["kernels"] + backward["kernels"]:
         assert kernel["exact"]
-        assert kernel["stack"] == 0
+        assert kernel["stack"] <= 64
         assert 16 <= kernel["registers"] <= 255
         assert 1 <= kernel["programs_per_processor"] <= 32
         assert kernel["warp_instructions"] >= kernel["programs"] * kernel["num_warps"] * 50
