@@ -71,7 +71,8 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Run `kernel` over `grid`. Every launch of this package goes through this function, so that tests can record them.
 
     It runs on the device of the first tensor in `arguments`, on the stream that is current there; Triton itself would
-    take the current device. In a program that is traced, the compiler sees to that.
+    take the current device. In a program that is traced, the compiler sees to that; it takes no `maxnreg`, the limit of
+    registers of a thread.
 
     With ZOO_AUTOTUNE=1 in the environment, Triton's autotuner replaces the warps and stages in `arguments`: it times
     all choices at the first launch with these sizes of map, heads and windows, whatever the batch, and keeps the result

@@ -56,8 +56,8 @@ def kernel(monkeypatch):
 def test_launch_is_on_the_device_of_the_tensors(kernel):
     with compilation.fake_cuda():
         x = torch.empty(2, device="cuda:1")
-        triton_common.launch(kernel, (3,), size=2, x_ptr=x, batch=1, num_warps=4)
-    arguments = {"size": 2, "x_ptr": x, "batch": 1, "num_warps": 4, "enable_fp_fusion": True}
+        triton_common.launch(kernel, (3,), size=2, x_ptr=x, batch=1, num_warps=4, maxnreg=96)
+    arguments = {"size": 2, "x_ptr": x, "batch": 1, "num_warps": 4, "maxnreg": 96, "enable_fp_fusion": True}
     assert kernel.launches == [(torch.device("cuda:1"), (3,), arguments)]
     assert Device.current is None
 
@@ -65,8 +65,10 @@ def test_launch_is_on_the_device_of_the_tensors(kernel):
 def test_traced_launch_leaves_the_device_to_the_compiler(kernel, monkeypatch):
     monkeypatch.setattr(triton_common, "wrap_triton", lambda _: kernel)
     with compilation.fake_cuda():
-        triton_common.launch(Kernel(), (3,), x_ptr=torch.empty(2, device="cuda:1"))
-    assert [device for device, _, _ in kernel.launches] == [None]
+        triton_common.launch(Kernel(), (3,), x_ptr=torch.empty(2, device="cuda:1"), maxnreg=96)
+    ((device, _, arguments),) = kernel.launches
+    assert device is None
+    assert "maxnreg" not in arguments
 
 
 @pytest.fixture
