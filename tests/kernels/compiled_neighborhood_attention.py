@@ -43,4 +43,4 @@ def test_other_types(dtype):
 
 
 def test_few_programs_serve_all_shapes():
-    assert len(launches(CASES, torch.float16, "sm_90")) <= 24
+    assert len(launches(CASES, torch.float16, "sm_90")) <= 26

@@ -24,10 +24,17 @@ CASES = {
     "23x19-kernel9": ((23, 19), (9, 9), ONE, ONE, NO, 1, 1, 16, False),
     "13x12-kernel11": ((13, 12), (11, 11), ONE, ONE, NO, 1, 1, 64, False),
     "5x19-kernel2x15": ((5, 19), (2, 15), ONE, (1, 2), NO, 1, 1, 16, True),
+    "13x21-kernel11": ((13, 21), (11, 11), ONE, ONE, NO, 1, 1, 16, True),
+    "17x25-kernel7": ((17, 25), (7, 7), ONE, ONE, NO, 1, 1, 16, True),
+    "17x14-kernel13-stride4x5": ((17, 14), (13, 13), ONE, (4, 5), NO, 1, 1, 16, True),
+    "22x25-kernel21x3-stride2": ((22, 25), (21, 3), ONE, (2, 1), NO, 1, 1, 16, True),
     "22x12-kernel21x11": ((22, 12), (21, 11), ONE, ONE, NO, 1, 1, 16, False),
+    "causal-unbiased": ((12, 11), (5, 5), (1, 2), (2, 1), (True, True), 1, 1, 16, False),
     "causal-rows-stride3": ((10, 9), (4, 3), ONE, (3, 1), (True, False), 1, 2, 16, True),
     "causal-dilated-stride2": ((9, 17), (3, 5), (2, 1), (1, 2), (True, True), 1, 1, 40, False),
     "9x9-kernel7-masked": ((9, 9), (7, 7), ONE, ONE, NO, 2, 2, 16, True),
+    "6x7-kernel5x3-11-images": ((6, 7), (5, 3), ONE, ONE, NO, 11, 2, 16, True),
+    "6x7-kernel3-dilated-9-images-masked": ((6, 7), (3, 3), (1, 2), ONE, NO, 9, 1, 16, True),
     "15x17-kernel5x3-dilated-masked": ((15, 17), (5, 3), (2, 3), ONE, NO, 1, 1, 8, True),
     "8x8-kernel5-stride2-masked": ((8, 8), (5, 5), ONE, (2, 2), NO, 1, 1, 24, False),
     "causal-dilated-stride2-masked": ((9, 17), (3, 5), (2, 1), (1, 2), (True, True), 1, 1, 40, True),
@@ -39,7 +46,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def _few_processors(monkeypatch):
-    """A program sums the gradient of the bias over several tiles, as on a GPU with larger maps."""
+    """A program takes several images and tiles, as on a GPU with larger maps."""
     monkeypatch.setattr(triton_common, "_assumed", replace(triton_common.SM_90, num_processors=1))
 
 
@@ -99,6 +106,23 @@ def test_float32_bias_beside_half_precision():
     check("8x8-kernel5-stride2", torch.float16, torch.float32)
 
 
+def test_programs_that_start_within_a_tile_sum_the_gradient_of_the_bias(monkeypatch):
+    monkeypatch.setattr(triton_common, "_assumed", replace(triton_common.SM_90, num_processors=4))
+    check("6x7-kernel3-dilated-9-images-masked", torch.float32)
+
+
+def test_unaligned_input_and_gradient():
+    qkv, table, mask, grad, options = make("1-high", torch.float16)
+
+    def unaligned(x):
+        return torch.cat([x.new_zeros(1), x.detach().flatten()])[1:].view_as(x)
+
+    moved = unaligned(qkv).requires_grad_()
+    found = gradients(op.forward(moved, table, mask, *options)[0], moved, table, unaligned(grad))
+    for got, want in zip(found, wanted(qkv, table, mask, grad, options)[1:], strict=True):
+        assert_within_budget(got, want, torch.float16)
+
+
 def test_strided_input_and_gradient():
     qkv, table, mask, grad, options = make("7x7-kernel3", torch.float32)
     view = qkv.detach().movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()
@@ -149,7 +173,7 @@ def test_the_public_function_launches_it(monkeypatch):
     qkv, table, _, _, (heads, kernel, *_) = make("7x7-kernel3", torch.float32)
     with dispatch.implementation("triton"):
         neighborhood_attention(qkv, num_heads=heads, kernel_size=kernel, bias_table=table)
-    assert names == ["_fwd_kernel"]
+    assert names == ["_table_kernel", "_fwd_kernel"]
 
 
 # map, kernel, dilation, stride
