@@ -1,6 +1,7 @@
 """Counts of instructions without a GPU: of kernels whose loops are known, and what the snapshots notice. Seconds."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import triton.language as tl
 from zoo.kernels import instructions, launches, trip_counts, triton_common
 
 from . import compilation, resources
+from .calls import WITH_TRITON
 
 pytestmark = pytest.mark.slow
 NVIDIA = [target for target in launches.TARGETS if target.startswith("sm")]
@@ -189,6 +191,13 @@ def test_snapshots_notice_a_doubled_body(tmp_path, monkeypatch):
         resources.check([twice], "sm_90", file)
     (found,) = json.loads(file.read_text())["resources"].values()
     assert found.keys() == {"registers", "stack", "shared", "instructions", "step"}
+
+
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_snapshots_hold_the_counts(name):
+    kept = json.loads(Path(__file__).with_name(f"compiled_{name}.json").read_text())
+    assert len(kept["resources"]) > 30
+    assert [key for key, found in kept["resources"].items() if not 0 <= found["step"] <= found["instructions"]] == []
 
 
 @pytest.mark.parametrize("target", launches.TARGETS)
