@@ -79,7 +79,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     in Triton's cache on disk. It cannot time a launch that a CUDA graph captures; such a launch keeps the warps and
     stages in `arguments`, unless the sizes were tuned before.
     """
-    traced = wrap_triton(kernel) is not kernel  # a running operator gets the kernel itself
+    traced = is_traced(kernel)
     if traced:
         arguments.pop("maxnreg", None)  # the tracer does not know this option
     device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
@@ -90,6 +90,11 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
             arguments = {name: value for name, value in arguments.items() if name not in options}
         # Triton 3.10 no longer contracts a * b + c by default.
         wrap_triton(kernel)[grid](**arguments, enable_fp_fusion=True)
+
+
+def is_traced(kernel: Any) -> bool:
+    """Whether launches of `kernel` are traced now, as by torch.compile, rather than run."""
+    return wrap_triton(kernel) is not kernel
 
 
 # Arguments that depend on the batch: they do not change which number of warps and stages is best.

@@ -637,11 +637,11 @@ def _bias(plan: _Plan, table: Tensor | None, dtype: torch.dtype) -> dict[str, An
 def _register_limit(plan: _Plan, arguments: dict[str, Any], limit: int) -> dict[str, int]:
     """The option that lets a thread have `limit` registers, so that one more program fits on a processor.
 
-    Only where it was timed, and where at most 64 bytes are spilled.
+    Only where it was timed, and where at most 64 bytes are spilled. A program that is traced has no such option.
     """
     spills = arguments["q_ptr"] is not None or arguments["mask_ptr"] is not None or plan.options["BLOCK_D"] > 32
     timed = plan.gpu.name == "sm_90" and arguments["qkv_ptr"].element_size() == 2
-    return {"maxnreg": limit} if timed and not spills else {}
+    return {"maxnreg": limit} if timed and not spills and not triton_common.is_traced(_bwd_kernel) else {}
 
 
 def _at_least_one(number: int) -> int:

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from zoo.kernels import checks, constants, dispatch, implementation, routed_attention, triton_common
+from zoo.kernels import checks, constants, dispatch, implementation, launches, routed_attention, triton_common
 from zoo.kernels.routed_attention import op
-from zoo.kernels.window_attention import triton_impl
+from zoo.kernels.window_attention import cases, triton_impl
 
 from . import compilation
 from .calls import CASES, WITH_TRITON
@@ -69,6 +69,17 @@ def test_traced_launch_leaves_the_device_to_the_compiler(kernel, monkeypatch):
     ((device, _, arguments),) = kernel.launches
     assert device is None
     assert "maxnreg" not in arguments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("traced", "limit", "each"), [(False, 168, 3), (True, None, 2)])
+def test_programs_fit_on_a_processor_with_the_registers_that_they_have(monkeypatch, traced, limit, each):
+    monkeypatch.setattr(triton_common, "is_traced", lambda _: traced)
+    case, gpu = cases.TARGETS["target-56x56x64"], triton_common.SM_90
+    calls = launches.record_case(cases, case, batch=128, dtype=torch.float16, gpu=gpu)["backward"]
+    (call,) = (call for call in calls if call.launch.name == "_bwd_kernel")
+    assert dict(call.launch.options).get("maxnreg") == limit
+    assert each - 1 < call.programs / gpu.num_processors <= each
 
 
 @pytest.fixture
