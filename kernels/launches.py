@@ -87,8 +87,11 @@ class Compiled:
     assembly: str
 
 
-def record(function: Callable[[], object], gpu: Machine) -> list[Call]:
-    """The launches of `function` on `gpu`; it is to use tensors of device "meta", or fake ones of device "cuda"."""
+def record(function: Callable[[], object], gpu: Machine, *, traced: bool = False) -> list[Call]:
+    """The launches of `function` on `gpu`; it is to use tensors of device "meta", or fake ones of device "cuda".
+
+    They are those of eager mode or, if `traced`, those of a compiled program.
+    """
     found: list[Call] = []
 
     def note(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -118,6 +121,7 @@ def record(function: Callable[[], object], gpu: Machine) -> list[Call]:
     with ExitStack() as stack:
         stack.enter_context(_replaced(triton_common, "launch", note))
         stack.enter_context(_replaced(triton_common, "_assumed", gpu))
+        stack.enter_context(_replaced(triton_common, "is_traced", lambda kernel: traced))
         function()
     return found
 
@@ -130,7 +134,9 @@ def _write_inverse(routes: Tensor, order: Tensor, starts: Tensor) -> None:
         starts.copy_(torch.searchsorted(named, torch.arange(starts.shape[1]).expand(starts.shape).contiguous()))
 
 
-def record_case(cases: ModuleType, case: Any, *, batch: int, dtype: torch.dtype, gpu: Machine) -> dict[str, list[Call]]:
+def record_case(
+    cases: ModuleType, case: Any, *, batch: int, dtype: torch.dtype, gpu: Machine, traced: bool = False
+) -> dict[str, list[Call]]:
     """The launches of the "forward" and "backward" pass of a case of an operator, given its module `cases`.
 
     Floating-point tensors have no contents. Integer tensors, such as routes, have those of a few images, repeated.
@@ -143,9 +149,9 @@ def record_case(cases: ModuleType, case: Any, *, batch: int, dtype: torch.dtype,
         stack.enter_context(_replaced(dispatch, "triton_obstacle", lambda tensor: None))
         # Tensors with and without contents are on two devices, "cpu" and "meta".
         stack.enter_context(_replaced(checks, "tensors", lambda needed, **optional: None))
-        forward = record(lambda: outputs.append(cases.FUNCTION(*args, **kwargs)), gpu)
+        forward = record(lambda: outputs.append(cases.FUNCTION(*args, **kwargs)), gpu, traced=traced)
         (out,) = outputs
-        backward = record(lambda: torch.autograd.grad(out, wanted, torch.empty_like(out)), gpu)
+        backward = record(lambda: torch.autograd.grad(out, wanted, torch.empty_like(out)), gpu, traced=traced)
     return {"forward": forward, "backward": backward}
 
 

@@ -73,10 +73,9 @@ def test_traced_launch_leaves_the_device_to_the_compiler(kernel, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("traced", "limit", "each"), [(False, 168, 3), (True, None, 2)])
-def test_programs_fit_on_a_processor_with_the_registers_that_they_have(monkeypatch, traced, limit, each):
-    monkeypatch.setattr(triton_common, "is_traced", lambda _: traced)
+def test_programs_fit_on_a_processor_with_the_registers_that_they_have(traced, limit, each):
     case, gpu = cases.TARGETS["target-56x56x64"], triton_common.SM_90
-    calls = launches.record_case(cases, case, batch=128, dtype=torch.float16, gpu=gpu)["backward"]
+    calls = launches.record_case(cases, case, batch=128, dtype=torch.float16, gpu=gpu, traced=traced)["backward"]
     (call,) = (call for call in calls if call.launch.name == "_bwd_kernel")
     assert dict(call.launch.options).get("maxnreg") == limit
     assert each - 1 < call.programs / gpu.num_processors <= each
