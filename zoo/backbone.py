@@ -17,6 +17,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from zoo import arguments
+from zoo.cpu import channels_last
 from zoo.layers import init_transformer
 from zoo.pretrained import FilterFn, resolve_num_classes, with_checked_file
 
@@ -208,7 +209,7 @@ class Backbone(nn.Module):
         take, last = feature_take_indices(len(self.stages), indices)
         intermediates = []
         final = len(self.stages) - 1
-        x = self.stem(x)
+        x = self.stem(channels_last(x))
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
@@ -248,7 +249,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H', W'), after the final norm."""
-        return self.norm(self.stages(self.stem(x)))
+        return self.norm(self.stages(self.stem(channels_last(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, and classify unless `pre_logits`: (B, num_features, H, W) -> (B, num_classes or head_hidden_size)."""

@@ -17,7 +17,16 @@ from torch.nn.modules import module as torch_module
 from zoo.kernels import dispatch
 from zoo.kernels.constants import only_traced
 
-__all__ = ["by_image", "channels_last", "convolution", "fused_convolution", "has_hooks", "is_plain", "linear"]
+__all__ = [
+    "by_image",
+    "channels_last",
+    "convolution",
+    "fused_convolution",
+    "has_hooks",
+    "is_plain",
+    "linear",
+    "spatial_mean",
+]
 
 WIDE = 16 * 2**20  # bytes
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()  # Dynamo cannot trace the call
@@ -71,13 +80,29 @@ def convolution(layer: nn.Module, x: Tensor, norm: nn.Module | None = None, act:
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """Images (B, C, H, W), copied to channels-last in inference on CPUs, so that the maps of the stem are too.
+    """Images (B, C, H, W), copied to channels-last on CPUs, so that the maps of the stem are too.
 
-    Without a gradient, oneDNN then computes its convolutions with what follows; see `fused_convolution`.
+    The layers that follow the stem's convolutions then need no copies. Without a gradient, oneDNN computes these
+    convolutions with what follows; see `fused_convolution`.
     """
-    if only_traced(images) or images.device.type != "cpu" or torch.is_grad_enabled():
+    if only_traced(images) or images.device.type != "cpu" or images.ndim != 4:
         return images
-    return images.contiguous(memory_format=torch.channels_last)
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return images
+    # A transposed matrix is copied 20 times as fast as `contiguous` copies images of three channels.
+    batch, channels, height, width = images.shape
+    pixels = images.flatten(2).transpose(1, 2).contiguous()
+    return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def spatial_mean(maps: Tensor) -> Tensor:
+    """The mean of maps over their pixels: (B, C, H, W) -> (B, C), in the dtype of the maps.
+
+    On CPUs, PyTorch's mean of bfloat16 first copies the maps to float32. Its pooling does not, and sums in float32 too.
+    """
+    if maps.dtype != torch.bfloat16 or maps.device.type != "cpu" or only_traced(maps) or torch.is_grad_enabled():
+        return maps.mean(dim=(2, 3))
+    return F.avg_pool2d(maps, maps.shape[2:]).flatten(1)
 
 
 def fused_convolution(

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import channels_last, convolution, linear
+from zoo.cpu import convolution, linear, spatial_mean
 from zoo.kernels import sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens, stage_rates
 
@@ -81,7 +81,7 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.fc2(F.gelu(self.fc1(x.mean(dim=(2, 3)))))
+        gate = self.fc2(F.gelu(self.fc1(spatial_mean(x))))
         return x * gate.sigmoid()[:, :, None, None]
 
 
@@ -128,7 +128,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv)
-        return self.downsample(convolution(self.conv, channels_last(x)))
+        return self.downsample(convolution(self.conv, x))
 
 
 @register_notrace_module

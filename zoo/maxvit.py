@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, channels_last, convolution, fused_convolution, is_plain, linear
+from zoo.cpu import by_image, convolution, fused_convolution, is_plain, linear
 from zoo.kernels import certain, sizes, window_attention
 from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens
 
@@ -148,7 +148,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.conv1)
-        return convolution(self.conv2, self.act(self.norm(self.conv1(channels_last(x)))))
+        return convolution(self.conv2, self.act(self.norm(self.conv1(x))))
 
 
 @register_notrace_module

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attention
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, channels_last, convolution, is_plain
+from zoo.cpu import by_image, convolution, is_plain
 from zoo.kernels import large_kernel_attention
 from zoo.layers import check_images, stage_rates
 
@@ -70,7 +70,7 @@ class Stem(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         check_images(x, self.proj)
-        return super().forward(channels_last(x))
+        return super().forward(x)
 
 
 @register_notrace_module

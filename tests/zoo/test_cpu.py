@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo import cpu, families
-from zoo.cpu import by_image, channels_last, convolution, linear
+from zoo.cpu import by_image, channels_last, convolution, linear, spatial_mean
 from zoo.layers import Mlp
 
 SHAPES = [(5, 12), (2, 3, 4, 12), (1, 1, 1, 12), (1, 3, 1, 12), (12,)]
@@ -376,10 +376,35 @@ def test_batch_norm_in_training_sees_all_images(monkeypatch):
     assert norm.num_batches_tracked == 1
 
 
-def test_images_become_channels_last_in_inference_only():
-    images = torch.randn(2, 3, 8, 8)
-    assert channels_last(images) is images
-    with torch.no_grad():
-        assert channels_last(images).is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(channels_last(images), images)
-        assert torch.equal(torch.vmap(channels_last)(images[None]), images[None])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 5), (1, 1, 1, 1), (0, 3, 4, 4)])
+def test_images_become_channels_last(shape):
+    images = torch.randn(shape, requires_grad=True)
+    out = channels_last(images)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, images)
+    assert channels_last(out) is out
+    assert torch.equal(torch.vmap(channels_last)(images[None]), images[None])
+    weights = torch.randn(shape)
+    (out * weights).sum().backward()
+    assert torch.equal(images.grad, weights)
+
+
+def test_only_images_become_channels_last():
+    """What is no batch of images reaches the stem, which names what is wrong."""
+    image = torch.randn(3, 8, 8)
+    assert channels_last(image) is image
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_spatial_mean(dtype, memory_format):
+    maps = (torch.randn(2, 5, 37, 41) + 3).to(dtype).to(memory_format=memory_format)
+    want = maps.double().mean(dim=(2, 3))
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        got = spatial_mean(maps)
+    operators = {event.name for event in profile.events()}
+    assert ("aten::avg_pool2d" in operators) == (dtype == torch.bfloat16)
+    assert got.dtype == dtype
+    # Sums in half precision would err by more than a rounding.
+    torch.testing.assert_close(got.double(), want, rtol=max(torch.finfo(dtype).eps, 1e-6), atol=0)
+    assert torch.equal(spatial_mean(maps.requires_grad_()), maps.mean(dim=(2, 3)))
