@@ -103,6 +103,7 @@ def neighborhood_attention(
                     None,
                     bias_table,
                     key_mask,
+                    None,  # regions
                     num_heads=num_heads,
                     wh=kernel[0],
                     ww=kernel[1],

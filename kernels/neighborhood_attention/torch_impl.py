@@ -71,6 +71,7 @@ def neighborhood_attention(
             bias_sign="key_minus_query",
             scale=scale,
             key_mask=key_mask,
+            regions=None,
             q=None,
         )
     if dispatch.compiled_for_cpu(qkv) and fused(qkv, bias_table):

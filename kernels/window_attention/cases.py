@@ -27,6 +27,7 @@ class Case:
     bias_sign: str = "query_minus_key"
     shared_query: bool = False
     key_mask: bool = False
+    regions: bool = False
 
     @property
     def name(self) -> str:
@@ -34,7 +35,8 @@ class Case:
         (height, width), (wh, ww) = self.size, self.window_size
         name = f"{height}x{width}x{self.num_heads * self.head_dim}-{self.layout}{wh}x{ww}"
         name += f"-{self.bias_sign}" if self.bias and self.bias_sign != "query_minus_key" else ""
-        return name + "-unbiased" * (not self.bias) + "-shared_query" * self.shared_query + "-masked" * self.key_mask
+        name += "-unbiased" * (not self.bias) + "-shared_query" * self.shared_query + "-masked" * self.key_mask
+        return name + "-regions" * self.regions
 
 
 def _cases() -> Iterator[Case]:
@@ -59,6 +61,9 @@ def _cases() -> Iterator[Case]:
     yield Case((14, 14), 2, (2, 2), bias=False)
     # a map that is padded below and on the right, the padding hidden from all queries
     yield Case((56, 56), 2, (7, 7), bias_sign="key_minus_query", key_mask=True)
+    # windows that are shifted by half of their size; images of 224 and 384 pixels
+    yield Case((56, 56), 3, (7, 7), regions=True)
+    yield Case((24, 24), 12, (12, 12), regions=True)
 
 
 CASES = {case.name: case for case in _cases()}
@@ -95,6 +100,13 @@ def inputs(
     if case.key_mask:  # the last rows and columns are padding
         key_mask = torch.zeros(batch, height, width, dtype=torch.bool, device=device)
         key_mask[:, : height - height // 8, : width - width // 8] = True
+    regions = None
+    if case.regions:  # of a map that was rolled up and left by half a window
+        down, right = (
+            (torch.arange(side) >= side - window).int() + (torch.arange(side) >= side - window // 2).int()
+            for side, window in ((height, wh), (width, ww))
+        )
+        regions = (3 * down[:, None] + right)[None].to(device)  # (1, H, W)
     return (normal(batch, height, width, (2 if case.shared_query else 3) * channels),), {
         "num_heads": case.num_heads,
         "window_size": case.window_size,
@@ -102,6 +114,7 @@ def inputs(
         "bias_table": normal(case.num_heads, 2 * wh - 1, 2 * ww - 1) if case.bias else None,
         "bias_sign": case.bias_sign,
         "key_mask": key_mask,
+        "regions": regions,
         "q": normal(batch, wh * ww, channels) if case.shared_query else None,
     }
 

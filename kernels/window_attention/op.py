@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from zoo.kernels import checks, dispatch
 from zoo.kernels.window_attention import reference, torch_impl
+
+LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def window_attention(
@@ -20,6 +23,7 @@ def window_attention(
     bias_sign: Literal["query_minus_key", "key_minus_query"] = "query_minus_key",
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    regions: Tensor | None = None,
     q: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention within windows of wh x ww tokens.
@@ -45,21 +49,25 @@ def window_attention(
         scale: Factor of the logits; D ** -0.5 if None.
         key_mask: (B, H, W) bool, True for tokens that may be attended to. A query without such a token in its window
             gives zeros.
-        q: (B, wh * ww, N * D), queries that all windows of an image share (GC ViT's global attention).
+        regions: (B, H, W), or (1, H, W) for all images, labels: integers from -2 ** 30 to 2 ** 30 - 1. A token attends
+            only to tokens of its window that have the same label (Swin's shifted windows), and only to those that
+            `key_mask` allows.
+        q: (B, wh * ww, N * D), queries that all windows of an image share (GC ViT's global attention). With `regions`,
+            each has the label of the token in its place.
 
     Returns:
         (B, H, W, N * D), in the dtype of `qkv`. Logits and softmax are float32 for half precision. Under autocast,
         `qkv` and `q` are converted to its dtype.
 
     Raises:
-        TypeError: an integer tensor, dtypes that differ, or an option of the wrong type.
+        TypeError: a tensor of a wrong dtype, dtypes that differ, or an option of the wrong type.
         ValueError: a shape or an option other than those above, or devices that differ.
 
     Source: Swin, arXiv 2103.14030, section 3.2; MaxViT, arXiv 2204.01697, section 3.2; GC ViT, arXiv 2206.09959,
     section 3.2.
     """
     wh, ww = checks.pair(window_size, "window_size")
-    checks.tensors({"qkv": qkv}, bias_table=bias_table, key_mask=key_mask, q=q)
+    checks.tensors({"qkv": qkv}, bias_table=bias_table, key_mask=key_mask, regions=regions, q=q)
     qkv, q = dispatch.autocast(qkv, q)
     checks.floating(qkv=qkv, bias_table=bias_table, q=q)
     checks.shape(qkv, "qkv", (None,) * 4, "(B, H, W, channels)")
@@ -79,6 +87,8 @@ def window_attention(
         checks.shape(bias_table, "bias_table", (num_heads, 2 * wh - 1, 2 * ww - 1), "(N, 2 wh - 1, 2 ww - 1)")
     if key_mask is not None:
         checks.mask(key_mask, "key_mask", (batch, height, width), "(B, H, W)")
+    if regions is not None:
+        _check_regions(regions, batch, height, width)
     if q is not None:
         checks.shape(q, "q", (batch, wh * ww, num_heads * head_dim), "(B, wh ww, N D)")
 
@@ -91,6 +101,7 @@ def window_attention(
                 q,
                 bias_table,
                 key_mask,
+                regions,
                 num_heads=num_heads,
                 wh=wh,
                 ww=ww,
@@ -108,8 +119,16 @@ def window_attention(
             bias_sign=bias_sign,
             scale=scale,
             key_mask=key_mask,
+            regions=regions,
             q=q,
         )
+
+
+def _check_regions(regions: Tensor, batch: int, height: int, width: int) -> None:
+    one = regions.ndim == 3 and checks.certain(checks.sizes(regions)[0] == 1)
+    checks.shape(regions, "regions", (1 if one else batch, height, width), "(B or 1, H, W)")
+    if regions.dtype not in LABELS:
+        raise TypeError(f"Got regions of {regions.dtype}; it has to be a signed integer or uint8, a label per token.")
 
 
 # The rest registers the Triton implementation with torch. Without Triton, nothing is registered.
@@ -119,6 +138,7 @@ def forward(
     q: Tensor | None,
     bias_table: Tensor | None,
     key_mask: Tensor | None,
+    regions: Tensor | None,
     num_heads: int,
     wh: int,
     ww: int,
@@ -134,6 +154,7 @@ def forward(
         q,
         bias_table,
         key_mask,
+        regions,
         num_heads=num_heads,
         wh=wh,
         ww=ww,
@@ -150,6 +171,7 @@ def backward(
     q: Tensor | None,
     bias_table: Tensor | None,
     key_mask: Tensor | None,
+    regions: Tensor | None,
     out: Tensor,
     lse: Tensor,
     num_heads: int,
@@ -169,6 +191,7 @@ def backward(
         q,
         bias_table,
         key_mask,
+        regions,
         out,
         lse,
         num_heads=num_heads,
@@ -185,12 +208,12 @@ _OPTIONS = ("num_heads", "wh", "ww", "grid", "key_minus_query", "scale")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.options = dict(zip(_OPTIONS, inputs[4:], strict=True))
+    ctx.save_for_backward(*inputs[:5], *output)
+    ctx.options = dict(zip(_OPTIONS, inputs[5:], strict=True))
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, q, bias_table, key_mask, out, lse = ctx.saved_tensors
+    qkv, q, bias_table, key_mask, regions, out, lse = ctx.saved_tensors
     options = ctx.options
     if dispatch.again_differentiable(qkv, q, bias_table, grad):
 
@@ -204,6 +227,7 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
                 bias_sign="key_minus_query" if options["key_minus_query"] else "query_minus_key",
                 scale=options["scale"],
                 key_mask=key_mask,
+                regions=regions,
                 q=q,
             )
 
@@ -211,11 +235,11 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     else:
         wants_bias = bias_table is not None and ctx.needs_input_grad[2]
         qkv_grad, q_grad, bias_grad = backward(
-            grad, qkv, q, bias_table, key_mask, out, lse, **options, bias_grad=wants_bias
+            grad, qkv, q, bias_table, key_mask, regions, out, lse, **options, bias_grad=wants_bias
         )
         grads = qkv_grad, None if q is None else q_grad, bias_grad if wants_bias else None
-    key_mask_grad = None
-    return *grads, key_mask_grad, *(None,) * len(options)
+    key_mask_grad = regions_grad = None
+    return *grads, key_mask_grad, regions_grad, *(None,) * len(options)
 
 
 dispatch.register_autograd(forward, _differentiate, setup_context=_save)

@@ -54,6 +54,11 @@ def _windows(attend: Callable[..., Tensor], **given: Any) -> Tensor:
         taken = partition(given["key_mask"][..., None], size, layout).flatten(0, 1)[..., 0][:, None, None]
         hidden = torch.zeros(taken.shape, dtype=qkv.dtype, device=qkv.device).masked_fill(~taken, -torch.inf)
         bias = hidden if bias is None else bias + hidden
+    if given["regions"] is not None:
+        labels = partition(given["regions"].expand(len(qkv), -1, -1)[..., None], size, layout).flatten(0, 1)
+        other = (labels != labels.mT)[:, None]  # (B windows, 1, T, T)
+        hidden = torch.zeros(other.shape, dtype=qkv.dtype, device=qkv.device).masked_fill(other, -torch.inf)
+        bias = hidden if bias is None else bias + hidden
     scale = query[0].shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
     out = attend(query[0], key, value, bias, scale).transpose(1, 2).flatten(-2).unflatten(0, (-1, count))
     return unpartition(out, size, tuple(qkv.shape[1:3]), layout)

@@ -23,6 +23,7 @@ def window_attention(
     bias_sign: str,
     scale: float,
     key_mask: Tensor | None,
+    regions: Tensor | None,
     q: Tensor | None,
 ) -> Tensor:
     """See `op.window_attention`, which checks the arguments."""
@@ -39,12 +40,17 @@ def window_attention(
     logits = scale * query @ key.transpose(-2, -1)  # (B, G, N, T, T)
     if bias_table is not None:
         logits = logits + expand_bias(bias_table.to(dtype), window_size, bias_sign)
+    taken = logits.new_ones((), dtype=torch.bool)
     if key_mask is not None:
         taken = partition(key_mask[..., None], window_size, layout)[..., 0][:, :, None, None]  # (B, G, 1, 1, T)
-        weights = logits.masked_fill(~taken, -torch.inf).softmax(-1)
+    if regions is not None:
+        labels = partition(regions[..., None], window_size, layout)[:, :, None]  # (B or 1, G, 1, T, 1)
+        taken = taken & (labels == labels.mT)  # (B, G, 1, T, T)
+    if key_mask is not None or regions is not None:
+        logits = logits.masked_fill(~taken, -torch.inf)
+    weights = logits.softmax(-1)
+    if key_mask is not None:
         weights = torch.where(taken.any(-1, keepdim=True), weights, 0)
-    else:
-        weights = logits.softmax(-1)
     out = (weights @ value).transpose(2, 3).flatten(-2)  # (B, G, T, N D)
     return unpartition(out, window_size, (height, width), layout).to(qkv.dtype)
 

@@ -26,6 +26,7 @@ def window_attention(
     bias_sign: str,
     scale: float,
     key_mask: Tensor | None,
+    regions: Tensor | None,
     q: Tensor | None,
 ) -> Tensor:
     """See `op.window_attention`, which checks the arguments."""
@@ -50,16 +51,22 @@ def window_attention(
             query = take(query, 0, torch.arange(windows.shape[0], device=qkv.device) // per_image)
 
     bias = None if bias_table is None else expand_bias(bias_table, window_size, bias_sign)[None]
-    any_key = None
+    taken = any_key = None
+    if regions is not None:
+        labels = cut(regions.expand(batch, -1, -1)[..., None], window_size, layout)  # (B G, T, 1)
+        taken = (labels == labels.mT)[:, None]  # (B G, 1, T, T)
     if key_mask is not None:
-        taken = cut(key_mask[..., None], window_size, layout)[:, None, None, :, 0]  # (B G, 1, 1, T)
+        keys = cut(key_mask[..., None], window_size, layout)[:, None, None, :, 0]  # (B G, 1, 1, T)
+        taken = keys if taken is None else taken & keys
         any_key = taken.any(-1, keepdim=True)
-        # Windows without a key are not masked until the end: if all their logits were -inf, the result would be NaN.
-        hidden = torch.where(taken | ~any_key, 0.0, -torch.inf).to(query.dtype if bias is None else bias.dtype)
+    if taken is not None:
+        # Queries without a key are not masked until the end: if all their logits were -inf, the result would be NaN.
+        shown = taken if any_key is None else taken | ~any_key
+        hidden = torch.where(shown, 0.0, -torch.inf).to(query.dtype if bias is None else bias.dtype)
         bias = hidden if bias is None else hidden + bias
     out = attend(query, key, value, bias, scale, fuse=fuse)  # (B G, T, N, D)
     if any_key is not None:
-        out = torch.where(any_key, out, 0)
+        out = torch.where(any_key.transpose(1, 2), out, 0)
     return join(out.to(qkv.dtype).flatten(2), window_size, (batch, height, width), layout)
 
 

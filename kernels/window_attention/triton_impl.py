@@ -92,18 +92,24 @@ def _tile_bias(table_ptr, head, token, same, tokens, window_width, bias_sign):
 
 
 @triton.jit
-def _scores(q, k, bias, key_valid, key_position, mask_ptr, scale, PRECISION: tl.constexpr):
-    """The scores of queries (rows) and keys (columns), -inf for hidden keys."""
+def _scores(
+    q, k, bias, query_valid, query_position, key_valid, key_position, mask_ptr, scale, PRECISION: tl.constexpr
+):  # fmt: skip
+    """The scores of queries (rows) and keys (columns), -inf for hidden keys; `_mask` explains `mask_ptr`."""
     scores = dot(q, tl.trans(k), PRECISION) * scale + bias
     if mask_ptr is not None:
-        taken = tl.load(mask_ptr + key_position, mask=key_valid, other=False)
-        scores = tl.where(taken[None, :], scores, float("-inf"))
+        taken = tl.load(mask_ptr + key_position, mask=key_valid, other=0)
+        if mask_ptr.dtype.element_ty == tl.int32:
+            wanted = tl.load(mask_ptr + query_position, mask=query_valid, other=0) | 1
+            scores = tl.where(wanted[:, None] == taken[None, :], scores, float("-inf"))
+        else:
+            scores = tl.where(taken[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
 def _block_scores(
-    q, k, bias_ptr, mask_ptr, head, query, key, key_position, tokens, scale,
+    q, k, bias_ptr, mask_ptr, head, query, query_position, key, key_position, tokens, scale,
     PRECISION: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
     """The scores of a block of a large window's queries and one of its keys, -inf for hidden keys."""
@@ -111,12 +117,14 @@ def _block_scores(
         bias = tl.where(key < tokens, 0.0, float("-inf"))[None, :]
     else:
         bias = tl.load(bias_ptr + (head.to(tl.int64) * PITCH + query)[:, None] * PITCH + key[None, :]).to(tl.float32)
-    return _scores(q, k, bias, key < tokens, key_position, mask_ptr, scale, PRECISION)
+    return _scores(
+        q, k, bias, query < tokens, query_position, key < tokens, key_position, mask_ptr, scale, PRECISION
+    )  # fmt: skip
 
 
 @triton.jit
 def _key_block(
-    q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, key, first,
+    q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, query_position, key, first,
     scale, token_heads, tokens, window_width, token_down, token_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
@@ -125,7 +133,9 @@ def _key_block(
     row = (position * token_heads + head) * HEAD_DIM
     k = load_rows(k_ptr, row, key < tokens, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr, row, key < tokens, HEAD_DIM, BLOCK_D)
-    scores = _block_scores(q, k, bias_ptr, mask_ptr, head, query, key, position, tokens, scale, PRECISION, PITCH)
+    scores = _block_scores(
+        q, k, bias_ptr, mask_ptr, head, query, query_position, key, position, tokens, scale, PRECISION, PITCH
+    )  # fmt: skip
     return k, v, scores
 
 
@@ -163,7 +173,7 @@ def _fwd_kernel(
             q = load_rows(q_ptr, (query * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         k = load_rows(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
         v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-        scores = _scores(q, k, bias, valid, position, mask_ptr, scale, PRECISION)
+        scores = _scores(q, k, bias, valid, position, valid, position, mask_ptr, scale, PRECISION)
         top = tl.max(scores, 1) * LOG2E
         top = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(scores * LOG2E - top[:, None])
@@ -227,7 +237,7 @@ def _bwd_kernel(
             grad = load_rows(grad_ptr, (position * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
             statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + token
             lse = tl.load(lse_ptr + statistic, mask=valid, other=float("inf"))
-            scores = _scores(q, k, bias, valid, position, mask_ptr, scale, PRECISION)
+            scores = _scores(q, k, bias, valid, position, valid, position, mask_ptr, scale, PRECISION)
             weights = tl.exp2(scores * LOG2E - lse[:, None])
             v_grad = dot(tl.trans(weights.to(grad.dtype)), grad, PRECISION)
             scores_grad = weights * dot(grad, tl.trans(v), PRECISION)
@@ -288,13 +298,13 @@ def _fwd_large_kernel(
     whole = tokens // BLOCK * BLOCK if REST > 0 else tokens
     for start in range(0, whole, BLOCK):
         _, v, scores = _key_block(
-            q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, start + tl.arange(0, BLOCK), first,
+            q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, start + tl.arange(0, BLOCK), first,
             scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
         )  # fmt: skip
         highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION, LOG2E)
     if REST > 0:
         _, v, scores = _key_block(
-            q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, whole + tl.arange(0, REST), first,
+            q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, whole + tl.arange(0, REST), first,
             scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
         )  # fmt: skip
         highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION, LOG2E)
@@ -351,7 +361,7 @@ def _bwd_q_kernel(
         whole = tokens // BLOCK * BLOCK if REST > 0 else tokens
         for start in range(0, whole, BLOCK):
             k, v, scores = _key_block(
-                q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, start + tl.arange(0, BLOCK), first,
+                q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, start + tl.arange(0, BLOCK), first,
                 scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2E - lse[:, None])
@@ -359,7 +369,7 @@ def _bwd_q_kernel(
             acc += dot(scores_grad.to(k.dtype), k, PRECISION)
         if REST > 0:
             k, v, scores = _key_block(
-                q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, whole + tl.arange(0, REST), first,
+                q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, whole + tl.arange(0, REST), first,
                 scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2E - lse[:, None])
@@ -391,7 +401,9 @@ def _query_block(
     statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + query
     lse = tl.load(lse_ptr + statistic, mask=query < tokens, other=float("inf"))
     delta = tl.load(delta_ptr + statistic, mask=query < tokens, other=0.0)
-    scores = _block_scores(q, k, bias_ptr, mask_ptr, head, query, key, key_position, tokens, scale, PRECISION, PITCH)
+    scores = _block_scores(
+        q, k, bias_ptr, mask_ptr, head, query, position, key, key_position, tokens, scale, PRECISION, PITCH
+    )  # fmt: skip
     weights = tl.exp2(scores * LOG2E - lse[:, None])
     return q, grad, delta, weights
 
@@ -590,6 +602,7 @@ def _arguments(
     q: Tensor | None,
     bias_table: Tensor | None,
     key_mask: Tensor | None,
+    regions: Tensor | None,
     lse: Tensor,
     scale: float,
 ) -> dict[str, Any]:
@@ -598,12 +611,24 @@ def _arguments(
         "qkv_ptr": qkv,
         "q_ptr": None if q is None else q.contiguous(),
         **_bias(plan, bias_table, qkv.dtype),
-        "mask_ptr": None if key_mask is None else key_mask.contiguous(),
+        "mask_ptr": _mask(qkv, key_mask, regions),
         "lse_ptr": lse,
         "scale": scale,
         **plan.geometry,
         **plan.options,
     }
+
+
+def _mask(qkv: Tensor, key_mask: Tensor | None, regions: Tensor | None) -> Tensor | None:
+    """What the kernels read to hide keys, (B, H, W): a mask of keys, bool, or a code of each token, int32.
+
+    The code is twice the label of the token, plus 1 if the token may be attended to. A query attends to a key if the
+    codes are the same once 1 is set in the query's.
+    """
+    if regions is None:
+        return None if key_mask is None else key_mask.contiguous()
+    taken = 1 if key_mask is None else key_mask.int()
+    return (2 * regions.int() + taken).expand(qkv.shape[0], -1, -1).contiguous()
 
 
 def _bias(plan: _Plan, table: Tensor | None, dtype: torch.dtype) -> dict[str, Any]:
@@ -653,6 +678,7 @@ def forward(
     q: Tensor | None,
     bias_table: Tensor | None,
     key_mask: Tensor | None,
+    regions: Tensor | None,
     *,
     num_heads: int,
     wh: int,
@@ -669,7 +695,7 @@ def forward(
     windows = batch * plan.geometry["windows_per_image"]
     out = qkv.new_empty(batch, height, width, inner)
     lse = qkv.new_empty(windows, num_heads, wh * ww, dtype=torch.float32)
-    arguments = _arguments(plan, qkv, q, bias_table, key_mask, lse, scale)
+    arguments = _arguments(plan, qkv, q, bias_table, key_mask, regions, lse, scale)
     precision = triton_common.precision(qkv.dtype, plan.gpu, memory_bound=plan.pack > 0)
     arguments |= {"out_ptr": out, "PRECISION": precision, "PTX": plan.gpu.has_ptx}
     if plan.pack == 0:
@@ -700,6 +726,7 @@ def backward(
     q: Tensor | None,
     bias_table: Tensor | None,
     key_mask: Tensor | None,
+    regions: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *,
@@ -715,7 +742,7 @@ def backward(
     qkv = _readable(qkv, out.shape[3] // num_heads)
     plan = _plan(qkv, q, bias_table, num_heads, wh, ww, grid, key_minus_query)
     qkv_grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    arguments = _arguments(plan, qkv, q, bias_table, key_mask, lse, scale)
+    arguments = _arguments(plan, qkv, q, bias_table, key_mask, regions, lse, scale)
     arguments |= {"grad_ptr": grad.contiguous(), "num_stages": 1}
     # With a shared query, its gradient is summed over the windows of an image, a group; else all windows are one group.
     groups, windows = (1, lse.shape[0]) if q is None else (qkv.shape[0], plan.geometry["windows_per_image"])

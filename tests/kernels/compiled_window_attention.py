@@ -16,7 +16,7 @@ def launches(names, dtype, target):
         for name in names:
             case = CASES[name]
             (qkv,), options = inputs(case, batch=64, dtype=dtype, device="cuda")
-            tensors = qkv, options["q"], options["bias_table"], options["key_mask"]
+            tensors = qkv, options["q"], options["bias_table"], options["key_mask"], options["regions"]
             key_minus_query = case.bias_sign == "key_minus_query"
             rest = {"num_heads": case.num_heads, "grid": case.layout == "grid", "key_minus_query": key_minus_query}
             rest |= {"wh": case.window_size[0], "ww": case.window_size[1], "scale": 0.2}
@@ -40,7 +40,8 @@ def test_half_precision(target):
 
 def test_more_kinds():
     names = "56x56x64-block7x7-key_minus_query-masked", "56x56x64-block7x7-shared_query", "56x56x32-block56x1-unbiased"
-    check((*names, "14x14x256-block14x14", "16x16x512-block16x16-key_minus_query"), torch.float16, "sm_90")
+    shifted = "56x56x96-block7x7-regions", "24x24x384-block12x12-regions"
+    check((*names, "14x14x256-block14x14", "16x16x512-block16x16-key_minus_query", *shifted), torch.float16, "sm_90")
 
 
 @pytest.fixture

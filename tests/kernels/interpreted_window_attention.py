@@ -38,6 +38,13 @@ CASES = {
     "8x11-mask": (2, Case((8, 11), 1, (8, 11), 16, key_mask=True)),
     "14x9-shared": (2, Case((14, 9), 1, (14, 9), 16, shared_query=True)),
     "16x8": (1, Case((16, 8), 2, (16, 8), 16)),
+    "2x3-regions": (2, Case((6, 9), 2, (2, 3), 16, regions=True)),
+    "7x7-regions": (2, Case((14, 21), 2, (7, 7), 32, regions=True)),
+    "7x7-regions-grid-mask": (1, Case((14, 7), 1, (7, 7), 16, "grid", bias=False, key_mask=True, regions=True)),
+    "3x3-regions-shared": (2, Case((6, 6), 1, (3, 3), 16, shared_query=True, regions=True)),
+    "5x13-regions": (2, Case((10, 13), 1, (5, 13), 16, regions=True)),
+    "8x11-regions-mask": (1, Case((8, 22), 1, (8, 11), 16, key_mask=True, regions=True)),
+    "14x9-regions-shared": (1, Case((14, 9), 1, (14, 9), 16, shared_query=True, regions=True)),
     "6x11-wide_head": (1, Case((6, 11), 1, (6, 11), 128, key_mask=True)),
 }
 
@@ -51,6 +58,9 @@ def make(case, batch, dtype):
         down, right = (height // wh, width // ww) if case.layout == "grid" else (1, 1)
         mask[0, : wh * down : down, : ww * right : right] = False
         options["key_mask"] = mask
+    if case.regions:
+        labels = torch.randint(-1, 2, (batch, *case.size), generator=torch.Generator().manual_seed(3))
+        options["regions"] = labels if case.key_mask else labels[:1]
     grad = torch.randn(*qkv.shape[:3], case.num_heads * case.head_dim, generator=torch.Generator().manual_seed(2))
     return {"qkv": qkv, **options}, grad.to(dtype)
 
@@ -181,7 +191,7 @@ def test_masked_window_is_zero(window_size):
         assert (value == 0).all()
 
 
-@pytest.mark.parametrize("name", ["7x7-shared", "5x13"])
+@pytest.mark.parametrize("name", ["7x7-shared", "5x13-regions"])
 def test_repeats_bit_by_bit(name):
     batch, case = CASES[name]
     arguments, grad = make(case, batch, torch.float32)
@@ -196,28 +206,46 @@ def test_empty_batch():
     assert (table_grad == 0).all()
 
 
-def test_double_backward():
-    arguments, grad = make(CASES["3x3-shared"][1], 1, torch.float32)
+@pytest.mark.parametrize("name", ["3x3-shared", "2x3-regions"])
+def test_double_backward(name):
+    arguments, grad = make(CASES[name][1], 1, torch.float32)
     found = []
     for choice, inputs_ in (("triton", arguments), ("reference", in_float64(arguments))):
         with implementation(choice):
             out = window_attention(**inputs_)
-        wanted = [x for x in inputs_.values() if isinstance(x, torch.Tensor)]
+        wanted = [x for x in inputs_.values() if isinstance(x, torch.Tensor) and x.requires_grad]
         first = torch.autograd.grad(out, wanted, grad.to(out.dtype), create_graph=True)
         found.append(torch.autograd.grad(sum(x.square().sum() for x in first), wanted))
     for one, other in zip(*found, strict=True):
         assert_within_budget(one, other, torch.float32)
 
 
+def test_labels_of_other_types():
+    arguments, grad = make(CASES["7x7-regions"][1], 2, torch.float32)
+    want = differentiate(arguments, grad)
+    arguments["regions"] = (arguments["regions"] + 1).to(torch.uint8).expand(2, -1, -1).mT.contiguous().mT
+    for one, other in zip(differentiate(arguments, grad), want, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_opcheck(shared, fake_tensors_launch_nothing):
-    case = Case((4, 6), 2, (4, 3), 8, shared_query=shared, key_mask=True)
+    case = Case((4, 6), 2, (4, 3), 8, shared_query=shared, key_mask=True, regions=True)
     arguments, grad = make(case, 1, torch.float32)
-    qkv, q, table, mask = (arguments[name] for name in ("qkv", "q", "bias_table", "key_mask"))
+    qkv, q, table, mask, regions = (arguments[name] for name in ("qkv", "q", "bias_table", "key_mask", "regions"))
     options = (2, 4, 3, False, True, 0.4)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op.forward, (qkv, q, table, mask, *options), test_utils=tests)
+    torch.library.opcheck(op.forward, (qkv, q, table, mask, regions, *options), test_utils=tests)
     with torch.no_grad():
-        out, lse = op.forward(qkv, q, table, mask, *options)
-    gradients = (grad, *(x if x is None else x.detach() for x in (qkv, q, table)), mask, out, lse, *options, True)
+        out, lse = op.forward(qkv, q, table, mask, regions, *options)
+    gradients = (
+        grad,
+        *(x if x is None else x.detach() for x in (qkv, q, table)),
+        mask,
+        regions,
+        out,
+        lse,
+        *options,
+        True,
+    )
     torch.library.opcheck(op.backward, gradients, test_utils=tests)

@@ -6,7 +6,7 @@ import torch
 from zoo.kernels import dispatch, implementation, window_attention
 
 from .comparison import BUDGET, assert_agree, assert_precise, assert_within_budget, run
-from .test_window_attention import CASES, make
+from .test_window_attention import CASES, labels_of, make
 
 pytestmark = pytest.mark.slow
 
@@ -19,6 +19,10 @@ FLAGS = {
     "only-mask": {"mask": True, "layout": "grid"},
     "shared": {"bias": True, "shared": True},
     "shared-mask": {"mask": True, "shared": True},
+    "regions": {"bias": True, "regions": "one"},
+    "regions-grid": {"regions": "each", "layout": "grid"},
+    "regions-mask": {"bias": True, "mask": True, "regions": "one"},
+    "regions-shared-mask": {"mask": True, "shared": True, "regions": "each"},
 }
 
 
@@ -33,6 +37,7 @@ def call(case, flags):
     if flags.pop("shared", False):
         given["q"] = shared
     options |= {"key_mask": mask} if flags.pop("mask", False) else {}
+    options |= {"regions": labels_of(case, flags.pop("regions"))} if "regions" in flags else {}
     return given, lambda **tensors: window_attention(**tensors, **options, **flags)
 
 
@@ -54,7 +59,7 @@ def test_gradients(case, flags):
 
 
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
-@pytest.mark.parametrize("flags", ["bias", "mask", "shared"])
+@pytest.mark.parametrize("flags", ["bias", "mask", "shared", "regions-mask"])
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_precision(dtype, flags, differentiated):
     given, function = call("square", flags)
@@ -98,8 +103,9 @@ def test_strided_input():
     torch.testing.assert_close(run("torch", function, given | {"qkv": view}), run("torch", function, given))
 
 
-def test_double_backward():
-    given, function = call("columns", "mask")
+@pytest.mark.parametrize("flags", ["mask", "regions-mask"])
+def test_double_backward(flags):
+    given, function = call("columns", flags)
     inputs = tuple(x.requires_grad_() for x in given.values())
     with implementation("torch"):
         assert torch.autograd.gradgradcheck(lambda x, t: function(qkv=x, bias_table=t), inputs)
@@ -121,8 +127,9 @@ def test_functional_transforms():
 
 
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
-def test_compiles_as_one_graph(differentiated):
-    given, function = call("square", "mask")
+@pytest.mark.parametrize("flags", ["mask", "regions-mask"])
+def test_compiles_as_one_graph(flags, differentiated):
+    given, function = call("square", flags)
     given = {name: x.requires_grad_(differentiated) for name, x in given.items()}
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run("torch", compiled, given), run("torch", function, given))
@@ -134,20 +141,24 @@ class Module(torch.nn.Module):
         self.table = torch.nn.Parameter(torch.randn(2, 5, 7))
         self.layout = layout
 
-    def forward(self, qkv, mask):
-        options = {"num_heads": 2, "window_size": (3, 4), "layout": self.layout}
+    def forward(self, qkv, mask, regions):
+        options = {"num_heads": 2, "window_size": (3, 4), "layout": self.layout, "regions": regions}
         return window_attention(qkv, bias_table=self.table, key_mask=mask, **options)
 
 
+@pytest.mark.parametrize("regions", ["none", "one", "each"])
 @pytest.mark.parametrize("layout", ["block", "grid"])
-def test_exports_with_open_sizes(layout):
+def test_exports_with_open_sizes(layout, regions):
     module = Module(layout)
     batch, rows, columns = (torch.export.Dim(name, min=2, max=20) for name in ("batch", "rows", "columns"))
     sizes = {0: batch, 1: 3 * rows, 2: 4 * columns}
 
     def inputs(batch, height, width):
-        return torch.randn(batch, height, width, 12), torch.rand(batch, height, width) < 0.7
+        labels = torch.randint(3, (1 if regions == "one" else batch, height, width))
+        mask = torch.rand(batch, height, width) < 0.7
+        return torch.randn(batch, height, width, 12), mask, None if regions == "none" else labels
 
-    program = torch.export.export(module, inputs(2, 6, 8), dynamic_shapes=(sizes, sizes))
+    of_labels = {"none": None, "one": {1: sizes[1], 2: sizes[2]}, "each": sizes}[regions]
+    program = torch.export.export(module, inputs(2, 6, 8), dynamic_shapes=(sizes, sizes, of_labels))
     again = inputs(3, 9, 16)
     torch.testing.assert_close(program.module()(*again), module(*again))

@@ -31,7 +31,14 @@ def make(case, parts=3):
     return qkv, table, mask, shared, {"num_heads": num_heads, "window_size": (wh, ww)}
 
 
-def loops(qkv, num_heads, window_size, layout, table, sign, scale, mask=None, shared=None):
+def labels_of(case, images):
+    """Three labels per window, at random; of one image for all or of each image."""
+    batch, size, *_ = CASES[case]
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(-1, 2, (1 if images == "one" else batch, *size), generator=g)
+
+
+def loops(qkv, num_heads, window_size, layout, table, sign, scale, mask=None, shared=None, regions=None):
     batch, height, width, _ = qkv.shape
     wh, ww = window_size
     parts = oracle.heads(qkv, num_heads, 3 if shared is None else 2)
@@ -53,6 +60,9 @@ def loops(qkv, num_heads, window_size, layout, table, sign, scale, mask=None, sh
                 else:
                     query = shared[b, t[0] * ww + t[1]].reshape(num_heads, -1)[n]
                 chosen = [j for j in tokens if place(*j)[0] == window and (mask is None or mask[b, j[0], j[1]])]
+                if regions is not None:
+                    labels = regions[b % len(regions)]
+                    chosen = [j for j in chosen if labels[j] == labels[i]]
                 if not chosen:
                     continue
                 added = []
@@ -96,6 +106,45 @@ def test_shared_query_agrees_with_loops(case, layout):
     torch.testing.assert_close(out, want)
 
 
+@pytest.mark.parametrize("options", ["plain", "masked", "shared"])
+@pytest.mark.parametrize("images", ["one", "each"])
+@pytest.mark.parametrize("case", CASES)
+def test_regions_agree_with_loops(case, images, options):
+    qkv, table, mask, shared, sizes = make(case, parts=2 if options == "shared" else 3)
+    mask, shared = mask if options == "masked" else None, shared if options == "shared" else None
+    labels = labels_of(case, images)
+    layout = "block" if images == "one" else "grid"
+    out = window_attention(
+        qkv, **sizes, layout=layout, bias_table=table, scale=0.7, key_mask=mask, regions=labels, q=shared
+    )
+    want = loops(qkv, *sizes.values(), layout, table, "query_minus_key", 0.7, mask, shared, labels)
+    torch.testing.assert_close(out, want)
+
+
+def test_regions_are_shifted_windows():
+    """Windows that are cut by the borders of the map, as Swin's figure 4 shows them."""
+    qkv, table, _, _, options = make("square")
+    bands = torch.tensor([0, 0, 0, 1, 1, 2])  # of a map of 6 tokens that was rolled by 1
+    rolled = window_attention(
+        qkv.roll((-1, -1), (1, 2)), **options, bias_table=table, regions=(3 * bands[:, None] + bands)[None]
+    )
+    out = rolled.roll((1, 1), (1, 2))
+    # The same windows of a map with two more rows and columns of hidden tokens above and on the left.
+    padded = torch.nn.functional.pad(qkv, (0, 0, 2, 1, 2, 1))
+    mask = torch.nn.functional.pad(torch.ones(2, 6, 6, dtype=torch.bool), (2, 1, 2, 1))
+    want = window_attention(padded, **options, bias_table=table, key_mask=mask)[:, 2:-1, 2:-1]
+    torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_any_integers_are_labels(dtype):
+    qkv, _, _, _, options = make("rectangle")
+    labels = labels_of("rectangle", "one")
+    top = torch.iinfo(dtype).max if dtype.itemsize < 4 else 2**30 - 1
+    got = window_attention(qkv, **options, regions=(top - labels).to(dtype))
+    torch.testing.assert_close(got, window_attention(qkv, **options, regions=labels))
+
+
 def test_scale_of_zero_is_kept():
     qkv, _, _, _, options = make("whole-map")
     value = qkv.unflatten(-1, (3, -1))[..., 2, :]
@@ -122,6 +171,15 @@ def test_gradients(masked):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
+def test_gradients_within_regions(masked):
+    qkv, table, mask, _, options = make("columns")
+    inputs = (qkv.requires_grad_(), table.requires_grad_())
+    given = {"key_mask": mask if masked else None, "regions": labels_of("columns", "each")}
+    assert torch.autograd.gradcheck(lambda x, t: window_attention(x, bias_table=t, **given, **options), inputs)
+
+
+@pytest.mark.slow
 def test_gradients_of_a_shared_query():
     kv, table, _, shared, options = make("rows", parts=2)
     inputs = (kv.requires_grad_(), shared.requires_grad_(), table.requires_grad_())
@@ -139,6 +197,17 @@ def test_low_precision_is_computed_in_float32(dtype):
     torch.testing.assert_close(out.double(), want, rtol=torch.finfo(dtype).eps, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_within_regions(dtype):
+    qkv, table, _, _, options = make("square")
+    qkv, table = 3 * qkv.to(dtype), table.to(dtype)
+    labels = labels_of("square", "one")
+    out = window_attention(qkv, bias_table=table, regions=labels, **options)
+    want = window_attention(qkv.double(), bias_table=table.double(), regions=labels, **options)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
 def test_strided_input():
     qkv, table, _, _, options = make("rectangle")
     view = qkv.movedim(-1, 1).contiguous().movedim(1, -1)
@@ -147,9 +216,13 @@ def test_strided_input():
     torch.testing.assert_close(got, want)
 
 
-def test_batch_of_no_images_with_mask_and_shared_query():
-    mask, q = torch.ones(0, 4, 6, dtype=torch.bool), torch.zeros(0, 6, 8)
-    out = window_attention(torch.zeros(0, 4, 6, 16), num_heads=2, window_size=(2, 3), key_mask=mask, q=q)
+@pytest.mark.parametrize("images", [0, 1])
+def test_batch_of_no_images_with_all_options(images):
+    mask, regions = torch.ones(0, 4, 6, dtype=torch.bool), torch.zeros(images, 4, 6, dtype=torch.int64)
+    q = torch.zeros(0, 6, 8)
+    out = window_attention(
+        torch.zeros(0, 4, 6, 16), num_heads=2, window_size=(2, 3), key_mask=mask, regions=regions, q=q
+    )
     assert out.shape == (0, 4, 6, 8)
 
 
@@ -174,6 +247,13 @@ BAD = [
     ({"bias_table": torch.zeros(2, 3, 3).double()}, TypeError, "bias_table of torch.float64 with qkv of torch.float32"),
     ({"key_mask": torch.ones(1, 4, 3, dtype=torch.bool)}, ValueError, r"key_mask of shape .*\(1, 4, 4\)"),
     ({"key_mask": torch.ones(1, 4, 4)}, TypeError, "key_mask of torch.float32; it has to be bool"),
+    ({"regions": torch.ones(2, 4, 4).int()}, ValueError, r"regions of shape \(2, .*\(B or 1, H, W\) = \(1, 4, 4\)"),
+    ({"regions": torch.ones(1, 4, 3).int()}, ValueError, r"regions of shape .*\(1, 4, 4\)"),
+    ({"regions": torch.ones(4, 4).int()}, ValueError, r"regions of shape \(4, 4\)"),
+    ({"regions": torch.ones(1, 4, 4)}, TypeError, "regions of torch.float32; it has to be a signed integer or uint8"),
+    ({"regions": torch.ones(1, 4, 4).bool()}, TypeError, "regions of torch.bool; it has to be a signed integer"),
+    ({"regions": 1}, TypeError, "regions of type int; it has to be a torch.Tensor"),
+    ({"regions": torch.ones(1, 4, 4, device="meta").int()}, ValueError, "regions on meta with qkv on cpu"),
     ({"q": torch.zeros(1, 4, 4)}, ValueError, "q of shape"),
     ({"qkv": QKV.int()}, TypeError, "qkv of torch.int32; it has to be floating point"),
     ({"qkv": QKV[0]}, ValueError, r"qkv of shape \(4, 4, 12\); expected \(B, H, W, channels\)"),
@@ -198,4 +278,8 @@ def random_call(rng):
     tensors, options = random_calls.attention(rng)
     side = rng.choice(random_calls.NUMBERS)
     options |= {"window_size": side, "layout": rng.choice(("block", "grid", "rows"))}
+    if rng.random() < 0.3 and isinstance(tensors["qkv"], torch.Tensor) and tensors["qkv"].ndim == 4:
+        sizes = (rng.choice((1, *tensors["qkv"].shape[:1])), *tensors["qkv"].shape[1:3])
+        dtype = rng.choice((torch.int64, torch.int32, torch.uint8, torch.bool))
+        options["regions"] = torch.randint(0, 2, sizes, generator=torch.Generator().manual_seed(3)).to(dtype)
     return window_attention, tensors | random_calls.bias_table(rng, side) | options
