@@ -347,7 +347,7 @@ def test_cswin(pretrained: bool = False, **kwargs) -> CSWin:
     return _create_cswin("test_cswin", pretrained, **kwargs)
 
 
-def feature_side(side: int, reduction: int) -> int:
+def feature_side(variant: str, side: int, reduction: int) -> int:
     """The side of a feature map; see `zoo.families`. The stem is a 7 x 7 convolution with stride 4 and padding 2."""
     return -(-((side + 1) // 4 * 4) // reduction)
 

@@ -4,7 +4,7 @@ The file of a family, `zoo/<family>.py`, may define:
 
 - `dense_kwargs(variant, task)`: the keywords that the official code uses to build a variant for dense prediction;
 - `tag_kwargs(tag)`: the keywords that the published weights of a tag need;
-- `feature_side(side, reduction)`: how the layers round the side of a feature map;
+- `feature_side(variant, side, reduction)`: how the layers round the side of a feature map;
 - `timm_name(variant)`: the name of the same architecture in timm;
 - `patterns(tokens, place)`: the family's panels in `zoo-look patterns`; see `zoo.attention_maps`.
 
@@ -58,7 +58,7 @@ def tag_kwargs(model: str) -> dict[str, Any]:
 def feature_side(model: str, side: int, reduction: int) -> int:
     """The side of a feature map of stride `reduction` for images of `side` pixels: rounded up in most families."""
     function = getattr(family_of(model), "feature_side", None)
-    return function(side, reduction) if function else -(-side // reduction)
+    return function(split_model_name_tag(model)[0], side, reduction) if function else -(-side // reduction)
 
 
 def timm_name(model: str) -> str | None:

@@ -431,7 +431,7 @@ def tag_kwargs(tag: Any) -> dict[str, Any]:
     return {"alpha": TAG_ALPHAS[tag]} if isinstance(tag, str) and tag in TAG_ALPHAS else {}
 
 
-def feature_side(side: int, reduction: int) -> int:
+def feature_side(variant: str, side: int, reduction: int) -> int:
     """The side of a feature map; see `zoo.families`. The stem pads to whole patches; merging drops odd rows."""
     return -(-side // 4) * 4 // reduction
 
