@@ -207,16 +207,19 @@ def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
     return x.index_select(1, rows).index_select(2, columns)
 
 
-def dot_product_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+def dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Attention of all queries (B, N, T, D) to all keys and values (B, N, K, D): (B, T, N D).
 
-    `scale` is the factor of the logits, D ** -0.5 if None.
+    `scale` is the factor of the logits, D ** -0.5 if None. `bias` (1, N, T, K) is added to them.
     """
     if use_fused_attn():
-        x = F.scaled_dot_product_attention(query, key, value, scale=scale)
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     else:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        x = (scale * query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
+        logits = scale * query @ key.transpose(-2, -1)
+        x = (logits if bias is None else logits + bias).softmax(dim=-1) @ value
     return x.transpose(1, 2).flatten(2)
 
 
