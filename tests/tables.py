@@ -106,10 +106,11 @@ def speed(results: dict) -> Iterator[str]:
         cells += [_passes(found[name, mode], lambda figures: f"{figures['ratio']['median']:.2f}") for mode in modes]
         return f"| {f'{title} ' if title else ''}| {shown} | {' | '.join(cells)} |"
 
+    missing = [name for family in zoo.FAMILIES for name in manifest.examples(family) if (name, modes[0]) not in found]
     for family in zoo.FAMILIES:
         about = manifest.about(family)
         title = ", ".join(f"[{name}](https://arxiv.org/abs/{paper})" for name, paper in about["names"].items())
-        for name in about["examples"]:
+        for name in (name for name in about["examples"] if name not in missing):
             yield line(title, name, f"`{name}`")
             title = ""
             if peer := found[name, modes[0]]["timm"]:
@@ -126,6 +127,7 @@ def speed(results: dict) -> Iterator[str]:
         f"They are medians (turns: {', '.join(turns)}) of `{command}`",
         f"for {_count(settings['batch_size'], 'image')} of {size_text(settings['size'])} with {_cores(machine)},",
         f"torch {machine['torch'].partition('+')[0]} and timm {machine['timm']}.",
+        *([f"Not measured yet: {', '.join(f'`{name}`' for name in missing)}."] if missing else []),
     ]
     yield from ["", *_wrapped(" ".join(sentences))]
 

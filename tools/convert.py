@@ -176,7 +176,7 @@ def _published(file: Path, sha256: str) -> dict[str, Any] | None:
     """
     entries = _manifest()
     found = [entry for entry in entries if entry.get("sha256") == sha256]
-    found = found or [entry for entry in entries if entry["url"].rpartition("/")[2] == file.name]
+    found = found or [entry for entry in entries if entry.get("url", "").rpartition("/")[2] == file.name]
     if len(found) != 1:
         return None
     recorded = found[0].get("sha256") or found[0].get("sha256_prefix", "")

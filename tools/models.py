@@ -227,7 +227,7 @@ def about(name: str) -> dict[str, Any]:
 
 
 def _python(row: dict[str, Any]) -> list[str]:
-    weights = ", pretrained=True" if row["tag"] else ""
+    weights = ", pretrained=True" if row["url"] else ""
     lines = ["import timm, torch, zoo", "image = torch.rand(1, 3, {}, {})".format(*row["input_size"])]
     if row["weights_classes"] != 0:
         lines += [f'model = timm.create_model("{row["name"]}"{weights}).eval()', "model(image).softmax(-1)"]
@@ -239,14 +239,14 @@ def _python(row: dict[str, Any]) -> list[str]:
 
 
 def _commands(row: dict[str, Any]) -> list[str]:
-    weights = " pretrained=true" if row["tag"] else ""
+    weights = " pretrained=true" if row["url"] else ""
     commands = [f"zoo-train model={row['name']}{weights} data=imagefolder data.root=FOLDER"]
     commands += [
         f"zoo-train recipe={recipe['recipe']} data.root=FOLDER"
         for recipe in recipes()
         if recipe["model"].partition(".")[0] == row["model"]
     ]
-    if row["tag"] and row["weights_classes"] == 1000:
+    if row["url"] and row["weights_classes"] == 1000:
         commands.append(f"zoo-eval model={row['name']} pretrained=true data=imagefolder data.root=FOLDER")
     return commands
 
@@ -327,7 +327,7 @@ def _print_one(report: dict[str, Any]) -> None:
             "trained on": f"{row['dataset']}, {classes}, {size_text(row['input_size'])}",
             "top-1": row["top1"] and f"{row['top1']} % ({row['top1_source']})",
             "licence": " ".join(filter(None, (row["licence"], row["licence_note"]))),
-            "from": row["url"],
+            "from": row["url"] or "not published",
             "note": row["note"],
         }
         for label, text in facts.items():

@@ -43,7 +43,7 @@ def default_cfgs(
 def timm_cfg(entry: Mapping[str, Any]) -> dict[str, Any]:
     """The `pretrained_cfg` of an entry of the manifest."""
     return {
-        "url": entry["url"],
+        "url": entry.get("url", ""),
         "hf_hub_id": entry.get("hf_hub_id"),
         "input_size": tuple(entry["input_size"]),
         "mean": tuple(entry["mean"]),

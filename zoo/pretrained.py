@@ -120,7 +120,7 @@ def _known_hash(url: str) -> str:
 
     It is in the manifest, or in the file's name if timm is told to check the hash there.
     """
-    entries = (entry for family in zoo.FAMILIES for entry in manifest(family) if entry["url"] == url)
+    entries = (entry for family in zoo.FAMILIES for entry in manifest(family) if entry.get("url") == url)
     entry: Mapping[str, Any] = next(entries, {})
     named = torch.hub.HASH_REGEX.search(url.rpartition("/")[2]) if _builder._CHECK_HASH else None
     return entry.get("sha256") or entry.get("sha256_prefix") or (named[1] if named else "")

@@ -10,13 +10,14 @@ import timm
 import torch
 
 import zoo
-from zoo import checkpoints
+from zoo import checkpoints, facts
 
 CHECKPOINTS = [entry for family in zoo.FAMILIES for entry in checkpoints.manifest(family)]
 IDS = [f"{entry['model']}.{entry['tag']}" for entry in CHECKPOINTS]
-FIELDS = {"model", "tag", "url", "dataset", "num_classes", "licence", "origin_url", "paper_ids", "paper_name"}
+FIELDS = {"model", "tag", "dataset", "num_classes", "licence", "origin_url", "paper_ids", "paper_name"}
 FIELDS |= {"input_size", "mean", "std", "crop_pct", "interpolation"}
-OPTIONAL_FIELDS = {"crop_mode", "hf_hub_id", "licence_note", "also_at", "top1", "sha256", "sha256_prefix", "note"}
+OPTIONAL_FIELDS = {"url", "hf_hub_id", "also_at", "sha256", "sha256_prefix"}  # of a file, if it is published
+OPTIONAL_FIELDS |= {"crop_mode", "licence_note", "top1", "note"}
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def headless(state_dict):
 
 def test_manifest_entries_are_unique():
     assert len(set(IDS)) == len(IDS)
-    urls = [entry["url"] for entry in CHECKPOINTS]
+    urls = [entry["url"] for entry in CHECKPOINTS if "url" in entry]
     assert len(set(urls)) == len(urls)
 
 
@@ -62,7 +63,9 @@ def test_manifest_entry_is_complete(entry):
     assert entry.keys() >= FIELDS
     assert entry.keys() <= FIELDS | OPTIONAL_FIELDS
     assert all(value not in (None, "", []) for value in entry.values())
-    for url in (entry["url"], entry["origin_url"], *entry.get("also_at", ())):
+    if "url" not in entry:
+        assert not entry.keys() & {"hf_hub_id", "also_at", "sha256", "sha256_prefix"}
+    for url in (entry.get("url", entry["origin_url"]), entry["origin_url"], *entry.get("also_at", ())):
         assert urlsplit(url).scheme == "https"
         assert urlsplit(url).netloc
     assert re.fullmatch(r"[0-9a-f]{64}", entry.get("sha256", "0" * 64))
@@ -76,7 +79,7 @@ def test_manifest_entry_is_complete(entry):
 @pytest.mark.parametrize("entry", CHECKPOINTS, ids=IDS)
 def test_pretrained_cfg_has_the_facts(entry):
     cfg = timm.get_pretrained_cfg(f"{entry['model']}.{entry['tag']}")
-    assert cfg.url == entry["url"]
+    assert cfg.url == entry.get("url", "")
     assert cfg.license
     assert cfg.origin_url
     assert cfg.paper_ids
@@ -88,7 +91,15 @@ def test_pretrained_cfg_has_the_facts(entry):
 def test_first_entry_is_the_default(model):
     first = next(entry for entry in CHECKPOINTS if entry["model"] == model)
     assert timm.get_pretrained_cfg(model).tag == first["tag"]
-    assert timm.is_model_pretrained(model)
+    assert timm.is_model_pretrained(model) == ("url" in first)
+
+
+def test_a_model_without_published_weights_says_so():
+    without = {**CHECKPOINTS[0], "model": "test_van", "tag": "in1k"}
+    del without["url"]
+    cfg = facts.timm_cfg(without)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for test_van"):
+        timm.create_model("test_van", pretrained=True, pretrained_cfg=cfg)
 
 
 @pytest.mark.parametrize(
