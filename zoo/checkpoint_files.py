@@ -158,7 +158,7 @@ def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]
     state_dict = _tensors(_innermost(checkpoint))
     others: list[str] = []
     for _ in range(MAX_PREFIXES):
-        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state_dict)), None)
+        prefix = next((p for p in PREFIXES if any(_is_wrapped(key, p) for key in state_dict)), None)
         if prefix is None:
             break
         others += [key for key in state_dict if not key.startswith(prefix)]
@@ -169,6 +169,11 @@ def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]
                 f"The checkpoint's {first_names([key])} {fault}: save the weights as dense tensors of floats."
             )
     return state_dict, others
+
+
+def _is_wrapped(key: str, prefix: str) -> bool:
+    """Whether a name has the prefix. A number after it means a list of that name, which belongs to the model itself."""
+    return key.startswith(prefix) and not key[len(prefix) :][:1].isdigit()
 
 
 def _innermost(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:

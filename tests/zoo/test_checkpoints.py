@@ -123,6 +123,7 @@ def test_a_model_without_published_weights_says_so():
         lambda sd: lightning("net.", sd),
         lambda sd: lightning("model.net.", sd),
         lambda sd: lightning("module.model.", sd),
+        lambda sd: lightning("network.", sd),
         lambda sd: lightning("model._orig_mod.", sd),
         lambda sd: lightning("model.backbone.", sd),
         lambda sd: lightning("model.", sd, criterion=torch.zeros(5), **{"val_metric.total": torch.zeros(())}),
@@ -131,8 +132,8 @@ def test_a_model_without_published_weights_says_so():
     ],
     ids=["plain", "dict", "model", "model_ema", "dict_ema", "nested", "ddp", "compiled", "ddp-compiled", "mmengine",
          "tutorial", "net", "empty-dict", "ema", "lightning", "lightning-net", "lightning-model-net",
-         "lightning-module-model", "lightning-compiled", "lightning-backbone", "lightning-with-others",
-         "lightning-average", "averaged-model"],
+         "lightning-module-model", "lightning-network", "lightning-compiled", "lightning-backbone",
+         "lightning-with-others", "lightning-average", "averaged-model"],
 )  # fmt: skip
 @pytest.mark.parametrize("source", ["dict", "file"])
 def test_wrapped_checkpoint_loads(wrap, source, state_dict, images, tmp_path):
