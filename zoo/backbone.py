@@ -7,7 +7,7 @@ operators read them. A stage returns a view of its tokens, so the permutation co
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -83,8 +83,9 @@ class Backbone(nn.Module):
         strides: Pixels per feature, for each stage; 4, 8, 16, ... if None.
         norm: Applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
         pre_logits: Module between pooling and classifier.
-        output_norm: Whether `forward_intermediates` applies a LayerNorm to each output; or the stages where it does.
+        output_norm: Whether `forward_intermediates` applies a norm to each output; or the stages where it does.
         output_norm_eps: Epsilon of these norms.
+        output_norm_layer: The class of these norms, which are NCHW.
 
     Raises:
         ValueError: An argument is out of range, or `output_norm` is combined with a classifier.
@@ -105,6 +106,7 @@ class Backbone(nn.Module):
         pre_logits: nn.Module | None = None,
         output_norm: bool | Sequence[int] = False,
         output_norm_eps: float = 1e-5,
+        output_norm_layer: Callable[..., nn.Module] = LayerNorm2d,
     ):
         if output_norm and num_classes > 0:
             raise ValueError(
@@ -127,7 +129,7 @@ class Backbone(nn.Module):
         if output_norm:
             normed, dd = range(len(dims)) if output_norm is True else output_norm, get_device_dtype(self)
             self.output_norms = nn.ModuleList(
-                LayerNorm2d(dim, eps=output_norm_eps, **dd) if i in normed else nn.Identity()
+                output_norm_layer(dim, eps=output_norm_eps, **dd) if i in normed else nn.Identity()
                 for i, dim in enumerate(dims)
             )
         self.pre_logits = nn.Identity() if pre_logits is None else pre_logits
