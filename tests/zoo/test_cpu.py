@@ -114,7 +114,7 @@ def test_compiled_gradients_are_those_of_a_linear_layer(dynamic):
         torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("act", [None, nn.GELU(), nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("act", [None, nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.SiLU()], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_without_gradient(shape, act):
     layer, x = make(), torch.randn(shape)
@@ -153,7 +153,7 @@ CONVS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("act", [None, nn.GELU("tanh"), nn.SiLU()], ids=str)
+@pytest.mark.parametrize("act", [None, nn.GELU("tanh"), nn.ReLU(), nn.SiLU()], ids=str)
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
 @pytest.mark.parametrize("conv", CONVS)
 def test_convolution_is_that_of_its_modules(conv, normed, act):
@@ -222,7 +222,7 @@ def test_compiled_layers_without_gradients_are_nodes(dynamic, dtype):
     assert "tanh()" not in code
 
 
-@pytest.mark.parametrize("act", ["none", "gelu"])
+@pytest.mark.parametrize("act", ["none", "gelu", "relu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_nodes_of_compiled_programs_are_proper_operators(bias, act):
     layer, conv = make(bias=bias), nn.Conv2d(12, 12, 3, 2, 1, groups=2, bias=bias)
