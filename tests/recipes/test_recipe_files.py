@@ -143,6 +143,8 @@ REPORTED = {
     "imagenet/cswin_base_ft384": (0.7, {"top1": 85.5}),
     "imagenet/maxvit_base_512": (0.4, {"top1": 86.66}),
     "imagenet/van_b3": (0.2, {"top1": 83.9}),
+    "imagenet/casvit_xs": (0.1, {"top1": 78.3}),
+    "imagenet/casvit_t_ft384": (0.0, {"top1": 84.1}),
     "imagenet/biformer_small": (0.15, {"top1": 83.8}),
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
     "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
@@ -150,6 +152,8 @@ REPORTED = {
     "coco/mask_rcnn_1x_cswin_tiny": (0.2, {"box_ap": 46.7, "mask_ap": 42.2}),
     "coco/cascade_mask_rcnn_cswin_small": (0.4, {"box_ap": 53.7, "mask_ap": 46.4}),
     "coco/retinanet_biformer_base": (0.3, {"box_ap": 47.1}),
+    "coco/mask_rcnn_casvit_s": (0.1, {"box_ap": 39.8, "mask_ap": 36.7}),
+    "coco/retinanet_casvit_m": (0.1, {"box_ap": 40.9}),
     "coco/dino_gc_vit_large": (0.2, {"box_ap": 58.3}),
     "coco/cascade_mask_rcnn_gc_vit_base": (0.5, {"box_ap": 52.9, "mask_ap": 45.8}),
     "coco/mask_rcnn_litv2_base": (0.3, {"box_ap": 47.3, "mask_ap": 42.6}),
@@ -158,6 +162,7 @@ REPORTED = {
     "ade20k/upernet_dinat_s_base": (0.3, {"miou": 49.4, "miou_multi_scale": 50.2}),
     "ade20k/mask2former_dinat_large": (0.3, {"miou_multi_scale": 58.1}),
     "ade20k/upernet_cswin_large": (0.6, {"miou": 53.4, "miou_multi_scale": 55.7}),
+    "ade20k/semantic_fpn_casvit_t": (0.1, {"miou": 45.0}),
     "ade20k/semantic_fpn_biformer_small": (0.15, {"miou": 48.9}),
     "ade20k/upernet_gc_vit_base": (0.5, {"miou": 49.2}),
     "ade20k/semantic_fpn_litv2_medium": (0.2, {"miou": 45.7}),
@@ -174,7 +179,7 @@ def test_drop_path_and_figures_are_the_published_ones(recipe):
     assert content["model_kwargs"]["drop_path_rate"] == rate
     assert {key: value for key, value in published.items() if key not in ("model", "source")} == figures
     assert published["model"] == content["model"]
-    assert re.match("(official )?README|paper", published["source"])
+    assert re.match("(official )?README|MODEL_ZOO|paper", published["source"])
 
 
 @pytest.mark.slow
@@ -204,6 +209,7 @@ PAPERS = {
     r"cswin_base": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"maxvit_(tiny|small|base|large)": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0),
     r"biformer_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"casvit_(xs|s|m|t)": (6e-3, 0.05, 300, 2048, 0.0, 0.0, 0.0, 0),
     r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
     r"gc_vit_(small|small2|base|large)": (5e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"litv2_(small|medium|base)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
@@ -230,6 +236,7 @@ COCO = {
     r"mask_rcnn_1x_cswin_\w+": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
     r"mask_rcnn_biformer_\w+": (1e-4, 0.05, NORM, 12, [8, 11], 500, "fp16"),
     r"retinanet_biformer_\w+": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
+    r"(mask_rcnn|retinanet)_casvit_\w+": (2e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
     r"mask_rcnn_gc_vit_tiny": (1e-4, 0.05, NORM, 36, [27, 33], 2500, "none"),
     r"cascade_mask_rcnn_gc_vit_\w+": (1e-4, 0.05, TABLES, 36, [27, 33], 2500, "none"),
     r"dino_gc_vit_large": (1e-4, 1e-4, FULL, 36, [27, 33], 0, "none"),
@@ -256,6 +263,7 @@ ADE = {
     r"semantic_fpn_cswin_\w+": (1e-4, 1e-4, NORM, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
     r"upernet_biformer_\w+": (6e-5, 0.01, NORM, *U160, 512, 512, None, "fp16"),
     r"semantic_fpn_biformer_\w+": (2e-4, 1e-4, FULL, 80_000, 32, "cosine", None, 0.0, 1000, 0.1, 512, 512, 32, "fp16"),
+    r"semantic_fpn_casvit_\w+": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
     r"upernet_gc_vit_\w+": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
     r"semantic_fpn_litv2_\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 1e-6, 0, None, 512, 512, None, "none"),
     r"upernet_van_b[012356]": (6e-5, 0.01, NORM, *U160, 512, 512, 32, "none"),
@@ -300,7 +308,8 @@ def test_detection_follows_the_paper(recipes):
         found += (list(schedule.decay_milestones), dense.warmup_updates, trainer.amp)
         assert found == _row(COCO, name), name
         assert (optim.opt, optim.layer_decay, schedule.sched, schedule.decay_rate) == ("adamw", None, "multistep", 0.1)
-        assert (trainer.effective_batch_size, dense.updates, dense.warmup_factor) == (16, None, 1e-3), name
+        images = 32 if "casvit" in name else 16
+        assert (trainer.effective_batch_size, dense.updates, dense.warmup_factor) == (images, None, 1e-3), name
         assert dense.backbone_lr == (0.1 if dense.method in ("dino", "mask2former") else 1.0), name
         assert optim.clip_grad == {"dino": 0.1, "mask2former": 0.01}.get(dense.method), name
 
@@ -321,7 +330,7 @@ def test_images_of_detection_follow_the_paper(recipes):
         crop, ratio_range = _optional(dense.crop), _optional(dense.ratio_range)
         assert (list(dense.scales), dense.max_size, dense.detr_crop, crop, ratio_range) == wanted, name
         assert (dense.photometric, dense.frozen_stages, dense.small) == (False, -1, False), name
-        assert dense.norm_eval == bool(re.search("biformer|maxvit", name)), name
+        assert dense.norm_eval == bool(re.search("biformer|casvit|maxvit", name)), name
 
 
 @pytest.mark.slow
