@@ -11,7 +11,9 @@ from pkgutil import iter_modules
 from zoo.kernels.checks import certain, sizes
 from zoo.kernels.depthwise_conv import depthwise_conv2d_nhwc, large_kernel_attention
 from zoo.kernels.dispatch import as_given, implementation, set_implementation, use
+from zoo.kernels.linear_attention import linear_attention
 from zoo.kernels.neighborhood_attention import neighborhood_attention
+from zoo.kernels.rotation import rotate_2d
 from zoo.kernels.routed_attention import routed_attention
 from zoo.kernels.window_attention import window_attention
 
@@ -19,7 +21,7 @@ from zoo.kernels.window_attention import window_attention
 OPERATORS = tuple(sorted(folder.name for folder in iter_modules(__path__) if folder.ispkg))
 
 # The functions of all operators, the choice of their implementation, and what modules around them need as well:
-# `as_given` (autocast), `certain` and `sizes` (sizes that are symbolic or traced).
+# `as_given` (autocast), `certain` and `sizes` (sizes that are symbolic or traced), `rotate_2d` (positions).
 __all__ = [
     "OPERATORS",
     "as_given",
@@ -27,7 +29,9 @@ __all__ = [
     "depthwise_conv2d_nhwc",
     "implementation",
     "large_kernel_attention",
+    "linear_attention",
     "neighborhood_attention",
+    "rotate_2d",
     "routed_attention",
     "set_implementation",
     "sizes",

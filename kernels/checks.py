@@ -13,6 +13,8 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 DEBUG = os.environ.get("ZOO_DEBUG", "0") == "1"
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Parameters that may be float32 with half precision: autocast leaves them as they are.
+PARAMETERS = ("bias_table", "temperature")
 
 
 def certain(condition: bool | SymBool) -> bool:
@@ -97,7 +99,7 @@ def tensors(needed: dict[str, Tensor], **optional: Tensor | None) -> None:
 
 
 def floating(**tensors: Tensor | None) -> None:
-    """Check that the tensors have one floating-point dtype; a `bias_table` may be float32 with half precision.
+    """Check that the tensors have one floating-point dtype; PARAMETERS may be float32 with half precision.
 
     Raises:
         TypeError: another dtype, or dtypes that differ.
@@ -111,7 +113,7 @@ def floating(**tensors: Tensor | None) -> None:
     first, *others = given
     for name in others:
         allowed = [given[first].dtype]
-        if name == "bias_table" and allowed[0] in (torch.float16, torch.bfloat16):
+        if name in PARAMETERS and allowed[0] in (torch.float16, torch.bfloat16):
             allowed.append(torch.float32)
         if given[name].dtype not in allowed:
             raise TypeError(

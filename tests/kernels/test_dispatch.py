@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zoo  # noqa: F401
-from zoo.kernels import OPERATORS, dispatch, implementation, set_implementation, use
+from zoo.kernels import OPERATORS, checks, dispatch, implementation, set_implementation, use
 
 from .calls import CASES, WITH_TRITON, call, make
 
@@ -278,9 +278,8 @@ def test_autocast_is_a_cast_by_hand(name, choice):
     assert out.dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in grads)
 
-    # The bias table keeps its dtype.
-    tables = "bias_table" in signature(CASES[name].sample).parameters
-    by_hand = [x if tables and i else x.bfloat16() for i, x in enumerate(tensors)]
+    names = signature(CASES[name].sample).parameters
+    by_hand = [x if key in checks.PARAMETERS else x.bfloat16() for key, x in zip(names, tensors, strict=True)]
     with implementation(choice):
         want = call(name, *by_hand)
         assert torch.equal(out, want)
