@@ -176,7 +176,7 @@ def attention_scale(scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     if isinstance(scale, bool) or not isinstance(scale, Real | SymFloat | SymInt):
         raise TypeError(f"Got {scale=}; give a number, or None for head_dim ** -0.5.")
-    if isinstance(scale, float) and not math.isfinite(scale):
+    if isinstance(scale, float) and not -math.inf < scale < math.inf:  # math.isfinite takes no symbolic number
         raise ValueError(f"Got {scale=}; it has to be finite.")
     return float(scale)
 

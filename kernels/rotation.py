@@ -65,7 +65,7 @@ def frequencies(rope: Sequence[float], head_dim: int) -> tuple[float, ...]:
             f"Got {len(rope)} frequencies in rope for heads of {head_dim} channels; give {head_dim // 4}, "
             "a quarter of the channels."
         )
-    if not all(math.isfinite(x) for x in rope):
+    if not all(-math.inf < x < math.inf for x in rope):  # math.isfinite takes no symbolic number
         raise ValueError(f"Got {rope=}; all frequencies have to be finite.")
     return tuple(map(float, rope))
 
@@ -80,18 +80,22 @@ def rotated(x: Tensor, rope: tuple[float, ...], num_heads: int) -> Tensor:
 
 
 def turns(height: int, width: int, rope: tuple[float, ...], *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of all tokens and pairs of channels, each (H, W, 1, D / 2) in the dtype of `like`.
-
-    The angles are computed in float64: float32 would lose digits at large positions.
-    """
+    """Cosine and sine of the angles of all tokens and pairs of channels, each (H, W, 1, D / 2), as `like`."""
     table = constant(_turns, height, width, rope, like.dtype, like=like)
     return table[0], table[1]
 
 
 def _turns(height: int, width: int, rope: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    frequencies = torch.tensor(rope, dtype=torch.float64, device=device)
-    rows, columns = (
-        torch.arange(size, dtype=torch.float64, device=device)[:, None] * frequencies for size in (height, width)
-    )
-    angles = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), -1)[:, :, None]
+    rows, columns = axis_turns(height, width, rope, dtype, device).split((height, width), 1)
+    rows, columns = rows[:, :, None].expand(-1, -1, width, -1), columns[:, None].expand(-1, height, -1, -1)
+    return torch.cat((rows, columns), -1)[:, :, :, None]
+
+
+def axis_turns(height: int, width: int, rope: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2, H + W, D / 4): cosine and sine of the angles of all rows, then of all columns.
+
+    The angles are computed in float64: float32 would lose digits at large positions.
+    """
+    places = torch.cat([torch.arange(size, dtype=torch.float64, device=device) for size in (height, width)])
+    angles = places[:, None] * torch.tensor(rope, dtype=torch.float64, device=device)
     return torch.stack((angles.cos(), angles.sin())).to(dtype)

@@ -46,7 +46,8 @@ def _cases() -> Iterator[Case]:
     for side, heads in ((56, 3), (28, 6), (14, 12), (7, 24), (96, 4)):
         yield Case((side, side), heads, 32, **bounded)
     # rotated features, keys with softmax weights and the offset form, the first two stages
-    for form in ({"key_weights": "softmax"}, {"normalization": "offset"}):
+    forms: tuple[dict[str, Any], ...] = ({"key_weights": "softmax"}, {"normalization": "offset"})
+    for form in forms:
         for side, heads, dim in ((56, 1, 64), (28, 2, 64), (56, 1, 96), (28, 2, 96)):
             yield Case((side, side), heads, dim, rope=True, **form)
         # detection at 800 x 1344 pixels

@@ -122,6 +122,6 @@ def _not_negative(value: float, name: str) -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"Got {name}={value!r}; give a number.")
-    if not (math.isfinite(value) and value >= 0):
+    if not 0 <= value < math.inf:  # math.isfinite takes no symbolic number
         raise ValueError(f"Got {name}={value!r}; it has to be 0 or more, and finite.")
     return float(value)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from zoo.kernels import implementation, linear_attention, rotate_2d
+from zoo.kernels import linear_attention, rotate_2d
 
 from . import oracle, random_calls
 from .comparison import assert_within_budget
@@ -54,42 +54,46 @@ def turn(x, place, rope):
     return torch.view_as_real(torch.tensor(turned, dtype=torch.complex128)).flatten()
 
 
+def feature(x, kind):
+    return torch.where(x > 0, x, 0) if kind == "relu" else torch.where(x > 0, x + 1, x.exp())
+
+
 def loops(given, options):
     given, options = dict(given), DEFAULTS | options
     temperature = given.pop("temperature", None)
-    num_heads, rope, eps, bound = (options[name] for name in ("num_heads", "rope", "eps", "denominator_min"))
-    if options["feature_map"] == "relu":
-        feature = lambda x: torch.where(x > 0, x, 0)
-    else:
-        feature = lambda x: torch.where(x > 0, x + 1, x.exp())
+    num_heads = options["num_heads"]
     query, key, value = (oracle.heads(given[name], num_heads, 1)[0] for name in "qkv")
-    query, key = feature(query), feature(key)
-    batch, height, width, _, head_dim = query.shape
+    query, key = feature(query, options["feature_map"]), feature(key, options["feature_map"])
+    out = torch.zeros_like(query)
+    for b in range(query.shape[0]):
+        for n in range(num_heads):
+            out[b, :, :, n] = one_head(query[b, :, :, n], key[b, :, :, n], value[b, :, :, n], options)
+    return (out if temperature is None else out * temperature[:, None]).flatten(-2)
+
+
+def one_head(query, key, value, options):
+    height, width, head_dim = query.shape
+    rope, eps, tokens = options["rope"], options["eps"], height * width
     scale = head_dim**-0.5 if options["scale"] is None else options["scale"]
     places = [(y, x) for y in range(height) for x in range(width)]
+    weights = [1.0] * tokens
+    if options["key_weights"] == "softmax":
+        mean_query = sum(query[i] for i in places) / tokens
+        exponentials = [math.exp(scale * float(mean_query @ key[j])) for j in places]
+        weights = [tokens * e / sum(exponentials) for e in exponentials]
     out = torch.zeros_like(query)
-    for b in range(batch):
-        for n in range(num_heads):
-            of = lambda tensor, place: tensor[b, *place, n]
-            mean_query = sum(of(query, i) for i in places) / len(places)
-            weights = [1.0] * len(places)
-            if options["key_weights"] == "softmax":
-                exponentials = [math.exp(scale * float(mean_query @ of(key, j))) for j in places]
-                weights = [len(places) * e / sum(exponentials) for e in exponentials]
-            for i in places:
-                z, y, mean = 0.0, torch.zeros(head_dim, dtype=query.dtype), torch.zeros(head_dim, dtype=query.dtype)
-                for j, w in zip(places, weights, strict=True):
-                    z += w * float(of(query, i) @ of(key, j)) / len(places)
-                    near = float(turn(of(query, i), i, rope) @ turn(of(key, j), j, rope))
-                    y += w * near * of(value, j) / len(places)
-                    mean += w * of(value, j) / len(places)
-                if options["normalization"] == "offset":
-                    denominator = max(scale * z + eps, bound / len(places))
-                    result = scale * ((1 + 1 / denominator) * y - z * mean)
-                else:
-                    result = y / max(z + eps, bound / len(places))
-                out[b, *i, n] = result if temperature is None else temperature[n] * result
-    return out.flatten(-2)
+    for i in places:
+        z, y, mean_value = 0.0, torch.zeros_like(query[0, 0]), torch.zeros_like(query[0, 0])
+        for j, w in zip(places, weights, strict=True):
+            z += w * float(query[i] @ key[j]) / tokens
+            y += w * float(turn(query[i], i, rope) @ turn(key[j], j, rope)) * value[j] / tokens
+            mean_value += w * value[j] / tokens
+        if options["normalization"] == "offset":
+            denominator = max(scale * z + eps, options["denominator_min"] / tokens)
+            out[i] = scale * ((1 + 1 / denominator) * y - z * mean_value)
+        else:
+            out[i] = y / max(z + eps, options["denominator_min"] / tokens)
+    return out
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -224,7 +228,7 @@ BAD = [
     ({"eps": None}, TypeError, "eps=None; give a number"),
     ({"denominator_min": math.inf}, ValueError, "denominator_min=inf; it has to be 0 or more, and finite"),
     ({"denominator_min": True}, TypeError, "denominator_min=True; give a number"),
-    ({"temperature": T[:1]}, ValueError, r"temperature of shape \(1,\); expected \(N,\) = \(2,\)"),
+    ({"temperature": T[:1]}, ValueError, r"temperature of shape \(1,\); expected \(N,\) = \(2\)"),
     ({"temperature": T.half()}, TypeError, "temperature of torch.float16 with q of torch.float32"),
     ({"temperature": 1.0}, TypeError, "temperature of type float"),
 ]
