@@ -1,8 +1,8 @@
 """What attention modules attend to, computed from the modules themselves; `zoo-look` draws it.
 
 An attention module describes itself with a method `attention_info()`, which returns an `AttentionInfo`. Its last layer
-is a linear layer `proj`. Parameters `lepe.*` belong to a convolution of the values, whose output is added to the
-attention's.
+is a linear layer `proj`; without one, its output is the weighted sum of the values. Parameters `lepe.*` belong to a
+convolution of the values, whose output is added to the attention's.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,15 +22,18 @@ class AttentionInfo:
 
     Attributes:
         groups: For each group of heads, in the order of their channels, what its queries attend to, in words.
-        values: The linear layer whose output ends with the values; None for a module without attention weights.
+        values: The layer whose output ends with the values; None for a module without attention weights.
         kernel: For a module without attention weights, the function that computes the gate from its input (B, C, H, W).
         key_size: Side of a key, in tokens; above 1 where the keys are means of windows.
+        spread: For a module whose keys each stand for several tokens that are apart, the function that divides weights
+            of keys (..., h, w) among the tokens of a map of the given sides (..., H, W).
     """
 
     groups: tuple[str, ...]
     values: nn.Module | None = None
     kernel: Callable[[Tensor], Tensor] | None = None
     key_size: int = 1
+    spread: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def attention(module: Any, args: Sequence[Tensor], tokens: Sequence[tuple[int, i
 
         out = _weighted_sum(module, args, watch_values)
         weights = torch.autograd.grad(out[count, rows, columns].sum(), values[0])[0][..., -out.shape[-1] :]
-    return weights.unflatten(-1, (len(described.groups), -1)).mean(-1).permute(0, 3, 1, 2)
+    weights = weights.unflatten(-1, (len(described.groups), -1)).mean(-1).permute(0, 3, 1, 2)
+    return weights if described.spread is None else described.spread(weights, (args[0].shape[1], args[0].shape[2]))
 
 
 @torch.no_grad()
@@ -128,18 +132,17 @@ def attended(module: Any, token: tuple[int, int], *args: Tensor) -> tuple[Tensor
 
 
 def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The input of the last linear layer if `change` is applied to the output of the first one.
+    """The input of the last linear layer, or the output if there is none, if `change` is applied to the values.
 
-    The last channels of the first layer's output are the values. LePE is left out.
+    The last channels of the output of the layer `values` are the values. LePE is left out.
     """
     outputs: list[Tensor] = []
-    hooks = [
-        module.attention_info().values.register_forward_hook(lambda _, __, qkv: change(qkv)),
-        module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])),
-    ]
+    hooks = [module.attention_info().values.register_forward_hook(lambda _, __, qkv: change(qkv))]
+    if hasattr(module, "proj"):
+        hooks.append(module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])))
     silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith("lepe.")}
     try:
-        functional_call(module, silent, tuple(args))
+        outputs.append(functional_call(module, silent, tuple(args)))
     finally:
         for hook in hooks:
             hook.remove()
