@@ -44,7 +44,8 @@ class Keys:
         stage: The number of the stage, from 1.
         block: The number of the block, from 1.
         kind: The kind of attention, in words.
-        weights: The weights (h, w), averaged over heads. They sum to 1 - `padding`.
+        weights: The weights (h, w), averaged over heads. They sum to 1 - `padding`. Of weights that can be negative,
+            these are the shares of the absolute values.
         padding: The weight of keys outside the picture.
         pixels: The side of a key in the picture, in pixels.
         softmax: Whether the weights are attention weights; otherwise they are shares of a kernel's absolute weights.
@@ -139,6 +140,8 @@ def keys(
         cell = site.info.key_size
         height, width = ((side + cell - 1) // cell for side in site.size)
         for kind, weights in zip(site.info.groups, attention(site.module, site.args, [token])[0], strict=True):
+            if site.info.signed:
+                weights = weights.abs() / weights.abs().sum()
             inside = weights[:height, :width]
             padding = max(1 - inside.sum().item(), 0)
             yield Keys(site.stage, site.block, kind, inside, padding, stride * cell, site.info.kernel is None)

@@ -23,6 +23,9 @@ class AttentionInfo:
     Attributes:
         groups: For each group of heads, in the order of their channels, what its queries attend to, in words.
         values: The layer whose output ends with the values; None for a module without attention weights.
+        gated: Whether a gate, as wide as the values, follows them in that output and multiplies their weighted sum. The
+            weights are those without it.
+        signed: Whether weights can be negative, and need not have the sum 1.
         kernel: For a module without attention weights, the function that computes the gate from its input (B, C, H, W).
         key_size: Side of a key, in tokens; above 1 where the keys are means of windows.
         spread: For a module whose keys each stand for several tokens that are apart, the function that divides weights
@@ -31,6 +34,8 @@ class AttentionInfo:
 
     groups: tuple[str, ...]
     values: nn.Module | None = None
+    gated: bool = False
+    signed: bool = False
     kernel: Callable[[Tensor], Tensor] | None = None
     key_size: int = 1
     spread: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
@@ -64,7 +69,7 @@ def attention(module: Any, args: Sequence[Tensor], tokens: Sequence[tuple[int, i
 
     The input of the last linear layer is the weighted sum of the values. So its derivative with respect to a value is
     the weight of that value, channel by channel, for every operator and implementation. LePE, a convolution of the
-    values that is added to the sum, is set to zero for this.
+    values that is added to the sum, is set to zero for this, and a gate to one.
 
     Args:
         module: An attention module with `attention_info`.
@@ -134,10 +139,19 @@ def attended(module: Any, token: tuple[int, int], *args: Tensor) -> tuple[Tensor
 def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
     """The input of the last linear layer, or the output if there is none, if `change` is applied to the values.
 
-    The last channels of the output of the layer `values` are the values. LePE is left out.
+    The last channels of the output of the layer `values` are the values, or a gate after them. LePE and the gate are
+    left out.
     """
     outputs: list[Tensor] = []
-    hooks = [module.attention_info().values.register_forward_hook(lambda _, __, qkv: change(qkv))]
+    described = module.attention_info()
+
+    def changed(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if not described.gated:
+            return change(out)
+        gate = torch.ones_like(out[..., : module.proj.in_features])
+        return torch.cat((change(out[..., : -gate.shape[-1]]), gate), -1)
+
+    hooks = [described.values.register_forward_hook(changed)]
     if hasattr(module, "proj"):
         hooks.append(module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])))
     silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith("lepe.")}
