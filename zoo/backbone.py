@@ -82,6 +82,7 @@ class Backbone(nn.Module):
         drop_rate: Dropout before the classifier.
         strides: Pixels per feature, for each stage; 4, 8, 16, ... if None.
         norm: Applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
+        num_features: Channels of the output of `norm`, if they differ from those of the last stage.
         pre_logits: Module between pooling and classifier.
         output_norm: Whether `forward_intermediates` applies a norm to each output; or the stages where it does.
         output_norm_eps: Epsilon of these norms.
@@ -103,6 +104,7 @@ class Backbone(nn.Module):
         drop_rate: float,
         strides: Sequence[int] | None = None,
         norm: nn.Module | None = None,
+        num_features: int | None = None,
         pre_logits: nn.Module | None = None,
         output_norm: bool | Sequence[int] = False,
         output_norm_eps: float = 1e-5,
@@ -123,7 +125,8 @@ class Backbone(nn.Module):
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
         ]
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1] if num_features is None or output_norm else num_features
+        self.head_hidden_size = self.num_features
         self.norm = nn.Identity() if norm is None or output_norm else norm
         self.output_norms: nn.ModuleList | None = None
         if output_norm:
@@ -230,7 +233,7 @@ class Backbone(nn.Module):
 
         Args:
             indices: The stages to keep. An int n means the last n stages.
-            prune_norm: Whether to remove the final norm in any case.
+            prune_norm: Whether to remove the final norm in any case. A head that no longer fits is removed with it.
             prune_head: Whether to remove the head in any case.
 
         Returns:
@@ -243,8 +246,9 @@ class Backbone(nn.Module):
             self.output_norms = self.output_norms[: last + 1]
         if prune_norm or shortened:
             self.norm = nn.Identity()
-        if prune_head or shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+            self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or shortened or self.head_hidden_size != self.num_features:
+            self.head_hidden_size = self.num_features
             self.pre_logits = nn.Identity()
             self.reset_classifier(0, "")
         return take
