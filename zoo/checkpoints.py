@@ -81,16 +81,17 @@ def _match_output_norms(state_dict: dict[str, Tensor], want: Mapping[str, Tensor
     """Fit a file with norms of each output (dense prediction) to a model without them, and vice versa.
 
     Features before the norms do not depend on them. A model without output norms ignores those of the file, and keeps
-    its own final norm, which such a file lacks. A model with output norms keeps its own if the file has none.
+    its own final norm if such a file lacks it. A model with output norms has no final norm, so it ignores that of the
+    file. It keeps its own output norms if the file has none.
     """
     ours, theirs = ({key for key in keys if is_part(key, "output_norms")} for keys in (want, state_dict))
     final = {key for key in want.keys() | state_dict.keys() if is_final(key)}
     if theirs and not ours:
         kept = {key: value for key, value in state_dict.items() if key not in theirs}
         return {key: want[key] for key in final & want.keys()} | kept
-    if ours and not theirs:
+    if ours:
         kept = {key: value for key, value in state_dict.items() if key not in final - want.keys()}
-        return {key: want[key] for key in ours} | kept
+        return kept if theirs else {key: want[key] for key in ours} | kept
     return state_dict
 
 

@@ -54,9 +54,9 @@ def suggest_model(state_dict: Mapping[str, Tensor], name: str) -> str:
 def _share(shapes: Mapping[str, torch.Size], name: str) -> float:
     want, classifier = _model_shapes(name)
     given = {key for key in shapes if not is_part(key, classifier)}
-    if any(is_part(key, "output_norms") for key in given):  # a backbone for dense prediction has these instead
+    if any(is_part(key, "output_norms") for key in given):  # a backbone for dense prediction may have no final norm
         given = {key for key in given if not is_part(key, "output_norms")}
-        want = {key: shape for key, shape in want.items() if not is_final(key)}
+        want = {key: shape for key, shape in want.items() if not is_final(key) or key in given}
     return sum(shapes[key] == want.get(key) for key in given) / max(len(want), len(given), 1)
 
 
