@@ -145,6 +145,8 @@ REPORTED = {
     "imagenet/van_b3": (0.2, {"top1": 83.9}),
     "imagenet/casvit_xs": (0.1, {"top1": 78.3}),
     "imagenet/casvit_t_ft384": (0.0, {"top1": 84.1}),
+    "imagenet/ravlt_s": (0.15, {"top1": 84.4}),
+    "imagenet/mavit_s": (0.15, {"top1": 84.7}),
     "imagenet/biformer_small": (0.15, {"top1": 83.8}),
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
     "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
@@ -154,6 +156,10 @@ REPORTED = {
     "coco/retinanet_biformer_base": (0.3, {"box_ap": 47.1}),
     "coco/mask_rcnn_casvit_s": (0.1, {"box_ap": 39.8, "mask_ap": 36.7}),
     "coco/retinanet_casvit_m": (0.1, {"box_ap": 40.9}),
+    "coco/mask_rcnn_ravlt_t": (0.1, {"box_ap": 47.3, "mask_ap": 42.7}),
+    "coco/mask_rcnn_3x_ravlt_b": (0.4, {"box_ap": 52.7, "mask_ap": 46.4}),
+    "coco/cascade_mask_rcnn_ravlt_l": (0.55, {"box_ap": 55.6, "mask_ap": 48.0}),
+    "coco/retinanet_ravlt_s": (0.15, {"box_ap": 48.3}),
     "coco/dino_gc_vit_large": (0.2, {"box_ap": 58.3}),
     "coco/cascade_mask_rcnn_gc_vit_base": (0.5, {"box_ap": 52.9, "mask_ap": 45.8}),
     "coco/mask_rcnn_litv2_base": (0.3, {"box_ap": 47.3, "mask_ap": 42.6}),
@@ -163,6 +169,8 @@ REPORTED = {
     "ade20k/mask2former_dinat_large": (0.3, {"miou_multi_scale": 58.1}),
     "ade20k/upernet_cswin_large": (0.6, {"miou": 53.4, "miou_multi_scale": 55.7}),
     "ade20k/semantic_fpn_casvit_t": (0.1, {"miou": 45.0}),
+    "ade20k/upernet_ravlt_b": (0.4, {"miou": 52.5}),
+    "ade20k/semantic_fpn_ravlt_l": (0.55, {"miou": 52.6}),
     "ade20k/semantic_fpn_biformer_small": (0.15, {"miou": 48.9}),
     "ade20k/upernet_gc_vit_base": (0.5, {"miou": 49.2}),
     "ade20k/semantic_fpn_litv2_medium": (0.2, {"miou": 45.7}),
@@ -194,7 +202,7 @@ def test_top1_of_a_recipe_is_the_manifests_for_the_weights_that_it_trains():
     for name in RECIPES:
         content = yaml.safe_load(_text(name))
         if name.startswith("imagenet/") and "pretrained" not in content:
-            found[content["model"]] = content["published"]["top1"]
+            found[content["model"]] = content.get("published", {}).get("top1")
     common = found.keys() & known.keys()
     assert len(common) > 30
     assert {model: found[model] for model in common} == {model: known[model] for model in common}
@@ -210,6 +218,7 @@ PAPERS = {
     r"maxvit_(tiny|small|base|large)": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0),
     r"biformer_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"casvit_(xs|s|m|t)": (6e-3, 0.05, 300, 2048, 0.0, 0.0, 0.0, 0),
+    r"(ravlt|mavit)_[tsbl]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
     r"gc_vit_(small|small2|base|large)": (5e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"litv2_(small|medium|base)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
@@ -237,6 +246,12 @@ COCO = {
     r"mask_rcnn_biformer_\w+": (1e-4, 0.05, NORM, 12, [8, 11], 500, "fp16"),
     r"retinanet_biformer_\w+": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
     r"(mask_rcnn|retinanet)_casvit_\w+": (2e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
+    r"mask_rcnn_ravlt_[tsbl]": (1e-4, 0.05, NORM, 12, [8, 11], 500, "fp16"),
+    r"(mask_rcnn_3x|cascade_mask_rcnn)_ravlt_[sbl]": (1e-4, 0.05, NORM, 36, [27, 33], 500, "fp16"),
+    r"retinanet_ravlt_[tsbl]": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
+    r"mask_rcnn_mavit_[tsbl]": (4e-4, 0.05, NORM, 12, [8, 11], 500, "fp16"),
+    r"(mask_rcnn_3x|cascade_mask_rcnn)_mavit_[sbl]": (4e-4, 0.05, NORM, 36, [27, 33], 500, "fp16"),
+    r"retinanet_mavit_[tsbl]": (4e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
     r"mask_rcnn_gc_vit_tiny": (1e-4, 0.05, NORM, 36, [27, 33], 2500, "none"),
     r"cascade_mask_rcnn_gc_vit_\w+": (1e-4, 0.05, TABLES, 36, [27, 33], 2500, "none"),
     r"dino_gc_vit_large": (1e-4, 1e-4, FULL, 36, [27, 33], 0, "none"),
@@ -264,6 +279,8 @@ ADE = {
     r"upernet_biformer_\w+": (6e-5, 0.01, NORM, *U160, 512, 512, None, "fp16"),
     r"semantic_fpn_biformer_\w+": (2e-4, 1e-4, FULL, 80_000, 32, "cosine", None, 0.0, 1000, 0.1, 512, 512, 32, "fp16"),
     r"semantic_fpn_casvit_\w+": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
+    r"upernet_(ravlt_[sbl]|mavit_[tsbl])": (6e-5, 0.01, NORM, *U160, 512, 512, None, "none"),
+    r"semantic_fpn_(ra|ma)v\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
     r"upernet_gc_vit_\w+": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
     r"semantic_fpn_litv2_\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 1e-6, 0, None, 512, 512, None, "none"),
     r"upernet_van_b[012356]": (6e-5, 0.01, NORM, *U160, 512, 512, 32, "none"),

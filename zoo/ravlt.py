@@ -1,0 +1,477 @@
+"""RAVLT and MAViT: vision transformers with rank-augmented (RALA) and magnitude-aware (MALA) linear attention.
+
+Fan et al., CVPR 2025, https://arxiv.org/abs/2411.07635, and Fan et al., ICCV 2025, https://arxiv.org/abs/2507.00698.
+Both papers use one network. Its first two stages have linear attention, whose cost grows linearly with the number of
+tokens: RALA weights the keys by their products with the mean query, so that the sum of keys times values has a higher
+rank. MALA's weights depend on the magnitude of the query, as those of a softmax do. The last two stages have ordinary
+attention. In all stages, queries and keys are rotated by their row and column, and a gate multiplies the output.
+
+Official code, without a licence: https://github.com/qhfan/RALA, https://github.com/qhfan/MALA. Written from the papers
+and facts about that code; the tests compare outputs of ravlt_t and mavit_t. Differences:
+- The downsampling at the end of an official stage begins the next one here, so that a stage's output is its feature.
+- The angles of the rotation are computed, and those in official checkpoints are ignored.
+- Tokens are channels-last; 1 x 1 convolutions are linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_module, trunc_normal_
+from timm.models import register_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import arguments, checkpoints
+from zoo.attention_maps import AttentionInfo, Pattern, attention
+from zoo.backbone import Backbone, Stage, create
+from zoo.cpu import by_image, convolution, is_plain, linear
+from zoo.kernels import depthwise_conv2d_nhwc, dispatch, linear_attention, rotate_2d, sizes
+from zoo.layers import DepthwiseConv, TransformerBlock, check_images, dot_product_attention, stage_rates
+
+__all__ = ["RAVLT"]
+
+
+def _network(dims: tuple[int, ...], depths: tuple[int, ...], heads: tuple[int, ...], **settings) -> dict[str, Any]:
+    return {"embed_dims": dims, "depths": depths, "num_heads": heads, **settings}
+
+
+_T = _network((64, 128, 256, 512), (2, 2, 6, 2), (1, 2, 4, 8))
+_S = _network((64, 128, 320, 512), (3, 5, 9, 3), (1, 2, 5, 8))
+_B = _network((96, 192, 384, 512), (4, 6, 12, 6), (1, 2, 6, 8), layer_scale_init=(1, 1, 1e-6, 1e-6))
+_L = _network((96, 192, 448, 640), (4, 7, 19, 8), (1, 2, 7, 10), layer_scale_init=(1e-6,) * 4)
+_TEST = _network((16, 32, 48, 64), (2, 2, 2, 2), (1, 2, 3, 4), mlp_ratio=2, head_width=128)
+
+# The variants of the official code. Both papers have the same networks, except for linear attention and `head_width`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ravlt_t": _T,
+    "ravlt_s": _S,
+    "ravlt_b": _B,
+    "ravlt_l": _L,
+    "mavit_t": {**_T, "linear_attn": "mala", "head_width": 2048},
+    "mavit_s": {**_S, "linear_attn": "mala", "head_width": 2048},
+    "mavit_b": {**_B, "linear_attn": "mala", "head_width": 2048},
+    "mavit_l": {**_L, "linear_attn": "mala", "head_width": 2560},
+    # our own, for tests and small images on a CPU
+    "test_ravlt": _TEST,
+    "test_mavit": {**_TEST, "linear_attn": "mala"},
+}
+
+# The options of `zoo.kernels.linear_attention` for the two kinds.
+LINEAR_ATTENTION: dict[str, dict[str, Any]] = {"rala": {"key_weights": "softmax"}, "mala": {"normalization": "offset"}}
+
+
+class GatedAttention(nn.Module):
+    """Attention of all tokens (B, H, W, dim) to all, plus LePE of the values, times a gate, between linear layers.
+
+    The gate is linear in the tokens, without an activation. Queries and keys are rotated: a pair of channels turns by
+    an angle that is proportional to the token's row (in the first half of a head) or column (in the second half).
+    """
+
+    def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        pairs = dim // num_heads // 4  # along each axis
+        self.rope = tuple(10000 ** (-i / max(pairs - 1, 1)) for i in range(pairs))  # radians per token
+        self.qkvo = nn.Linear(dim, 4 * dim, **dd)  # o is the gate
+        self.lepe = DepthwiseConv(dim, 5, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        query, key, value, gate = linear(self.qkvo, x).chunk(4, dim=-1)
+        return linear(self.proj, (self.attend(query, key, value) + self.lepe(value)) * gate)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention between queries, keys and values (B, H, W, dim): (B, H, W, dim)."""
+        raise NotImplementedError
+
+
+@register_notrace_module
+class LinearAttention(GatedAttention):
+    """Gated attention without a softmax: of the kind "rala" or "mala"."""
+
+    def __init__(self, dim: int, num_heads: int, kind: str, device=None, dtype=None):
+        super().__init__(dim, num_heads, device=device, dtype=dtype)
+        self.kind = kind
+
+    def attention_info(self) -> AttentionInfo:
+        """What the module attends to; see `zoo.attention_maps`."""
+        return AttentionInfo((f"all tokens, {self.kind.upper()}, absolute",), values=self.qkvo, gated=True, signed=True)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention between queries, keys and values (B, H, W, dim): (B, H, W, dim)."""
+        options = LINEAR_ATTENTION[self.kind]
+        return linear_attention(query, key, value, num_heads=self.num_heads, rope=self.rope, **options)
+
+
+@register_notrace_module
+class SoftmaxAttention(GatedAttention):
+    """Gated attention with a softmax."""
+
+    def attention_info(self) -> AttentionInfo:
+        """What the module attends to; see `zoo.attention_maps`."""
+        return AttentionInfo(("all tokens",), values=self.qkvo, gated=True)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention between queries, keys and values (B, H, W, dim): (B, H, W, dim)."""
+        query, key = (rotate_2d(x, self.rope, num_heads=self.num_heads) for x in (query, key))
+        heads = (x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
+        return dot_product_attention(*heads).unflatten(1, sizes(value)[1:3])
+
+
+def plus_depthwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """`x + layer(x)` of a `DepthwiseConv`: (B, H, W, dim) -> (B, H, W, dim).
+
+    In float32, the middle tap of the kernel adds `x`, in one pass over the map. Half precision would round the tap to
+    fewer digits than the sum.
+    """
+    if is_plain(layer, DepthwiseConv):
+        (weight,) = dispatch.autocast(layer.weight)
+        if weight.dtype in (torch.float32, torch.float64):
+            middle = [side // 2 for side in layer.kernel_size for _ in range(2)]
+            return depthwise_conv2d_nhwc(x, weight + F.pad(weight.new_ones(1, 1, 1, 1), middle), layer.bias)
+    return x + layer(x)
+
+
+@register_notrace_module
+class ConvMlp(nn.Module):
+    """Linear, GELU, depth-wise 3 x 3 convolution with a shortcut, Linear on tokens (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.widening = hidden_dim / dim
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_image(self, self.forward_images, x, self.widening)
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        x = linear(self.fc1, x, self.act)
+        return linear(self.fc2, plus_depthwise(self.dw_conv, x))
+
+
+@register_notrace_module
+class LayerScale(nn.Module):
+    """Tokens (..., dim) times a learned factor per channel.
+
+    The factors are (1, dim), not (dim,) as in timm: timm's optimizers then apply weight decay to them, as the official
+    code does to its (1, dim, 1, 1).
+    """
+
+    def __init__(self, dim: int, init: float, device=None, dtype=None):
+        super().__init__()
+        self.init = init
+        self.gamma = nn.Parameter(torch.empty(1, dim, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Initialise the factors."""
+        nn.init.constant_(self.gamma, self.init)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma[0]
+
+
+class Block(TransformerBlock):
+    """A transformer block that first adds a depth-wise 3 x 3 convolution of the tokens, which encodes positions."""
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        drop_path: float = 0.0,
+        layer_scale_init: float = 1.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, attn, mlp, drop_path, norm_eps=1e-6, **dd)
+        self.pos_embed = DepthwiseConv(dim, 3, **dd)
+        self.ls1 = LayerScale(dim, layer_scale_init, **dd)
+        self.ls2 = LayerScale(dim, layer_scale_init, **dd)
+
+    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return super().forward(plus_depthwise(self.pos_embed, x), *context)
+
+
+@register_notrace_module
+class Stem(nn.Module):
+    """Four 3 x 3 convolutions with batch norms, GELU between them: (B, C, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4)).
+
+    The first and the last convolution have stride 2.
+    """
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        half = dim // 2
+        self.conv1 = nn.Conv2d(in_chans, half, 3, 2, 1, **dd)
+        self.norm1 = nn.BatchNorm2d(half, **dd)
+        self.conv2 = nn.Conv2d(half, half, 3, 1, 1, **dd)
+        self.norm2 = nn.BatchNorm2d(half, **dd)
+        self.conv3 = nn.Conv2d(half, half, 3, 1, 1, **dd)
+        self.norm3 = nn.BatchNorm2d(half, **dd)
+        self.conv4 = nn.Conv2d(half, dim, 3, 2, 1, **dd)
+        self.norm4 = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_images(x, self.conv1)
+        x = convolution(self.conv1, x, self.norm1, self.act)
+        x = convolution(self.conv2, x, self.norm2, self.act)
+        x = convolution(self.conv3, x, self.norm3, self.act)
+        return convolution(self.conv4, x, self.norm4)
+
+
+@register_notrace_module
+class Downsample(nn.Module):
+    """3 x 3 convolution with stride 2, batch norm: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.reduction = nn.Conv2d(in_dim, dim, 3, 2, 1, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolution(self.reduction, x, self.norm)
+
+
+@register_notrace_module
+class HeadConv(nn.Module):
+    """1 x 1 convolution, batch norm and SiLU before pooling: (B, C, H, W) -> (B, dim, H, W)."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_dim, dim, 1, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolution(self.proj, x, self.norm, self.act)
+
+
+class RAVLT(Backbone):
+    """RAVLT or MAViT: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
+
+    Features are NCHW at strides 4, 8, 16, 32, with sizes rounded up. They have no norm. `norm` is the convolution
+    before pooling, with batch norm and SiLU; its output has `head_width` channels.
+
+    Args:
+        in_chans: Channels of the images.
+        num_classes: Classes of the linear classifier; 0 for none.
+        global_pool: "avg" for average pooling, or "" for none.
+        embed_dims, depths, num_heads: Channels, blocks and heads of each stage. Heads have a multiple of 4 channels.
+        mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels; one for all stages or for each.
+        linear_attn: The linear attention of the first two stages: "rala" as in RAVLT, or "mala" as in MAViT.
+        layer_scale_init: Initial factors of the residual branches, one for each stage.
+        head_width: Channels of the convolution before pooling.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
+        output_norm: Apply a LayerNorm to each feature, for dense prediction. Only without a classifier.
+        device, dtype: Device and type of the parameters.
+
+    Raises:
+        ValueError: An argument is out of range, or images have a wrong shape.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (1, 2, 4, 8),
+        mlp_ratio: float | Sequence[float] = 3.5,
+        linear_attn: str = "rala",
+        layer_scale_init: Sequence[float] = (1, 1, 1, 1),
+        head_width: int = 1024,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        output_norm: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        arguments.check(
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            output_norm=output_norm,
+        )
+        arguments.check_choice("linear_attn", linear_attn, tuple(LINEAR_ATTENTION))
+        arguments.check_stages(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            layer_scale_init=layer_scale_init,
+        )
+        if any(dim // heads % 4 for dim, heads in zip(embed_dims, num_heads, strict=True)):
+            raise ValueError(
+                f"Got {num_heads=} for {embed_dims=}; heads need a multiple of 4 channels, pairs for rows and columns."
+            )
+        if not arguments.is_number(head_width, 1, 2**14):
+            shown = arguments.shown(head_width)
+            raise ValueError(f"Got head_width={shown}; it has to be a whole number from 1 to {2**14:,}.")
+        dd = {"device": device, "dtype": dtype}
+        drop_path_rates = stage_rates(drop_path_rate, depths)
+        mlp_ratios = arguments.as_tuple(mlp_ratio, len(depths))
+        stages = []
+        for i, (dim, heads) in enumerate(zip(embed_dims, num_heads, strict=True)):
+            blocks = []
+            for drop_path in drop_path_rates[i]:
+                attn: nn.Module
+                attn = LinearAttention(dim, heads, linear_attn, **dd) if i < 2 else SoftmaxAttention(dim, heads, **dd)
+                mlp = ConvMlp(dim, int(dim * mlp_ratios[i]), **dd)
+                blocks.append(Block(dim, attn, mlp, drop_path, layer_scale_init[i], **dd))
+            stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
+        super().__init__(
+            Stem(in_chans, embed_dims[0], **dd),
+            stages,
+            embed_dims,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm=HeadConv(embed_dims[-1], head_width, **dd),
+            num_features=head_width,
+            output_norm=output_norm,
+            output_norm_eps=1e-6,
+        )
+
+    def init_module(self, module: nn.Module) -> None:
+        """Initialise the parameters that `module` itself has."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        else:
+            super().init_module(module)
+
+
+# Official names -> ours; see zoo.key_maps. Our own names match no pattern.
+KEY_MAP = [
+    (r"\.RoPE\.angle$", None),  # the frequencies of the rotation, which are computed
+    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
+    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
+    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
+    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
+    (r"^patch_embed\.proj\.6\.", "stem.conv3."),
+    (r"^patch_embed\.proj\.7\.", "stem.norm3."),
+    (r"^patch_embed\.proj\.9\.", "stem.conv4."),
+    (r"^patch_embed\.proj\.10\.", "stem.norm4."),
+    (r"^layers\.(\d)\.blocks\.", r"stages.\1.blocks."),
+    (r"^layers\.0\.downsample\.", "stages.1.downsample."),
+    (r"^layers\.1\.downsample\.", "stages.2.downsample."),
+    (r"^layers\.2\.downsample\.", "stages.3.downsample."),
+    (r"^proj\.", "norm.proj."),
+    (r"^norm\.(?!proj\.|norm\.)", "norm.norm."),
+    (r"^extra_norms\.(\d)\.norm\.", r"output_norms.\1."),  # of the detection and segmentation backbones
+    (r"\.pos\.", ".pos_embed."),
+    (r"\.(norm[12])\.norm\.", r".\1."),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.dwconv\.", ".dw_conv."),
+]
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`."""
+    return checkpoints.convert(state_dict, model, KEY_MAP)
+
+
+default_cfgs = checkpoints.default_cfgs("ravlt", "stem.conv1", ("test_ravlt", "test_mavit"))
+
+
+def _create_ravlt(variant: str, pretrained: bool, **kwargs) -> RAVLT:
+    return create(RAVLT, variant, VARIANTS[variant], pretrained, checkpoint_filter_fn, **kwargs)
+
+
+@register_model
+def ravlt_t(pretrained: bool = False, **kwargs) -> RAVLT:
+    """RAVLT-T (14.9 M parameters)."""
+    return _create_ravlt("ravlt_t", pretrained, **kwargs)
+
+
+@register_model
+def ravlt_s(pretrained: bool = False, **kwargs) -> RAVLT:
+    """RAVLT-S (25.6 M)."""
+    return _create_ravlt("ravlt_s", pretrained, **kwargs)
+
+
+@register_model
+def ravlt_b(pretrained: bool = False, **kwargs) -> RAVLT:
+    """RAVLT-B (48.2 M)."""
+    return _create_ravlt("ravlt_b", pretrained, **kwargs)
+
+
+@register_model
+def ravlt_l(pretrained: bool = False, **kwargs) -> RAVLT:
+    """RAVLT-L (95.2 M)."""
+    return _create_ravlt("ravlt_l", pretrained, **kwargs)
+
+
+@register_model
+def mavit_t(pretrained: bool = False, **kwargs) -> RAVLT:
+    """MAViT-T (16.4 M)."""
+    return _create_ravlt("mavit_t", pretrained, **kwargs)
+
+
+@register_model
+def mavit_s(pretrained: bool = False, **kwargs) -> RAVLT:
+    """MAViT-S (27.1 M)."""
+    return _create_ravlt("mavit_s", pretrained, **kwargs)
+
+
+@register_model
+def mavit_b(pretrained: bool = False, **kwargs) -> RAVLT:
+    """MAViT-B (49.8 M)."""
+    return _create_ravlt("mavit_b", pretrained, **kwargs)
+
+
+@register_model
+def mavit_l(pretrained: bool = False, **kwargs) -> RAVLT:
+    """MAViT-L (97.8 M)."""
+    return _create_ravlt("mavit_l", pretrained, **kwargs)
+
+
+@register_model
+def test_ravlt(pretrained: bool = False, **kwargs) -> RAVLT:
+    """A RAVLT of 0.3 M parameters, for tests and small images."""
+    return _create_ravlt("test_ravlt", pretrained, **kwargs)
+
+
+@register_model
+def test_mavit(pretrained: bool = False, **kwargs) -> RAVLT:
+    """A MAViT of 0.3 M parameters, for tests and small images."""
+    return _create_ravlt("test_mavit", pretrained, **kwargs)
+
+
+def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:
+    """The panels of `zoo-look patterns`, for the token at `place` of (1, H, W, C); see `zoo.attention_maps`."""
+    panels = []
+    for title, kind, lines in (
+        ("RAVLT", "rala", ("all tokens, near ones", "with larger weights")),
+        ("MAViT", "mala", ("near tokens; far ones", "have negative weights")),
+    ):
+        attn = LinearAttention(tokens.shape[-1], 1, kind)
+        # Equal queries and keys, so that only their rotation makes the weights. Shown relative to the largest one.
+        nn.init.zeros_(attn.qkvo.weight)
+        nn.init.zeros_(attn.qkvo.bias)
+        weights = attention(attn, (tokens,), [place])[0, 0].clamp(min=0)
+        panels.append(Pattern(title, lines, (weights / weights.max(),), (place,)))
+    return panels
