@@ -26,6 +26,11 @@ WHOLE = {
     "depths": (1, 1000),
     "num_heads": (1, 2**14),
     "split_sizes": (1, 2**10),
+    "split_size": (1, 2**10),
+    "img_size": (32, 2**14),
+    "agent_depths": (0, 1000),
+    "agent_grid": (1, 2**7),
+    "table_grid": (1, 2**7),
 }
 REAL = {
     "mlp_ratio": (0, 100),

@@ -53,7 +53,7 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
 
     Relative-position tables, whose names end in "bias_table", are resized in the interpolation `mode` to (N, h, w). The
     form ((2 wh - 1)(2 ww - 1), N) of Swin's code is accepted too. Weights of 1 x 1 convolutions become those of linear
-    layers.
+    layers. Of five dimensions, the first is dropped if it is 1: models with more than four can't be channels-last.
     """
     if key.endswith("bias_table"):
         form = our_shape(key, value)
@@ -63,6 +63,8 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
         return table if table.shape == shape else resize_table(table, (shape[1], shape[2]), mode)
     if len(shape) == 2 and _linear_shape(value) == shape:
         return value.flatten(1)
+    if value.ndim == 5 and our_shape(key, value) == shape:
+        return value[0]
     return value
 
 
@@ -74,8 +76,10 @@ def resize_table(table: Tensor, size: tuple[int, int], mode: str = "bicubic") ->
 def our_shape(key: str, value: Tensor) -> torch.Size:
     """The shape that a tensor has in our models: (N, h, w) for a table of Swin's form, (C', C) for a 1 x 1 convolution.
 
-    All others keep their shape.
+    A table (1, ...) of five dimensions loses the first. All others keep their shape.
     """
+    if value.ndim == 5 and value.shape[0] == 1:
+        return value.shape[1:]
     side = math.isqrt(value.shape[0]) if value.ndim == 2 and key.endswith("bias_table") else 0
     if side and side**2 == value.shape[0]:
         return torch.Size((value.shape[1], side, side))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.cpu import fused_convolution, is_plain, linear
-from zoo.kernels import depthwise_conv2d_nhwc, sizes
+from zoo.kernels import certain, depthwise_conv2d_nhwc, sizes
 
 __all__ = [
     "DepthwiseConv",
@@ -214,7 +214,8 @@ def dot_product_attention(
 
     `scale` is the factor of the logits, D ** -0.5 if None. `bias` (1, N, T, K) is added to them.
     """
-    if use_fused_attn():
+    # Of a batch without images, PyTorch's operator gives the bias no gradient.
+    if use_fused_attn() and (bias is None or not certain(sizes(query)[0] == 0)):
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     else:
         scale = query.shape[-1] ** -0.5 if scale is None else scale

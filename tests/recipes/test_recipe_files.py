@@ -176,6 +176,12 @@ REPORTED = {
     "ade20k/semantic_fpn_litv2_medium": (0.2, {"miou": 45.7}),
     "ade20k/upernet_van_b4_in22k": (0.4, {"miou_multi_scale": 53.5}),
     "ade20k/semantic_fpn_van_b3": (0.3, {"miou": 48.1}),
+    "imagenet/agent_swin_s_288": (0.3, {"top1": 84.1}),
+    "imagenet/agent_cswin_b_ft384": (0.7, {"top1": 85.8}),
+    "coco/mask_rcnn_1x_agent_swin_s": (0.1, {"box_ap": 47.2, "mask_ap": 42.7}),
+    "coco/cascade_mask_rcnn_agent_swin_b": (0.4, {"box_ap": 52.6, "mask_ap": 45.3}),
+    "coco/retinanet_agent_pvt_l": (0.3, {"box_ap": 46.8}),
+    "ade20k/semantic_fpn_agent_pvt_m": (0.2, {"miou": 44.3}),
 }
 
 
@@ -222,10 +228,14 @@ PAPERS = {
     r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
     r"gc_vit_(small|small2|base|large)": (5e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"litv2_(small|medium|base)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"agent_swin_(t|s|s_288|b)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"agent_pvt_(t|s|m|m_256|l)|agent_cswin_[ts]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"agent_cswin_b": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
 }
 
 NORM, TABLES, FULL = ["norm"], ["norm", "bias_table"], []  # FULL: everything is decayed
 OWN = None  # vectors and what the model names
+AGENTS = [*TABLES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias"]
 QUERIES = ["norm", ".bn", ".gn", "bias_table", "query_embed", "query_feat", "level_embed"]
 
 # COCO: learning rate, weight decay, exempt from it, epochs, drops, warm-up, precision.
@@ -261,6 +271,10 @@ COCO = {
     r"mask_rcnn_3x_van_b2": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
     r"retinanet_van_b[23]": (1e-4, 1e-4, NORM, 12, [8, 11], 500, "none"),
     r"cascade_mask_rcnn_maxvit_\w+": (1e-4, 0.05, OWN, 36, [27, 33], 500, "none"),
+    r"(cascade_)?mask_rcnn_agent_swin_[tsb]": (1e-4, 0.05, AGENTS, 36, [27, 33], 500, "none"),
+    r"(cascade_)?mask_rcnn_1x_agent_swin_[ts]": (1e-4, 0.05, AGENTS, 12, [8, 11], 500, "none"),
+    r"mask_rcnn_agent_pvt_[tsml]": (2e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
+    r"retinanet_agent_pvt_[tsml]": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
 }
 
 # ADE20K: learning rate, weight decay, exempt from it, updates, images an update, schedule and power, lowest learning
@@ -286,6 +300,8 @@ ADE = {
     r"upernet_van_b[012356]": (6e-5, 0.01, NORM, *U160, 512, 512, 32, "none"),
     r"upernet_van_b4(_in22k)?": (6e-5, 0.01, NORM, 160_000, 32, *U160[2:], 512, 512, 32, "none"),
     r"semantic_fpn_van_b[0-3]": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
+    r"upernet_agent_swin_[tsb]": (6e-5, 0.01, AGENTS, *U160, 512, 512, None, "none"),
+    r"semantic_fpn_agent_pvt_[tsml]": (2e-4, 1e-4, FULL, 40_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
 }
 
 
@@ -340,7 +356,7 @@ def test_images_of_detection_follow_the_paper(recipes):
             wanted = ([896], 896, False, None, None)
         elif dense.method == "mask2former":
             wanted = ([800], 1333, False, [1024, 1024], [0.1, 2.0])
-        elif dense.method == "dino" or cfg.trainer.epochs == 36:
+        elif dense.method == "dino" or cfg.trainer.epochs == 36 or "agent_swin" in name:
             wanted = (several, 1333, True, None, None)
         else:
             wanted = ([800], 1333, False, None, None)
@@ -435,6 +451,17 @@ def test_no_decay_matches_norms_and_bias_tables_and_nothing_else(recipe_config, 
     tables = {name for name, _ in backbone.named_parameters() if name.endswith("bias_table")}
     exempt = {name for name, _ in backbone.named_parameters() if any(key in name for key in keys)}
     assert exempt == norms | (tables if "bias_table" in keys else set())
+
+
+@pytest.mark.slow
+def test_no_decay_of_agent_swin_matches_norms_and_all_tables(recipe_config):
+    with torch.device("meta"):
+        backbone = timm.create_model("test_agent", num_classes=0)
+    keys = recipe_config("coco/mask_rcnn_agent_swin_t").dense.no_decay
+    exempt = {name for name, _ in backbone.named_parameters() if any(key in name for key in keys)}
+    rest = {name for name, _ in backbone.named_parameters()} - exempt
+    assert {name.rpartition(".")[2] for name in rest} == {"weight", "bias"}
+    assert not any("norm" in name for name in rest)
 
 
 @pytest.mark.slow
