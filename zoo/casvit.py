@@ -112,7 +112,8 @@ class SpatialGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         features = convolution(self.dw_conv, x, self.norm, self.act)
-        if is_plain(self.pw_conv, nn.Conv2d):  # to one channel, a linear layer is faster on CPUs
+        # To one channel, a linear layer is faster on CPUs. torch.export would restrict the sizes of its output.
+        if is_plain(self.pw_conv, nn.Conv2d) and not torch.compiler.is_exporting():
             factor = F.linear(features.permute(0, 2, 3, 1), self.pw_conv.weight.flatten(1)).permute(0, 3, 1, 2)
         else:
             factor = self.pw_conv(features)
