@@ -20,10 +20,11 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.cpu import fused_convolution, is_plain, linear
+from zoo.cpu import by_image, fused_convolution, is_plain, linear
 from zoo.kernels import certain, depthwise_conv2d_nhwc, sizes
 
 __all__ = [
+    "ConvMlp",
     "DepthwiseConv",
     "Mlp",
     "PatchStem",
@@ -130,6 +131,43 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) -> (..., dim)."""
         return self.drop2(linear(self.fc2, self.drop1(linear(self.fc1, x, self.act))))
+
+
+@register_notrace_module
+class ConvMlp(nn.Module):
+    """Linear, depth-wise 3 x 3 convolution, which encodes positions, GELU, Linear on tokens (B, H, W, dim).
+
+    Args:
+        dim: Channels of the tokens.
+        hidden_dim: Channels between the layers.
+        drop: Probability of the dropouts after the GELU and the last layer.
+        device, dtype: Device and type of the parameters.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.widening = hidden_dim / dim
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def reset_parameters(self) -> None:
+        """Initialise the depth-wise convolution for a fan-out of 3 x 3."""
+        nn.init.normal_(self.dw_conv.weight, std=(2 / 9) ** 0.5)
+        nn.init.zeros_(self.dw_conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return by_image(self, self.forward_images, x, self.widening)
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """The same, for images that need not be all of the batch."""
+        x = depthwise(self.dw_conv, linear(self.fc1, x), self.act)
+        return self.drop2(linear(self.fc2, self.drop1(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -29,14 +29,13 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, linear
+from zoo.cpu import linear
 from zoo.kernels import as_given, sizes, window_attention
 from zoo.layers import (
-    DepthwiseConv,
+    ConvMlp,
     PatchStem,
     TransformerBlock,
     crop_tokens,
-    depthwise,
     dot_product_attention,
     pad_tokens,
     stage_rates,
@@ -159,35 +158,6 @@ class HiLoAttention(nn.Module):
         if self.lofi is not None:
             outputs.append(self.lofi(x, windows))
         return torch.cat(outputs, dim=-1)
-
-
-@register_notrace_module
-class ConvMlp(nn.Module):
-    """Linear, depth-wise 3 x 3 convolution, which encodes positions, GELU, Linear on tokens (B, H, W, dim)."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.widening = hidden_dim / dim
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
-        self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-        self.drop2 = nn.Dropout(drop)
-
-    def reset_parameters(self) -> None:
-        """Initialise the depth-wise convolution for a fan-out of 3 x 3."""
-        nn.init.normal_(self.dw_conv.weight, std=(2 / 9) ** 0.5)
-        nn.init.zeros_(self.dw_conv.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return by_image(self, self.forward_images, x, self.widening)
-
-    def forward_images(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        x = depthwise(self.dw_conv, linear(self.fc1, x), self.act)
-        return self.drop2(linear(self.fc2, self.drop1(x)))
 
 
 class MlpBlock(nn.Module):
