@@ -31,6 +31,7 @@ WHOLE = {
     "agent_depths": (0, 1000),
     "agent_grid": (1, 2**7),
     "table_grid": (1, 2**7),
+    "sr_ratios": (1, 2**10),
 }
 REAL = {
     "mlp_ratio": (0, 100),

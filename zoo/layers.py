@@ -28,6 +28,7 @@ __all__ = [
     "DepthwiseConv",
     "Mlp",
     "PatchStem",
+    "ResidualConv",
     "TransformerBlock",
     "check_images",
     "crop_tokens",
@@ -94,6 +95,15 @@ class DepthwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
         return depthwise_conv2d_nhwc(x, self.weight, self.bias)
+
+
+@register_notrace_module
+class ResidualConv(DepthwiseConv):
+    """x plus its depth-wise convolution, which encodes positions, on tokens (B, H, W, dim)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return x + super().forward(x)
 
 
 def depthwise(layer: nn.Module, x: Tensor, act: nn.Module) -> Tensor:
