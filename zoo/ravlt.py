@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import register_notrace_module, trunc_normal_
+from timm.layers import LayerScale, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -159,25 +159,15 @@ class ConvMlp(nn.Module):
         return linear(self.fc2, plus_depthwise(self.dw_conv, x))
 
 
-@register_notrace_module
-class LayerScale(nn.Module):
-    """Tokens (..., dim) times a learned factor per channel.
+class DecayedLayerScale(LayerScale):
+    """A layer scale with factors (1, dim) instead of (dim,).
 
-    The factors are (1, dim), not (dim,) as in timm: timm's optimizers then apply weight decay to them, as the official
-    code does to its (1, dim, 1, 1).
+    timm's optimizers therefore apply weight decay to them, as the official code does to its (1, dim, 1, 1).
     """
 
     def __init__(self, dim: int, init: float, device=None, dtype=None):
-        super().__init__()
-        self.init = init
+        super().__init__(dim, init, device=device, dtype=dtype)
         self.gamma = nn.Parameter(torch.empty(1, dim, device=device, dtype=dtype))
-
-    def reset_parameters(self) -> None:
-        """Initialise the factors."""
-        nn.init.constant_(self.gamma, self.init)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma[0]
 
 
 class Block(TransformerBlock):
@@ -196,8 +186,8 @@ class Block(TransformerBlock):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, attn, mlp, drop_path, norm_eps=1e-6, **dd)
         self.pos_embed = DepthwiseConv(dim, 3, **dd)
-        self.ls1 = LayerScale(dim, layer_scale_init, **dd)
-        self.ls2 = LayerScale(dim, layer_scale_init, **dd)
+        self.ls1 = DecayedLayerScale(dim, layer_scale_init, **dd)
+        self.ls2 = DecayedLayerScale(dim, layer_scale_init, **dd)
 
     def forward(self, x: Tensor, *context: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
