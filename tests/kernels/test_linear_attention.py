@@ -172,6 +172,14 @@ def test_rotate_2d(dtype):
         torch.testing.assert_close(out[b, y, z, n], want.to(dtype))
 
 
+@pytest.mark.parametrize("width", [20, 21])
+@pytest.mark.parametrize("start", [2, 3])
+def test_rotate_2d_takes_slices(start, width):
+    """Whether or not pairs of channels are where complex numbers could be."""
+    x = torch.randn(2, 3, 4, width, generator=torch.Generator().manual_seed(0))[..., start : start + 16]
+    torch.testing.assert_close(*(rotate_2d(part, (1.0, 0.1), num_heads=2) for part in (x, x.clone())))
+
+
 def test_angles_far_away_keep_their_digits():
     x = torch.tensor([1.0, 0, 1, 0]).expand(1, 1, 40000, 4)
     out = rotate_2d(x, (1.0,), num_heads=1)[0, 0, -1]
