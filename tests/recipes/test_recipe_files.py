@@ -148,6 +148,7 @@ REPORTED = {
     "imagenet/ravlt_s": (0.15, {"top1": 84.4}),
     "imagenet/mavit_s": (0.15, {"top1": 84.7}),
     "imagenet/biformer_small": (0.15, {"top1": 83.8}),
+    "imagenet/l2vit_base_ft384": (0.2, {"top1": 87.0}),
     "imagenet/favit_b0": (0.1, {"top1": 71.5}),
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
     "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
@@ -208,8 +209,8 @@ def test_top1_of_a_recipe_is_the_manifests_for_the_weights_that_it_trains():
     found = {}
     for name in RECIPES:
         content = yaml.safe_load(_text(name))
-        if name.startswith("imagenet/") and "pretrained" not in content:
-            found[content["model"]] = content.get("published", {}).get("top1")
+        if name.startswith("imagenet/") and "pretrained" not in content and "published" in content:
+            found[content["model"]] = content["published"].get("top1")
     common = found.keys() & known.keys()
     assert len(common) > 30
     assert {model: found[model] for model in common} == {model: known[model] for model in common}
@@ -229,6 +230,8 @@ PAPERS = {
     r"favit_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
     r"gc_vit_(small|small2|base|large)": (5e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"l2vit_(tiny|small|base)": (4e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 0),
+    r"l2vit_base_in22k": (1e-3, 0.05, 90, 1024, 0.8, 1.0, 0.25, 0),
     r"litv2_(small|medium|base)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"agent_swin_(t|s|s_288|b)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"agent_pvt_(t|s|m|m_256|l)|agent_cswin_[ts]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
@@ -269,6 +272,8 @@ COCO = {
     r"dino_gc_vit_large": (1e-4, 1e-4, FULL, 36, [27, 33], 0, "none"),
     r"mask_rcnn_litv2_\w+": (2e-4, 1e-4, NORM, 12, [8, 11], 500, "fp16"),
     r"retinanet_litv2_\w+": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
+    r"(mask_rcnn|retinanet)_1x_l2vit_\w+": (1e-4, 0.05, FULL, 12, [8, 11], 500, "none"),
+    r"(mask_rcnn|retinanet)_3x_l2vit_\w+": (1e-4, 0.05, FULL, 36, [27, 33], 500, "none"),
     r"mask_rcnn_van_b[23]": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
     r"mask_rcnn_3x_van_b2": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
     r"retinanet_van_b[23]": (1e-4, 1e-4, NORM, 12, [8, 11], 500, "none"),
@@ -299,6 +304,7 @@ ADE = {
     r"semantic_fpn_(ra|ma)v\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
     r"upernet_gc_vit_\w+": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
     r"semantic_fpn_litv2_\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 1e-6, 0, None, 512, 512, None, "none"),
+    r"upernet_l2vit_\w+": (6e-5, 0.01, FULL, *U160, 512, 512, None, "none"),
     r"upernet_van_b[012356]": (6e-5, 0.01, NORM, *U160, 512, 512, 32, "none"),
     r"upernet_van_b4(_in22k)?": (6e-5, 0.01, NORM, 160_000, 32, *U160[2:], 512, 512, 32, "none"),
     r"semantic_fpn_van_b[0-3]": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
@@ -358,7 +364,7 @@ def test_images_of_detection_follow_the_paper(recipes):
             wanted = ([896], 896, False, None, None)
         elif dense.method == "mask2former":
             wanted = ([800], 1333, False, [1024, 1024], [0.1, 2.0])
-        elif dense.method == "dino" or cfg.trainer.epochs == 36 or "agent_swin" in name:
+        elif dense.method == "dino" or cfg.trainer.epochs == 36 or re.search("agent_swin|l2vit", name):
             wanted = (several, 1333, True, None, None)
         else:
             wanted = ([800], 1333, False, None, None)
