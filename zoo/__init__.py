@@ -18,7 +18,9 @@ __version__ = "0.1.0"
 FAMILIES = _families()
 
 # Modules that the families' modules import.
-_SHARED = tuple(f"zoo.{name}" for name in ("backbone", "checkpoints", "facts", "layers", "pretrained", "recognition"))
+_SHARED = tuple(
+    f"zoo.{name}" for name in ("backbone", "checkpoints", "facts", "layers", "mbconv", "pretrained", "recognition")
+)
 
 
 def _register(_: ModuleType) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "dot_product_attention",
     "global_attention",
     "init_transformer",
+    "mask_padding",
     "pad_tokens",
     "stage_rates",
     "sym_max",
@@ -244,6 +245,14 @@ def pad_tokens(x: Tensor, height: int, width: int) -> Tensor:
     if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
         return x
     return F.pad(x, (0, 0, 0, right, 0, bottom))
+
+
+def mask_padding(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, height, width): which tokens of `x` (B, H, W, C), padded to this size, are not padding."""
+    _, given_height, given_width, _ = sizes(x)
+    rows = torch.arange(height, device=x.device) < given_height
+    columns = torch.arange(width, device=x.device) < given_width
+    return (rows[:, None] & columns).expand(x.shape[0], -1, -1)
 
 
 def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:

@@ -21,17 +21,17 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import DropPath, SqueezeExcite, register_notrace_module
+from timm.layers import register_notrace_module
 from timm.models import register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, convolution, fused_convolution, is_plain, linear
+from zoo.cpu import linear
 from zoo.kernels import certain, sizes, window_attention
-from zoo.layers import Mlp, TransformerBlock, check_images, crop_tokens, pad_tokens
+from zoo.layers import Mlp, TransformerBlock, crop_tokens, mask_padding, pad_tokens
+from zoo.mbconv import MBConv, Stem
 
 __all__ = ["MaxViT"]
 
@@ -68,144 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
-Gelu = partial(nn.GELU, approximate="tanh")
 Layout = Literal["block", "grid"]
-
-
-def same_padding(n: int) -> tuple[int, int]:
-    """Zeros before and after n pixels, such that a 3 x 3 convolution with stride 2 gives ceil(n / 2), as in TensorFlow.
-
-    An even side gets one zero, at its end. PyTorch's padding of 1 would shift the output by one pixel of the input.
-    """
-    # The end always gets 1. In this form torch.export can prove that 2 * ceil(n / 2) + 1 rows become ceil(n / 2).
-    return n % 2, 2 * ((n + 1) // 2) + 1 - n - n % 2
-
-
-@register_notrace_module
-class StridedConv2d(nn.Conv2d):
-    """3 x 3 convolution with stride 2 and `same_padding`: (B, C, H, W) -> (B, C', ceil(H/2), ceil(W/2))."""
-
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
-        super().__init__(in_dim, dim, 3, 2, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = sizes(x)[2:]
-        return super().forward(F.pad(x, (*same_padding(width), *same_padding(height))))
-
-
-@register_notrace_module
-class TurnedConv2d(nn.Conv2d):
-    """A depth-wise `StridedConv2d` on maps rotated by 180 degrees: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2)).
-
-    The rotated map needs its zeros at the beginning, where PyTorch's padding of 1 has them, so no map is copied to pad
-    it.
-    """
-
-    def __init__(self, dim: int, device=None, dtype=None):
-        super().__init__(dim, dim, 3, 2, padding=1, groups=dim, bias=False, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, padding = self.weight.flip(2, 3), 1
-        if torch.compiler.is_exporting():  # torch.export can't prove that the size is the same
-            height, width = sizes(x)[2:]
-            x, padding = F.pad(x, (*same_padding(width)[::-1], *same_padding(height)[::-1])), 0
-        return F.conv2d(x, weight, None, 2, padding, 1, self.groups)
-
-
-def turned_convolution(layer: nn.Module, x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
-    """`convolution` of a `TurnedConv2d` or of another convolution."""
-    out = None
-    if is_plain(layer, TurnedConv2d):
-        options = layer.padding, layer.stride, layer.dilation, layer.groups
-        out = fused_convolution(x, layer.weight.flip(2, 3), None, *options, norm, act)
-    return convolution(layer, x, norm, act) if out is None else out
-
-
-@register_notrace_module
-class HalfPool2d(nn.Module):
-    """Mean of 2 x 2 pixels, of fewer at the end of an odd side: (B, C, H, W) -> (B, C, ceil(H/2), ceil(W/2))."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        right, bottom = (2 * ((n + 1) // 2) - n for n in sizes(x)[:1:-1])
-        if not (certain(right == 0) and certain(bottom == 0)):
-            x = F.pad(x, (0, right, 0, bottom), mode="replicate")  # the mean of a pixel and its copy is the pixel
-        return F.avg_pool2d(x, 2)
-
-
-@register_notrace_module
-class Stem(nn.Module):
-    """3 x 3 convolution with stride 2, batch norm, GELU, 3 x 3 convolution."""
-
-    def __init__(
-        self, in_chans: int, dim: int, norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d, device=None, dtype=None
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.conv1 = StridedConv2d(in_chans, dim, **dd)
-        self.norm = norm_layer(dim, **dd)
-        self.act = Gelu()
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1)
-        return convolution(self.conv2, self.act(self.norm(self.conv1(x))))
-
-
-@register_notrace_module
-class MBConv(nn.Module):
-    """Inverted residual with squeeze and excitation on tokens: (B, H, W, C) -> (B, ceil(H/s), ceil(W/s), dim).
-
-    Batch norm comes first, without an activation. The shortcut bypasses it. The hidden width is 4 times `dim`, not C.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        stride: int,
-        drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.BatchNorm2d,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        hidden_dim = 4 * dim
-        self.norm = norm_layer(in_dim, **dd)
-        self.widening = hidden_dim / in_dim
-        self.expand = nn.Conv2d(in_dim, hidden_dim, 1, bias=False, **dd)
-        self.norm1 = norm_layer(hidden_dim, **dd)
-        self.act = Gelu()
-        self.turned = stride == 2
-        self.dw_conv = (
-            TurnedConv2d(hidden_dim, **dd)
-            if self.turned
-            else nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=False, **dd)
-        )
-        self.norm2 = norm_layer(hidden_dim, **dd)
-        self.se = SqueezeExcite(hidden_dim, rd_channels=max(1, dim // 4), act_layer=nn.SiLU, **dd)
-        self.reduce = nn.Conv2d(hidden_dim, dim, 1, **dd)
-        self.pool = HalfPool2d() if stride == 2 else nn.Identity()
-        self.shortcut = nn.Conv2d(in_dim, dim, 1, **dd) if in_dim != dim else nn.Identity()
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if any(norm.training for norm in (self.norm, self.norm1, self.norm2)):
-            return self.forward_images(x)
-        return by_image(self, self.forward_images, x, self.widening)
-
-    def forward_images(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, ceil(H/s), ceil(W/s), dim), all images at once, as batch norm in training requires."""
-        x = x.permute(0, 3, 1, 2)
-        branch = self.norm(x)
-        if self.turned:  # rotated here because there are fewer channels than after the expansion
-            branch = branch.flip(2, 3)
-        branch = convolution(self.expand, branch, self.norm1, self.act)
-        branch = turned_convolution(self.dw_conv, branch, self.norm2, self.act)
-        branch = convolution(self.reduce, self.se(branch))
-        if self.turned:
-            branch = branch.flip(2, 3)
-        return (convolution(self.shortcut, self.pool(x)) + self.drop_path(branch)).permute(0, 2, 3, 1)
 
 
 @register_notrace_module
@@ -251,14 +114,6 @@ class WindowAttention(nn.Module):
         return linear(self.proj, crop_tokens(x, *size))
 
 
-def mask_padding(x: Tensor, height: int, width: int) -> Tensor:
-    """(B, height, width): which tokens of `x` (B, H, W, C), padded to this size, are not padding."""
-    _, given_height, given_width, _ = sizes(x)
-    rows = torch.arange(height, device=x.device) < given_height
-    columns = torch.arange(width, device=x.device) < given_width
-    return (rows[:, None] & columns).expand(x.shape[0], -1, -1)
-
-
 class Block(nn.Module):
     """MBConv, block attention with its MLP, grid attention with its MLP: tokens (B, H, W, C) to tokens."""
 
@@ -277,7 +132,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = MBConv(in_dim, dim, stride, drop_path, norm_layer, **dd)
+        self.conv = MBConv(in_dim, dim, stride, drop_path, "tanh", norm_layer=norm_layer, **dd)
         layouts: tuple[Layout, Layout] = ("block", "grid")
         self.block_attn, self.grid_attn = (
             TransformerBlock(
@@ -373,7 +228,7 @@ class MaxViT(Backbone):
         window = (sides[0], sides[1])
         dd = {"device": device, "dtype": dtype}
         norm_layer = partial(nn.BatchNorm2d, eps=1e-3, momentum=norm_momentum)
-        stem = Stem(in_chans, stem_dim, norm_layer, **dd)
+        stem = Stem(in_chans, stem_dim, "tanh", norm_layer, **dd)
         dims, total_depth = (stem_dim, *embed_dims), sum(depths)
         stages = []
         for i, (dim, depth) in enumerate(zip(embed_dims, depths, strict=True)):

@@ -8,7 +8,9 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 import zoo
-from zoo.maxvit import VARIANTS, MaxViT, MBConv, StridedConv2d, WindowAttention, mask_padding
+from zoo.layers import mask_padding
+from zoo.maxvit import VARIANTS, MaxViT, WindowAttention
+from zoo.mbconv import MBConv, StridedConv2d
 
 from .attended import check_keys, patterns, product, window
 from .test_parity import multiply_adds
