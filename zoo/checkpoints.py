@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from zoo.checkpoint_files import FLOATS, check_values, first_names, other_tensors, read, unwrap
 from zoo.facts import default_cfgs
-from zoo.key_maps import KeyMap, adapt_shape, is_final, is_part, remap, resize_table
+from zoo.key_maps import KeyMap, adapt_shape, is_counter, is_final, is_part, join_parts, remap, resize_table
 from zoo.manifest import manifest
 from zoo.pretrained import check_network, file_overlay, published_cfg
 from zoo.recognition import closest_models, suggest_model
@@ -60,7 +60,7 @@ def convert(
     """
     want = model.state_dict()
     tensors = unwrap(checkpoint)
-    given = remap(tensors, key_map)
+    given = join_parts(remap(tensors, key_map))
     state_dict = {
         key: adapt_shape(key, value, want[key].shape, resize) if key in want else value for key, value in given.items()
     }
@@ -111,8 +111,7 @@ def _check_fit(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Raise RuntimeError unless `state_dict` has the names and shapes of `want`; `tensors` is the file's content."""
-    # torch fills in the counters of batch norm itself. Conversions to other formats drop them.
-    missing = [key for key in want if key not in state_dict and not key.endswith("num_batches_tracked")]
+    missing = [key for key in want if key not in state_dict and not is_counter(key)]
     unexpected = [key for key in state_dict if key not in want]
     first = f"{cfg.get('first_conv')}.weight"
     reshaped = [

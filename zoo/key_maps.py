@@ -1,7 +1,8 @@
 """Translation of the official names and shapes of tensors to ours.
 
 A family's `KEY_MAP` is a list of regular expressions with their replacements. All of them are applied in order to every
-key. A replacement of None drops the tensor.
+key. A replacement of None drops the tensor. A name such as `qkv[0].weight` is that of a part: `join_parts` joins
+`qkv[0].weight`, `qkv[1].weight`, ... to `qkv.weight`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from torch.nn import functional as F
 
 from zoo.checkpoint_files import first_names
 
-__all__ = ["KeyMap", "adapt_shape", "is_final", "is_part", "our_shape", "remap", "resize_table"]
+__all__ = [
+    "KeyMap",
+    "adapt_shape",
+    "is_counter",
+    "is_final",
+    "is_part",
+    "join_parts",
+    "our_shape",
+    "remap",
+    "resize_table",
+]
 
 KeyMap = Iterable[tuple[str, str | None]]
 
@@ -46,6 +57,26 @@ def _rename(key: str, key_map: KeyMap) -> str | None:
         elif re.search(pattern, key):
             return None
     return key
+
+
+def join_parts(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state_dict` with the parts `x[0].y`, `x[1].y`, ... of each tensor `x.y` concatenated along the first dimension.
+
+    If a part is missing, or has another form than the others, they are left as they are.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in state_dict.items():
+        groups.setdefault(re.sub(r"\[\d\]", "", key), {})[key] = value
+    joined: dict[str, Tensor] = {}
+    for key, parts in groups.items():
+        names = sorted(parts)
+        numbers = [found[1] for name in names if (found := re.search(r"\[(\d)\]", name))]
+        whole = numbers and numbers == [str(i) for i in range(len(names))]
+        if whole and len({parts[name].shape[1:] for name in names}) == 1 and parts[names[0]].ndim:
+            joined[key] = torch.cat([parts[name] for name in names])
+        else:
+            joined |= parts
+    return joined
 
 
 def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor:
@@ -88,6 +119,11 @@ def our_shape(key: str, value: Tensor) -> torch.Size:
 
 def _linear_shape(value: Tensor) -> torch.Size:
     return value.shape[:2] if value.ndim == 4 and value.shape[2:] == (1, 1) else value.shape
+
+
+def is_counter(key: str) -> bool:
+    """Whether the tensor counts the batches of a batch norm. Many files lack these, and torch fills them in."""
+    return key.endswith("num_batches_tracked")
 
 
 def is_final(key: str) -> bool:

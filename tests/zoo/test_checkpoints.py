@@ -11,6 +11,7 @@ import torch
 
 import zoo
 from zoo import checkpoints, facts
+from zoo.key_maps import join_parts
 
 CHECKPOINTS = [entry for family in zoo.FAMILIES for entry in checkpoints.manifest(family)]
 IDS = [f"{entry['model']}.{entry['tag']}" for entry in CHECKPOINTS]
@@ -322,3 +323,24 @@ def test_hostile_pickle_runs_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"model\.pth: the file asks for posix\.mkdir, which could run any code"):
         load("test_van", tmp_path / "model.pth")
     assert not (tmp_path / "made").exists()
+
+
+def test_parts_of_a_tensor_are_joined_in_the_order_of_their_numbers():
+    parts = {
+        f"a.qkv[{i}].{name}": torch.full(shape, i) for i in (2, 0, 1) for name, shape in (("w", (1, 2)), ("b", (1,)))
+    }
+    joined = join_parts({"x.w": torch.ones(1), **parts})
+    assert {key: value.tolist() for key, value in joined.items()} == {
+        "x.w": [1],
+        "a.qkv.w": [[0, 0], [1, 1], [2, 2]],
+        "a.qkv.b": [0, 1, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"qkv[0].w": (1, 2), "qkv[2].w": (1, 2)}, {"qkv[0].w": (1, 2), "qkv[1].w": (1, 3)}, {"qkv[0].w": (), "qkv.w": ()}],
+    ids=["missing", "another_form", "whole"],
+)
+def test_parts_that_do_not_fit_are_left_alone(parts):
+    assert join_parts({key: torch.ones(shape) for key, shape in parts.items()}).keys() == parts.keys()

@@ -15,6 +15,7 @@ import zoo
 from zoo import families
 from zoo.checkpoints import remap
 from zoo.kernels import implementation
+from zoo.key_maps import is_counter
 
 from . import golden
 
@@ -71,7 +72,8 @@ def test_key_map_covers_every_official_key_once(name):
     assert all(key.endswith(("relative_position_index", "RoPE.angle", "attn_mask")) for key in dropped)
     assert len(remap(official, families.family_of(name).KEY_MAP)) == len(official) - len(dropped)
     converted = families.family_of(name).checkpoint_filter_fn(official, model)
-    ours = model.state_dict()
+    # torch fills in the counters of batch norm, which TensorFlow's files lack
+    ours = {key: value for key, value in model.state_dict().items() if key in converted or not is_counter(key)}
     assert {key: value.shape for key, value in converted.items()} == {key: value.shape for key, value in ours.items()}
 
 
