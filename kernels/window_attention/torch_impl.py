@@ -15,6 +15,8 @@ from zoo.kernels.gather import take
 from zoo.kernels.window_attention.common import entries
 from zoo.kernels.windows import cut, join
 
+MAX_BIAS = 64 * 2**20  # bytes
+
 
 def window_attention(
     qkv: Tensor,
@@ -50,6 +52,10 @@ def window_attention(
         else:
             query = take(query, 0, torch.arange(windows.shape[0], device=qkv.device) // per_image)
 
+    masked = key_mask is not None or regions is not None
+    if fuse and bias_table is not None and not masked and _is_large(num_heads, window_size, bias_table):
+        out = _attend_by_rows(query, key, value, bias_table, window_size, bias_sign, scale)
+        return join(out.flatten(2), window_size, (batch, height, width), layout)
     bias = None if bias_table is None else expand_bias(bias_table, window_size, bias_sign)[None]
     taken = any_key = None
     if regions is not None:
@@ -68,6 +74,38 @@ def window_attention(
     if any_key is not None:
         out = torch.where(any_key.transpose(1, 2), out, 0)
     return join(out.to(qkv.dtype).flatten(2), window_size, (batch, height, width), layout)
+
+
+def _is_large(num_heads: int, window_size: tuple[int, int], table: Tensor) -> bool:
+    """Whether the bias of all pairs of tokens exceeds MAX_BIAS; False for the symbolic sizes of torch.export."""
+    wh, ww = window_size
+    if not (isinstance(wh, int) and isinstance(ww, int)):
+        return False
+    return num_heads * (wh * ww) ** 2 * table.element_size() > MAX_BIAS
+
+
+def _attend_by_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: Tensor,
+    window_size: tuple[int, int],
+    sign: str,
+    scale: float,
+) -> Tensor:
+    """Attention (B G, T, N, D) of few rows of queries at a time, so that the bias of all pairs never exists at once."""
+    (wh, ww), num_heads = window_size, query.shape[1]
+    if sign == "query_minus_key":
+        table = table.flip(1, 2)
+    # Entry (n, a, b, y, x) is that of key (y, x) for the query in row wh - 1 - a and column ww - 1 - b. This is a view.
+    shifted = table.unfold(1, wh, 1).unfold(2, ww, 1)
+    step = max(1, MAX_BIAS // (num_heads * ww * wh * ww * table.element_size()))
+    parts = []
+    for first in range(0, wh, step):
+        last = min(first + step, wh)
+        bias = shifted[:, wh - last : wh - first].flip(1, 2).reshape(1, num_heads, (last - first) * ww, wh * ww)
+        parts.append(attend(query[:, :, first * ww : last * ww], key, value, bias, scale, fuse=True))
+    return torch.cat(parts, 1)
 
 
 def expand_bias(table: Tensor, window_size: tuple[int, int], sign: str) -> Tensor:

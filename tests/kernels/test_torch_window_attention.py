@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zoo.kernels import dispatch, implementation, window_attention
+from zoo.kernels.window_attention import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, assert_within_budget, run
 from .test_window_attention import CASES, labels_of, make
@@ -46,6 +47,16 @@ def call(case, flags):
 @pytest.mark.parametrize("case", CASES)
 def test_forward(case, flags, fused, monkeypatch):
     monkeypatch.setattr(dispatch, "fused_allowed", lambda: fused)
+    given, function = call(case, flags)
+    assert_agree(function, given)
+
+
+@pytest.mark.parametrize("limit", [1, 2000])
+@pytest.mark.parametrize("flags", ["bias", "grid", "shared"])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_large_windows(case, flags, limit, monkeypatch):
+    """Their bias would take too much memory, so few rows of queries are taken at a time; here, of all windows."""
+    monkeypatch.setattr(torch_impl, "MAX_BIAS", limit)
     given, function = call(case, flags)
     assert_agree(function, given)
 
