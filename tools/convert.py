@@ -23,8 +23,9 @@ DESCRIPTION = """\
 Recognise an official checkpoint of one of zoo's families, and write it as safetensors that timm loads.
 
 The checkpoint may come from a classifier, or from a detector or segmentor, of which only the backbone is converted. Its
-format may be that of torch or safetensors, in any of the usual wrappings. It is never unpickled. Every tensor has to
-fit: if one is missing, unexpected or of another shape, it is named, and nothing is written."""
+format may be that of torch or safetensors, in any of the usual wrappings, or that of TensorFlow: an archive, or a file
+.index with its data beside it. It is never unpickled. Every tensor has to fit: if one is missing, unexpected or of
+another shape, it is named, and nothing is written."""
 EXAMPLES = """\
 examples:
   zoo-convert van_tiny_754.pth.tar                  writes van_b0.in1k/model.safetensors and config.json

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from zoo import tensorflow_files
 from zoo.messages import first_few, one_line
 
 __all__ = ["check_values", "first_names", "other_tensors", "read", "unwrap"]
@@ -62,7 +63,7 @@ IGNORED_TYPES: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 
 
 def read(path: str | os.PathLike) -> Mapping[str, Any]:
-    """The content of a torch or safetensors checkpoint. Code in the file is never run.
+    """The content of a checkpoint of torch, safetensors or TensorFlow. Code in the file is never run.
 
     Objects that official files hold besides their tensors are read, but not restored.
 
@@ -77,6 +78,8 @@ def read(path: str | os.PathLike) -> Mapping[str, Any]:
     try:
         if head[8:9] == b"{" and not head.startswith(b"PK"):
             return safetensors.torch.load_file(path)
+        if tensorflow_files.is_checkpoint(path, head):
+            return tensorflow_files.read(path)
         if head.startswith(b"PK"):
             _check_archive(path)
         with torch.serialization.safe_globals(IGNORED_TYPES):
@@ -156,6 +159,8 @@ def other_tensors(checkpoint: Mapping[str, Any]) -> list[str]:
 def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """The model's tensors, and the names of the others."""
     state_dict = _tensors(_innermost(checkpoint))
+    if any("/" in key for key in state_dict):
+        state_dict = tensorflow_files.to_torch(state_dict)
     others: list[str] = []
     for _ in range(MAX_PREFIXES):
         prefix = next((p for p in PREFIXES if any(_is_wrapped(key, p) for key in state_dict)), None)
