@@ -142,6 +142,8 @@ REPORTED = {
     "imagenet/dinat_s_large_ft384": (0.35, {"top1": 87.4}),
     "imagenet/cswin_base_ft384": (0.7, {"top1": 85.5}),
     "imagenet/maxvit_base_512": (0.4, {"top1": 86.66}),
+    "imagenet/moat_tiny3": (0.1, {"top1": 83.3}),
+    "imagenet/moat_1": (0.3, {"top1": 84.2}),
     "imagenet/van_b3": (0.2, {"top1": 83.9}),
     "imagenet/casvit_xs": (0.1, {"top1": 78.3}),
     "imagenet/casvit_t_ft384": (0.0, {"top1": 84.1}),
@@ -166,6 +168,7 @@ REPORTED = {
     "coco/cascade_mask_rcnn_gc_vit_base": (0.5, {"box_ap": 52.9, "mask_ap": 45.8}),
     "coco/mask_rcnn_litv2_base": (0.3, {"box_ap": 47.3, "mask_ap": 42.6}),
     "coco/mask_rcnn_van_b3": (0.2, {"box_ap": 48.3, "mask_ap": 43.4}),
+    "coco/cascade_mask_rcnn_moat_3_512": (0.6, {"box_ap": 59.2, "mask_ap": 50.3}),
     "coco/cascade_mask_rcnn_maxvit_base": (0.4, {"box_ap": 53.4, "mask_ap": 45.7}),
     "ade20k/upernet_dinat_s_base": (0.3, {"miou": 49.4, "miou_multi_scale": 50.2}),
     "ade20k/mask2former_dinat_large": (0.3, {"miou_multi_scale": 58.1}),
@@ -224,6 +227,7 @@ PAPERS = {
     r"cswin_(tiny|small)": (2e-3, 0.05, 300, 2048, 0.8, 1.0, 0.25, 10),
     r"cswin_base": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"maxvit_(tiny|small|base|large)": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0),
+    r"moat_(tiny[0-3]|[01])": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0),
     r"biformer_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"casvit_(xs|s|m|t)": (6e-3, 0.05, 300, 2048, 0.0, 0.0, 0.0, 0),
     r"(ravlt|mavit)_[tsbl]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
@@ -277,7 +281,7 @@ COCO = {
     r"mask_rcnn_van_b[23]": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
     r"mask_rcnn_3x_van_b2": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
     r"retinanet_van_b[23]": (1e-4, 1e-4, NORM, 12, [8, 11], 500, "none"),
-    r"cascade_mask_rcnn_maxvit_\w+": (1e-4, 0.05, OWN, 36, [27, 33], 500, "none"),
+    r"cascade_mask_rcnn_(maxvit|moat)_\w+": (1e-4, 0.05, OWN, 36, [27, 33], 500, "none"),
     r"(cascade_)?mask_rcnn_agent_swin_[tsb]": (1e-4, 0.05, AGENTS, 36, [27, 33], 500, "none"),
     r"(cascade_)?mask_rcnn_1x_agent_swin_[ts]": (1e-4, 0.05, AGENTS, 12, [8, 11], 500, "none"),
     r"mask_rcnn_agent_pvt_[tsml]": (2e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
@@ -360,7 +364,7 @@ def test_images_of_detection_follow_the_paper(recipes):
     several = list(range(480, 801, 32))
     for name, cfg in _of(recipes, "coco").items():
         dense = cfg.dense
-        if "maxvit" in name:
+        if re.search("maxvit|moat", name):
             wanted = ([896], 896, False, None, None)
         elif dense.method == "mask2former":
             wanted = ([800], 1333, False, [1024, 1024], [0.1, 2.0])
@@ -371,7 +375,7 @@ def test_images_of_detection_follow_the_paper(recipes):
         crop, ratio_range = _optional(dense.crop), _optional(dense.ratio_range)
         assert (list(dense.scales), dense.max_size, dense.detr_crop, crop, ratio_range) == wanted, name
         assert (dense.photometric, dense.frozen_stages, dense.small) == (False, -1, False), name
-        assert dense.norm_eval == bool(re.search("biformer|casvit|maxvit", name)), name
+        assert dense.norm_eval == bool(re.search("biformer|casvit|maxvit|moat", name)), name
 
 
 @pytest.mark.slow
