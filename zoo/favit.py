@@ -397,12 +397,12 @@ KEY_MAP = [
     (r"\.attn\.sr\.", ".attn.global_group.patches."),
     (r"\.attn\.norm\.", ".attn.global_group.norm."),
     (r"\.attn\.kv_g\.", ".attn.global_group.kv."),
-    (r"\.attn\.local_conv_g\.", ".attn.global_group.value_conv."),
+    (r"\.attn\.local_conv_g\.", ".attn.global_group.value_conv.conv."),
     (r"\.attn\.kv_l\.depth_conv\.", ".attn.dw_conv."),
     (r"\.attn\.kv_l\.point_conv\.", ".attn.pw_conv."),
     (r"\.attn\.fcs\.(\d)\.", r".attn.local_groups.\1.fc."),
     (r"\.attn\.single_heads\.(\d)\.", r".attn.local_groups.\1.kv."),
-    (r"\.attn\.local_convs\.(\d)\.", r".attn.local_groups.\1.value_conv."),
+    (r"\.attn\.local_convs\.(\d)\.", r".attn.local_groups.\1.value_conv.conv."),
     (r"\.mlp\.dwconv\.dwconv\.", ".mlp.dw_conv."),
 ]
 

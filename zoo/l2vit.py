@@ -335,8 +335,8 @@ KEY_MAP = [
     (r"^downsample_layers\.0\.norm\.", "stem.norm."),
     (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
     (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.cpe\.0\.proj\.", ".pos1."),
-    (r"\.cpe\.1\.proj\.", ".pos2."),
+    (r"\.cpe\.0\.proj\.", ".pos1.conv."),
+    (r"\.cpe\.1\.proj\.", ".pos2.conv."),
     (r"\.local_mp\.bn\.", ".local.norm."),
     (r"\.local_mp\.", ".local."),
     (r"^norm([0-3])\.", r"output_norms.\1."),  # of the backbones for dense prediction

@@ -98,13 +98,16 @@ class DepthwiseConv(nn.Conv2d):
         return depthwise_conv2d_nhwc(x, self.weight, self.bias)
 
 
-@register_notrace_module
-class ResidualConv(DepthwiseConv):
+class ResidualConv(nn.Module):
     """x plus its depth-wise convolution, which encodes positions, on tokens (B, H, W, dim)."""
+
+    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
+        super().__init__()
+        self.conv = DepthwiseConv(dim, kernel_size, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
-        return x + super().forward(x)
+        return x + self.conv(x)
 
 
 def depthwise(layer: nn.Module, x: Tensor, act: nn.Module) -> Tensor:

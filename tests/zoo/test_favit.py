@@ -89,7 +89,7 @@ def plain(attention, x, window):
     patches = part.patches(x[..., :first].permute(0, 3, 1, 2))
     key, value = part.kv(part.norm(patches.flatten(2).transpose(1, 2))).chunk(2, -1)
     value = value.transpose(1, 2).unflatten(2, patches.shape[2:])
-    value = value + F.conv2d(value, part.value_conv.weight, part.value_conv.bias, padding=1, groups=first)
+    value = value + F.conv2d(value, part.value_conv.conv.weight, part.value_conv.conv.bias, padding=1, groups=first)
     outputs.append(attend(query[..., :first], key, value.flatten(2).transpose(1, 2)))
 
     maps = attention.pw_conv(attention.dw_conv(x[..., first:]).permute(0, 3, 1, 2))
@@ -104,7 +104,9 @@ def plain(attention, x, window):
         means = F.adaptive_avg_pool1d(rows, channels // heads).view(batch, heads, window**2, -1)
         key, value = part.kv(part.fc(means)).chunk(2, -1)
         value = value.transpose(-1, -2).reshape(batch, channels, window, window)
-        value = value + F.conv2d(value, part.value_conv.weight, part.value_conv.bias, padding=1, groups=channels)
+        value = value + F.conv2d(
+            value, part.value_conv.conv.weight, part.value_conv.conv.bias, padding=1, groups=channels
+        )
         value = value.view(batch, heads, channels // heads, -1).transpose(-1, -2)
         outputs.append(attend(query, key, value).transpose(1, 2).flatten(2))
     return attention.proj(torch.cat(outputs, -1)).view(x.shape)

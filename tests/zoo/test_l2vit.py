@@ -97,7 +97,7 @@ def test_padding_of_windows_is_a_key():
 
 def residual(layer, x):
     """A depth-wise convolution of a block in plain torch, and its input."""
-    conv = F.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias, padding=1, groups=x.shape[-1])
+    conv = F.conv2d(x.permute(0, 3, 1, 2), layer.conv.weight, layer.conv.bias, padding=1, groups=x.shape[-1])
     return x + conv.permute(0, 2, 3, 1)
 
 
