@@ -91,6 +91,12 @@ def test_every_family_shows_its_own_pattern(path):
     assert f"../images/{path.stem}_patterns.png" in pages.links(path)
 
 
+def test_papers_of_all_families_are_cited():
+    cited = (ROOT / "CITATION.cff").read_text()
+    papers = [paper for family in zoo.FAMILIES for paper in tables.manifest.about(family)["names"].values()]
+    assert [paper for paper in papers if f"https://arxiv.org/abs/{paper}\n" not in cited] == []
+
+
 def test_install_names_extras_that_there_are():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = "".join(page.read_text() for page in [*PAGES, ROOT / "README.md"])
