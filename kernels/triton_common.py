@@ -173,12 +173,20 @@ def log2(x, PTX: tl.constexpr):
     return tl.log2(x)
 
 
+def evenly_spaced(x: Tensor) -> Tensor:
+    """`x`, a map (B, H, W, channels), if its tokens are evenly spaced and aligned, as in slices; else a copy."""
+    _, height, width, _ = x.shape
+    step = x.stride(2)
+    even = x.stride() == (height * width * step, width * step, step, 1)
+    return aligned(x) if even else x.contiguous()
+
+
 @triton.jit
-def load_rows(ptr, offset, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D): HEAD_DIM elements from each `offset`, then zeros; zeros for rows that are not `valid`."""
+def load_rows(ptr, offset, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OTHER: tl.constexpr = 0.0):
+    """(rows, BLOCK_D): HEAD_DIM elements from each `offset`, then OTHER; OTHER for rows that are not `valid`."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     mask = valid[:, None] if HEAD_DIM == BLOCK_D else valid[:, None] & (channel < HEAD_DIM)
-    return tl.load(ptr + offset[:, None] + channel, mask=mask, other=0.0)
+    return tl.load(ptr + offset[:, None] + channel, mask=mask, other=OTHER)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -94,9 +94,24 @@ def linear_attention(
     denominator_min = _not_negative(denominator_min, "denominator_min")
     if temperature is not None:
         checks.shape(temperature, "temperature", (num_heads,), "(N,)")
+    implementation = dispatch.choose("linear_attention", q, head_dim)
     with dispatch.as_given(q):
-        # There is no Triton form yet, so "triton" runs PyTorch.
-        compute = reference if dispatch.current() == "reference" else torch_impl
+        if implementation == "triton":
+            return forward(
+                q,
+                k,
+                v,
+                temperature,
+                num_heads=num_heads,
+                relu=feature_map == "relu",
+                softmax=key_weights == "softmax",
+                offset=normalization == "offset",
+                rope=None if rope is None else list(rope),
+                scale=scale,
+                eps=eps,
+                denominator_min=denominator_min,
+            )[0]
+        compute = reference if implementation == "reference" else torch_impl
         return compute.linear_attention(
             q,
             k,
@@ -125,3 +140,123 @@ def _not_negative(value: float, name: str) -> float:
     if not 0 <= value < math.inf:  # math.isfinite takes no symbolic number
         raise ValueError(f"Got {name}={value!r}; it has to be 0 or more, and finite.")
     return float(value)
+
+
+# The rest registers the Triton implementation with torch. Without Triton, nothing is registered.
+@dispatch.triton_op("zoo::linear_attn")
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor | None,
+    num_heads: int,
+    relu: bool,
+    softmax: bool,
+    offset: bool,
+    rope: list[float] | None,
+    scale: float,
+    eps: float,
+    denominator_min: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output (B, H, W, N D), and float32 sums for `backward`.
+
+    These are the state of each image and head, (B, N, D + 1 or D + 2, D), and, with softmax weights, the sums of the
+    queries of each part of the tokens, (B, N, parts, D), and log2 of the sum of exponentials, (B, N); else empty.
+    """
+    from zoo.kernels.linear_attention import triton_impl
+
+    return triton_impl.forward(
+        q,
+        k,
+        v,
+        temperature,
+        num_heads=num_heads,
+        relu=relu,
+        softmax=softmax,
+        offset=offset,
+        rope=rope,
+        scale=scale,
+        eps=eps,
+        denominator_min=denominator_min,
+    )
+
+
+@dispatch.triton_op("zoo::linear_attn_bwd")
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    temperature: Tensor | None,
+    state: Tensor,
+    queries: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    relu: bool,
+    softmax: bool,
+    offset: bool,
+    rope: list[float] | None,
+    scale: float,
+    eps: float,
+    denominator_min: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and temperature; the last is empty if the tensor is None."""
+    from zoo.kernels.linear_attention import triton_impl
+
+    return triton_impl.backward(
+        grad,
+        q,
+        k,
+        v,
+        temperature,
+        state,
+        queries,
+        lse,
+        num_heads=num_heads,
+        relu=relu,
+        softmax=softmax,
+        offset=offset,
+        rope=rope,
+        scale=scale,
+        eps=eps,
+        denominator_min=denominator_min,
+    )
+
+
+_OPTIONS = ("num_heads", "relu", "softmax", "offset", "rope", "scale", "eps", "denominator_min")
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output[1:])
+    ctx.options = dict(zip(_OPTIONS, inputs[4:], strict=True))
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, temperature, *sums = ctx.saved_tensors
+    options = ctx.options
+    if dispatch.again_differentiable(q, k, v, temperature, grad):
+
+        def composite(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor | None) -> Tensor:
+            return torch_impl.linear_attention(
+                q,
+                k,
+                v,
+                num_heads=options["num_heads"],
+                feature_map="relu" if options["relu"] else "elu_plus_one",
+                key_weights="softmax" if options["softmax"] else "uniform",
+                normalization="offset" if options["offset"] else "ratio",
+                rope=None if options["rope"] is None else tuple(options["rope"]),
+                scale=options["scale"],
+                eps=options["eps"],
+                denominator_min=options["denominator_min"],
+                temperature=temperature,
+            )
+
+        grads = dispatch.composite_gradients(composite, (q, k, v, temperature), grad)
+    else:
+        *grads, temperature_grad = backward(grad, q, k, v, temperature, *sums, **options)
+        grads = (*grads, None if temperature is None else temperature_grad)
+    return *grads, *(None,) * len(options)
+
+
+dispatch.register_autograd(forward, _differentiate, setup_context=_save)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zoo.kernels import triton_common
-from zoo.kernels.triton_common import LOG2E, dot, load_rows, softmax_end, softmax_step, store_rows
+from zoo.kernels.triton_common import LOG2E, dot, evenly_spaced, load_rows, softmax_end, softmax_step, store_rows
 
 # Sizes of regions are constants, so that divisions by them, several for each token, compile to products.
 # A tile holds AREAS regions, with PAD rows for the tokens of each; or, if AREAS is 1, PAD tokens of a list.
@@ -283,7 +283,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, *, num_heads: int, regions: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `op.forward`."""
-    q, k, v, routes = _even(q), _even(k), _even(v), routes.contiguous()
+    q, k, v, routes = evenly_spaced(q), evenly_spaced(k), evenly_spaced(v), routes.contiguous()
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[0], regions**2, num_heads, _tokens(q, regions), dtype=torch.float32)
     bias = _region_bias(q, k, routes, num_heads, regions)
@@ -318,7 +318,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `op.backward`."""
-    grad, q, k, v, routes = _even(grad), _even(q), _even(k), _even(v), routes.contiguous()
+    grad, q, k, v = evenly_spaced(grad), evenly_spaced(q), evenly_spaced(k), evenly_spaced(v)
+    routes = routes.contiguous()
     q_grad, k_grad, v_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     bias = _region_bias(q, k, routes, num_heads, regions)
     arguments: dict[str, Any] = {
@@ -399,14 +400,6 @@ def _region_bias(q: Tensor, k: Tensor, routes: Tensor, num_heads: int, regions: 
         num_stages=1,
     )
     return bias
-
-
-def _even(x: Tensor) -> Tensor:
-    """`x` if its tokens are evenly spaced and aligned, as in slices of a projection; else a contiguous copy."""
-    _, height, width, _ = x.shape
-    step = x.stride(2)
-    even = x.stride() == (height * width * step, width * step, step, 1)
-    return triton_common.aligned(x) if even else x.contiguous()
 
 
 def _tokens(x: Tensor, regions: int) -> int:

@@ -1,0 +1,150 @@
+"""Linear attention in Triton, interpreted, against float64. Run by test_triton.py."""
+
+import pytest
+import torch
+
+from zoo.kernels import implementation, linear_attention
+from zoo.kernels.linear_attention import op, triton_impl
+
+from .comparison import BUDGET, assert_within_budget
+
+pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
+
+# map, heads, head dim
+SHAPES = {
+    "one-token": ((1, 1), 2, 16),
+    "one-less-than-a-tile": ((7, 9), 1, 32),
+    "one-more-than-a-tile": ((5, 13), 2, 8),
+    "several-parts": ((1, 1100), 1, 16),
+    "odd-heads": ((6, 5), 3, 24),
+    "wide-heads": ((4, 9), 1, 96),
+}
+# options of the operator, and whether there is a temperature
+FORMS = {
+    "ratio": ({"normalization": "ratio"}, False),
+    "bounded": ({"feature_map": "relu", "eps": 0.0, "denominator_min": 30.0}, True),
+    "softmax-rope": ({"key_weights": "softmax", "rope": True}, True),
+    "offset-rope": ({"normalization": "offset", "rope": True}, False),
+    "offset-softmax": ({"normalization": "offset", "key_weights": "softmax", "denominator_min": 2.0}, True),
+}
+
+
+def make(shape, form, dtype, batch=2):
+    """The tensors of a call by name, the gradient of its output, and its other options."""
+    size, num_heads, head_dim = SHAPES[shape]
+    options, has_temperature = FORMS[form]
+    options = options | {"num_heads": num_heads}
+    if options.get("rope"):
+        options["rope"] = tuple(10.0 ** (-i / 3) for i in range(head_dim // 4))
+    g = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(batch, *size, num_heads * head_dim, generator=g).to(dtype) for name in "qkv"}
+    grad = torch.randn(batch, *size, num_heads * head_dim, generator=g).to(dtype)
+    if has_temperature:
+        given["temperature"] = torch.rand(num_heads, generator=g).to(dtype)
+    return given, grad, options
+
+
+def gradients(given, grad, options, choice):
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    with implementation(choice):
+        out = linear_attention(**leaves, **options)
+    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
+
+
+def check(given, grad, options):
+    dtype, tokens = grad.dtype, grad.shape[1] * grad.shape[2]
+    found = gradients(given, grad, options, "triton")
+    exact = {name: x.double() for name, x in given.items()}
+    wanted = gradients(exact, grad.double(), options, "reference")
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == dtype
+        assert torch.isfinite(got).all()
+        # A gradient may be the small difference of large terms: with a single token, those of q and k are nearly 0.
+        size = max(norm(want), norm(wanted[0]) / tokens)
+        assert norm(got.double() - want) <= BUDGET[dtype] * size
+    return found
+
+
+def norm(x):
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_the_reference(shape, form, dtype):
+    check(*make(shape, form, dtype))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16(form):
+    check(*make("one-more-than-a-tile", form, torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", ["softmax-rope", "offset-rope"])
+def test_sums_may_exceed_float16(form):
+    given, grad, options = make("one-more-than-a-tile", form, torch.float16)
+    given = {name: 200 * x.abs() if name in "qkv" else x for name, x in given.items()}
+    assert (given["k"].float().mT @ given["v"].float()).max() > torch.finfo(torch.float16).max
+    out = gradients(given, grad, options, "triton")[0]
+    want = gradients({name: x.double() for name, x in given.items()}, grad.double(), options, "reference")[0]
+    assert_within_budget(out, want, torch.float16)
+
+
+def test_float32_temperature_with_half_precision():
+    given, grad, options = make("odd-heads", "bounded", torch.bfloat16)
+    given["temperature"] = given["temperature"].float()
+    *_, temperature_grad = gradients(given, grad, options, "triton")
+    assert temperature_grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("form", ["softmax-rope", "bounded"])
+def test_views(form):
+    """Slices of one projection are read in place; a map with another memory format is copied."""
+    given, grad, options = make("odd-heads", form, torch.float32)
+    k, v = torch.cat((given["k"], given["v"]), -1).chunk(2, -1)
+    q = given["q"].movedim(-1, 1).contiguous().movedim(1, -1)
+    assert not any(x.is_contiguous() for x in (q, k, v))
+    check(given | {"q": q, "k": k, "v": v}, grad[:1].expand(grad.shape), options)
+
+
+@pytest.mark.parametrize("form", ["softmax-rope", "offset-rope"])
+def test_an_image_has_the_same_results_in_any_batch(form):
+    given, grad, options = make("several-parts", form, torch.float32)
+    one = {name: x if name == "temperature" else x[1:] for name, x in given.items()}
+    many, alone = check(given, grad, options), check(one, grad[1:], options)
+    for a, b in zip(many[:4], alone[:4], strict=True):
+        assert torch.equal(a[1:], b)
+
+
+def test_parts_are_of_whole_tiles():
+    for tokens in (1, 63, 64, 65, 1024, 1025, 3136, 67200):
+        sizes = triton_impl._sizes(torch.empty(1, 1, tokens, 32, dtype=torch.float16, device="meta"), 1)
+        assert (sizes["parts"] - 1) * sizes["per_part"] < tokens <= sizes["parts"] * sizes["per_part"]
+        assert sizes["per_part"] % 64 == 0
+
+
+def test_double_backward():
+    given, grad, options = make("odd-heads", "softmax-rope", torch.float32)
+
+    def second(dtype, choice):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in given.items()}
+        with implementation(choice):
+            out = linear_attention(**leaves, **options)
+            firsts = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in firsts), list(leaves.values()))
+
+    for got, want in zip(second(torch.float32, "triton"), second(torch.float64, "reference"), strict=True):
+        assert_within_budget(got, want, torch.float32)
+
+
+@pytest.mark.parametrize("form", ["softmax-rope", "bounded"])
+def test_operators_are_registered_rightly(form, fake_tensors_launch_nothing):
+    given, grad, options = make("one-token", form, torch.float32)
+    rope = options.get("rope")
+    settings = (2, "feature_map" in options, "key_weights" in options, False, rope and list(rope), 0.3, 1e-6, 0.0)
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op.forward, (*(x.requires_grad_() for x in given.values()), *settings), test_utils=utils)
+    plain = [x.detach() for x in given.values()]
+    _, *kept = op.forward(*plain, *settings)
+    torch.library.opcheck(op.backward, (grad, *plain, *kept, *settings), test_utils=utils)
