@@ -115,5 +115,7 @@ def axis_turns(height: int, width: int, rope: tuple[float, ...], dtype: torch.dt
     The angles are computed in float64: float32 would lose digits at large positions.
     """
     places = torch.cat([torch.arange(size, dtype=torch.float64, device=device) for size in (height, width)])
-    angles = places[:, None] * torch.tensor(rope, dtype=torch.float64, device=device)
+    # torch.tensor would copy the numbers from the CPU at every call of a compiled model.
+    frequencies = torch.stack([torch.full((), x, dtype=torch.float64, device=device) for x in rope])
+    angles = places[:, None] * frequencies
     return torch.stack((angles.cos(), angles.sin())).to(dtype)

@@ -626,10 +626,10 @@ def _block(q: Tensor, num_heads: int, *, backward: bool = False) -> dict[str, An
         "HEADS": num_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK": 64 if q.element_size() == 2 and block_d < 128 else 32,
+        "BLOCK": 64 if q.element_size() == 2 and block_d < (64 if backward else 128) else 32,
         "PRECISION": triton_common.precision(q.dtype, gpu, memory_bound=True),
-        # With 4 warps, the backward pass of 64 channels would take nearly all registers of a thread.
-        "num_warps": 8 if block_d >= (64 if backward else 128) else 4,
+        # As few as spill no registers; AMD's have twice as many threads.
+        "num_warps": 8 if block_d >= (64 if backward and not gpu.is_amd else 128) else 4,
         "num_stages": 1 if gpu.is_amd else 2,
     }
 

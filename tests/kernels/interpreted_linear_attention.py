@@ -69,9 +69,20 @@ def norm(x):
     return x.square().mean().sqrt().item()
 
 
+CASES = [("one-more-than-a-tile", form) for form in FORMS] + [
+    ("one-token", "softmax-rope"),
+    ("one-token", "offset-rope"),
+    ("one-less-than-a-tile", "softmax-rope"),
+    ("one-less-than-a-tile", "bounded"),
+    ("odd-heads", "softmax-rope"),
+    ("odd-heads", "bounded"),
+    ("wide-heads", "offset-rope"),
+    ("several-parts", "offset-softmax"),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "form"), CASES)
 def test_agrees_with_the_reference(shape, form, dtype):
     check(*make(shape, form, dtype))
 
@@ -81,7 +92,7 @@ def test_bfloat16(form):
     check(*make("one-more-than-a-tile", form, torch.bfloat16))
 
 
-@pytest.mark.parametrize("form", ["softmax-rope", "offset-rope"])
+@pytest.mark.parametrize("form", ["ratio", "softmax-rope"])
 def test_sums_may_exceed_float16(form):
     given, grad, options = make("one-more-than-a-tile", form, torch.float16)
     given = {name: 200 * x.abs() if name in "qkv" else x for name, x in given.items()}
@@ -108,11 +119,10 @@ def test_views(form):
     check(given | {"q": q, "k": k, "v": v}, grad[:1].expand(grad.shape), options)
 
 
-@pytest.mark.parametrize("form", ["softmax-rope", "offset-rope"])
-def test_an_image_has_the_same_results_in_any_batch(form):
-    given, grad, options = make("several-parts", form, torch.float32)
+def test_an_image_has_the_same_results_in_any_batch():
+    given, grad, options = make("several-parts", "offset-softmax", torch.float16)
     one = {name: x if name == "temperature" else x[1:] for name, x in given.items()}
-    many, alone = check(given, grad, options), check(one, grad[1:], options)
+    many, alone = gradients(given, grad, options, "triton"), gradients(one, grad[1:], options, "triton")
     for a, b in zip(many[:4], alone[:4], strict=True):
         assert torch.equal(a[1:], b)
 
