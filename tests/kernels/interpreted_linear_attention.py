@@ -51,7 +51,7 @@ def gradients(given, grad, options, choice):
     return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
 
 
-def check(given, grad, options):
+def check(given, grad, options, allowed=1):
     dtype, tokens = grad.dtype, grad.shape[1] * grad.shape[2]
     found = gradients(given, grad, options, "triton")
     exact = {name: x.double() for name, x in given.items()}
@@ -61,7 +61,7 @@ def check(given, grad, options):
         assert torch.isfinite(got).all()
         # A gradient may be the small difference of large terms: with a single token, those of q and k are nearly 0.
         size = max(norm(want), norm(wanted[0]) / tokens)
-        assert norm(got.double() - want) <= BUDGET[dtype] * size
+        assert norm(got.double() - want) <= allowed * BUDGET[dtype] * size
     return found
 
 
@@ -89,7 +89,8 @@ def test_agrees_with_the_reference(shape, form, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16(form):
-    check(*make("one-more-than-a-tile", form, torch.bfloat16))
+    # The form "offset" is a difference: rounded weights of the keys count twice.
+    check(*make("one-more-than-a-tile", form, torch.bfloat16), allowed=2 if form == "offset-softmax" else 1)
 
 
 @pytest.mark.parametrize("form", ["ratio", "softmax-rope"])
