@@ -622,14 +622,21 @@ def _block(q: Tensor, num_heads: int, *, backward: bool = False) -> dict[str, An
     head_dim = q.shape[3] // num_heads
     block_d = max(triton.next_power_of_2(head_dim), 16)
     gpu = triton_common.machine(q)
+    # As many tokens and as few warps as spill no registers; AMD's warps have twice as many threads. In float32, heads of
+    # more than 64 channels spill some in the backward pass nevertheless.
+    if q.element_size() > 2:
+        block = 16 if backward or block_d >= 128 else 32
+        num_warps = 16 if block_d >= 128 else 8 if block_d >= 64 and backward and not gpu.is_amd else 4
+    else:
+        block = 64 if block_d < (64 if backward else 128) else 32
+        num_warps = 8 if block_d >= (64 if backward and not gpu.is_amd else 128) else 4
     return {
         "HEADS": num_heads,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK": 64 if q.element_size() == 2 and block_d < (64 if backward else 128) else 32,
+        "BLOCK": block,
         "PRECISION": triton_common.precision(q.dtype, gpu, memory_bound=True),
-        # As few as spill no registers; AMD's have twice as many threads.
-        "num_warps": 8 if block_d >= (64 if backward and not gpu.is_amd else 128) else 4,
+        "num_warps": num_warps,
         "num_stages": 1 if gpu.is_amd else 2,
     }
 
