@@ -454,8 +454,8 @@ def forward(
     sizes = _sizes(q, num_heads)
     block = _block(q, num_heads)
     programs = q.shape[0] * num_heads * sizes["parts"]
-    shared = {"grid": (programs,), **sizes, **block, "RELU": relu}
-    form = {"ROWS": _rows(q, num_heads, offset), "OFFSET": offset, "scale": scale}
+    shared: dict[str, Any] = {"grid": (programs,), **sizes, **block, "RELU": relu}
+    form: dict[str, Any] = {"ROWS": _rows(q, num_heads, offset), "OFFSET": offset, "scale": scale}
     map_ = _map(q, rope)
     head_dim = q.shape[3] // num_heads
     queries = q.new_empty(q.shape[0], num_heads, sizes["parts"] if softmax else 0, head_dim, dtype=torch.float32)
@@ -517,7 +517,7 @@ def backward(
     grad, q, k, v = evenly_spaced(grad), evenly_spaced(q), evenly_spaced(k), evenly_spaced(v)
     sizes = _sizes(q, num_heads)
     parts = sizes["parts"]
-    shared = {
+    shared: dict[str, Any] = {
         "grid": (q.shape[0] * num_heads * parts,),
         **sizes,
         **_block(q, num_heads, backward=True),
@@ -527,7 +527,7 @@ def backward(
         "scale": scale,
         **_map(q, rope),
     }
-    of_queries = {
+    of_queries: dict[str, Any] = {
         "grad_ptr": grad,
         "q_ptr": q,
         "temperature_ptr": temperature,
@@ -622,8 +622,8 @@ def _block(q: Tensor, num_heads: int, *, backward: bool = False) -> dict[str, An
     head_dim = q.shape[3] // num_heads
     block_d = max(triton.next_power_of_2(head_dim), 16)
     gpu = triton_common.machine(q)
-    # As many tokens and as few warps as spill no registers; AMD's warps have twice as many threads. In float32, heads of
-    # more than 64 channels spill some in the backward pass nevertheless.
+    # As many tokens and as few warps as spill no registers; AMD's warps have twice as many threads. In float32, heads
+    # of more than 64 channels spill some in the backward pass nevertheless.
     if q.element_size() > 2:
         block = 16 if backward or block_d >= 128 else 32
         num_warps = 16 if block_d >= 128 else 8 if block_d >= 64 and backward and not gpu.is_amd else 4
@@ -650,7 +650,7 @@ def _map(q: Tensor, rope: list[float] | None) -> dict[str, Any]:
     return {"height": height, "width": width, "turns_ptr": table}
 
 
-def _bounds(q: Tensor, eps: float, denominator_min: float) -> dict[str, float]:
+def _bounds(q: Tensor, eps: float, denominator_min: float) -> dict[str, Any]:
     """What is added to the denominators, and their lower bound."""
     tokens = q.shape[1] * q.shape[2]
     return {"eps": eps, "least": denominator_min / tokens if denominator_min > 0 else float("-inf")}
