@@ -70,6 +70,11 @@ def window_count(height: int, width: int, size: int, dilation: int) -> int:
     return ((height + reach - 1) // reach) * ((width + reach - 1) // reach)
 
 
+def _remainder(x: Tensor, divisor: int) -> Tensor:
+    """x % divisor, which ONNX can't compute if the divisor is symbolic."""
+    return x - x // divisor * divisor
+
+
 def window_entries(
     height: int, width: int, num_heads: int, head_dim: int, size: int, dilation: int, device: torch.device
 ) -> Tensor:
@@ -86,10 +91,10 @@ def window_entries(
     column = torch.arange(window_count(height, width, size, dilation) * head_dim, device=device)
     place, head, window, channel = row // num_heads, row % num_heads, column // head_dim, column % head_dim
     y, x = (
-        last - (at % sym_max(2 * last, 1) - last).abs()
+        last - (_remainder(at, sym_max(2 * last, 1)) - last).abs()
         for last, at in (
             (height - 1, dilation * (place // size) + reach * (window // across)),
-            (width - 1, dilation * (place % size) + reach * (window % across)),
+            (width - 1, dilation * (place % size) + reach * _remainder(window, across)),
         )
     )
     return ((y * width + x) * num_heads + head) * head_dim + channel
