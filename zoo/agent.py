@@ -344,6 +344,21 @@ class PatchMerging(nn.Module):
         return linear(self.reduction, self.norm(x)).permute(0, 3, 1, 2)
 
 
+def square(img_size: int | Sequence[int]) -> int:
+    """The side of square images; timm's configurations give both sides.
+
+    Raises:
+        ValueError: The sides differ.
+    """
+    if not arguments.is_list(img_size):
+        return img_size
+    if len(img_size) == 0 or any(side != img_size[0] for side in img_size):
+        raise ValueError(
+            f"Got {img_size=}; it has to be one side: the tables are made for square images, and fit all others too."
+        )
+    return img_size[0]
+
+
 def check_agent_depths(agent_depths: Sequence[int], depths: Sequence[int]) -> None:
     """Raise ValueError if a stage is to have more blocks with agent attention than blocks."""
     if any(few > depth for few, depth in zip(agent_depths, depths, strict=True)):
@@ -362,7 +377,7 @@ class AgentPVT(Backbone):
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
         agent_grid: Side of the grid of agents in each stage.
         table_grid: The same for the tables of the biases, if the two differ: they are interpolated.
-        img_size: Side of the images, in pixels, that the tables are made for.
+        img_size: Side of the images, in pixels, that the tables are made for; or both sides, if they are equal.
         mlp_ratios: Hidden channels of each stage's MLPs, as a multiple of its channels.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout inside the MLPs.
@@ -383,7 +398,7 @@ class AgentPVT(Backbone):
         num_heads: Sequence[int] = (1, 2, 5, 8),
         agent_grid: Sequence[int] = (3, 4, 7, 7),
         table_grid: Sequence[int] = (3, 4, 7, 7),
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         mlp_ratios: Sequence[float] = (8, 8, 4, 4),
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -391,6 +406,7 @@ class AgentPVT(Backbone):
         device=None,
         dtype=None,
     ):
+        img_size = square(img_size)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -444,7 +460,7 @@ class AgentSwin(Backbone):
             and those with an odd index shift them.
         agent_grid: Side of the grid of agents in each stage.
         table_grid: The same for the tables of the biases, if the two differ: they are interpolated.
-        img_size: Side of the images, in pixels, that the tables are made for.
+        img_size: Side of the images, in pixels, that the tables are made for; or both sides, if they are equal.
         window_size: Side of the windows, in tokens; at most that of the map of `img_size`.
         shift_all: Whether windows are shifted in all stages, as in dense prediction. Otherwise they are not in a stage
             with a single window at `img_size`.
@@ -470,7 +486,7 @@ class AgentSwin(Backbone):
         agent_depths: Sequence[int] = (2, 2, 6, 0),
         agent_grid: Sequence[int] = (3, 4, 7, 7),
         table_grid: Sequence[int] = (3, 4, 7, 7),
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         window_size: int = 7,
         shift_all: bool = False,
         mlp_ratio: float = 4,
@@ -481,6 +497,7 @@ class AgentSwin(Backbone):
         device=None,
         dtype=None,
     ):
+        img_size = square(img_size)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -552,7 +569,7 @@ class AgentCSWin(Backbone):
             those of the last stage attention of all tokens to all.
         agent_grid: Side of the grid of agents in each stage.
         table_grid: The same for the tables of the biases, if the two differ: they are interpolated.
-        img_size: Side of the images, in pixels, that the tables are made for.
+        img_size: Side of the images, in pixels, that the tables are made for; or both sides, if they are equal.
         split_size: Columns or rows of a stripe.
         mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
         drop_rate: Dropout before the classifier.
@@ -576,7 +593,7 @@ class AgentCSWin(Backbone):
         agent_depths: Sequence[int] = (2, 4, 0, 0),
         agent_grid: Sequence[int] = (3, 4, 7, 7),
         table_grid: Sequence[int] = (3, 4, 7, 7),
-        img_size: int = 224,
+        img_size: int | Sequence[int] = 224,
         split_size: int = 7,
         mlp_ratio: float = 4,
         drop_rate: float = 0.0,
@@ -586,6 +603,7 @@ class AgentCSWin(Backbone):
         device=None,
         dtype=None,
     ):
+        img_size = square(img_size)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,

@@ -32,21 +32,23 @@ __all__ = [
 KeyMap = Iterable[tuple[str, str | None]]
 
 
-def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap) -> dict[str, Tensor]:
+def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap, *, unique: bool = True) -> dict[str, Tensor]:
     """Rename the tensors of `state_dict` according to `key_map`.
 
+    If two keys get the same name, the first tensor is kept unless `unique`: the names may be those of another family.
+
     Raises:
-        ValueError: Two keys get the same name.
+        ValueError: Two keys get the same name, and `unique` is set.
     """
     renamed: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         name = _rename(key, key_map)
-        if name in renamed:
+        if name in renamed and unique:
             raise ValueError(
                 f"Two tensors of the checkpoint are called {first_names([name])} in our naming: it mixes two models."
             )
         if name is not None:
-            renamed[name] = value
+            renamed.setdefault(name, value)
     return renamed
 
 

@@ -283,6 +283,10 @@ class NAT(Backbone):
             raise ValueError(
                 f"Got {embed_dims=}; the first stage needs 2 channels or more, since the stem has half as many."
             )
+        if layout == "isotropic" and any(dim != embed_dims[0] for dim in embed_dims):
+            raise ValueError(
+                f"Got {embed_dims=}; with layout='isotropic', all stages have the same number of channels."
+            )
         dd = {"device": device, "dtype": dtype}
         stride = 16 if layout == "isotropic" else 4
         downsample_cls = {"nat": ConvDownsample, "swin": PatchMerging}.get(layout)

@@ -170,6 +170,7 @@ class DecayedLayerScale(LayerScale):
         self.gamma = nn.Parameter(torch.empty(1, dim, device=device, dtype=dtype))
 
 
+@register_notrace_module
 class Block(TransformerBlock):
     """A transformer block that first adds a depth-wise 3 x 3 convolution of the tokens, which encodes positions."""
 

@@ -26,7 +26,7 @@ def closest_models(state_dict: Mapping[str, Tensor]) -> tuple[list[str], float]:
     """
     shares: dict[str, float] = {}
     for family in zoo.FAMILIES:
-        renamed = join_parts(remap(state_dict, import_module(f"zoo.{family}").KEY_MAP))
+        renamed = join_parts(remap(state_dict, import_module(f"zoo.{family}").KEY_MAP, unique=False))
         shapes = {key: our_shape(key, value) for key, value in renamed.items()}
         known = {name: _share(shapes, name) for name in timm.list_models(module=family)}
         best = max(known, key=known.__getitem__)

@@ -268,7 +268,7 @@ def test_all_models_and_tags_are_listed(capsys):
         (["dinat_mni"], "there is no model 'dinat_mni': did you mean dinat_mini, "),
         (["van_b0.in22k"], "there is no model 'van_b0.in22k': did you mean van_b0.in1k"),
         (["qqqq*"], f"there is no model 'qqqq*': families are {', '.join(zoo.FAMILIES)}."),
-        (["--family", "vans"], "there is no family 'vans': there are biformer, cswin, "),
+        (["--family", "vans"], "there is no family 'vans': there are agent, biformer, casvit, cswin, "),
         (
             ["van*", "--max-params", "1K"],
             "no model passes all of these filters; licences among those named are apache-2.0.",

@@ -293,6 +293,7 @@ def test_initialisation_is_official():
     ("cls", "kwargs", "message"),
     [
         (AgentPVT, {"img_size": 16}, r"img_size=16; it has to be a whole number from 32 to 16,384"),
+        (AgentPVT, {"img_size": (64, 96)}, r"img_size=\(64, 96\); it has to be one side"),
         (AgentPVT, {"agent_grid": (3, 4, 7)}, r"3 agent_grid=\(3, 4, 7\).*one value per stage"),
         (
             AgentPVT,

@@ -139,8 +139,9 @@ def test_file_with_one_classifier_is_recognised():
         ({"mlp_ratio": 0}, "mlp_ratio 0 for a stage of 16 channels, which leaves no hidden channels"),
         ({"distillation": "hard"}, "distillation='hard'; it has to be one of True, False"),
         ({"output_norm": True}, "output_norm=True with 1000 classes"),
+        ({"embed_dims": (1, 2, 2, 4)}, "the first stage needs 2 channels or more"),
     ],
-    ids=["lengths", "depth", "mlp_ratio", "distillation", "output_norm"],
+    ids=["lengths", "depth", "mlp_ratio", "distillation", "output_norm", "channels"],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -84,8 +84,9 @@ def test_multiply_adds_are_the_papers():
         ({"mlp_ratio": 0}, "mlp_ratio 0 for a stage of 16 channels, which leaves no hidden channels"),
         ({"embed_dims": (1, 2, 4, 8), "num_heads": (1,) * 4}, "the first stage needs 2 channels or more"),
         ({"dilations": ("a",) * 4}, "dilations='a' for a stage of 2 blocks"),
+        ({"layout": "isotropic"}, "with layout='isotropic', all stages have the same number of channels"),
     ],
-    ids=["heads", "kernel_size", "large_mlp_ratio", "mlp_ratio", "channels", "dilations"],
+    ids=["heads", "kernel_size", "large_mlp_ratio", "mlp_ratio", "channels", "dilations", "isotropic"],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
