@@ -350,13 +350,13 @@ def square(img_size: int | Sequence[int]) -> int:
     Raises:
         ValueError: The sides differ.
     """
-    if not arguments.is_list(img_size):
-        return img_size
-    if len(img_size) == 0 or any(side != img_size[0] for side in img_size):
-        raise ValueError(
-            f"Got {img_size=}; it has to be one side: the tables are made for square images, and fit all others too."
-        )
-    return img_size[0]
+    if isinstance(img_size, Sequence):
+        if len(img_size) == 0 or any(side != img_size[0] for side in img_size):
+            raise ValueError(
+                f"Got {img_size=}; it has to be one side: the tables are made for square images, and fit all others."
+            )
+        return img_size[0]
+    return img_size
 
 
 def check_agent_depths(agent_depths: Sequence[int], depths: Sequence[int]) -> None:
