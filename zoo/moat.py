@@ -129,7 +129,7 @@ class Attention(nn.Module):
         if self.bias_table is None:
             return None
         size = (2 * window[0] - 1, 2 * window[1] - 1)
-        have = self.bias_table.shape[1:]
+        have = sizes(self.bias_table)[1:]
         if certain(size[0] == have[0]) and certain(size[1] == have[1]):
             return self.bias_table
         return resize_table(self.bias_table, size, "bilinear")
