@@ -227,12 +227,12 @@ def _fit(
     """
     import timm
 
-    from zoo import checkpoints, families
+    from zoo import checkpoints, families, key_maps
 
     family = families.family_of(name)
     cfg = timm.get_pretrained_cfg(name)
     mapped = checkpoints.remap(checkpoints.unwrap(checkpoint), family.KEY_MAP)
-    classifier = mapped.get(f"{cfg.classifier}.weight")
+    classifier = key_maps.classifier_weight(mapped, cfg.classifier)
     args: dict[str, Any] = {"num_classes": 0 if classifier is None else classifier.shape[:1].numel()}
     norms = sorted({int(i) for key in mapped for i in re.findall(r"^output_norms\.(\d)\.", key)})
     if norms:  # a backbone for dense prediction; some have norms on only a few outputs

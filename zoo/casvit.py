@@ -210,21 +210,24 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class TwoClassifiers(nn.Linear):
+class TwoClassifiers(nn.Module):
     """Two linear classifiers of pooled features (B, in_features): the mean of their logits, (B, out_features).
 
     Attributes:
+        cls: The first classifier.
         dist: The second classifier, which learns from a teacher in distillation.
         both: Whether the result in training is a pair, the logits of both classifiers.
     """
 
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
-        super().__init__(in_features, out_features, device=device, dtype=dtype)
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.cls = nn.Linear(in_features, out_features, device=device, dtype=dtype)
         self.dist = nn.Linear(in_features, out_features, device=device, dtype=dtype)
         self.both = False
 
     def forward(self, x: Tensor) -> Any:
-        logits, dist_logits = super().forward(x), self.dist(x)
+        logits, dist_logits = self.cls(x), self.dist(x)
         return (logits, dist_logits) if self.both and self.training else (logits + dist_logits) / 2
 
 
@@ -368,10 +371,16 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     """
     tensors = checkpoints.remap(checkpoints.unwrap(state_dict), KEY_MAP)
     for name in ("weight", "bias"):
-        if not model.distillation:
-            tensors.pop(f"head.dist.{name}", None)
-        elif f"head.{name}" in tensors:
-            tensors.setdefault(f"head.dist.{name}", tensors[f"head.{name}"].clone())
+        one, cls, dist = f"head.{name}", f"head.cls.{name}", f"head.dist.{name}"
+        if model.distillation:
+            if one in tensors:
+                tensors[cls] = tensors.pop(one)
+            if cls in tensors:
+                tensors.setdefault(dist, tensors[cls].clone())
+        else:
+            tensors.pop(dist, None)
+            if cls in tensors:
+                tensors[one] = tensors.pop(cls)
     return checkpoints.convert(tensors, model, KEY_MAP)
 
 

@@ -20,6 +20,7 @@ from zoo.checkpoint_files import first_names
 __all__ = [
     "KeyMap",
     "adapt_shape",
+    "classifier_weight",
     "is_counter",
     "is_final",
     "is_part",
@@ -99,6 +100,13 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
     if value.ndim == 5 and our_shape(key, value) == shape:
         return value[0]
     return value
+
+
+def classifier_weight(tensors: Mapping[str, Tensor], classifier: str) -> Tensor | None:
+    """The weight (classes, channels) of the module `classifier`, or of the first linear layer inside it."""
+    inside = (key for key, value in tensors.items() if is_part(key, classifier) and value.ndim == 2)
+    name = f"{classifier}.weight"
+    return tensors.get(name if name in tensors else next(inside, ""))
 
 
 def resize_table(table: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:

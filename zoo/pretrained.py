@@ -20,6 +20,7 @@ from torch import Tensor
 import zoo
 from zoo import downloads
 from zoo.checkpoint_files import check_values, read, unwrap
+from zoo.key_maps import classifier_weight
 from zoo.manifest import manifest
 
 __all__ = ["check_network", "file_overlay", "published_cfg", "resolve_num_classes", "with_checked_file"]
@@ -161,7 +162,7 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
     check_values(state_dict)
     overlay: dict[str, Any] = {"file": os.fspath(file), "custom_load": False}
     classifier = cfg.classifier if cfg else None
-    weight = state_dict.get(f"{classifier[0] if isinstance(classifier, tuple | list) else classifier}.weight")
+    weight = classifier_weight(state_dict, str(classifier[0] if isinstance(classifier, tuple | list) else classifier))
     if weight is None or not weight.ndim:
         return overlay, None
     # timm keeps the classifier if the model's number of classes is this one, and drops it otherwise.

@@ -50,7 +50,7 @@ def test_initialisation_is_official():
     for conv, fan_in in ((block.mlp.fc1, 112), (block.attn.dw_conv, 9)):  # PyTorch's own
         assert conv.weight.abs().max().item() == pytest.approx(fan_in**-0.5, rel=0.02)
         assert conv.bias.std() > 0.1 * fan_in**-0.5
-    for classifier in (model.head, model.head.dist):
+    for classifier in (model.head.cls, model.head.dist):
         assert classifier.weight.std().item() == pytest.approx(0.02, rel=0.02)
         assert classifier.bias.eq(0).all()
 
@@ -59,7 +59,7 @@ def test_logits_are_the_mean_of_both_classifiers():
     torch.manual_seed(0)
     model, x = timm.create_model("test_casvit", num_classes=5), torch.randn(2, 64)
     head = model.get_classifier()
-    want = (torch.nn.functional.linear(x, head.weight, head.bias) + head.dist(x)) / 2
+    want = (head.cls(x) + head.dist(x)) / 2
     for mode in (True, False):
         torch.testing.assert_close(model.train(mode).head(x), want)
 

@@ -139,16 +139,9 @@ class Adapter(nn.Module):
 
 def adapted(model, scale):
     for module_name, module in weighted(model).items():
-        inside = any(isinstance(outer, Adapter) for outer in outer_modules(model, module_name))
-        if isinstance(module, nn.Linear | nn.Conv2d) and not inside:
+        if isinstance(module, nn.Linear | nn.Conv2d):
             model.set_submodule(module_name, Adapter(module, scale))
     return model
-
-
-def outer_modules(model, name):
-    """The modules that contain the module `name`, which may be layers themselves: a classifier with a second one."""
-    parts = name.split(".")
-    return [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
 
 
 @pytest.mark.slow
