@@ -187,7 +187,8 @@ class Backbone(nn.Module):
             self.global_pool = global_pool
         self.num_classes = num_classes
         dd = get_device_dtype(self)
-        self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.head: nn.Module = head
         self.head.apply(self.init_module).train(self.training)
 
     def forward_intermediates(
