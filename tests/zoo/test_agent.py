@@ -183,7 +183,7 @@ def test_any_size(name, size):
     torch.testing.assert_close(model(x)[1:], model(x[1:]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["pvt", "cswin"])
 def test_exported_program_takes_any_batch_and_size(name):
@@ -195,7 +195,7 @@ def test_exported_program_takes_any_batch_and_size(name):
         torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["pvt", "cswin"])
 def test_compiles_as_one_graph_with_gradients(name):
     torch._dynamo.reset()

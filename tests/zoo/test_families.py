@@ -274,7 +274,9 @@ def test_exported_program_takes_any_batch_and_size(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit.trace. is deprecated")
-@pytest.mark.parametrize("features_only", [False, True], ids=["logits", "features"])
+@pytest.mark.parametrize(
+    "features_only", [False, pytest.param(True, marks=pytest.mark.long)], ids=["logits", "features"]
+)
 def test_traced_model_agrees_on_any_batch_of_its_size(name, features_only):
     model = build(name, features_only=features_only)
     traced = torch.jit.trace(model, images(2, 64, 97))
