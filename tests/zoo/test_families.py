@@ -150,8 +150,8 @@ def test_layer_groups_cover_all_parameters_in_order(name, coarse):
     order = [groups[key] for key, _ in model.named_parameters()]
     assert sorted(set(order)) == list(range(max(order) + 1))
     assert order[0] == 0
-    head = [group for key, group in groups.items() if key.startswith(f"{model.pretrained_cfg['classifier']}.")]
-    assert head and set(head) == {max(order)}
+    head = {group for key, group in groups.items() if key.startswith(f"{model.pretrained_cfg['classifier']}.")}
+    assert head == {max(order)}
     assert list(dict.fromkeys(order)) == sorted(set(order))  # named_parameters runs from the stem to the classifier
 
 
