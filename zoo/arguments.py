@@ -9,7 +9,17 @@ from typing import Any, TypeGuard, TypeVar
 
 from zoo.messages import did_you_mean, one_line
 
-__all__ = ["as_tuple", "check", "check_choice", "check_name", "check_stages", "is_list", "is_number", "shown"]
+__all__ = [
+    "as_tuple",
+    "check",
+    "check_choice",
+    "check_halved",
+    "check_name",
+    "check_stages",
+    "is_list",
+    "is_number",
+    "shown",
+]
 
 T = TypeVar("T")
 
@@ -58,6 +68,14 @@ def check(**settings: Any) -> None:
         elif not (value is None and name in OPTIONAL) and not _fits(name, value):
             kind = "a whole number" if name in WHOLE else "a number"
             raise ValueError(f"Got {name}={shown(value)}; it has to be {kind} {_range(name)}.")
+
+
+def check_halved(embed_dims: Sequence[int]) -> None:
+    """Raise ValueError unless a stem with half of the first stage's channels has any."""
+    if embed_dims[0] < 2:
+        raise ValueError(
+            f"Got {embed_dims=}; the first stage needs 2 channels or more, since the stem has half as many."
+        )
 
 
 def check_stages(**settings: Any) -> None:

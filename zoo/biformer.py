@@ -333,10 +333,8 @@ class BiFormer(Backbone):
         arguments.check_stages(
             embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio, topks=topks
         )
-        if layout == "biformer" and embed_dims[0] < 2:
-            raise ValueError(
-                f"Got {embed_dims=}; the first stage needs 2 channels or more, since the stem has half as many."
-            )
+        if layout == "biformer":
+            arguments.check_halved(embed_dims)
         if not all(arguments.is_number(k, 1, num_regions**2) or arguments.is_number(k, FULL, FULL) for k in topks):
             raise ValueError(
                 f"Got topks={arguments.shown(topks)}; "

@@ -287,10 +287,7 @@ class CASViT(Backbone):
         )
         arguments.check_choice("distillation", distillation, (True, False))
         arguments.check_stages(embed_dims=embed_dims, depths=depths, mlp_ratio=mlp_ratio)
-        if embed_dims[0] < 2:
-            raise ValueError(
-                f"Got {embed_dims=}; the first stage needs 2 channels or more, since the stem has half as many."
-            )
+        arguments.check_halved(embed_dims)
         dd = {"device": device, "dtype": dtype}
         stages = []
         for i, (dim, rates) in enumerate(zip(embed_dims, stage_rates(drop_path_rate, depths), strict=True)):

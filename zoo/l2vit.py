@@ -20,7 +20,6 @@ import torch
 from timm.layers import DropPath, LayerNorm2d, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
@@ -35,6 +34,7 @@ from zoo.layers import (
     crop_tokens,
     depthwise,
     init_transformer,
+    pad_images,
     pad_tokens,
     stage_rates,
 )
@@ -191,13 +191,6 @@ class LinearBlock(nn.Module):
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.local(self.norm3(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-def pad_images(x: Tensor, multiple: int) -> Tensor:
-    """(B, C, H, W) with zeros at the bottom and the right, so that the sides are multiples of `multiple`."""
-    # Written so that torch.export can infer the range.
-    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in sizes(x)[2:])
-    return F.pad(x, (0, right, 0, bottom))
 
 
 @register_notrace_module

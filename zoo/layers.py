@@ -37,6 +37,7 @@ __all__ = [
     "global_attention",
     "init_transformer",
     "mask_padding",
+    "pad_images",
     "pad_tokens",
     "stage_rates",
     "sym_max",
@@ -65,6 +66,13 @@ def sym_max(size: int, other: int) -> int:
     return torch.sym_max(size, other)
 
 
+def pad_images(x: Tensor, multiple: int) -> Tensor:
+    """(B, C, H, W) with zeros at the bottom and the right, so that the sides are multiples of `multiple`."""
+    # Written so that torch.export can infer the range.
+    bottom, right = ((side + multiple - 1) // multiple * multiple - side for side in sizes(x)[2:])
+    return F.pad(x, (0, right, 0, bottom))
+
+
 @register_notrace_module
 class PatchStem(nn.Module):
     """Patches of `size` x `size` pixels, LayerNorm. The image is padded with zeros at the bottom and the right."""
@@ -79,9 +87,7 @@ class PatchStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, dim, ceil(H / size), ceil(W / size))."""
         check_images(x, self.proj)
-        # Written so that torch.export can infer the range.
-        bottom, right = ((side + self.size - 1) // self.size * self.size - side for side in sizes(x)[2:])
-        return self.norm(self.proj(F.pad(x, (0, right, 0, bottom))))
+        return self.norm(self.proj(pad_images(x, self.size)))
 
 
 @register_notrace_module

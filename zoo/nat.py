@@ -279,10 +279,8 @@ class NAT(Backbone):
         arguments.check_stages(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratio=mlp_ratio)
         dilations = (1,) * len(depths) if dilations is None else dilations
         arguments.check_stages(embed_dims=embed_dims, dilations=dilations)
-        if layout == "nat" and embed_dims[0] < 2:
-            raise ValueError(
-                f"Got {embed_dims=}; the first stage needs 2 channels or more, since the stem has half as many."
-            )
+        if layout == "nat":
+            arguments.check_halved(embed_dims)
         if layout == "isotropic" and any(dim != embed_dims[0] for dim in embed_dims):
             raise ValueError(
                 f"Got {embed_dims=}; with layout='isotropic', all stages have the same number of channels."
