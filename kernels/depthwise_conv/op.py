@@ -108,7 +108,8 @@ def large_kernel_attention(
     gate = depthwise_conv2d_nhwc(x, depthwise_weight, depthwise_bias)
     gate = depthwise_conv2d_nhwc(gate, dilated_weight, dilated_bias, dilation=dilation)
     with dispatch.as_given(x):
-        return x * F.linear(gate, pointwise_weight, pointwise_bias)
+        # Of a cropped map, PyTorch makes a batch of matrices, and a copy of the weight for each.
+        return x * F.linear(gate.contiguous(), pointwise_weight, pointwise_bias)
 
 
 def _implementation() -> ModuleType:
