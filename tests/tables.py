@@ -103,7 +103,8 @@ def speed(results: dict) -> Iterator[str]:
     def line(title: str, name: str, shown: str) -> str:
         entry = found[name, modes[0]]
         cells = [f"{entry['parameters'] / 1e6:.1f} M", f"{entry['top1']} %" if entry["top1"] else ""]
-        cells += [_passes(found[name, mode], lambda figures: f"{figures['ratio']['median']:.2f}") for mode in modes]
+        figures = (found.get((name, mode), {}) for mode in modes)
+        cells += [_passes(each, lambda measured: f"{measured['ratio']['median']:.2f}") for each in figures]
         return f"| {f'{title} ' if title else ''}| {shown} | {' | '.join(cells)} |"
 
     missing = [name for family in zoo.FAMILIES for name in manifest.examples(family) if (name, modes[0]) not in found]
@@ -139,7 +140,8 @@ def shares(results: dict) -> Iterator[str]:
     yield "|---" * (1 + len(modes)) + "|"
     for name in dict.fromkeys(name for name, _ in found):
         shown = f"`{name}`" if found[name, modes[0]]["ours"] else f"timm's `{name}`"
-        cells = (_passes(found[name, mode], lambda each: f"{each['matmul_share']['median']:.0%}") for mode in modes)
+        figures = (found.get((name, mode), {}) for mode in modes)
+        cells = (_passes(each, lambda measured: f"{measured['matmul_share']['median']:.0%}") for each in figures)
         yield f"| {shown} | {' | '.join(cells)} |"
     product = results["matmul"]["inference"]
     rates = " and ".join(f"{one['flops_per_s'] / 1e9:,.0f} GFLOP/s in {one['dtype']}" for one in product)
@@ -165,7 +167,7 @@ def _modes(results: dict) -> tuple[list[str], dict[tuple[str, str], dict]]:
 
 
 def _passes(entry: dict, cell: Callable[[dict], str]) -> str:
-    """A cell of inference / training."""
+    """A cell of inference / training, empty if the model did not run in this mode."""
     figures = (entry[what] for what in ("inference", "training") if what in entry)
     return " / ".join(cell(each) if each["status"] == "timed" else each["status"] for each in figures)
 

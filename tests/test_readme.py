@@ -116,6 +116,12 @@ def test_table_of_speed_names_what_was_not_measured(results):
     assert " ".join(lines).endswith("Not measured yet: `gc_vit_new`.")
 
 
+def test_tables_leave_out_modes_that_a_model_was_not_measured_in(results):
+    results["models"] = [one for one in results["models"] if one["name"] != "gc_vit_tiny" or not one["compiled"]]
+    assert next(line for line in tables.speed(results) if "gc_vit_tiny" in line).endswith("| 0.88 / 0.90 |  |")
+    assert next(line for line in tables.shares(results) if "gc_vit_tiny" in line).endswith("| 30% / 30% |  |")
+
+
 def test_table_of_shares(results):
     lines = list(tables.shares(results))
     assert lines[:5] == [

@@ -57,7 +57,8 @@ without a cache."""
 MODEL_EXAMPLES = """\
 examples:
   zoo-bench models --threads 2                              one or two of each family, about ten minutes
-  zoo-bench models --dtype float32 bfloat16 --compile       all modes, an hour on two cores
+  zoo-bench models --dtype float32 bfloat16 --compile       all modes, two hours on two cores
+  zoo-bench models --compile gc_vit_tiny,maxvit_tiny        all models, two of them and timm's of these also compiled
   zoo-bench models dinat_tiny resnet50 --no-training        models of zoo and timm by name
   zoo-bench models van_b0 --batch-size 1 --dtype bfloat16   the latency of one image
   zoo-bench models cswin_tiny --kernels reference,torch     the implementations of zoo's operators compared
@@ -211,8 +212,12 @@ def parser() -> argparse.ArgumentParser:
     add("--training", action=argparse.BooleanOptionalAction, default=True, help="also time the training step (on)")
     add(
         "--compile",
-        action="store_true",
-        help="also run every model compiled, which on a CPU takes a minute per model, dtype and kind of pass",
+        nargs="?",
+        type=lambda text: text.split(","),
+        default=(),
+        const=[],
+        metavar="MODEL,...",
+        help="also run every model, or only these, compiled; on a CPU, a minute per model, dtype and kind of pass",
     )
     add(
         "--kernels",
@@ -608,6 +613,8 @@ def _models(options: argparse.Namespace) -> None:
     from zoo.tools import benchmark_models, benchmark_timing
 
     names = options.models or list(MODELS)
+    if options.compile == []:  # without names
+        options.compile = names
     _check_models(options, names)
     batch = options.batch_size or (128 if options.device == "cuda" else 4)
     machine = benchmark_timing.machine(options.device)
@@ -675,6 +682,9 @@ def _check_models(options: argparse.Namespace, names: list[str]) -> None:
     for name in (options.against, *names):
         if not timm.is_model(name):
             raise OptionError(unknown_model(name, timm.list_models()))
+    for name in options.compile:
+        if name not in (options.against, *names):
+            raise OptionError(f"got --compile with {name!r}, which is none of the models: {', '.join(names)}.")
     if options.kernels and not any(map(benchmark_models.is_ours, names)):
         raise OptionError("got --kernels, but no model of zoo, and no other model uses them: add one.")
     if "triton" in options.kernels and (obstacle := dispatch.triton_obstacle(torch.empty(0, device=options.device))):

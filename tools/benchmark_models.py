@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -203,7 +203,7 @@ def contenders(
     device: str,
     dtypes: tuple[str, ...] = ("float32",),
     cast: bool = False,
-    compiled: bool = False,
+    compiled: Collection[str] = (),
     choices: tuple[str, ...] = (),
 ) -> list[Contender]:
     """The yardstick `against`, followed by the models `names`, each with timm's model of the same family.
@@ -215,11 +215,12 @@ def contenders(
         device: The device of the models.
         dtypes: The names of the dtypes to run each model in, the unit's first.
         cast: Whether to add each model cast to the dtypes other than float32.
-        compiled: Whether to add each model compiled.
+        compiled: Names of models to add compiled, too, with timm's model of each and the yardstick.
         choices: Implementations of zoo.kernels to run each model of zoo with; () for the automatic choice.
     """
     asked = list(dict.fromkeys([against, *names]))
     peers = {name: other for name in asked if (other := timm_name(name))}
+    compiling = {other for name in compiled for other in (against, name, peers.get(name))}
     made = []
     for name in dict.fromkeys(n for asked_name in asked for n in (asked_name, peers.get(asked_name)) if n):
         model = _create(name, size).to(device)
@@ -229,9 +230,9 @@ def contenders(
             for casting in (False, True)[: 1 + (cast and dtype != "float32")]:
                 run = copy.deepcopy(model).to(getattr(torch, dtype)) if casting else model
                 for choice in paths:
-                    for compiling in (False, True)[: 1 + compiled]:
-                        call = torch.compile(run, dynamic=False) if compiling else run
-                        how = {"compiled": compiling, "dtype": dtype, "cast": casting, "choice": choice}
+                    for fused in (False, True)[: 1 + (name in compiling)]:
+                        call = torch.compile(run, dynamic=False) if fused else run
+                        how = {"compiled": fused, "dtype": dtype, "cast": casting, "choice": choice}
                         made.append(Contender(name, run, call, **how, peer=peers.get(name), flops=flops))
     return made
 

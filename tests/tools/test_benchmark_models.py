@@ -82,6 +82,7 @@ BAD = [
     ),
     ("resnet18 --kernels torch", 2, "got --kernels, but no model of zoo, and no other model uses them: add one"),
     ("test_van --kernels triton", 1, "got --kernels with 'triton', which can't run here: the tensors are on cpu"),
+    ("test_van --compile van_b0", 2, "got --compile with 'van_b0', which is none of the models: test_van."),
     ("test_van --picture a.png", 2, "got --picture, but none of the models has a published accuracy: leave it out"),
     ("test_van --picture a.jpg", 2, "got --picture a.jpg: its name has to end in .png, .svg, .pdf"),
     ("test_van --dtype int8", 2, "invalid choice: 'int8'"),
@@ -121,7 +122,7 @@ def test_options():
 
 def test_defaults():
     options = benchmark.parser().parse_args(["models"])
-    assert (options.dtype, options.cast, options.compile, options.training) == (["float32"], False, False, True)
+    assert (options.dtype, options.cast, options.compile, options.training) == (["float32"], False, (), True)
 
 
 def test_default_models_are_ours_and_known():
@@ -285,7 +286,8 @@ def test_all_modes_stand_in_one_table(capsys, monkeypatch, replaced, tmp_path):
 
     content = json.loads(file.read_text())
     assert content["settings"]["dtype"] == ["float32", "bfloat16"]
-    assert content["settings"]["cast"] is content["settings"]["compile"] is True
+    assert content["settings"]["cast"] is True
+    assert content["settings"]["compile"] == ["test_van"]
     for what in ("inference", "training"):
         assert [(p["dtype"], p["features"]) for p in content["matmul"][what]] == [("float32", 1024), ("bfloat16", 1024)]
     entries = {(e["name"], e["dtype"], e["cast"], e["compiled"]): e["inference"] for e in content["models"]}
@@ -332,8 +334,15 @@ def test_table_of_all_modes_has_120_columns(what):
 
 def test_contenders_stand_once_and_the_unit_first():
     names = ["test_van", "test_resnet", "test_van"]
-    made = benchmark_models.contenders(names, "test_resnet", size=(64, 64), device="cpu", compiled=True)
+    made = benchmark_models.contenders(names, "test_resnet", size=(64, 64), device="cpu", compiled=names)
     assert [c.label for c in made] == ["test_resnet", "test_resnet, compiled", "test_van", "test_van, compiled"]
+
+
+def test_only_named_contenders_are_compiled():
+    names = ["test_van", "test_maxvit", "test_vit"]
+    made = benchmark_models.contenders(names, "test_resnet", size=(64, 64), device="cpu", compiled=["test_maxvit"])
+    compiled = {contender.name for contender in made if contender.compiled}
+    assert compiled == {"test_resnet", "test_maxvit", *filter(None, [families.timm_name("test_maxvit")])}
 
 
 def test_contenders_of_several_dtypes():
