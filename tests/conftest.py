@@ -1,16 +1,46 @@
-"""How the tests are shared among processes."""
+"""How the tests are shared among tiers and processes."""
+
+import re
+from collections import defaultdict
+from zlib import crc32
 
 import pytest
 
 # Tests with a fixture that takes most of a minute, by the beginning of their names; they run in one process each.
 TOGETHER = {
     "tests/recipes/test_distributed.py": "distributed",
+    "tests/recipes/test_recipe_files.py": "recipes",
     "tests/recipes/test_resume.py": "resume",
     "tests/test_imports.py::test_models_are_registered": "registered",
     "tests/test_packaging.py": "packaging",
     "tests/zoo/test_families.py::test_ddp_": "parallel",
     "tests/zoo/test_families.py::test_fsdp_": "parallel",
 }
+# Models for tests, and recipes for dense prediction. A test of less than MANY is about these, not about every family.
+SHARED = re.compile(r"test_[a-z0-9_]+|(coco|ade20k|cityscapes)/\w+")
+MANY = 8
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A test of many models or recipes stays in its tier for a third of them. For the others it goes to the next one.
+
+    Which third differs from test to test, so that each tier has tests of every family. `make test-all` has all tests,
+    and so has `pytest -k test_van`. Of the tests of Triton's kernels, which test_triton.py runs, a third isn't long.
+    """
+    tests = defaultdict(lambda: defaultdict(list))
+    for item in items:
+        for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
+            if isinstance(value, str) and SHARED.fullmatch(value):
+                tests[item.nodeid.partition("[")[0]][value].append(item)
+        if item.path.name.startswith(("interpreted_", "compiled_")):
+            tests[item.path.name][item.nodeid].append(item)
+    for test, by_value in tests.items():
+        if len(by_value) < MANY and not test.endswith(".py"):
+            continue
+        for number, value in enumerate(by_value, crc32(test.encode())):
+            for item in by_value[value] if number % 3 else ():
+                item.add_marker("long" if item.get_closest_marker("slow") or test.endswith(".py") else "slow")
 
 
 @pytest.hookimpl(optionalhook=True)

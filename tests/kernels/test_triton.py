@@ -7,12 +7,20 @@ from .processes import run_alone
 
 pytestmark = pytest.mark.slow
 
+every_operator = pytest.mark.parametrize("name", WITH_TRITON)
+# `make test` runs a third of the tests of each file; see tests/conftest.py
+every_tier = pytest.mark.parametrize(
+    "tier", [pytest.param("not long", id="a_third"), pytest.param("long", id="the_rest", marks=pytest.mark.long)]
+)
 
-@pytest.mark.parametrize("name", WITH_TRITON)
-def test_interpreted(name):
-    run_alone(f"interpreted_{name}.py", interpret=True)
+
+@every_operator
+@every_tier
+def test_interpreted(name, tier):
+    run_alone(f"interpreted_{name}.py", interpret=True, tier=tier)
 
 
-@pytest.mark.parametrize("name", WITH_TRITON)
-def test_compiled(name):
-    run_alone(f"compiled_{name}.py", interpret=False)
+@every_operator
+@every_tier
+def test_compiled(name, tier):
+    run_alone(f"compiled_{name}.py", interpret=False, tier=tier)
