@@ -31,6 +31,11 @@ CASES = {
         "14x14x64-block2x2-unbiased",
     ),
     "neighborhood": ("56x56x64-7x7", "14x14x256-7x7", "96x96x192-11x11"),
+    "linear": (
+        "56x56x96-heads3-relu-min100-temperature",
+        "56x56x64-heads1-softmax-rope",
+        "56x56x64-heads1-offset-rope",
+    ),
     "routed": ("56x56x64-regions7-top1", "28x28x128-regions7-top4", "14x14x256-regions7-top16"),
 }
 # The GPU whose time is modelled, and what to compile for each GPU of the cost model.
