@@ -8,8 +8,9 @@ from torch import Tensor
 
 def entries(wh: int, ww: int, sign: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and column in the bias table of each query (row) and key (column), two tensors (T, T)."""
-    y = torch.arange(wh, device=device).repeat_interleave(ww)
-    x = torch.arange(ww, device=device).repeat(wh)
+    # `repeat` of a symbolic size is wrong in ONNX.
+    y = torch.arange(wh, device=device)[:, None].expand(wh, ww).flatten()
+    x = torch.arange(ww, device=device)[None, :].expand(wh, ww).flatten()
     down, right = (place[:, None] - place[None, :] for place in (y, x))
     if sign == "key_minus_query":
         down, right = -down, -right

@@ -158,3 +158,31 @@ def test_onnx_equals_eager(name):
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_windows_of_open_size_are_right_in_onnx():
+    """The whole map, as in models with global attention."""
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 2, 9, 9))
+
+        def forward(self, x):
+            height, width = x.shape[1:3]
+            table = nn.functional.interpolate(self.table, (2 * height - 1, 2 * width - 1))[0]
+            return window_attention(x, num_heads=2, window_size=(height, width), bias_table=table)
+
+    model, sides = Whole(), {1: Dim("height", min=2, max=64), 2: Dim("width", min=2, max=64)}
+    with torch.no_grad():
+        program = torch.export.export(model, (torch.randn(2, 4, 6, 24),), dynamic_shapes={"x": sides})
+        written = torch.onnx.export(
+            program, dynamic_shapes={"x": {1: "height", 2: "width"}}, dynamo=True, verbose=False
+        )
+    file = io.BytesIO()
+    written.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for size in ((4, 6), (5, 3)):
+        x = torch.randn(2, *size, 24)
+        (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), model(x).detach(), rtol=1e-4, atol=1e-5)
