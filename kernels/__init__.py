@@ -15,6 +15,7 @@ from zoo.kernels.linear_attention import linear_attention
 from zoo.kernels.neighborhood_attention import neighborhood_attention
 from zoo.kernels.rotation import rotate_2d
 from zoo.kernels.routed_attention import routed_attention
+from zoo.kernels.selective_scan import selective_scan
 from zoo.kernels.window_attention import window_attention
 
 # Each operator is a folder; tests and benchmarks find its cases and peers there.
@@ -33,6 +34,7 @@ __all__ = [
     "neighborhood_attention",
     "rotate_2d",
     "routed_attention",
+    "selective_scan",
     "set_implementation",
     "sizes",
     "use",

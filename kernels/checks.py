@@ -13,8 +13,8 @@ from torch import SymBool, SymFloat, SymInt, Tensor
 DEBUG = os.environ.get("ZOO_DEBUG", "0") == "1"
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# Parameters that may be float32 with half precision: autocast leaves them as they are.
-PARAMETERS = ("bias_table", "temperature")
+# Tensors that may be float32 with half precision: autocast leaves them as they are.
+PARAMETERS = ("bias_table", "temperature", "A", "D", "delta", "delta_bias")
 
 
 def certain(condition: bool | SymBool) -> bool:
