@@ -16,7 +16,6 @@ code; the tests compare outputs of favit_b0. Differences:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,11 +35,12 @@ from zoo.kernels.gather import take
 from zoo.layers import (
     ConvMlp,
     DepthwiseConv,
+    OverlappingPatches,
+    OverlappingStem,
     ResidualConv,
     TransformerBlock,
-    check_images,
     dot_product_attention,
-    init_transformer,
+    init_by_fan_out,
     stage_rates,
     sym_max,
 )
@@ -251,32 +251,6 @@ class FactorizedAttention(nn.Module):
         return linear(self.proj, torch.cat(outputs, -1))
 
 
-@register_notrace_module
-class PatchEmbed(nn.Module):
-    """Overlapping patches: a strided convolution and LayerNorm. (B, C, H, W) -> (B, dim, ceil(H/s), ceil(W/s))."""
-
-    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2, **dd)
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(convolution(self.proj, x))
-
-
-@register_notrace_module
-class Stem(PatchEmbed):
-    """The first patch embedding, 7 x 7 with stride 4. It checks the images."""
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        super().__init__(in_chans, dim, kernel_size=7, stride=4, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.proj)
-        return super().forward(x)
-
-
 class FaViT(Backbone):
     """FaViT: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
@@ -348,7 +322,7 @@ class FaViT(Backbone):
                 )
         dd = {"device": device, "dtype": dtype}
         drop_path_rates = stage_rates(drop_path_rate, depths)
-        stem = Stem(in_chans, embed_dims[0], **dd)
+        stem = OverlappingStem(in_chans, embed_dims[0], **dd)
         stages = []
         for i, dim in enumerate(embed_dims):
             blocks = [
@@ -362,7 +336,7 @@ class FaViT(Backbone):
                 )
                 for drop_path in drop_path_rates[i]
             ]
-            downsample = PatchEmbed(embed_dims[i - 1], dim, kernel_size=3, stride=2, **dd) if i else None
+            downsample = OverlappingPatches(embed_dims[i - 1], dim, kernel_size=3, stride=2, **dd) if i else None
             stages.append(Stage(blocks, downsample, LayerNorm2d(dim, eps=norm_eps, **dd)))
         super().__init__(
             stem,
@@ -376,13 +350,7 @@ class FaViT(Backbone):
 
     def init_module(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself has."""
-        if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
-            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        else:
-            init_transformer(module)
+        init_by_fan_out(module)
 
 
 # Official names -> ours; see zoo.key_maps. Our own names match no pattern.

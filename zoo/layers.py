@@ -5,6 +5,7 @@ Images and features are NCHW. Tokens between the blocks of a transformer are NHW
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -20,13 +21,15 @@ from timm.layers import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.cpu import by_image, fused_convolution, is_plain, linear
+from zoo.cpu import by_image, convolution, fused_convolution, is_plain, linear
 from zoo.kernels import certain, depthwise_conv2d_nhwc, sizes
 
 __all__ = [
     "ConvMlp",
     "DepthwiseConv",
     "Mlp",
+    "OverlappingPatches",
+    "OverlappingStem",
     "PatchStem",
     "ResidualConv",
     "TransformerBlock",
@@ -35,6 +38,7 @@ __all__ = [
     "depthwise",
     "dot_product_attention",
     "global_attention",
+    "init_by_fan_out",
     "init_transformer",
     "mask_padding",
     "pad_images",
@@ -88,6 +92,34 @@ class PatchStem(nn.Module):
         """(B, in_chans, H, W) -> (B, dim, ceil(H / size), ceil(W / size))."""
         check_images(x, self.proj)
         return self.norm(self.proj(pad_images(x, self.size)))
+
+
+@register_notrace_module
+class OverlappingPatches(nn.Module):
+    """Overlapping patches: a strided convolution and LayerNorm."""
+
+    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2, **dd)
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, dim, ceil(H / stride), ceil(W / stride))."""
+        return self.norm(convolution(self.proj, x))
+
+
+@register_notrace_module
+class OverlappingStem(OverlappingPatches):
+    """The first patches of PVT v2 and its descendants, 7 x 7 with stride 4. It checks the images."""
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__(in_chans, dim, kernel_size=7, stride=4, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4))."""
+        check_images(x, self.proj)
+        return super().forward(x)
 
 
 @register_notrace_module
@@ -238,6 +270,17 @@ def init_transformer(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif (reset_parameters := getattr(module, "reset_parameters", None)) is not None:
         reset_parameters()
+
+
+def init_by_fan_out(module: nn.Module) -> None:
+    """Initialise convolutions (normal, variance 2 / fan-out, zero bias), and other modules by `init_transformer`."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    else:
+        init_transformer(module)
 
 
 def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
