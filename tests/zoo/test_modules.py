@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections import Counter
 
 import pytest
 import timm
@@ -70,11 +71,13 @@ def test_forward_hooks_take_effect(name):
 @torch.no_grad()
 def test_hooks_see_all_images(name, monkeypatch):
     monkeypatch.setattr(cpu, "WIDE", 0)
-    model, seen = build(name), set()
-    for module in weighted(model).values():
-        module.register_forward_hook(lambda module, inputs, output: seen.add(len(output)))
-    model(images(batch=3))
-    assert all(count % 3 == 0 for count in seen)
+    calls = {}
+    for batch in (1, 3):
+        model, calls[batch] = build(name), Counter()
+        for module_name, module in weighted(model).items():
+            module.register_forward_hook(lambda *_, key=(batch, module_name): calls[key[0]].update([key[1]]))
+        model(images(batch))
+    assert calls[3] == calls[1]
 
 
 @every_model
