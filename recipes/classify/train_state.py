@@ -112,13 +112,18 @@ class TrainState:
             raise UserError(f"the optimizer can't be created from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mix and erase normalized images (B, C, H, W) with labels (B,), and return the task's `loss` and `output`."""
+        """Mix and erase normalized images (B, C, H, W) with labels (B,), and return the task's `loss` and `output`.
+
+        A model that needs a further loss has a method `auxiliary_loss()`, which returns that of its last forward pass.
+        """
         if self.mixup:
             images, labels = self.mixup(images, labels)
         if self.erase:
             images = self.erase(images)
         with autocast(self.cfg.trainer.amp, self.device):
-            return self.task(images, labels)
+            result = self.task(images, labels)
+        further = getattr(unwrap_model(self.task.trainable_module), "auxiliary_loss", None)
+        return result if further is None else result | {"loss": result["loss"] + further()}
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """The context of one of several passes before a step: only the last pass exchanges gradients."""

@@ -577,6 +577,18 @@ def test_vectors_are_not_decayed(compose):
     assert min(p.ndim for p in decayed) > 1
 
 
+def test_further_loss_of_a_model_is_added(compose):
+    model = timm.create_model("test_vit", num_classes=2, img_size=32)
+    model.auxiliary_loss = lambda: 0.5 + model.head.weight.sum()
+    training = TrainState(compose(), model, 2, 4, torch.device("cpu"))
+    labels = torch.tensor([0, 1])
+    result = training.forward(torch.randn(2, 3, 32, 32), labels)
+    task = training.task.criterion(result["output"], labels)
+    torch.testing.assert_close(result["loss"], task + 0.5 + model.head.weight.sum())
+    (grad,) = torch.autograd.grad(result["loss"] - task, model.head.weight)
+    torch.testing.assert_close(grad, torch.ones_like(grad))
+
+
 # Determinism.
 
 RANDOM = ("augment=strong", "+model_kwargs.drop_path_rate=0.2", "trainer.ema_decay=0.9", "trainer.epochs=2")
