@@ -42,6 +42,9 @@ WHOLE = {
     "agent_grid": (1, 2**7),
     "table_grid": (1, 2**7),
     "sr_ratios": (1, 2**10),
+    "shared_heads": (0, 2**14),
+    "routed_heads": (0, 2**14),
+    "pretrain_size": (64, 2**14),
 }
 REAL = {
     "mlp_ratio": (0, 100),
