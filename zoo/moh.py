@@ -210,8 +210,8 @@ class HeadGates(nn.Module):
         device, dtype: Device and type of the parameters.
 
     Attributes:
-        balance: After a forward pass in training, how unevenly tokens use the routed heads, 1 or more, up to the number
-            of these heads (), and then None.
+        balance: How unevenly the tokens of the last forward pass in training used the routed heads, (): `routed` if
+            they used them evenly, and more otherwise. None before.
     """
 
     balance: Tensor | None
