@@ -286,7 +286,7 @@ class PositionBias(nn.Module):
         (height, width), ((rows, _), (columns, _)) = size, bins
         # The MLP is computed once for each pair of distances: the map is regular, so there are few of them.
         down, right = (
-            constant(bin_distances, side, real, self.native, torch.float64, like=like)
+            constant(bin_distances, side, real, self.native, _at_least_float32(like), like=like)
             for side, real in ((height, rows), (width, columns))
         )
         pairs = torch.stack(torch.broadcast_tensors(down[:, None], right), -1).to(like.dtype)  # (rows, columns, 2)
