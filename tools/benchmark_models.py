@@ -239,10 +239,10 @@ def contenders(
 
 def count_flops(model: nn.Module, size: tuple[int, int]) -> int | None:
     """The operations of a forward pass of one image, twice the multiply-adds of `zoo-models`; None if it fails."""
-    image = torch.zeros(1, 3, *size, device=next(model.parameters()).device)
     counter = FlopCounterMode(display=False)
     try:
-        model.eval()
+        model = copy.deepcopy(model).to("meta").eval()  # nothing is computed
+        image = torch.zeros(1, 3, *size, device="meta")
         with torch.no_grad(), kernels.implementation("reference"), sdpa_kernel(SDPBackend.MATH), counter:
             model(image)
     except Exception:  # the pass that is timed will say why
