@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.cpu import by_image, convolution, fused_convolution, is_plain, linear
-from zoo.kernels import certain, depthwise_conv2d_nhwc, sizes
+from zoo.kernels import certain, depthwise_conv2d_nhwc, dispatch, sizes
 
 __all__ = [
     "ConvMlp",
     "DepthwiseConv",
+    "HeadConv",
     "Mlp",
     "OverlappingPatches",
     "OverlappingStem",
     "PatchStem",
     "ResidualConv",
+    "ResidualConvMlp",
     "TransformerBlock",
     "check_images",
     "crop_tokens",
@@ -43,6 +45,8 @@ __all__ = [
     "mask_padding",
     "pad_images",
     "pad_tokens",
+    "plus_depthwise",
+    "rope_frequencies",
     "stage_rates",
     "sym_max",
 ]
@@ -157,6 +161,20 @@ def depthwise(layer: nn.Module, x: Tensor, act: nn.Module) -> Tensor:
     return act(layer(x)) if out is None else out.permute(0, 2, 3, 1)
 
 
+def plus_depthwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """`x + layer(x)` of a `DepthwiseConv`: (B, H, W, dim) -> (B, H, W, dim).
+
+    In float32, the middle tap of the kernel adds `x`, in one pass over the map. Half precision would round the tap to
+    fewer digits than the sum.
+    """
+    if is_plain(layer, DepthwiseConv):
+        (weight,) = dispatch.autocast(layer.weight)
+        if weight.dtype in (torch.float32, torch.float64):
+            middle = [side // 2 for side in layer.kernel_size for _ in range(2)]
+            return depthwise_conv2d_nhwc(x, weight + F.pad(weight.new_ones(1, 1, 1, 1), middle), layer.bias)
+    return x + layer(x)
+
+
 @register_notrace_module
 class Mlp(nn.Module):
     """Linear, GELU, Linear on tokens (..., dim), with dropout after both.
@@ -222,6 +240,45 @@ class ConvMlp(nn.Module):
         return self.drop2(linear(self.fc2, self.drop1(x)))
 
 
+@register_notrace_module
+class ResidualConvMlp(nn.Module):
+    """Linear, GELU, depth-wise 3 x 3 convolution with a shortcut, Linear on tokens (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.widening = hidden_dim / dim
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.act = nn.GELU()
+        self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return by_image(self, self.forward_images, x, self.widening)
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """The same, for images that need not be all of the batch."""
+        x = linear(self.fc1, x, self.act)
+        return linear(self.fc2, plus_depthwise(self.dw_conv, x))
+
+
+@register_notrace_module
+class HeadConv(nn.Module):
+    """1 x 1 convolution, batch norm and SiLU before pooling: (B, C, H, W) -> (B, dim, H, W)."""
+
+    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.proj = nn.Conv2d(in_dim, dim, 1, **dd)
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_dim, H, W) -> (B, dim, H, W)."""
+        return convolution(self.proj, x, self.norm, self.act)
+
+
 class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)), with drop path, and with layer scale if it is given.
 
@@ -281,6 +338,12 @@ def init_by_fan_out(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     else:
         init_transformer(module)
+
+
+def rope_frequencies(head_dim: int) -> tuple[float, ...]:
+    """The frequencies of `rotate_2d` for heads of `head_dim` channels, in radians per token: from 1 down to 1/10000."""
+    pairs = head_dim // 4  # along each axis
+    return tuple(10000 ** (-i / max(pairs - 1, 1)) for i in range(pairs))
 
 
 def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

@@ -22,14 +22,23 @@ import torch
 from timm.layers import LayerScale, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attention
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, convolution, is_plain, linear
-from zoo.kernels import depthwise_conv2d_nhwc, dispatch, linear_attention, rotate_2d, sizes
-from zoo.layers import DepthwiseConv, TransformerBlock, check_images, dot_product_attention, stage_rates
+from zoo.cpu import convolution, linear
+from zoo.kernels import linear_attention, rotate_2d, sizes
+from zoo.layers import (
+    DepthwiseConv,
+    HeadConv,
+    ResidualConvMlp,
+    TransformerBlock,
+    check_images,
+    dot_product_attention,
+    plus_depthwise,
+    rope_frequencies,
+    stage_rates,
+)
 
 __all__ = ["RAVLT"]
 
@@ -74,8 +83,7 @@ class GatedAttention(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        pairs = dim // num_heads // 4  # along each axis
-        self.rope = tuple(10000 ** (-i / max(pairs - 1, 1)) for i in range(pairs))  # radians per token
+        self.rope = rope_frequencies(dim // num_heads)
         self.qkvo = nn.Linear(dim, 4 * dim, **dd)  # o is the gate
         self.lepe = DepthwiseConv(dim, 5, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -121,42 +129,6 @@ class SoftmaxAttention(GatedAttention):
         query, key = (rotate_2d(x, self.rope, num_heads=self.num_heads) for x in (query, key))
         heads = (x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
         return dot_product_attention(*heads).unflatten(1, sizes(value)[1:3])
-
-
-def plus_depthwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """`x + layer(x)` of a `DepthwiseConv`: (B, H, W, dim) -> (B, H, W, dim).
-
-    In float32, the middle tap of the kernel adds `x`, in one pass over the map. Half precision would round the tap to
-    fewer digits than the sum.
-    """
-    if is_plain(layer, DepthwiseConv):
-        (weight,) = dispatch.autocast(layer.weight)
-        if weight.dtype in (torch.float32, torch.float64):
-            middle = [side // 2 for side in layer.kernel_size for _ in range(2)]
-            return depthwise_conv2d_nhwc(x, weight + F.pad(weight.new_ones(1, 1, 1, 1), middle), layer.bias)
-    return x + layer(x)
-
-
-@register_notrace_module
-class ConvMlp(nn.Module):
-    """Linear, GELU, depth-wise 3 x 3 convolution with a shortcut, Linear on tokens (B, H, W, dim)."""
-
-    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.widening = hidden_dim / dim
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.act = nn.GELU()
-        self.dw_conv = DepthwiseConv(hidden_dim, 3, **dd)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return by_image(self, self.forward_images, x, self.widening)
-
-    def forward_images(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        x = linear(self.fc1, x, self.act)
-        return linear(self.fc2, plus_depthwise(self.dw_conv, x))
 
 
 class DecayedLayerScale(LayerScale):
@@ -238,21 +210,6 @@ class Downsample(nn.Module):
         return convolution(self.reduction, x, self.norm)
 
 
-@register_notrace_module
-class HeadConv(nn.Module):
-    """1 x 1 convolution, batch norm and SiLU before pooling: (B, C, H, W) -> (B, dim, H, W)."""
-
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.proj = nn.Conv2d(in_dim, dim, 1, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
-        self.act = nn.SiLU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return convolution(self.proj, x, self.norm, self.act)
-
-
 class RAVLT(Backbone):
     """RAVLT or MAViT: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
@@ -327,7 +284,7 @@ class RAVLT(Backbone):
             for drop_path in drop_path_rates[i]:
                 attn: nn.Module
                 attn = LinearAttention(dim, heads, linear_attn, **dd) if i < 2 else SoftmaxAttention(dim, heads, **dd)
-                mlp = ConvMlp(dim, int(dim * mlp_ratios[i]), **dd)
+                mlp = ResidualConvMlp(dim, int(dim * mlp_ratios[i]), **dd)
                 blocks.append(Block(dim, attn, mlp, drop_path, layer_scale_init[i], **dd))
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
         super().__init__(
