@@ -18,27 +18,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from timm.layers import LayerScale, register_notrace_module, trunc_normal_
+from timm.layers import register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
 
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attention
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import convolution, linear
+from zoo.cpu import linear
 from zoo.kernels import linear_attention, rotate_2d, sizes
 from zoo.layers import (
     DepthwiseConv,
     HeadConv,
     ResidualConvMlp,
-    TransformerBlock,
-    check_images,
     dot_product_attention,
-    plus_depthwise,
     rope_frequencies,
     stage_rates,
 )
+from zoo.rmt import Block, Downsample, Stem
 
 __all__ = ["RAVLT"]
 
@@ -131,85 +128,6 @@ class SoftmaxAttention(GatedAttention):
         return dot_product_attention(*heads).unflatten(1, sizes(value)[1:3])
 
 
-class DecayedLayerScale(LayerScale):
-    """A layer scale with factors (1, dim) instead of (dim,).
-
-    timm's optimizers therefore apply weight decay to them, as the official code does to its (1, dim, 1, 1).
-    """
-
-    def __init__(self, dim: int, init: float, device=None, dtype=None):
-        super().__init__(dim, init, device=device, dtype=dtype)
-        self.gamma = nn.Parameter(torch.empty(1, dim, device=device, dtype=dtype))
-
-
-@register_notrace_module
-class Block(TransformerBlock):
-    """A transformer block that first adds a depth-wise 3 x 3 convolution of the tokens, which encodes positions."""
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module,
-        mlp: nn.Module,
-        drop_path: float = 0.0,
-        layer_scale_init: float = 1.0,
-        device=None,
-        dtype=None,
-    ):
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, attn, mlp, drop_path, norm_eps=1e-6, **dd)
-        self.pos_embed = DepthwiseConv(dim, 3, **dd)
-        self.ls1 = DecayedLayerScale(dim, layer_scale_init, **dd)
-        self.ls2 = DecayedLayerScale(dim, layer_scale_init, **dd)
-
-    def forward(self, x: Tensor, *context: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        return super().forward(plus_depthwise(self.pos_embed, x), *context)
-
-
-@register_notrace_module
-class Stem(nn.Module):
-    """Four 3 x 3 convolutions with batch norms, GELU between them: (B, C, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4)).
-
-    The first and the last convolution have stride 2.
-    """
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        half = dim // 2
-        self.conv1 = nn.Conv2d(in_chans, half, 3, 2, 1, **dd)
-        self.norm1 = nn.BatchNorm2d(half, **dd)
-        self.conv2 = nn.Conv2d(half, half, 3, 1, 1, **dd)
-        self.norm2 = nn.BatchNorm2d(half, **dd)
-        self.conv3 = nn.Conv2d(half, half, 3, 1, 1, **dd)
-        self.norm3 = nn.BatchNorm2d(half, **dd)
-        self.conv4 = nn.Conv2d(half, dim, 3, 2, 1, **dd)
-        self.norm4 = nn.BatchNorm2d(dim, **dd)
-        self.act = nn.GELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1)
-        x = convolution(self.conv1, x, self.norm1, self.act)
-        x = convolution(self.conv2, x, self.norm2, self.act)
-        x = convolution(self.conv3, x, self.norm3, self.act)
-        return convolution(self.conv4, x, self.norm4)
-
-
-@register_notrace_module
-class Downsample(nn.Module):
-    """3 x 3 convolution with stride 2, batch norm: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
-
-    def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.reduction = nn.Conv2d(in_dim, dim, 3, 2, 1, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return convolution(self.reduction, x, self.norm)
-
-
 class RAVLT(Backbone):
     """RAVLT or MAViT: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
@@ -288,7 +206,7 @@ class RAVLT(Backbone):
                 blocks.append(Block(dim, attn, mlp, drop_path, layer_scale_init[i], **dd))
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
         super().__init__(
-            Stem(in_chans, embed_dims[0], **dd),
+            Stem(in_chans, embed_dims[0], strides=(2, 1, 1, 2), **dd),
             stages,
             embed_dims,
             in_chans=in_chans,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo import cpu, families
+from zoo import cpu
 from zoo.cpu import by_image, channels_last, convolution, linear, spatial_mean
 from zoo.layers import Mlp
 
@@ -330,16 +330,19 @@ def test_multiply_adds_are_counted():
     assert counter.get_total_flops() == 2 * 5 * 12 * 7
 
 
-WIDE_MODELS = [
-    name
-    for family in zoo.FAMILIES
-    if hasattr(families.load(family), "by_image")
-    for name in timm.list_models("test_*", module=family)
-]
+def wide_models():
+    """A test model for each class of modules that call `by_image`."""
+    found = {}
+    for family in zoo.FAMILIES:
+        for name in timm.list_models("test_*", module=family):
+            for module in timm.create_model(name, device="meta").modules():
+                if hasattr(module, "widening"):
+                    found.setdefault(type(module), name)
+    return sorted(set(found.values()))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WIDE_MODELS)
+@pytest.mark.parametrize("name", wide_models())
 def test_one_image_at_a_time_gives_the_same(name, monkeypatch):
     torch.manual_seed(0)
     model = timm.create_model(name).eval().double()
