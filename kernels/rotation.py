@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 
 import torch
@@ -73,12 +73,28 @@ def frequencies(rope: Sequence[float], head_dim: int) -> tuple[float, ...]:
 def rotated(x: Tensor, rope: tuple[float, ...], num_heads: int) -> Tensor:
     """See `rotate_2d`, which checks the arguments; `x` is float32 or float64."""
     _, height, width, _ = checks.sizes(x)
-    pairs = x.unflatten(-1, (num_heads, 2 * len(rope), 2))
+    return turned(x, num_heads, _turns, height, width, rope)
+
+
+def turned(x: Tensor, num_heads: int, make_turns: Callable[..., Tensor], *args: object) -> Tensor:
+    """Turn pairs of adjacent channels by angles that depend on the token and on the place of the pair in its head.
+
+    Args:
+        x: (B, H, W, N * D), float32 or float64.
+        num_heads: N.
+        make_turns: A function of `args`, which are hashable, a dtype and a device. It returns the cosines and the sines
+            of the angles, (2, H, W, 1, D / 2).
+        args: The arguments of `make_turns`.
+
+    Returns:
+        (B, H, W, N * D).
+    """
+    pairs = x.unflatten(-1, (num_heads, checks.sizes(x)[-1] // (2 * num_heads), 2))
     if _viewable_as_complex(pairs):
         # As complex numbers: the same products and sums in a single pass, five times as fast on CPUs.
-        factors = constant(_complex_turns, height, width, rope, x.dtype, like=x)
+        factors = constant(_as_complex, make_turns, *args, x.dtype, like=x)
         return torch.view_as_real(torch.view_as_complex(pairs) * factors).flatten(-3)
-    cos, sin = turns(height, width, rope, like=x)
+    cos, sin = constant(make_turns, *args, x.dtype, like=x).unbind(0)
     first, second = pairs.unbind(-1)
     return torch.stack((first * cos - second * sin, second * cos + first * sin), -1).flatten(-3)
 
@@ -91,22 +107,15 @@ def _viewable_as_complex(pairs: Tensor) -> bool:
     return bool(last == 1 and all(place % 2 == 0 for place in (pairs.storage_offset(), *strides)))
 
 
-def turns(height: int, width: int, rope: tuple[float, ...], *, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angles of all tokens and pairs of channels, each (H, W, 1, D / 2), as `like`."""
-    table = constant(_turns, height, width, rope, like.dtype, like=like)
-    return table[0], table[1]
-
-
 def _turns(height: int, width: int, rope: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(2, H, W, 1, D / 2): cosine and sine of the angles of all tokens and pairs of channels."""
     rows, columns = axis_turns(height, width, rope, dtype, device).split((height, width), 1)
     rows, columns = rows[:, :, None].expand(-1, -1, width, -1), columns[:, None].expand(-1, height, -1, -1)
     return torch.cat((rows, columns), -1)[:, :, :, None]
 
 
-def _complex_turns(
-    height: int, width: int, rope: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    return torch.complex(*_turns(height, width, rope, dtype, device))
+def _as_complex(make_turns: Callable[..., Tensor], *args: object, device: torch.device) -> Tensor:
+    return torch.complex(*make_turns(*args, device=device))
 
 
 def axis_turns(height: int, width: int, rope: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

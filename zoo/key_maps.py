@@ -87,7 +87,8 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
 
     Relative-position tables, whose names end in "bias_table", are resized in the interpolation `mode` to (N, h, w). The
     form ((2 wh - 1)(2 ww - 1), N) of Swin's code is accepted too. Weights of 1 x 1 convolutions become those of linear
-    layers. Of five dimensions, the first is dropped if it is 1: models with more than four can't be channels-last.
+    layers, and vice versa. Of five dimensions, the first is dropped if it is 1: models with more than four can't be
+    channels-last.
     """
     if key.endswith("bias_table"):
         form = our_shape(key, value)
@@ -97,6 +98,8 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
         return table if table.shape == shape else resize_table(table, (shape[1], shape[2]), mode)
     if len(shape) == 2 and _linear_shape(value) == shape:
         return value.flatten(1)
+    if len(shape) == 4 and value.ndim == 2 and (*value.shape, 1, 1) == shape:
+        return value[:, :, None, None]
     if value.ndim == 5 and our_shape(key, value) == shape:
         return value[0]
     return value
