@@ -65,7 +65,7 @@ def needs_no_mask(bias: Tensor | None) -> None:
         CannotRunError: it contains a mask.
     """
     if bias is not None and bias.dim() != 3:
-        raise CannotRunError("not written for key_mask and regions")
+        raise CannotRunError("not written for key_mask, regions and line_decay")
 
 
 def flex_can(tensor: Tensor) -> None:

@@ -28,6 +28,7 @@ CASES = {
         "96x96x64-block12x12-key_minus_query",
         "14x14x256-block14x14",
         "56x56x32-block56x1-unbiased",
+        "56x56x64-block1x56-unbiased-line_decay",
         "14x14x64-block2x2-unbiased",
     ),
     "neighborhood": ("56x56x64-7x7", "14x14x256-7x7", "96x96x192-11x11"),

@@ -104,6 +104,7 @@ def neighborhood_attention(
                     bias_table,
                     key_mask,
                     None,  # regions
+                    None,  # line_decay
                     num_heads=num_heads,
                     wh=kernel[0],
                     ww=kernel[1],

@@ -72,6 +72,7 @@ def neighborhood_attention(
             scale=scale,
             key_mask=key_mask,
             regions=None,
+            line_decay=None,
             q=None,
         )
     if dispatch.compiled_for_cpu(qkv) and fused(qkv, bias_table):

@@ -28,6 +28,7 @@ class Case:
     shared_query: bool = False
     key_mask: bool = False
     regions: bool = False
+    line_decay: bool = False
 
     @property
     def name(self) -> str:
@@ -36,7 +37,7 @@ class Case:
         name = f"{height}x{width}x{self.num_heads * self.head_dim}-{self.layout}{wh}x{ww}"
         name += f"-{self.bias_sign}" if self.bias and self.bias_sign != "query_minus_key" else ""
         name += "-unbiased" * (not self.bias) + "-shared_query" * self.shared_query + "-masked" * self.key_mask
-        return name + "-regions" * self.regions
+        return name + "-regions" * self.regions + "-line_decay" * self.line_decay
 
 
 def _cases() -> Iterator[Case]:
@@ -64,6 +65,10 @@ def _cases() -> Iterator[Case]:
     # windows that are shifted by half of their size; images of 224 and 384 pixels
     yield Case((56, 56), 3, (7, 7), regions=True)
     yield Case((24, 24), 12, (12, 12), regions=True)
+    # rows and columns with decays; images of 224 and 512 pixels
+    for side, heads, dim in ((56, 4, 16), (28, 4, 32), (128, 4, 16), (64, 4, 32)):
+        yield Case((side, side), heads, (1, side), dim, bias=False, line_decay=True)
+        yield Case((side, side), heads, (side, 1), dim, bias=False, line_decay=True)
 
 
 CASES = {case.name: case for case in _cases()}
@@ -107,6 +112,11 @@ def inputs(
             for side, window in ((height, wh), (width, ww))
         )
         regions = (3 * down[:, None] + right)[None].to(device)  # (1, H, W)
+    line_decay = None
+    if case.line_decay:  # sums of steps of 0.1 on average
+        steps = 0.2 * torch.rand(batch, height, width, case.num_heads, generator=torch.Generator().manual_seed(1))
+        line_decay = -steps.cumsum(2 if wh == 1 else 1).to(device, torch.promote_types(dtype, torch.float32))
+        line_decay.requires_grad_(requires_grad)
     return (normal(batch, height, width, (2 if case.shared_query else 3) * channels),), {
         "num_heads": case.num_heads,
         "window_size": case.window_size,
@@ -115,6 +125,7 @@ def inputs(
         "bias_sign": case.bias_sign,
         "key_mask": key_mask,
         "regions": regions,
+        "line_decay": line_decay,
         "q": normal(batch, wh * ww, channels) if case.shared_query else None,
     }
 

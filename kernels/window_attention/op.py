@@ -24,6 +24,7 @@ def window_attention(
     scale: float | None = None,
     key_mask: Tensor | None = None,
     regions: Tensor | None = None,
+    line_decay: Tensor | None = None,
     q: Tensor | None = None,
 ) -> Tensor:
     """Multi-head self-attention within windows of wh x ww tokens.
@@ -52,6 +53,9 @@ def window_attention(
         regions: (B, H, W), or (1, H, W) for all images, labels: integers from -2 ** 30 to 2 ** 30 - 1. A token attends
             only to tokens of its window that have the same label (Swin's shifted windows), and only to those that
             `key_mask` allows.
+        line_decay: (B, H, W, N), for windows of one row or one column: sums c of decays along the window, up to and
+            with each token. -|c_i - c_j| is added to the logits of tokens i and j (PPMA), so each decay between two
+            tokens lowers their weights. It has the dtype of `qkv`; float32 is allowed with half precision.
         q: (B, wh * ww, N * D), queries that all windows of an image share (GC ViT's global attention). With `regions`,
             each has the label of the token in its place.
 
@@ -64,12 +68,12 @@ def window_attention(
         ValueError: a shape or an option other than those above, or devices that differ.
 
     Source: Swin, arXiv 2103.14030, section 3.2; MaxViT, arXiv 2204.01697, section 3.2; GC ViT, arXiv 2206.09959,
-    section 3.2.
+    section 3.2; PPMA, arXiv 2506.15940.
     """
     wh, ww = checks.pair(window_size, "window_size")
-    checks.tensors({"qkv": qkv}, bias_table=bias_table, key_mask=key_mask, regions=regions, q=q)
+    checks.tensors({"qkv": qkv}, bias_table=bias_table, key_mask=key_mask, regions=regions, line_decay=line_decay, q=q)
     qkv, q = dispatch.autocast(qkv, q)
-    checks.floating(qkv=qkv, bias_table=bias_table, q=q)
+    checks.floating(qkv=qkv, bias_table=bias_table, line_decay=line_decay, q=q)
     checks.shape(qkv, "qkv", (None,) * 4, "(B, H, W, channels)")
     batch, height, width, channels = checks.sizes(qkv)
     head_dim = checks.split_heads(channels, 3 if q is None else 2, num_heads, "qkv")
@@ -89,6 +93,13 @@ def window_attention(
         checks.mask(key_mask, "key_mask", (batch, height, width), "(B, H, W)")
     if regions is not None:
         _check_regions(regions, batch, height, width)
+    if line_decay is not None:
+        checks.shape(line_decay, "line_decay", (batch, height, width, num_heads), "(B, H, W, N)")
+        if checks.certain(wh != 1) and checks.certain(ww != 1):
+            raise ValueError(
+                f"Got line_decay for windows of {wh} x {ww}; it is for windows of one row or one column: use a "
+                "bias_table, or such windows."
+            )
     if q is not None:
         checks.shape(q, "q", (batch, wh * ww, num_heads * head_dim), "(B, wh ww, N D)")
 
@@ -102,6 +113,7 @@ def window_attention(
                 bias_table,
                 key_mask,
                 regions,
+                line_decay,
                 num_heads=num_heads,
                 wh=wh,
                 ww=ww,
@@ -120,6 +132,7 @@ def window_attention(
             scale=scale,
             key_mask=key_mask,
             regions=regions,
+            line_decay=line_decay,
             q=q,
         )
 
@@ -139,6 +152,7 @@ def forward(
     bias_table: Tensor | None,
     key_mask: Tensor | None,
     regions: Tensor | None,
+    line_decay: Tensor | None,
     num_heads: int,
     wh: int,
     ww: int,
@@ -155,6 +169,7 @@ def forward(
         bias_table,
         key_mask,
         regions,
+        line_decay,
         num_heads=num_heads,
         wh=wh,
         ww=ww,
@@ -172,6 +187,7 @@ def backward(
     bias_table: Tensor | None,
     key_mask: Tensor | None,
     regions: Tensor | None,
+    line_decay: Tensor | None,
     out: Tensor,
     lse: Tensor,
     num_heads: int,
@@ -181,8 +197,9 @@ def backward(
     key_minus_query: bool,
     scale: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of qkv, q and bias_table; empty if the tensor is None or its gradient is not needed."""
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, q, bias_table and line_decay; empty if the tensor is None or its gradient is not needed."""
     from zoo.kernels.window_attention import triton_impl
 
     return triton_impl.backward(
@@ -192,6 +209,7 @@ def backward(
         bias_table,
         key_mask,
         regions,
+        line_decay,
         out,
         lse,
         num_heads=num_heads,
@@ -201,6 +219,7 @@ def backward(
         key_minus_query=key_minus_query,
         scale=scale,
         bias_grad=bias_grad,
+        decay_grad=decay_grad,
     )
 
 
@@ -208,16 +227,16 @@ _OPTIONS = ("num_heads", "wh", "ww", "grid", "key_minus_query", "scale")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5], *output)
-    ctx.options = dict(zip(_OPTIONS, inputs[5:], strict=True))
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.options = dict(zip(_OPTIONS, inputs[6:], strict=True))
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, q, bias_table, key_mask, regions, out, lse = ctx.saved_tensors
+    qkv, q, bias_table, key_mask, regions, line_decay, out, lse = ctx.saved_tensors
     options = ctx.options
-    if dispatch.again_differentiable(qkv, q, bias_table, grad):
+    if dispatch.again_differentiable(qkv, q, bias_table, line_decay, grad):
 
-        def composite(qkv: Tensor, q: Tensor | None, bias_table: Tensor | None) -> Tensor:
+        def composite(qkv: Tensor, q: Tensor | None, bias_table: Tensor | None, line_decay: Tensor | None) -> Tensor:
             return torch_impl.window_attention(
                 qkv,
                 num_heads=options["num_heads"],
@@ -228,18 +247,27 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
                 scale=options["scale"],
                 key_mask=key_mask,
                 regions=regions,
+                line_decay=line_decay,
                 q=q,
             )
 
-        grads = dispatch.composite_gradients(composite, (qkv, q, bias_table), grad)
+        grads = dispatch.composite_gradients(composite, (qkv, q, bias_table, line_decay), grad)
     else:
-        wants_bias = bias_table is not None and ctx.needs_input_grad[2]
-        qkv_grad, q_grad, bias_grad = backward(
-            grad, qkv, q, bias_table, key_mask, regions, out, lse, **options, bias_grad=wants_bias
+        wanted = {
+            "bias_grad": bias_table is not None and ctx.needs_input_grad[2],
+            "decay_grad": line_decay is not None and ctx.needs_input_grad[5],
+        }
+        tensors = qkv, q, bias_table, key_mask, regions, line_decay, out, lse
+        qkv_grad, q_grad, bias_grad, decay_grad = backward(grad, *tensors, **options, **wanted)
+        grads = (
+            qkv_grad,
+            None if q is None else q_grad,
+            bias_grad if wanted["bias_grad"] else None,
+            decay_grad if wanted["decay_grad"] else None,
         )
-        grads = qkv_grad, None if q is None else q_grad, bias_grad if wants_bias else None
+    *first, decay_grad = grads
     key_mask_grad = regions_grad = None
-    return *grads, key_mask_grad, regions_grad, *(None,) * len(options)
+    return *first, key_mask_grad, regions_grad, decay_grad, *(None,) * len(options)
 
 
 dispatch.register_autograd(forward, _differentiate, setup_context=_save)

@@ -59,6 +59,10 @@ def _windows(attend: Callable[..., Tensor], **given: Any) -> Tensor:
         other = (labels != labels.mT)[:, None]  # (B windows, 1, T, T)
         hidden = torch.zeros(other.shape, dtype=qkv.dtype, device=qkv.device).masked_fill(other, -torch.inf)
         bias = hidden if bias is None else bias + hidden
+    if given["line_decay"] is not None:
+        sums = partition(given["line_decay"].to(qkv.dtype), size, layout).flatten(0, 1).mT  # (B windows, N, T)
+        decay = -(sums[..., :, None] - sums[..., None, :]).abs()
+        bias = decay if bias is None else bias + decay
     scale = query[0].shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
     out = attend(query[0], key, value, bias, scale).transpose(1, 2).flatten(-2).unflatten(0, (-1, count))
     return unpartition(out, size, tuple(qkv.shape[1:3]), layout)

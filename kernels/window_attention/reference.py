@@ -24,6 +24,7 @@ def window_attention(
     scale: float,
     key_mask: Tensor | None,
     regions: Tensor | None,
+    line_decay: Tensor | None,
     q: Tensor | None,
 ) -> Tensor:
     """See `op.window_attention`, which checks the arguments."""
@@ -40,6 +41,9 @@ def window_attention(
     logits = scale * query @ key.transpose(-2, -1)  # (B, G, N, T, T)
     if bias_table is not None:
         logits = logits + expand_bias(bias_table.to(dtype), window_size, bias_sign)
+    if line_decay is not None:
+        sums = partition(line_decay.to(dtype), window_size, layout).transpose(2, 3)  # (B, G, N, T)
+        logits = logits - (sums[..., :, None] - sums[..., None, :]).abs()
     taken = logits.new_ones((), dtype=torch.bool)
     if key_mask is not None:
         taken = partition(key_mask[..., None], window_size, layout)[..., 0][:, :, None, None]  # (B, G, 1, 1, T)

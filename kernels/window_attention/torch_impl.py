@@ -29,11 +29,12 @@ def window_attention(
     scale: float,
     key_mask: Tensor | None,
     regions: Tensor | None,
+    line_decay: Tensor | None,
     q: Tensor | None,
 ) -> Tensor:
     """See `op.window_attention`, which checks the arguments."""
     batch, (_, height, width, channels) = qkv.shape[0], checks.sizes(qkv)
-    fuse = fused(qkv, bias_table, q)
+    fuse = fused(qkv, bias_table, line_decay, q)
     windows = cut(qkv, window_size, layout)  # (B G, T, C)
     if not fuse:
         # Converted once here instead of three times at the products.
@@ -52,8 +53,8 @@ def window_attention(
         else:
             query = take(query, 0, torch.arange(windows.shape[0], device=qkv.device) // per_image)
 
-    masked = key_mask is not None or regions is not None
-    if fuse and bias_table is not None and not masked and _is_large(num_heads, window_size, bias_table):
+    plain = key_mask is None and regions is None and line_decay is None
+    if fuse and bias_table is not None and plain and _is_large(num_heads, window_size, bias_table):
         out = _attend_by_rows(query, key, value, bias_table, window_size, bias_sign, scale)
         return join(out.flatten(2), window_size, (batch, height, width), layout)
     bias = None if bias_table is None else expand_bias(bias_table, window_size, bias_sign)[None]
@@ -70,6 +71,10 @@ def window_attention(
         shown = taken if any_key is None else taken | ~any_key
         hidden = torch.where(shown, 0.0, -torch.inf).to(query.dtype if bias is None else bias.dtype)
         bias = hidden if bias is None else hidden + bias
+    if line_decay is not None:
+        sums = cut(line_decay.to(torch.promote_types(qkv.dtype, torch.float32)), window_size, layout).mT  # (B G, N, T)
+        decay = -(sums[..., :, None] - sums[..., None, :]).abs()
+        bias = decay if bias is None else decay + bias
     out = attend(query, key, value, bias, scale, fuse=fuse)  # (B G, T, N, D)
     if any_key is not None:
         out = torch.where(any_key.transpose(1, 2), out, 0)

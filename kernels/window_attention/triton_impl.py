@@ -5,7 +5,7 @@ Windows are numbered across all images.
 
 A window of several tiles is divided into blocks of its tokens. If the last one is at most half full, the loops over
 blocks take it in a size of its own, REST. The kernels for such windows read the bias of all pairs of tokens, (N, PITCH,
-PITCH), which one small kernel makes from the table.
+PITCH), which one small kernel makes from the table. The bias from sums of decays is made of those of a tile's tokens.
 
 Letters: B images, H, W map, N heads, D head dim, G windows of an image, T tokens of a window.
 """
@@ -92,11 +92,36 @@ def _tile_bias(table_ptr, head, token, same, tokens, window_width, bias_sign):
 
 
 @triton.jit
+def _sums_between(decay_ptr, head, query_valid, query_position, key_valid, key_position, num_heads):
+    """The differences between the sums of decays at queries (rows) and at keys (columns)."""
+    of_query = tl.load(decay_ptr + query_position * num_heads + head, mask=query_valid, other=0.0).to(tl.float32)
+    of_key = tl.load(decay_ptr + key_position * num_heads + head, mask=key_valid, other=0.0).to(tl.float32)
+    return of_query[:, None] - of_key[None, :]
+
+
+@triton.jit
+def _through_sums(
+    scores_grad, decay_ptr, head, query_valid, query_position, key_valid, key_position, num_heads
+):  # fmt: skip
+    """dS of queries (rows) and keys (columns), times the derivative of S by the key's sum.
+
+    The derivative by the query's sum is the opposite.
+    """
+    between = _sums_between(decay_ptr, head, query_valid, query_position, key_valid, key_position, num_heads)
+    return tl.where(between > 0.0, scores_grad, tl.where(between < 0.0, -scores_grad, 0.0))
+
+
+@triton.jit
 def _scores(
-    q, k, bias, query_valid, query_position, key_valid, key_position, mask_ptr, scale, PRECISION: tl.constexpr
+    q, k, bias, query_valid, query_position, key_valid, key_position, mask_ptr, decay_ptr, head, num_heads, scale,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scores of queries (rows) and keys (columns), -inf for hidden keys; `_mask` explains `mask_ptr`."""
     scores = dot(q, tl.trans(k), PRECISION) * scale + bias
+    if decay_ptr is not None:
+        scores -= tl.abs(
+            _sums_between(decay_ptr, head, query_valid, query_position, key_valid, key_position, num_heads)
+        )  # fmt: skip
     if mask_ptr is not None:
         taken = tl.load(mask_ptr + key_position, mask=key_valid, other=0)
         if mask_ptr.dtype.element_ty == tl.int32:
@@ -109,7 +134,7 @@ def _scores(
 
 @triton.jit
 def _block_scores(
-    q, k, bias_ptr, mask_ptr, head, query, query_position, key, key_position, tokens, scale,
+    q, k, bias_ptr, mask_ptr, decay_ptr, head, query, query_position, key, key_position, num_heads, tokens, scale,
     PRECISION: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
     """The scores of a block of a large window's queries and one of its keys, -inf for hidden keys."""
@@ -118,14 +143,15 @@ def _block_scores(
     else:
         bias = tl.load(bias_ptr + (head.to(tl.int64) * PITCH + query)[:, None] * PITCH + key[None, :]).to(tl.float32)
     return _scores(
-        q, k, bias, query < tokens, query_position, key < tokens, key_position, mask_ptr, scale, PRECISION
+        q, k, bias, query < tokens, query_position, key < tokens, key_position, mask_ptr, decay_ptr, head, num_heads,
+        scale, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
 def _key_block(
-    q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, query_position, key, first,
-    scale, token_heads, tokens, window_width, token_down, token_right,
+    q, k_ptr, v_ptr, bias_ptr, mask_ptr, decay_ptr, head, query, query_position, key, first,
+    scale, num_heads, token_heads, tokens, window_width, token_down, token_right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
     """A block of a large window's keys and values, and the scores of a block of queries."""
@@ -134,14 +160,15 @@ def _key_block(
     k = load_rows(k_ptr, row, key < tokens, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr, row, key < tokens, HEAD_DIM, BLOCK_D)
     scores = _block_scores(
-        q, k, bias_ptr, mask_ptr, head, query, query_position, key, position, tokens, scale, PRECISION, PITCH
+        q, k, bias_ptr, mask_ptr, decay_ptr, head, query, query_position, key, position, num_heads, tokens, scale,
+        PRECISION, PITCH,
     )  # fmt: skip
     return k, v, scores
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_kernel(
-    qkv_ptr, q_ptr, table_ptr, mask_ptr, out_ptr, lse_ptr,
+    qkv_ptr, q_ptr, table_ptr, mask_ptr, decay_ptr, out_ptr, lse_ptr,
     scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
     token_down, token_right, bias_sign, windows, tiles, tiles_per_program, pack,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -173,7 +200,9 @@ def _fwd_kernel(
             q = load_rows(q_ptr, (query * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
         k = load_rows(qkv_ptr, key_row, valid, HEAD_DIM, BLOCK_D)
         v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
-        scores = _scores(q, k, bias, valid, position, valid, position, mask_ptr, scale, PRECISION)
+        scores = _scores(
+            q, k, bias, valid, position, valid, position, mask_ptr, decay_ptr, head, num_heads, scale, PRECISION
+        )  # fmt: skip
         top = tl.max(scores, 1) * LOG2E
         top = tl.where(top == float("-inf"), 0.0, top)
         weights = tl.exp2(scores * LOG2E - top[:, None])
@@ -189,7 +218,8 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kernel(
-    grad_ptr, qkv_ptr, q_ptr, table_ptr, mask_ptr, lse_ptr, qkv_grad_ptr, q_partial_ptr, scores_partial_ptr,
+    grad_ptr, qkv_ptr, q_ptr, table_ptr, mask_ptr, decay_ptr, lse_ptr, qkv_grad_ptr, q_partial_ptr, scores_partial_ptr,
+    decay_grad_ptr,
     scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
     token_down, token_right, bias_sign, windows, tiles, tiles_per_program, pack, parts, groups, groups_per_program,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -197,7 +227,8 @@ def _bwd_kernel(
 ):  # fmt: skip
     """All gradients for whole windows.
 
-    dv = P^T do, dS = P (do v^T - rowsum(P do v^T)), dq = scale dS k, dk = scale dS^T q.
+    dv = P^T do, dS = P (do v^T - rowsum(P do v^T)), dq = scale dS k, dk = scale dS^T q. If S contains -|c_i - c_j| of
+    sums c of decays, dc = colsum(E) - rowsum(E) with E = dS sign(c_i - c_j).
     A program takes a head and several tiles of windows. It sums dS over them for the gradient of the bias table and,
     within a group (the windows of an image), dq for the gradient of a shared query.
     """
@@ -237,13 +268,20 @@ def _bwd_kernel(
             grad = load_rows(grad_ptr, (position * num_heads + head) * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
             statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + token
             lse = tl.load(lse_ptr + statistic, mask=valid, other=float("inf"))
-            scores = _scores(q, k, bias, valid, position, valid, position, mask_ptr, scale, PRECISION)
+            scores = _scores(
+                q, k, bias, valid, position, valid, position, mask_ptr, decay_ptr, head, num_heads, scale, PRECISION
+            )  # fmt: skip
             weights = tl.exp2(scores * LOG2E - lse[:, None])
             v_grad = dot(tl.trans(weights.to(grad.dtype)), grad, PRECISION)
             scores_grad = weights * dot(grad, tl.trans(v), PRECISION)
             scores_grad -= weights * tl.sum(scores_grad, 1)[:, None]
             if scores_partial_ptr is not None:
                 scores_acc += scores_grad
+            if decay_grad_ptr is not None:
+                through = _through_sums(scores_grad, decay_ptr, head, valid, position, valid, position, num_heads)
+                tl.store(
+                    decay_grad_ptr + position * num_heads + head, tl.sum(through, 0) - tl.sum(through, 1), mask=valid
+                )
             scores_grad = scores_grad.to(q.dtype)
             k_grad = dot(tl.trans(scores_grad), q, PRECISION) * scale
             q_grad = dot(scores_grad, k, PRECISION)
@@ -268,7 +306,7 @@ def _bwd_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _fwd_large_kernel(
-    qkv_ptr, q_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr,
+    qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, out_ptr, lse_ptr,
     scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
     token_down, token_right, blocks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
@@ -298,14 +336,16 @@ def _fwd_large_kernel(
     whole = tokens // BLOCK * BLOCK if REST > 0 else tokens
     for start in range(0, whole, BLOCK):
         _, v, scores = _key_block(
-            q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, start + tl.arange(0, BLOCK), first,
-            scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
+            q, k_ptr, v_ptr, bias_ptr, mask_ptr, decay_ptr, head, query, position, start + tl.arange(0, BLOCK), first,
+            scale, num_heads, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D,
+            PRECISION, PITCH,
         )  # fmt: skip
         highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION, LOG2E)
     if REST > 0:
         _, v, scores = _key_block(
-            q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, whole + tl.arange(0, REST), first,
-            scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
+            q, k_ptr, v_ptr, bias_ptr, mask_ptr, decay_ptr, head, query, position, whole + tl.arange(0, REST), first,
+            scale, num_heads, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D,
+            PRECISION, PITCH,
         )  # fmt: skip
         highest, total, acc = softmax_step(scores, v, highest, total, acc, PRECISION, LOG2E)
     # The lines of `softmax_end`, in an order that spills no registers on sm_80.
@@ -319,13 +359,14 @@ def _fwd_large_kernel(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_q_kernel(
-    grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, out_ptr, lse_ptr, delta_ptr, qkv_grad_ptr, q_partial_ptr,
+    grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, out_ptr, lse_ptr, delta_ptr, qkv_grad_ptr, q_partial_ptr,
+    decay_grad_ptr,
     scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
     token_down, token_right, blocks, windows, windows_per_program, parts,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
     WINDOW_WIDTH: tl.constexpr, PITCH: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(do out) and dq = scale dS k of a block of queries.
+    """delta = rowsum(do out) and dq = scale dS k of a block of queries, and their part of the sums' gradient.
 
     A program takes one window or, if windows share the query, some windows of an image, over which it sums dq.
     """
@@ -358,23 +399,43 @@ def _bwd_q_kernel(
         statistic = (tl.cast(window, tl.int64) * num_heads + head) * tokens + query
         tl.store(delta_ptr + statistic, delta, mask=valid)
         lse = tl.load(lse_ptr + statistic, mask=valid, other=float("inf"))
+        if decay_grad_ptr is not None:
+            decay_acc = tl.zeros([BLOCK], tl.float32)
         whole = tokens // BLOCK * BLOCK if REST > 0 else tokens
         for start in range(0, whole, BLOCK):
             k, v, scores = _key_block(
-                q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, start + tl.arange(0, BLOCK), first,
-                scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
+                q, k_ptr, v_ptr, bias_ptr, mask_ptr, decay_ptr, head, query, position, start + tl.arange(0, BLOCK),
+                first, scale, num_heads, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D,
+                PRECISION, PITCH,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2E - lse[:, None])
             scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+            if decay_grad_ptr is not None:
+                key = start + tl.arange(0, BLOCK)
+                key_position = first + _offset(key, window_width, token_down, token_right)
+                through = _through_sums(
+                    scores_grad, decay_ptr, head, valid, position, key < tokens, key_position, num_heads
+                )  # fmt: skip
+                decay_acc -= tl.sum(through, 1)
             acc += dot(scores_grad.to(k.dtype), k, PRECISION)
         if REST > 0:
             k, v, scores = _key_block(
-                q, k_ptr, v_ptr, bias_ptr, mask_ptr, head, query, position, whole + tl.arange(0, REST), first,
-                scale, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
+                q, k_ptr, v_ptr, bias_ptr, mask_ptr, decay_ptr, head, query, position, whole + tl.arange(0, REST),
+                first, scale, num_heads, token_heads, tokens, window_width, token_down, token_right, HEAD_DIM, BLOCK_D,
+                PRECISION, PITCH,
             )  # fmt: skip
             weights = tl.exp2(scores * LOG2E - lse[:, None])
             scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+            if decay_grad_ptr is not None:
+                key = whole + tl.arange(0, REST)
+                key_position = first + _offset(key, window_width, token_down, token_right)
+                through = _through_sums(
+                    scores_grad, decay_ptr, head, valid, position, key < tokens, key_position, num_heads
+                )  # fmt: skip
+                decay_acc -= tl.sum(through, 1)
             acc += dot(scores_grad.to(k.dtype), k, PRECISION)
+        if decay_grad_ptr is not None:
+            tl.store(decay_grad_ptr + position * num_heads + head, decay_acc, mask=valid)
         if q_ptr is None:
             store_rows(
                 qkv_grad_ptr, (position * 3 * num_heads + head) * HEAD_DIM, acc * scale, valid, HEAD_DIM, BLOCK_D
@@ -386,9 +447,9 @@ def _bwd_q_kernel(
 
 @triton.jit
 def _query_block(
-    k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, lse_ptr, delta_ptr, head, window, query, key, key_position, first,
-    scale, num_heads, token_heads, tokens, window_width, windows_per_image, token_down, token_right,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, PITCH: tl.constexpr,
+    k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, lse_ptr, delta_ptr, head, window, query, key,
+    key_position, first, scale, num_heads, token_heads, tokens, window_width, windows_per_image, token_down,
+    token_right, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
     """A block of a large window's queries and output gradients, their `delta`, and the weights of a block of keys."""
     position = first + _offset(query, window_width, token_down, token_right)
@@ -402,7 +463,8 @@ def _query_block(
     lse = tl.load(lse_ptr + statistic, mask=query < tokens, other=float("inf"))
     delta = tl.load(delta_ptr + statistic, mask=query < tokens, other=0.0)
     scores = _block_scores(
-        q, k, bias_ptr, mask_ptr, head, query, position, key, key_position, tokens, scale, PRECISION, PITCH
+        q, k, bias_ptr, mask_ptr, decay_ptr, head, query, position, key, key_position, num_heads, tokens, scale,
+        PRECISION, PITCH,
     )  # fmt: skip
     weights = tl.exp2(scores * LOG2E - lse[:, None])
     return q, grad, delta, weights
@@ -410,13 +472,16 @@ def _query_block(
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_kv_kernel(
-    grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, lse_ptr, delta_ptr, qkv_grad_ptr,
+    grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, lse_ptr, delta_ptr, qkv_grad_ptr, decay_grad_ptr,
     scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
     token_down, token_right, blocks,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
     WINDOW_WIDTH: tl.constexpr, PITCH: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """dk = scale dS^T q and dv = P^T do; a program takes a head and a block of the keys of a window."""
+    """dk = scale dS^T q and dv = P^T do of a block of keys, and their part of the sums' gradient.
+
+    A program takes a head and a block of the keys of a window.
+    """
     if TOKENS > 0:
         tokens = TOKENS
         window_width = WINDOW_WIDTH
@@ -435,32 +500,50 @@ def _bwd_kv_kernel(
     v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, valid, HEAD_DIM, BLOCK_D)
     k_acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     v_acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    if decay_grad_ptr is not None:
+        decay_acc = tl.zeros([BLOCK], tl.float32)
     whole = tokens // BLOCK * BLOCK if REST > 0 else tokens
     for start in range(0, whole, BLOCK):
         q, grad, delta, weights = _query_block(
-            k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, lse_ptr, delta_ptr, head, window,
+            k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, lse_ptr, delta_ptr, head, window,
             start + tl.arange(0, BLOCK), key, key_position, first, scale, num_heads, token_heads, tokens, window_width,
             windows_per_image, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
         )  # fmt: skip
         v_acc += dot(tl.trans(weights.to(grad.dtype)), grad, PRECISION)
         scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+        if decay_grad_ptr is not None:
+            query = start + tl.arange(0, BLOCK)
+            position = first + _offset(query, window_width, token_down, token_right)
+            through = _through_sums(
+                scores_grad, decay_ptr, head, query < tokens, position, valid, key_position, num_heads
+            )  # fmt: skip
+            decay_acc += tl.sum(through, 0)
         k_acc += dot(tl.trans(scores_grad.to(q.dtype)), q, PRECISION)
     if REST > 0:
         q, grad, delta, weights = _query_block(
-            k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, lse_ptr, delta_ptr, head, window,
+            k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, lse_ptr, delta_ptr, head, window,
             whole + tl.arange(0, REST), key, key_position, first, scale, num_heads, token_heads, tokens, window_width,
             windows_per_image, token_down, token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
         )  # fmt: skip
         v_acc += dot(tl.trans(weights.to(grad.dtype)), grad, PRECISION)
         scores_grad = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+        if decay_grad_ptr is not None:
+            query = whole + tl.arange(0, REST)
+            position = first + _offset(query, window_width, token_down, token_right)
+            through = _through_sums(
+                scores_grad, decay_ptr, head, query < tokens, position, valid, key_position, num_heads
+            )  # fmt: skip
+            decay_acc += tl.sum(through, 0)
         k_acc += dot(tl.trans(scores_grad.to(q.dtype)), q, PRECISION)
+    if decay_grad_ptr is not None:
+        tl.store(decay_grad_ptr + key_position * num_heads + head, decay_acc, mask=valid)
     store_rows(qkv_grad_ptr, grad_row, k_acc * scale, valid, HEAD_DIM, BLOCK_D)
     store_rows(qkv_grad_ptr, grad_row + num_heads * HEAD_DIM, v_acc, valid, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _bwd_scores_kernel(
-    grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, lse_ptr, delta_ptr, scores_partial_ptr,
+    grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, lse_ptr, delta_ptr, scores_partial_ptr,
     scale, num_heads, token_heads, tokens, window_width, windows_per_image, windows_per_row, window_down, window_right,
     token_down, token_right, blocks, windows, windows_per_program, first_head, heads,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, TOKENS: tl.constexpr,
@@ -487,7 +570,7 @@ def _bwd_scores_kernel(
         k = load_rows(qkv_ptr, key_row, key < tokens, HEAD_DIM, BLOCK_D)
         v = load_rows(qkv_ptr, key_row + num_heads * HEAD_DIM, key < tokens, HEAD_DIM, BLOCK_D)
         _, grad, delta, weights = _query_block(
-            k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, lse_ptr, delta_ptr, head, window, query, key,
+            k, grad_ptr, qkv_ptr, q_ptr, bias_ptr, mask_ptr, decay_ptr, lse_ptr, delta_ptr, head, window, query, key,
             key_position, first, scale, num_heads, token_heads, tokens, window_width, windows_per_image, token_down,
             token_right, HEAD_DIM, BLOCK_D, PRECISION, PITCH,
         )  # fmt: skip
@@ -603,6 +686,7 @@ def _arguments(
     bias_table: Tensor | None,
     key_mask: Tensor | None,
     regions: Tensor | None,
+    line_decay: Tensor | None,
     lse: Tensor,
     scale: float,
 ) -> dict[str, Any]:
@@ -612,6 +696,7 @@ def _arguments(
         "q_ptr": None if q is None else q.contiguous(),
         **_bias(plan, bias_table, qkv.dtype),
         "mask_ptr": _mask(qkv, key_mask, regions),
+        "decay_ptr": None if line_decay is None else line_decay.contiguous(),
         "lse_ptr": lse,
         "scale": scale,
         **plan.geometry,
@@ -664,7 +749,8 @@ def _register_limit(plan: _Plan, arguments: dict[str, Any], limit: int) -> dict[
 
     Only where it was timed, and where at most 64 bytes are spilled. A program that is traced has no such option.
     """
-    spills = arguments["q_ptr"] is not None or arguments["mask_ptr"] is not None or plan.options["BLOCK_D"] > 32
+    spills = any(arguments[name] is not None for name in ("q_ptr", "mask_ptr", "decay_ptr"))
+    spills |= plan.options["BLOCK_D"] > 32
     timed = plan.gpu.name == "sm_90" and arguments["qkv_ptr"].element_size() == 2
     return {"maxnreg": limit} if timed and not spills and not triton_common.is_traced(_bwd_kernel) else {}
 
@@ -679,6 +765,7 @@ def forward(
     bias_table: Tensor | None,
     key_mask: Tensor | None,
     regions: Tensor | None,
+    line_decay: Tensor | None,
     *,
     num_heads: int,
     wh: int,
@@ -695,7 +782,7 @@ def forward(
     windows = batch * plan.geometry["windows_per_image"]
     out = qkv.new_empty(batch, height, width, inner)
     lse = qkv.new_empty(windows, num_heads, wh * ww, dtype=torch.float32)
-    arguments = _arguments(plan, qkv, q, bias_table, key_mask, regions, lse, scale)
+    arguments = _arguments(plan, qkv, q, bias_table, key_mask, regions, line_decay, lse, scale)
     precision = triton_common.precision(qkv.dtype, plan.gpu, memory_bound=plan.pack > 0)
     arguments |= {"out_ptr": out, "PRECISION": precision, "PTX": plan.gpu.has_ptx}
     if plan.pack == 0:
@@ -727,6 +814,7 @@ def backward(
     bias_table: Tensor | None,
     key_mask: Tensor | None,
     regions: Tensor | None,
+    line_decay: Tensor | None,
     out: Tensor,
     lse: Tensor,
     *,
@@ -737,23 +825,30 @@ def backward(
     key_minus_query: bool,
     scale: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `op.backward`."""
     qkv = _readable(qkv, out.shape[3] // num_heads)
     plan = _plan(qkv, q, bias_table, num_heads, wh, ww, grid, key_minus_query)
     qkv_grad = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    arguments = _arguments(plan, qkv, q, bias_table, key_mask, regions, lse, scale)
+    arguments = _arguments(plan, qkv, q, bias_table, key_mask, regions, line_decay, lse, scale)
     arguments |= {"grad_ptr": grad.contiguous(), "num_stages": 1}
     # With a shared query, its gradient is summed over the windows of an image, a group; else all windows are one group.
     groups, windows = (1, lse.shape[0]) if q is None else (qkv.shape[0], plan.geometry["windows_per_image"])
     table_grad = qkv.new_empty(0)
     if bias_table is not None and bias_grad:
         table_grad = torch.empty_like(bias_table, memory_format=torch.contiguous_format)
+    sums_grad = None
+    if line_decay is not None and decay_grad:  # for large windows, the parts of queries and of keys
+        sums_grad = line_decay.new_empty(2 if plan.pack == 0 else 1, *line_decay.shape, dtype=torch.float32)
     gradients = _backward_large if plan.pack == 0 else _backward_small
-    q_partial = gradients(plan, arguments, groups, windows, qkv_grad, out, table_grad)
-    if q is None or q_partial is None:
-        return qkv_grad, qkv.new_empty(0), table_grad
-    return qkv_grad, q_partial.sum(1).reshape(q.shape).to(q.dtype), table_grad
+    q_partial = gradients(plan, arguments, groups, windows, qkv_grad, out, table_grad, sums_grad)
+    q_grad, line_decay_grad = qkv.new_empty(0), qkv.new_empty(0)  # outputs of an operator must not be the same tensor
+    if q is not None and q_partial is not None:
+        q_grad = q_partial.sum(1).reshape(q.shape).to(q.dtype)
+    if line_decay is not None and sums_grad is not None:
+        line_decay_grad = sums_grad.sum(0).to(line_decay.dtype)
+    return qkv_grad, q_grad, table_grad, line_decay_grad
 
 
 def _backward_small(
@@ -764,8 +859,12 @@ def _backward_small(
     qkv_grad: Tensor,
     out: Tensor,
     table_grad: Tensor,
+    sums_grad: Tensor | None,
 ) -> Tensor | None:
-    """Write `qkv_grad` and `table_grad`; return the partial sums (B, parts, T, N, D) of a shared query's gradient."""
+    """Write the gradients of qkv, of the table and, in one or two parts, of the sums of decays.
+
+    Returns the partial sums (B, parts, T, N, D) of a shared query's gradient.
+    """
     num_heads, tokens = plan.geometry["num_heads"], plan.geometry["tokens"]
     shared = arguments["q_ptr"] is not None
     tiles = triton.cdiv(windows, plan.pack)
@@ -792,6 +891,7 @@ def _backward_small(
         qkv_grad_ptr=qkv_grad,
         q_partial_ptr=q_partial,
         scores_partial_ptr=scores_partial,
+        decay_grad_ptr=sums_grad,
         windows=windows,
         tiles=tiles,
         tiles_per_program=tiles_per_program,
@@ -814,8 +914,12 @@ def _backward_large(
     qkv_grad: Tensor,
     out: Tensor,
     table_grad: Tensor,
+    sums_grad: Tensor | None,
 ) -> Tensor | None:
-    """Write `qkv_grad` and `table_grad`; return the partial sums (B, parts, T, N, D) of a shared query's gradient."""
+    """Write the gradients of qkv, of the table and, in one or two parts, of the sums of decays.
+
+    Returns the partial sums (B, parts, T, N, D) of a shared query's gradient.
+    """
     num_heads, tokens = plan.geometry["num_heads"], plan.geometry["tokens"]
     all_windows = groups * windows
     blocks = triton.cdiv(tokens, plan.block)
@@ -836,6 +940,7 @@ def _backward_large(
         out_ptr=out,
         qkv_grad_ptr=qkv_grad,
         q_partial_ptr=q_partial,
+        decay_grad_ptr=None if sums_grad is None else sums_grad[0],
         windows=windows,
         windows_per_program=windows_per_program,
         parts=parts,
@@ -846,6 +951,7 @@ def _backward_large(
         **arguments,
         **_register_limit(plan, arguments, 128),
         qkv_grad_ptr=qkv_grad,
+        decay_grad_ptr=None if sums_grad is None else sums_grad[1],
     )
     if table_grad.numel():
         # As many heads and partial sums at a time as MAX_PARTIAL_BYTES allows.

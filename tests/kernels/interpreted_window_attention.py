@@ -45,6 +45,12 @@ CASES = {
     "5x13-regions": (2, Case((10, 13), 1, (5, 13), 16, regions=True)),
     "8x11-regions-mask": (1, Case((8, 22), 1, (8, 11), 16, key_mask=True, regions=True)),
     "14x9-regions-shared": (1, Case((14, 9), 1, (14, 9), 16, shared_query=True, regions=True)),
+    "1x5-decay": (2, Case((3, 10), 2, (1, 5), 16, bias=False, line_decay=True)),
+    "40x1-decay-mask": (1, Case((40, 2), 1, (40, 1), 16, key_mask=True, line_decay=True)),
+    "3x1-decay-shared-grid": (2, Case((6, 5), 2, (3, 1), 8, "grid", shared_query=True, line_decay=True)),
+    "1x70-decay": (1, Case((2, 70), 2, (1, 70), 16, bias=False, line_decay=True)),
+    "130x1-decay-mask": (1, Case((130, 2), 1, (130, 1), 16, key_mask=True, line_decay=True)),
+    "70x1-decay-shared": (1, Case((70, 2), 1, (70, 1), 16, shared_query=True, line_decay=True)),
     "6x11-wide_head": (1, Case((6, 11), 1, (6, 11), 128, key_mask=True)),
 }
 
@@ -61,6 +67,9 @@ def make(case, batch, dtype):
     if case.regions:
         labels = torch.randint(-1, 2, (batch, *case.size), generator=torch.Generator().manual_seed(3))
         options["regions"] = labels if case.key_mask else labels[:1]
+    if case.line_decay:  # some of the sums are equal
+        sums = torch.randn(options["line_decay"].shape, generator=torch.Generator().manual_seed(4))
+        options["line_decay"] = (2 * sums).round().requires_grad_()
     grad = torch.randn(*qkv.shape[:3], case.num_heads * case.head_dim, generator=torch.Generator().manual_seed(2))
     return {"qkv": qkv, **options}, grad.to(dtype)
 
@@ -191,7 +200,7 @@ def test_masked_window_is_zero(window_size):
         assert (value == 0).all()
 
 
-@pytest.mark.parametrize("name", ["7x7-shared", "5x13-regions"])
+@pytest.mark.parametrize("name", ["7x7-shared", "5x13-regions", "1x70-decay"])
 def test_repeats_bit_by_bit(name):
     batch, case = CASES[name]
     arguments, grad = make(case, batch, torch.float32)
@@ -206,7 +215,7 @@ def test_empty_batch():
     assert (table_grad == 0).all()
 
 
-@pytest.mark.parametrize("name", ["3x3-shared", "2x3-regions"])
+@pytest.mark.parametrize("name", ["3x3-shared", "2x3-regions", "1x5-decay"])
 def test_double_backward(name):
     arguments, grad = make(CASES[name][1], 1, torch.float32)
     found = []
@@ -220,6 +229,23 @@ def test_double_backward(name):
         assert_within_budget(one, other, torch.float32)
 
 
+def test_no_gradient_for_the_sums():
+    arguments, grad = make(CASES["1x70-decay"][1], 1, torch.float32)
+    want = differentiate(arguments, grad)[:-1]
+    arguments["line_decay"].requires_grad_(False)
+    for one, other in zip(differentiate(arguments, grad), want, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [(2, 9), (2, 66)], ids=str)
+def test_sums_of_half_precision_and_views(size):
+    arguments, grad = make(Case(size, 2, (1, size[1]), 16, bias=False, line_decay=True), 1, torch.float16)
+    sums = arguments["line_decay"].detach().half().transpose(1, 3).contiguous().transpose(1, 3)
+    arguments["line_decay"] = sums.requires_grad_()
+    assert_right(arguments, grad, torch.float16)
+    assert differentiate(arguments, grad)[-1].dtype == torch.float16
+
+
 def test_labels_of_other_types():
     arguments, grad = make(CASES["7x7-regions"][1], 2, torch.float32)
     want = differentiate(arguments, grad)
@@ -230,22 +256,14 @@ def test_labels_of_other_types():
 
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 def test_opcheck(shared, fake_tensors_launch_nothing):
-    case = Case((4, 6), 2, (4, 3), 8, shared_query=shared, key_mask=True, regions=True)
+    case = Case((4, 6), 2, (4, 1), 8, shared_query=shared, key_mask=True, regions=True, line_decay=True)
     arguments, grad = make(case, 1, torch.float32)
-    qkv, q, table, mask, regions = (arguments[name] for name in ("qkv", "q", "bias_table", "key_mask", "regions"))
-    options = (2, 4, 3, False, True, 0.4)
+    names = "qkv", "q", "bias_table", "key_mask", "regions", "line_decay"
+    given = tuple(arguments[name] for name in names)
+    options = (2, 4, 1, False, True, 0.4)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(op.forward, (qkv, q, table, mask, regions, *options), test_utils=tests)
+    torch.library.opcheck(op.forward, (*given, *options), test_utils=tests)
     with torch.no_grad():
-        out, lse = op.forward(qkv, q, table, mask, regions, *options)
-    gradients = (
-        grad,
-        *(x if x is None else x.detach() for x in (qkv, q, table)),
-        mask,
-        regions,
-        out,
-        lse,
-        *options,
-        True,
-    )
-    torch.library.opcheck(op.backward, gradients, test_utils=tests)
+        out, lse = op.forward(*given, *options)
+    given = tuple(x if x is None else x.detach() for x in given)
+    torch.library.opcheck(op.backward, (grad, *given, out, lse, *options, True, True), test_utils=tests)

@@ -124,7 +124,7 @@ def test_launch_leaves_warps_and_stages_to_the_autotuner(autotune, monkeypatch):
     with compilation.fake_cuda():
         qkv = torch.empty(1, 14, 14, 96, device="cuda", dtype=torch.float16)
         options = {"num_heads": 1, "wh": 7, "ww": 7, "grid": False, "key_minus_query": False, "scale": 1.0}
-        triton_impl.forward(qkv, None, None, None, None, **options)
+        triton_impl.forward(qkv, None, None, None, None, None, **options)
     ((kernel, arguments),) = launched
     assert ("num_warps" in arguments) is not autotune
     if autotune:

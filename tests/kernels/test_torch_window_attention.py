@@ -7,7 +7,7 @@ from zoo.kernels import dispatch, implementation, window_attention
 from zoo.kernels.window_attention import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, assert_within_budget, run
-from .test_window_attention import CASES, labels_of, make
+from .test_window_attention import CASES, LINES, labels_of, make, sums_of
 
 pytestmark = pytest.mark.slow
 
@@ -25,11 +25,18 @@ FLAGS = {
     "regions-mask": {"bias": True, "mask": True, "regions": "one"},
     "regions-shared-mask": {"mask": True, "shared": True, "regions": "each"},
 }
+DECAYED = {
+    "decay": {"decay": True},
+    "decay-mask": {"bias": True, "mask": True, "decay": True},
+    "decay-shared-grid": {"bias": True, "shared": True, "layout": "grid", "decay": True},
+    "decay-regions": {"regions": "each", "decay": True},
+}
+CALLS = [*((case, flags) for case in CASES for flags in FLAGS), *((case, flags) for case in LINES for flags in DECAYED)]
 
 
 def call(case, flags):
     """The differentiable tensors of a call, and a function of them."""
-    flags = dict(FLAGS[flags])
+    flags = dict((FLAGS | DECAYED)[flags])
     qkv, table, mask, shared, options = make(case, parts=2 if flags.get("shared") else 3)
     mask[:, 0] = False  # if windows have one row, whole windows without a key
     given = {"qkv": qkv}
@@ -37,14 +44,15 @@ def call(case, flags):
         given["bias_table"] = table
     if flags.pop("shared", False):
         given["q"] = shared
+    if flags.pop("decay", False):
+        given["line_decay"] = sums_of(case)
     options |= {"key_mask": mask} if flags.pop("mask", False) else {}
     options |= {"regions": labels_of(case, flags.pop("regions"))} if "regions" in flags else {}
     return given, lambda **tensors: window_attention(**tensors, **options, **flags)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "unfused"])
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "flags"), CALLS)
 def test_forward(case, flags, fused, monkeypatch):
     monkeypatch.setattr(dispatch, "fused_allowed", lambda: fused)
     given, function = call(case, flags)
@@ -61,8 +69,7 @@ def test_rows_of_large_windows(case, flags, limit, monkeypatch):
     assert_agree(function, given)
 
 
-@pytest.mark.parametrize("flags", FLAGS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "flags"), CALLS)
 def test_gradients(case, flags):
     given, function = call(case, flags)
     given = {name: x.requires_grad_() for name, x in given.items()}
@@ -70,10 +77,10 @@ def test_gradients(case, flags):
 
 
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
-@pytest.mark.parametrize("flags", ["bias", "mask", "shared", "regions-mask"])
+@pytest.mark.parametrize("flags", ["bias", "mask", "shared", "regions-mask", "decay"])
 @pytest.mark.parametrize("dtype", BUDGET, ids=str)
 def test_precision(dtype, flags, differentiated):
-    given, function = call("square", flags)
+    given, function = call("rows" if flags == "decay" else "square", flags)
     assert_precise(function, given, dtype, differentiated)
 
 
@@ -114,12 +121,16 @@ def test_strided_input():
     torch.testing.assert_close(run("torch", function, given | {"qkv": view}), run("torch", function, given))
 
 
-@pytest.mark.parametrize("flags", ["mask", "regions-mask"])
-def test_double_backward(flags):
-    given, function = call("columns", flags)
+@pytest.mark.parametrize(
+    ("case", "flags"), [("columns", "mask"), ("columns", "regions-mask"), ("columns-of-one", "decay-mask")]
+)
+def test_double_backward(case, flags):
+    given, function = call(case, flags)
+    if "line_decay" in given:
+        given["line_decay"] = torch.randn_like(given["line_decay"])  # not differentiable where sums are equal
     inputs = tuple(x.requires_grad_() for x in given.values())
     with implementation("torch"):
-        assert torch.autograd.gradgradcheck(lambda x, t: function(qkv=x, bias_table=t), inputs)
+        assert torch.autograd.gradgradcheck(lambda *x: function(**dict(zip(given, x, strict=True))), inputs)
 
 
 def test_functional_transforms():
@@ -138,9 +149,9 @@ def test_functional_transforms():
 
 
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
-@pytest.mark.parametrize("flags", ["mask", "regions-mask"])
-def test_compiles_as_one_graph(flags, differentiated):
-    given, function = call("square", flags)
+@pytest.mark.parametrize(("case", "flags"), [("square", "mask"), ("square", "regions-mask"), ("rows", "decay-mask")])
+def test_compiles_as_one_graph(case, flags, differentiated):
+    given, function = call(case, flags)
     given = {name: x.requires_grad_(differentiated) for name, x in given.items()}
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(run("torch", compiled, given), run("torch", function, given))
@@ -173,3 +184,19 @@ def test_exports_with_open_sizes(layout, regions):
     program = torch.export.export(module, inputs(2, 6, 8), dynamic_shapes=(sizes, sizes, of_labels))
     again = inputs(3, 9, 16)
     torch.testing.assert_close(program.module()(*again), module(*again))
+
+
+def test_exports_decays_of_whole_rows_and_columns():
+    class Cross(torch.nn.Module):
+        def forward(self, qkv, sums):
+            _, height, width, _ = qkv.shape
+            row, column = (
+                window_attention(qkv, num_heads=2, window_size=size, line_decay=sums)
+                for size in ((1, width), (height, 1))
+            )
+            return row + column
+
+    sizes = {number: torch.export.Dim(name, min=2, max=20) for number, name in enumerate(("batch", "height", "width"))}
+    given, again = ((torch.randn(*size, 12), torch.randn(*size, 2)) for size in ((2, 6, 8), (3, 5, 4)))
+    program = torch.export.export(Cross(), given, dynamic_shapes=(sizes, sizes))
+    torch.testing.assert_close(program.module()(*again), Cross()(*again))

@@ -16,6 +16,7 @@ CASES = {
     "single-token": (2, (3, 2), 1, 3, (1, 1)),
     "rows": (1, (3, 4), 2, 2, (1, 4)),
     "columns": (1, (3, 4), 2, 2, (3, 2)),
+    "columns-of-one": (2, (6, 2), 2, 2, (3, 1)),
     "whole-map": (2, (5, 3), 2, 4, (5, 3)),
     "one-pixel-map": (1, (1, 1), 2, 1, (1, 1)),
 }
@@ -38,7 +39,18 @@ def labels_of(case, images):
     return torch.randint(-1, 2, (1 if images == "one" else batch, *size), generator=g)
 
 
-def loops(qkv, num_heads, window_size, layout, table, sign, scale, mask=None, shared=None, regions=None):
+# windows of one row or one column
+LINES = ("single-token", "rows", "columns-of-one", "one-pixel-map")
+
+
+def sums_of(case):
+    """Sums of decays; some are equal."""
+    batch, size, num_heads, *_ = CASES[case]
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(batch, *size, num_heads, generator=g, dtype=torch.float64).round(decimals=0)
+
+
+def loops(qkv, num_heads, window_size, layout, table, sign, scale, mask=None, shared=None, regions=None, sums=None):
     batch, height, width, _ = qkv.shape
     wh, ww = window_size
     parts = oracle.heads(qkv, num_heads, 3 if shared is None else 2)
@@ -72,6 +84,8 @@ def loops(qkv, num_heads, window_size, layout, table, sign, scale, mask=None, sh
                         (t[0] - u[0], t[1] - u[1]) if sign == "query_minus_key" else (u[0] - t[0], u[1] - t[1])
                     )
                     added.append(0.0 if table is None else float(table[n, down + wh - 1, right + ww - 1]))
+                    if sums is not None:
+                        added[-1] -= abs(float(sums[b, *i, n] - sums[b, *j, n]))
                 keys, values = ([x[b, j[0], j[1], n] for j in chosen] for x in (key, value))
                 out[b, i[0], i[1], n] = oracle.attend(query, keys, values, added, scale)
     return out.flatten(-2)
@@ -145,6 +159,19 @@ def test_any_integers_are_labels(dtype):
     torch.testing.assert_close(got, window_attention(qkv, **options, regions=labels))
 
 
+@pytest.mark.parametrize("options", ["plain", "masked", "shared", "regions"])
+@pytest.mark.parametrize("layout", ["block", "grid"])
+@pytest.mark.parametrize("case", LINES)
+def test_decays_agree_with_loops(case, layout, options):
+    qkv, table, mask, shared, sizes = make(case, parts=2 if options == "shared" else 3)
+    mask, shared = mask if options == "masked" else None, shared if options == "shared" else None
+    table, labels = None if options == "plain" else table, labels_of(case, "each") if options == "regions" else None
+    given = {"bias_table": table, "key_mask": mask, "regions": labels, "q": shared}
+    out = window_attention(qkv, **sizes, layout=layout, scale=0.7, line_decay=sums_of(case), **given)
+    want = loops(qkv, *sizes.values(), layout, table, "query_minus_key", 0.7, mask, shared, labels, sums=sums_of(case))
+    torch.testing.assert_close(out, want)
+
+
 def test_scale_of_zero_is_kept():
     qkv, _, _, _, options = make("whole-map")
     value = qkv.unflatten(-1, (3, -1))[..., 2, :]
@@ -177,6 +204,35 @@ def test_gradients_within_regions(masked):
     inputs = (qkv.requires_grad_(), table.requires_grad_())
     given = {"key_mask": mask if masked else None, "regions": labels_of("columns", "each")}
     assert torch.autograd.gradcheck(lambda x, t: window_attention(x, bias_table=t, **given, **options), inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["rows", "columns-of-one"])
+def test_gradients_of_decays(case):
+    qkv, table, mask, _, options = make(case)
+    sums = torch.randn(sums_of(case).shape, dtype=torch.float64)  # not differentiable where they are equal
+    inputs = (qkv.requires_grad_(), sums.requires_grad_(), table.requires_grad_())
+    given = options | {"key_mask": mask}
+    assert torch.autograd.gradcheck(lambda x, s, t: window_attention(x, line_decay=s, bias_table=t, **given), inputs)
+
+
+def test_equal_sums_have_no_gradient():
+    qkv, _, _, _, options = make("rows")
+    sums = torch.ones(1, 3, 4, 2, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(window_attention(qkv, line_decay=sums, **options).square().sum(), sums)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decays_stay_in_float32(dtype):
+    """Differences of large sums would have no digits in half precision, also under autocast."""
+    qkv, _, _, _, options = make("rows")
+    sums = 5000 + sums_of("rows")
+    want = window_attention(qkv.to(dtype).double(), line_decay=sums.float().double(), **options)
+    out = window_attention(qkv.to(dtype), line_decay=sums.float(), **options)
+    torch.testing.assert_close(out.double(), want, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(window_attention(qkv.float(), line_decay=sums.float(), **options), out)
 
 
 @pytest.mark.slow
@@ -219,10 +275,8 @@ def test_strided_input():
 @pytest.mark.parametrize("images", [0, 1])
 def test_batch_of_no_images_with_all_options(images):
     mask, regions = torch.ones(0, 4, 6, dtype=torch.bool), torch.zeros(images, 4, 6, dtype=torch.int64)
-    q = torch.zeros(0, 6, 8)
-    out = window_attention(
-        torch.zeros(0, 4, 6, 16), num_heads=2, window_size=(2, 3), key_mask=mask, regions=regions, q=q
-    )
+    given = {"key_mask": mask, "regions": regions, "line_decay": torch.zeros(0, 4, 6, 2), "q": torch.zeros(0, 3, 8)}
+    out = window_attention(torch.zeros(0, 4, 6, 16), num_heads=2, window_size=(1, 3), **given)
     assert out.shape == (0, 4, 6, 8)
 
 
@@ -254,6 +308,21 @@ BAD = [
     ({"regions": torch.ones(1, 4, 4).bool()}, TypeError, "regions of torch.bool; it has to be a signed integer"),
     ({"regions": 1}, TypeError, "regions of type int; it has to be a torch.Tensor"),
     ({"regions": torch.ones(1, 4, 4, device="meta").int()}, ValueError, "regions on meta with qkv on cpu"),
+    ({"line_decay": torch.zeros(1, 4, 4, 2)}, ValueError, "line_decay for windows of 2 x 2; .* one row or one column"),
+    (
+        {"line_decay": torch.zeros(1, 4, 4, 1), "window_size": (1, 4)},
+        ValueError,
+        r"line_decay of shape .*\(1, 4, 4, 2\)",
+    ),
+    ({"line_decay": torch.zeros(1, 4, 4, 2).double(), "window_size": (4, 1)}, TypeError, "line_decay of torch.float64"),
+    ({"line_decay": torch.zeros(1, 4, 4, 2).half(), "window_size": (4, 1)}, TypeError, "line_decay of torch.float16"),
+    (
+        {"line_decay": torch.zeros(1, 4, 4, 2).int()},
+        TypeError,
+        "line_decay of torch.int32; it has to be floating",
+    ),
+    ({"line_decay": 1.0}, TypeError, "line_decay of type float; it has to be a torch.Tensor"),
+    ({"line_decay": torch.zeros(1, 4, 4, 2, device="meta")}, ValueError, "line_decay on meta with qkv on cpu"),
     ({"q": torch.zeros(1, 4, 4)}, ValueError, "q of shape"),
     ({"qkv": QKV.int()}, TypeError, "qkv of torch.int32; it has to be floating point"),
     ({"qkv": QKV[0]}, ValueError, r"qkv of shape \(4, 4, 12\); expected \(B, H, W, channels\)"),
@@ -282,4 +351,8 @@ def random_call(rng):
         sizes = (rng.choice((1, *tensors["qkv"].shape[:1])), *tensors["qkv"].shape[1:3])
         dtype = rng.choice((torch.int64, torch.int32, torch.uint8, torch.bool))
         options["regions"] = torch.randint(0, 2, sizes, generator=torch.Generator().manual_seed(3)).to(dtype)
+    if rng.random() < 0.3 and isinstance(tensors["qkv"], torch.Tensor) and tensors["qkv"].ndim == 4:
+        options["window_size"] = rng.choice(((1, side), (side, 1), side))
+        sizes = (*tensors["qkv"].shape[:3], rng.choice((1, 2, 3)))
+        options["line_decay"] = torch.randn(sizes, generator=torch.Generator().manual_seed(4))
     return window_attention, tensors | random_calls.bias_table(rng, side) | options
