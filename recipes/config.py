@@ -401,8 +401,8 @@ class PublishedConfig:
     top1: float | None = option(None, "top-1 accuracy on ImageNet-1k in percent, as published", PERCENT)
     box_ap: float | None = option(None, "box AP on COCO, as published", PERCENT)
     mask_ap: float | None = option(None, "mask AP on COCO, as published", PERCENT)
-    miou: float | None = option(None, "mIoU on ADE20K at one scale, as published", PERCENT)
-    miou_multi_scale: float | None = option(None, "mIoU on ADE20K at several scales with flips, as published", PERCENT)
+    miou: float | None = option(None, "mIoU on ADE20K or Cityscapes at one scale, as published", PERCENT)
+    miou_multi_scale: float | None = option(None, "mIoU there at several scales with flips, as published", PERCENT)
     source: str | None = option(None, "source of the published figures, such as README or paper")
 
 

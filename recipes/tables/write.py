@@ -61,7 +61,12 @@ METHODS = {
     "upernet": "UPerNet",
     "semantic_fpn": "Semantic FPN",
 }
-ROOTS = {"imagenet": "/data/imagenet", "coco": "/data/coco", "ade20k": "/data/ade"}
+ROOTS = {
+    "imagenet": "/data/imagenet",
+    "coco": "/data/coco",
+    "ade20k": "/data/ade",
+    "cityscapes": "/data/cityscapes",
+}
 
 Entry = dict[str, Any]  # a base, a recipe, a row or a part of one, as in its table
 Settings = dict[tuple[str, ...], str]  # ("optim", "lr") -> "1.0e-3"

@@ -537,7 +537,9 @@ def _undecayed(cfg, model):
 # Every recipe.
 
 RECIPES = sorted(
-    f"{folder}/{path.stem}" for folder in ("coco", "ade20k") for path in (Path(cli.CONF) / "recipe" / folder).iterdir()
+    f"{path.parent.name}/{path.stem}"
+    for path in (Path(cli.CONF) / "recipe").glob("*/*.yaml")
+    if path.parent.name != "imagenet"
 )
 
 # Published parameters in millions, of CSWin's detectors and segmentors. (Its table has 60 for UPerNet with CSWin-Tiny,

@@ -149,6 +149,7 @@ REPORTED = {
     "imagenet/casvit_t_ft384": (0.0, {"top1": 84.1}),
     "imagenet/ravlt_s": (0.15, {"top1": 84.4}),
     "imagenet/mavit_s": (0.15, {"top1": 84.7}),
+    "imagenet/ppma_s": (0.15, {"top1": 84.2}),
     "imagenet/biformer_small": (0.15, {"top1": 83.8}),
     "imagenet/l2vit_base_ft384": (0.2, {"top1": 87.0}),
     "imagenet/favit_b0": (0.1, {"top1": 71.5}),
@@ -165,6 +166,8 @@ REPORTED = {
     "coco/mask_rcnn_3x_ravlt_b": (0.4, {"box_ap": 52.7, "mask_ap": 46.4}),
     "coco/cascade_mask_rcnn_ravlt_l": (0.55, {"box_ap": 55.6, "mask_ap": 48.0}),
     "coco/retinanet_ravlt_s": (0.15, {"box_ap": 48.3}),
+    "coco/mask_rcnn_ppma_t": (0.1, {"box_ap": 47.1, "mask_ap": 42.4}),
+    "coco/mask_rcnn_3x_ppma_b": (0.4, {"box_ap": 52.6, "mask_ap": 46.3}),
     "coco/dino_gc_vit_large": (0.2, {"box_ap": 58.3}),
     "coco/cascade_mask_rcnn_gc_vit_base": (0.5, {"box_ap": 52.9, "mask_ap": 45.8}),
     "coco/mask_rcnn_litv2_base": (0.3, {"box_ap": 47.3, "mask_ap": 42.6}),
@@ -176,6 +179,8 @@ REPORTED = {
     "ade20k/upernet_cswin_large": (0.6, {"miou": 53.4, "miou_multi_scale": 55.7}),
     "ade20k/semantic_fpn_casvit_t": (0.1, {"miou": 45.0}),
     "ade20k/upernet_ravlt_b": (0.4, {"miou": 52.5}),
+    "ade20k/upernet_ppma_b": (0.4, {"miou": 52.3, "miou_multi_scale": 53.0}),
+    "cityscapes/upernet_ppma_t": (0.1, {"miou": 82.7, "miou_multi_scale": 83.5}),
     "ade20k/semantic_fpn_ravlt_l": (0.55, {"miou": 52.6}),
     "ade20k/semantic_fpn_biformer_small": (0.15, {"miou": 48.9}),
     "ade20k/upernet_gc_vit_base": (0.5, {"miou": 49.2}),
@@ -232,6 +237,7 @@ PAPERS = {
     r"biformer_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"casvit_(xs|s|m|t)": (6e-3, 0.05, 300, 2048, 0.0, 0.0, 0.0, 0),
     r"(ravlt|mavit)_[tsbl]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"ppma_[tsb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"favit_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"moh_vit_(s_75|s_80|b_50|b_75)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
@@ -273,6 +279,8 @@ COCO = {
     r"mask_rcnn_mavit_[tsbl]": (4e-4, 0.05, NORM, 12, [8, 11], 500, "fp16"),
     r"(mask_rcnn_3x|cascade_mask_rcnn)_mavit_[sbl]": (4e-4, 0.05, NORM, 36, [27, 33], 500, "fp16"),
     r"retinanet_mavit_[tsbl]": (4e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
+    r"mask_rcnn_ppma_[tsb]": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
+    r"mask_rcnn_3x_ppma_[tsb]": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
     r"mask_rcnn_gc_vit_tiny": (1e-4, 0.05, NORM, 36, [27, 33], 2500, "none"),
     r"cascade_mask_rcnn_gc_vit_\w+": (1e-4, 0.05, TABLES, 36, [27, 33], 2500, "none"),
     r"dino_gc_vit_large": (1e-4, 1e-4, FULL, 36, [27, 33], 0, "none"),
@@ -308,6 +316,7 @@ ADE = {
     r"semantic_fpn_casvit_\w+": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
     r"upernet_(ravlt_[sbl]|mavit_[tsbl])": (6e-5, 0.01, NORM, *U160, 512, 512, None, "none"),
     r"semantic_fpn_(ra|ma)v\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
+    r"upernet_ppma_[tsb]": (6e-5, 0.05, NORM, *U160, 512, 512, None, "none"),
     r"upernet_gc_vit_\w+": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
     r"semantic_fpn_litv2_\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 1e-6, 0, None, 512, 512, None, "none"),
     r"upernet_l2vit_\w+": (6e-5, 0.01, FULL, *U160, 512, 512, None, "none"),
@@ -402,6 +411,23 @@ def test_segmentation_follows_the_paper(recipes):
             wanted = (size, 4 * size, [0.5, 2.0], 1.0, None)
         ratio_range = _optional(dense.ratio_range)
         assert (dense.crop[1], dense.max_size, ratio_range, dense.backbone_lr, optim.clip_grad) == wanted, name
+
+
+@pytest.mark.slow
+def test_segmentation_of_cityscapes_follows_the_paper(recipes):
+    for name, cfg in _of(recipes, "cityscapes").items():
+        optim, data, dense = cfg.optim, cfg.data, cfg.dense
+        assert (optim.lr, optim.weight_decay, list(dense.no_decay), dense.backbone_lr) == (6e-5, 0.05, NORM, 1.0), name
+        assert (data.num_classes, data.reduce_zero_label) == (19, False), name
+        assert (dense.updates, cfg.trainer.effective_batch_size, dense.warmup_updates) == (160_000, 8, 1500), name
+        assert (list(dense.scales), dense.max_size, list(dense.crop)) == ([1024], 2048, [1024, 1024]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "size", "stride"), [("ade20k", 512, 341), ("cityscapes", 1024, 768)])
+def test_ppma_is_evaluated_in_windows(recipe_config, data, size, stride):
+    windows = {"mode": "slide", "crop_size": [size, size], "stride": [stride, stride]}
+    assert recipe_config(f"{data}/upernet_ppma_s").mm == {"model": {"test_cfg": windows}}
 
 
 @pytest.mark.slow
