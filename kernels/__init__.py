@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 from zoo.kernels.checks import certain, sizes
 from zoo.kernels.depthwise_conv import depthwise_conv2d_nhwc, large_kernel_attention
 from zoo.kernels.dispatch import as_given, implementation, set_implementation, use
+from zoo.kernels.gated_linear_attention import gated_linear_attention
 from zoo.kernels.linear_attention import linear_attention
 from zoo.kernels.neighborhood_attention import neighborhood_attention
 from zoo.kernels.rotation import rotate_2d
@@ -28,6 +29,7 @@ __all__ = [
     "as_given",
     "certain",
     "depthwise_conv2d_nhwc",
+    "gated_linear_attention",
     "implementation",
     "large_kernel_attention",
     "linear_attention",

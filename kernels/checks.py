@@ -14,7 +14,9 @@ DEBUG = os.environ.get("ZOO_DEBUG", "0") == "1"
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Tensors that may be float32 with half precision: autocast leaves them as they are.
-PARAMETERS = ("bias_table", "temperature", "line_decay", "A", "D", "delta", "delta_bias")
+PARAMETERS = (
+    "bias_table", "temperature", "line_decay", "A", "D", "delta", "delta_bias", "log_gates", "reverse_log_gates",
+)  # fmt: skip
 
 
 def certain(condition: bool | SymBool) -> bool:
