@@ -130,10 +130,9 @@ class OverlappingStem(OverlappingPatches):
 class DepthwiseConv(nn.Conv2d):
     """Depth-wise convolution of tokens (B, H, W, dim), with zeros around the map."""
 
-    bias: nn.Parameter
-
-    def __init__(self, dim: int, kernel_size: int, device=None, dtype=None):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, device=device, dtype=dtype)
+    def __init__(self, dim: int, kernel_size: int, bias: bool = True, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -228,7 +227,8 @@ class ConvMlp(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the depth-wise convolution for a fan-out of 3 x 3."""
         nn.init.normal_(self.dw_conv.weight, std=(2 / 9) ** 0.5)
-        nn.init.zeros_(self.dw_conv.bias)
+        if self.dw_conv.bias is not None:
+            nn.init.zeros_(self.dw_conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""
@@ -305,10 +305,10 @@ class TransformerBlock(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm1: nn.Module = nn.LayerNorm(dim, eps=norm_eps, **dd)
         self.attn = attn
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps, **dd)
+        self.norm2: nn.Module = nn.LayerNorm(dim, eps=norm_eps, **dd)
         self.mlp = mlp
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()

@@ -154,6 +154,8 @@ REPORTED = {
     "imagenet/l2vit_base_ft384": (0.2, {"top1": 87.0}),
     "imagenet/favit_b0": (0.1, {"top1": 71.5}),
     "imagenet/moh_vit_b_75": (0.6, {"top1": 84.9}),
+    "imagenet/vig_h_s": (0.3, {"top1": 83.8}),
+    "imagenet/vig_gla_t": (0.0, {"top1": 77.2}),
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
     "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
     "coco/mask2former_dinat_large": (0.3, {"mask_ap": 50.8}),
@@ -248,6 +250,10 @@ PAPERS = {
     r"agent_swin_(t|s|s_288|b)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"agent_pvt_(t|s|m|m_256|l)|agent_cswin_[ts]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"agent_cswin_b": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"vig_h_t": (1.6e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"vig_h_[sb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"vig_gla_[tb]": (2e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"vig_gla_s": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 0),
 }
 
 NORM, TABLES, FULL = ["norm"], ["norm", "bias_table"], []  # FULL: everything is decayed
