@@ -66,7 +66,9 @@ def gated_linear_attention(
     if reverse_log_gates is not None:
         checks.shape(reverse_log_gates, "reverse_log_gates", checks.sizes(q), "the shape of q")
     scale = checks.attention_scale(scale, key_dim)
-    implementation = dispatch.choose("gated_linear_attention", q, max(key_dim, checks.sizes(v)[3]))
+    # Triton's tiles limit both; the message names the keys' if these are too many.
+    head_dim = key_dim if key_dim > 128 else checks.sizes(v)[3]
+    implementation = dispatch.choose("gated_linear_attention", q, head_dim)
     with dispatch.as_given(q):
         if implementation == "triton":
             return forward(q, k, v, log_gates, reverse_log_gates, scale)
