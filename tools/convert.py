@@ -238,7 +238,7 @@ def _fit(
     if norms:  # a backbone for dense prediction; some have norms on only a few outputs
         args = {"num_classes": 0, "output_norm": True if len(norms) == 4 else norms}
     args |= families.tag_kwargs(name)  # timm finds them by the tag, but not from config.json
-    first = mapped.get(f"{cfg.first_conv}.weight")
+    first = mapped.get(key_maps.first_weights(cfg.first_conv)[0])
     if first is not None and first.ndim == 4 and first.shape[1] != 3:
         args["in_chans"] = first.shape[1]
     overlay = {"num_classes": args["num_classes"]}

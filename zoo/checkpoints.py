@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from zoo.checkpoint_files import FLOATS, check_values, first_names, other_tensors, read, unwrap
 from zoo.facts import default_cfgs
-from zoo.key_maps import KeyMap, adapt_shape, is_counter, is_final, is_part, join_parts, remap, resize_table
+from zoo.key_maps import (
+    KeyMap,
+    adapt_shape,
+    first_weights,
+    is_counter,
+    is_final,
+    is_part,
+    join_parts,
+    remap,
+    resize_table,
+)
 from zoo.manifest import manifest
 from zoo.pretrained import check_network, file_overlay, published_cfg
 from zoo.recognition import closest_models, suggest_model
@@ -113,11 +123,11 @@ def _check_fit(
     """Raise RuntimeError unless `state_dict` has the names and shapes of `want`; `tensors` is the file's content."""
     missing = [key for key in want if key not in state_dict and not is_counter(key)]
     unexpected = [key for key in state_dict if key not in want]
-    first = f"{cfg.get('first_conv')}.weight"
+    firsts = first_weights(cfg.get("first_conv"))
     reshaped = [
         key
         for key, value in state_dict.items()
-        if key in want and not _shapes_agree(value.shape, want[key].shape, any_channels=key == first)
+        if key in want and not _shapes_agree(value.shape, want[key].shape, any_channels=key in firsts)
     ]
     if not (missing or unexpected or reshaped):
         return

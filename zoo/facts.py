@@ -5,7 +5,7 @@ The fields of the manifest are described in `checkpoints/README.md`. `zoo.manife
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from timm.models import DefaultCfg, generate_default_cfgs
@@ -17,15 +17,15 @@ __all__ = ["default_cfgs", "timm_cfg"]
 
 def default_cfgs(
     family: str,
-    first_conv: str,
+    first_conv: str | Sequence[str],
     tests: Iterable[str] | None = None,
-    exceptions: Mapping[str, tuple[str, int]] | None = None,
+    exceptions: Mapping[str, tuple[str | Sequence[str], int]] | None = None,
 ) -> dict[str, DefaultCfg]:
     """The `default_cfgs` of a family: one for each known checkpoint, and one for each test model.
 
     Args:
         family: The name of the family in the manifest.
-        first_conv: Name of the convolution that reads the images.
+        first_conv: Name of the convolution that reads the images, or names if several do.
         tests: The test models; `test_<family>` if None.
         exceptions: For models with another `first_conv` or a last stride other than 32, both values.
     """

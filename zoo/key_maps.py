@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ __all__ = [
     "KeyMap",
     "adapt_shape",
     "classifier_weight",
+    "first_weights",
     "is_counter",
     "is_final",
     "is_part",
@@ -110,6 +111,12 @@ def classifier_weight(tensors: Mapping[str, Tensor], classifier: str) -> Tensor 
     inside = (key for key, value in tensors.items() if is_part(key, classifier) and value.ndim == 2)
     name = f"{classifier}.weight"
     return tensors.get(name if name in tensors else next(inside, ""))
+
+
+def first_weights(first_conv: str | Sequence[str] | None) -> list[str]:
+    """The names of the weights that read the images, given `first_conv` of a pretrained configuration."""
+    convs = [first_conv] if isinstance(first_conv, str) else first_conv or ()
+    return [f"{conv}.weight" for conv in convs]
 
 
 def resize_table(table: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
