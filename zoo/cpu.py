@@ -50,8 +50,8 @@ def is_plain(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
 def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
     """`layer(x)` of a linear layer, then `act` if it is given: tokens (..., in_features) to (..., out_features).
 
-    On CPUs, oneDNN computes it, and without a gradient a GELU or ReLU along with it. In float32, PyTorch calls MKL,
-    which takes up to twice as long on AMD CPUs. With a gradient, maps (B, H, W, in_features) go through a 1 x 1
+    On CPUs, oneDNN computes it, and without a gradient a GELU, ReLU or SiLU along with it. In float32, PyTorch calls
+    MKL, which takes up to twice as long on AMD CPUs. With a gradient, maps (B, H, W, in_features) go through a 1 x 1
     convolution: the same product, which PyTorch hands to oneDNN, forward and backward.
     """
     if is_plain(layer, nn.Linear) and x.shape[-1:] == (layer.in_features,):
@@ -116,7 +116,7 @@ def fused_convolution(
     norm: nn.Module | None = None,
     act: nn.Module | None = None,
 ) -> Tensor | None:
-    """A convolution by oneDNN with what follows: batch norm joins its weights, GELU or ReLU is computed along with it.
+    """A convolution by oneDNN with what follows: batch norm joins its weights, and it computes an activation too.
 
     Returns None if that can't be done. It can on CPUs, outside of torch.export, for channels-last maps, if no gradient
     is needed. Batch norm has to be in evaluation mode, and the padding consists of zeros.
@@ -190,11 +190,13 @@ def _for_convolution(x: Tensor, weight: Tensor) -> bool:
 
 
 def _followed(operator: Callable[..., Tensor], given: tuple[Any, ...], act: nn.Module | None) -> Tensor:
-    """`act` of one of oneDNN's operators. It computes a GELU and a ReLU itself."""
+    """`act` of one of oneDNN's operators. It computes a GELU, a ReLU and a SiLU itself."""
     if act is not None and is_plain(act, nn.GELU):
         return operator(*given, "gelu", act.approximate)
     if act is not None and is_plain(act, nn.ReLU):
         return operator(*given, "relu", "")
+    if act is not None and is_plain(act, nn.SiLU):
+        return operator(*given, "swish", "")
     out = operator(*given, "none", "")
     return out if act is None else act(out)
 
