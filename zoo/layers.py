@@ -352,14 +352,14 @@ def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     return [part.tolist() for part in rates.split(tuple(depths))]
 
 
-def pad_tokens(x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens (B, H, W, C) padded with zeros at the bottom and the right, to (B, height, width, C)."""
+def pad_tokens(x: Tensor, height: int, width: int, top: int = 0, left: int = 0) -> Tensor:
+    """Tokens (B, H, W, C) padded with zeros to (B, height, width, C), after `top` rows and `left` columns of zeros."""
     _, given_height, given_width, _ = sizes(x)
-    bottom, right = height - given_height, width - given_width
+    bottom, right = height - given_height - top, width - given_width - left
     # If sizes are symbolic in torch.export, the program always pads, possibly by nothing.
-    if isinstance(bottom, int) and isinstance(right, int) and bottom == right == 0:
+    if all(isinstance(side, int) and side == 0 for side in (top, left, bottom, right)):
         return x
-    return F.pad(x, (0, 0, 0, right, 0, bottom))
+    return F.pad(x, (0, 0, left, right, top, bottom))
 
 
 def mask_padding(x: Tensor, height: int, width: int) -> Tensor:
@@ -370,12 +370,12 @@ def mask_padding(x: Tensor, height: int, width: int) -> Tensor:
     return (rows[:, None] & columns).expand(x.shape[0], -1, -1)
 
 
-def crop_tokens(x: Tensor, height: int, width: int) -> Tensor:
-    """The first rows and columns of tokens (B, H, W, C): (B, height, width, C)."""
+def crop_tokens(x: Tensor, height: int, width: int, top: int = 0, left: int = 0) -> Tensor:
+    """Rows and columns of tokens (B, H, W, C) after `top` rows and `left` columns: (B, height, width, C)."""
     if isinstance(height, int) and isinstance(width, int):
-        return x[:, :height, :width]
+        return x[:, top : top + height, left : left + width]
     # torch.export has to prove that a slice is within the map, but not that an index is.
-    rows, columns = (torch.arange(side, device=x.device) for side in (height, width))
+    rows, columns = (torch.arange(side, device=x.device) + first for side, first in ((height, top), (width, left)))
     return x.index_select(1, rows).index_select(2, columns)
 
 

@@ -195,6 +195,11 @@ REPORTED = {
     "coco/cascade_mask_rcnn_agent_swin_b": (0.4, {"box_ap": 52.6, "mask_ap": 45.3}),
     "coco/retinanet_agent_pvt_l": (0.3, {"box_ap": 46.8}),
     "ade20k/semantic_fpn_agent_pvt_m": (0.2, {"miou": 44.3}),
+    "imagenet/vitaev2_vsa_48m": (0.25, {"top1": 83.9}),
+    "coco/mask_rcnn_1x_vitaev2_vsa_s": (0.1, {"box_ap": 45.9, "mask_ap": 41.4}),
+    "coco/mask_rcnn_vitaev2_vsa_s": (0.25, {"box_ap": 48.1, "mask_ap": 42.9}),
+    "coco/cascade_mask_rcnn_1x_vitaev2_vsa_s": (0.05, {"box_ap": 49.8, "mask_ap": 43.0}),
+    "coco/cascade_mask_rcnn_vitaev2_vsa_48m": (0.45, {"box_ap": 52.9, "mask_ap": 45.6}),
 }
 
 
@@ -254,6 +259,8 @@ PAPERS = {
     r"vig_h_[sb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"vig_gla_[tb]": (2e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"vig_gla_s": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 0),
+    r"vitaev2_vsa_s": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"vitaev2_vsa_48m": (1e-3, 0.055, 300, 1024, 0.8, 1.0, 0.25, 10),
 }
 
 NORM, TABLES, FULL = ["norm"], ["norm", "bias_table"], []  # FULL: everything is decayed
@@ -302,6 +309,8 @@ COCO = {
     r"(cascade_)?mask_rcnn_1x_agent_swin_[ts]": (1e-4, 0.05, AGENTS, 12, [8, 11], 500, "none"),
     r"mask_rcnn_agent_pvt_[tsml]": (2e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
     r"retinanet_agent_pvt_[tsml]": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
+    r"(cascade_)?mask_rcnn_vitaev2_vsa_(s|48m)": (1e-4, 0.05, TABLES, 36, [27, 33], 500, "none"),
+    r"((cascade_)?mask_rcnn|retinanet)_1x_vitaev2_vsa_s": (1e-4, 0.05, TABLES, 12, [8, 11], 500, "none"),
 }
 
 # ADE20K: learning rate, weight decay, exempt from it, updates, images an update, schedule and power, lowest learning
@@ -385,7 +394,7 @@ def test_images_of_detection_follow_the_paper(recipes):
             wanted = ([896], 896, False, None, None)
         elif dense.method == "mask2former":
             wanted = ([800], 1333, False, [1024, 1024], [0.1, 2.0])
-        elif dense.method == "dino" or cfg.trainer.epochs == 36 or re.search("agent_swin|l2vit", name):
+        elif dense.method == "dino" or cfg.trainer.epochs == 36 or re.search("agent_swin|l2vit|vitaev2", name):
             wanted = (several, 1333, True, None, None)
         else:
             wanted = ([800], 1333, False, None, None)
@@ -481,6 +490,7 @@ NORMS = (nn.LayerNorm, nn.BatchNorm2d, LayerNorm2d)
         ("coco/cascade_mask_rcnn_gc_vit_tiny", "test_gc_vit"),
         ("coco/mask_rcnn_litv2_small", "test_litv2"),
         ("ade20k/upernet_van_b0", "test_van"),
+        ("coco/mask_rcnn_vitaev2_vsa_s", "test_vitae_vsa"),
         ("coco/mask2former_50e", "test_dinat"),
     ],
 )
