@@ -25,7 +25,7 @@ class AttentionModule:
         module: The module.
         info: What the module attends to.
         args: Its inputs, after `run`.
-        size: The sides of its block's map, after `run`. Inputs may be larger, with padding.
+        size: The sides of its stage's map, after `run`. Inputs may be larger, with padding.
     """
 
     stage: int
@@ -46,7 +46,7 @@ class Keys:
         kind: The kind of attention, in words.
         weights: The weights (h, w), averaged over heads. They sum to 1 - `padding`. Of weights that can be negative,
             these are the shares of the absolute values.
-        padding: The weight of keys outside the picture.
+        padding: The weight of keys outside the picture, or of a class token.
         pixels: The side of a key in the picture, in pixels.
         softmax: Whether the weights are attention weights; otherwise they are shares of a kernel's absolute weights.
     """
@@ -86,15 +86,13 @@ def run(model: nn.Module, images: Tensor, found: Sequence[AttentionModule]) -> N
     def keep_args(site: AttentionModule) -> Callable[..., None]:
         return lambda _, args: setattr(site, "args", args)
 
-    def keep_size(site: AttentionModule, sides: slice) -> Callable[..., None]:
-        return lambda _, __, out: setattr(site, "size", tuple(out.shape[sides]))
+    def keep_size(site: AttentionModule) -> Callable[..., None]:
+        return lambda _, __, out: setattr(site, "size", tuple(model.feature(out).shape[2:]))
 
     hooks = []
     for site in found:
-        stage = model.stages[site.stage - 1]
-        sides = slice(1, 3) if stage.channels_last else slice(2, 4)
         hooks.append(site.module.register_forward_pre_hook(keep_args(site)))
-        hooks.append(stage.blocks[site.block - 1].register_forward_hook(keep_size(site, sides)))
+        hooks.append(model.stages[site.stage - 1].register_forward_hook(keep_size(site)))
     try:
         with torch.no_grad():
             model.forward_features(images)
@@ -139,9 +137,14 @@ def keys(
         token = tuple(min(place // stride, side - 1) for place, side in zip(pixel, site.size, strict=True))
         cell = site.info.key_size
         height, width = ((side + cell - 1) // cell for side in site.size)
+        middle, place = height * width // 2, token[0] * width + token[1]
+        if site.info.class_token:
+            token = 0, place + (place >= middle)
         for kind, weights in zip(site.info.groups, attention(site.module, site.args, [token])[0], strict=True):
             if site.info.signed:
                 weights = weights.abs() / weights.abs().sum()
+            if site.info.class_token:
+                weights = torch.cat((weights[0, :middle], weights[0, middle + 1 :])).view(height, width)
             inside = weights[:height, :width]
             padding = max(1 - inside.sum().item(), 0)
             yield Keys(site.stage, site.block, kind, inside, padding, stride * cell, site.info.kernel is None)
@@ -162,6 +165,10 @@ def rollout(model: nn.Module, name: str, images: Tensor, say: Callable[[str], No
         raise UserError(
             f"rollout multiplies the attention of all blocks, so their tokens have to be the same, and those of {name} "
             f"have {', '.join(map(str, strides))} pixels: use an isotropic model, or zoo-look keys."
+        )
+    if any(site.info.signed for site in found):
+        raise UserError(
+            f"rollout multiplies attention weights, which {name} does not have: use zoo-look keys or zoo-look field."
         )
     run(model, images, found)
     height, width = found[0].size

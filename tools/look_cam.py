@@ -52,7 +52,8 @@ def layer(loaded: OpenModel, stage: int | None) -> tuple[nn.Module, int]:
     if stage is not None and stage > len(infos):
         raise UserError(f"{loaded.name} has no stage {stage}: give a number from 1 to {len(infos)}.")
     info = infos[-1 if stage is None else stage - 1]
-    return loaded.model.get_submodule(info["module"]), info["num_chs"]
+    module = loaded.model.get_submodule(info["module"])
+    return getattr(module, "maps", module), info["num_chs"]  # a stage that also returns a class token has `maps`
 
 
 def heat(model: nn.Module, images: Tensor, layer: nn.Module, channels: int, target: int) -> np.ndarray:

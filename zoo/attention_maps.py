@@ -2,7 +2,7 @@
 
 An attention module describes itself with a method `attention_info()`, which returns an `AttentionInfo`. Its last layer
 is a linear layer `proj`; without one, its output is the weighted sum of the values. Parameters `lepe.*` belong to a
-convolution of the values, whose output is added to the attention's.
+convolution of the values, whose output is added to the attention's; `AttentionInfo.silent` names other such parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +30,10 @@ class AttentionInfo:
         key_size: Side of a key, in tokens; above 1 where the keys are means of windows.
         spread: For a module whose keys each stand for several tokens that are apart, the function that divides weights
             of keys (..., h, w) among the tokens of a map of the given sides (..., H, W).
+        silent: The first parts of the names of parameters that are set to zero, so that what is added to the attention
+            is left out.
+        class_token: Whether the tokens are a sequence (1, 1, H W + 1, C): those of the map, with a class token at
+            H W // 2.
     """
 
     groups: tuple[str, ...]
@@ -39,6 +43,8 @@ class AttentionInfo:
     kernel: Callable[[Tensor], Tensor] | None = None
     key_size: int = 1
     spread: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
+    silent: tuple[str, ...] = ("lepe.",)
+    class_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,8 +145,8 @@ def attended(module: Any, token: tuple[int, int], *args: Tensor) -> tuple[Tensor
 def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor], Tensor]) -> Tensor:
     """The input of the last linear layer, or the output if there is none, if `change` is applied to the values.
 
-    The last channels of the output of the layer `values` are the values, or a gate after them. LePE and the gate are
-    left out.
+    The last channels of the output of the layer `values` are the values, or a gate after them. The gate and what the
+    parameters `silent` add are left out.
     """
     outputs: list[Tensor] = []
     described = module.attention_info()
@@ -154,7 +160,7 @@ def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor]
     hooks = [described.values.register_forward_hook(changed)]
     if hasattr(module, "proj"):
         hooks.append(module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])))
-    silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith("lepe.")}
+    silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith(described.silent)}
     try:
         outputs.append(functional_call(module, silent, tuple(args)))
     finally:

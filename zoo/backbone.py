@@ -191,6 +191,14 @@ class Backbone(nn.Module):
         self.head: nn.Module = head
         self.head.apply(self.init_module).train(self.training)
 
+    def feature(self, x: Any) -> Tensor:
+        """The feature (B, C, H, W) in what a stage returns: all of it, except in a family with a class token."""
+        return x
+
+    def final_norm(self, x: Any) -> Any:
+        """Apply the norm to what the last stage returns."""
+        return self.norm(x)
+
     def forward_intermediates(
         self,
         x: Tensor,
@@ -219,13 +227,14 @@ class Backbone(nn.Module):
         for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
             x = stage(x)
             if i in take:
+                feature = self.feature(x)
                 if self.output_norms is not None:
-                    intermediates.append(self.output_norms[i](x))
+                    intermediates.append(self.output_norms[i](feature))
                 else:
-                    intermediates.append(self.norm(x) if norm and i == final else x)
+                    intermediates.append(self.norm(feature) if norm and i == final else feature)
         if intermediates_only:
             return intermediates
-        return (self.norm(x) if last == final or not stop_early else x), intermediates
+        return (self.final_norm(x) if last == final or not stop_early else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -256,7 +265,7 @@ class Backbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, H', W'), after the final norm."""
-        return self.norm(self.stages(self.stem(channels_last(x))))
+        return self.final_norm(self.stages(self.stem(channels_last(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, and classify unless `pre_logits`: (B, num_features, H, W) -> (B, num_classes or head_hidden_size)."""

@@ -127,18 +127,19 @@ def resize_table(table: Tensor, size: tuple[int, int], mode: str = "bicubic") ->
 def our_shape(key: str, value: Tensor) -> torch.Size:
     """The shape that a tensor has in our models: (N, h, w) for a table of Swin's form, (C', C) for a 1 x 1 convolution.
 
-    A table (1, ...) of five dimensions loses the first. All others keep their shape.
+    The convolution may be one of maps or of sequences. A table (1, ...) of five dimensions loses the first. All others
+    keep their shape.
     """
     if value.ndim == 5 and value.shape[0] == 1:
         return value.shape[1:]
-    side = math.isqrt(value.shape[0]) if value.ndim == 2 and key.endswith("bias_table") else 0
-    if side and side**2 == value.shape[0]:
-        return torch.Size((value.shape[1], side, side))
+    if key.endswith("bias_table"):
+        side = math.isqrt(value.shape[0]) if value.ndim == 2 else 0
+        return torch.Size((value.shape[1], side, side)) if side and side**2 == value.shape[0] else value.shape
     return _linear_shape(value)
 
 
 def _linear_shape(value: Tensor) -> torch.Size:
-    return value.shape[:2] if value.ndim == 4 and value.shape[2:] == (1, 1) else value.shape
+    return value.shape[:2] if value.ndim in (3, 4) and set(value.shape[2:]) == {1} else value.shape
 
 
 def is_counter(key: str) -> bool:

@@ -117,7 +117,8 @@ def test_classifier_can_be_reset(name):
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
     model.reset_classifier(0, "")
-    assert model(x).shape == (2, model.num_features, 2, 2)
+    side = feature_side(name, 64, model.feature_info[-1]["reduction"])
+    assert model(x).shape == (2, model.num_features, side, side)
 
 
 @pytest.mark.slow
