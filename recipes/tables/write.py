@@ -66,6 +66,7 @@ ROOTS = {
     "coco": "/data/coco",
     "ade20k": "/data/ade",
     "cityscapes": "/data/cityscapes",
+    "coco_stuff": "/data/coco_stuff",
 }
 
 Entry = dict[str, Any]  # a base, a recipe, a row or a part of one, as in its table

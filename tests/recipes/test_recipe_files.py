@@ -113,9 +113,9 @@ def test_every_recipe_is_for_a_model_with_the_weights_that_it_starts_from(recipe
     for name, cfg in recipes.items():
         model, _, tag = cfg.model.partition(".")
         assert timm.is_model(model), name
-        assert cfg.pretrained is True or name.startswith("imagenet/"), name
+        weights = timm.models.get_pretrained_cfg(cfg.model)
+        assert (cfg.pretrained is True) == weights.has_weights or name.startswith("imagenet/"), name
         if cfg.pretrained is True:
-            weights = timm.models.get_pretrained_cfg(cfg.model)
             assert weights.has_weights, name
             assert not tag or weights.tag == tag, name
         if isinstance(cfg.pretrained, str):
@@ -150,6 +150,12 @@ REPORTED = {
     "imagenet/ravlt_s": (0.15, {"top1": 84.4}),
     "imagenet/mavit_s": (0.15, {"top1": 84.7}),
     "imagenet/ppma_s": (0.15, {"top1": 84.2}),
+    "imagenet/segman_encoder_t": (0.0, {"top1": 76.2}),
+    "imagenet/segman_encoder_b": (0.3, {"top1": 85.1}),
+    "imagenet/vim_small": (0.05, {"top1": 80.5}),
+    "imagenet/vim_tiny_stride8_ft": (0.0, {"top1": 78.3}),
+    "coco/cascade_mask_rcnn_vim_tiny": (0.1, {"box_ap": 45.7, "mask_ap": 39.2}),
+    "ade20k/upernet_vim_tiny": (0.0, {"miou": 41.0}),
     "imagenet/biformer_small": (0.15, {"top1": 83.8}),
     "imagenet/l2vit_base_ft384": (0.2, {"top1": 87.0}),
     "imagenet/favit_b0": (0.1, {"top1": 71.5}),
@@ -245,6 +251,10 @@ PAPERS = {
     r"casvit_(xs|s|m|t)": (6e-3, 0.05, 300, 2048, 0.0, 0.0, 0.0, 0),
     r"(ravlt|mavit)_[tsbl]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"ppma_[tsb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"segman_encoder_t": (4e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
+    r"segman_encoder_[sbl]": (2e-3, 0.05, 300, 2048, 0.8, 1.0, 0.25, 10),
+    r"vim_tiny": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"vim_small": (1e-3, 0.05, 300, 512, 0.8, 1.0, 0.25, 10),
     r"favit_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
     r"moh_vit_(s_75|s_80|b_50|b_75)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
     r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
@@ -294,6 +304,7 @@ COCO = {
     r"retinanet_mavit_[tsbl]": (4e-4, 1e-4, FULL, 12, [8, 11], 500, "fp16"),
     r"mask_rcnn_ppma_[tsb]": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
     r"mask_rcnn_3x_ppma_[tsb]": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
+    r"cascade_mask_rcnn_vim_tiny": (1e-4, 0.1, OWN, 100, [88.889, 96.296], 500, "none"),
     r"mask_rcnn_gc_vit_tiny": (1e-4, 0.05, NORM, 36, [27, 33], 2500, "none"),
     r"cascade_mask_rcnn_gc_vit_\w+": (1e-4, 0.05, TABLES, 36, [27, 33], 2500, "none"),
     r"dino_gc_vit_large": (1e-4, 1e-4, FULL, 36, [27, 33], 0, "none"),
@@ -311,6 +322,12 @@ COCO = {
     r"retinanet_agent_pvt_[tsml]": (1e-4, 1e-4, FULL, 12, [8, 11], 500, "none"),
     r"(cascade_)?mask_rcnn_vitaev2_vsa_(s|48m)": (1e-4, 0.05, TABLES, 36, [27, 33], 500, "none"),
     r"((cascade_)?mask_rcnn|retinanet)_1x_vitaev2_vsa_s": (1e-4, 0.05, TABLES, 12, [8, 11], 500, "none"),
+}
+
+LAYER_DECAY = {
+    "coco/cascade_mask_rcnn_vim_tiny": 0.837,
+    "ade20k/upernet_vim_tiny": 0.92,
+    "ade20k/upernet_vim_small": 0.95,
 }
 
 # ADE20K: learning rate, weight decay, exempt from it, updates, images an update, schedule and power, lowest learning
@@ -332,6 +349,9 @@ ADE = {
     r"upernet_(ravlt_[sbl]|mavit_[tsbl])": (6e-5, 0.01, NORM, *U160, 512, 512, None, "none"),
     r"semantic_fpn_(ra|ma)v\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
     r"upernet_ppma_[tsb]": (6e-5, 0.05, NORM, *U160, 512, 512, None, "none"),
+    r"upernet_segman_encoder_[tsbl]": (6e-4, 0.01, NORM, *U160, 512, 512, 32, "none"),
+    r"upernet_vim_tiny": (2e-4, 0.1, OWN, 60_000, 32, *U160[2:], 512, 512, None, "none"),
+    r"upernet_vim_small": (1e-4, 0.05, OWN, 60_000, 32, *U160[2:], 512, 512, None, "none"),
     r"upernet_gc_vit_\w+": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
     r"semantic_fpn_litv2_\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 1e-6, 0, None, 512, 512, None, "none"),
     r"upernet_l2vit_\w+": (6e-5, 0.01, FULL, *U160, 512, 512, None, "none"),
@@ -354,7 +374,7 @@ def _optional(values) -> list | None:
 
 
 def _of(recipes, folder):
-    return {name: cfg for name, cfg in recipes.items() if name.startswith(f"{folder}/")}
+    return {name: cfg for name, cfg in recipes.items() if name.startswith(folder if "/" in folder else f"{folder}/")}
 
 
 @pytest.mark.slow
@@ -378,8 +398,9 @@ def test_detection_follows_the_paper(recipes):
         found = (optim.lr, optim.weight_decay, _optional(dense.no_decay), trainer.epochs)
         found += (list(schedule.decay_milestones), dense.warmup_updates, trainer.amp)
         assert found == _row(COCO, name), name
-        assert (optim.opt, optim.layer_decay, schedule.sched, schedule.decay_rate) == ("adamw", None, "multistep", 0.1)
-        images = 32 if "casvit" in name else 16
+        assert (optim.opt, schedule.sched, schedule.decay_rate) == ("adamw", "multistep", 0.1)
+        assert optim.layer_decay == LAYER_DECAY.get(name), name
+        images = 32 if "casvit" in name else 64 if "_vim_" in name else 16
         assert (trainer.effective_batch_size, dense.updates, dense.warmup_factor) == (images, None, 1e-3), name
         assert dense.backbone_lr == (0.1 if dense.method in ("dino", "mask2former") else 1.0), name
         assert optim.clip_grad == {"dino": 0.1, "mask2former": 0.01}.get(dense.method), name
@@ -392,6 +413,8 @@ def test_images_of_detection_follow_the_paper(recipes):
         dense = cfg.dense
         if re.search("maxvit|moat", name):
             wanted = ([896], 896, False, None, None)
+        elif "_vim_" in name:
+            wanted = ([1024], 1024, False, [1024, 1024], [0.1, 2.0])
         elif dense.method == "mask2former":
             wanted = ([800], 1333, False, [1024, 1024], [0.1, 2.0])
         elif dense.method == "dino" or cfg.trainer.epochs == 36 or re.search("agent_swin|l2vit|vitaev2", name):
@@ -415,7 +438,8 @@ def test_segmentation_follows_the_paper(recipes):
             *(dense.crop[0], dense.scales[-1], dense.test_divisor, trainer.amp),
         )
         assert found == _row(ADE, name), name
-        assert (optim.opt, optim.layer_decay, dense.photometric, dense.norm_eval) == ("adamw", None, True, False), name
+        assert (optim.opt, dense.photometric, dense.norm_eval) == ("adamw", True, False), name
+        assert optim.layer_decay == LAYER_DECAY.get(name), name
         assert (cfg.data.num_classes, cfg.data.reduce_zero_label, dense.small) == (150, True, False), name
         size = dense.crop[0]
         if dense.method == "mask2former":
@@ -423,14 +447,14 @@ def test_segmentation_follows_the_paper(recipes):
             wanted = (size, 4 * size, None, 0.1, 0.01)
         else:
             assert list(dense.scales) == [size], name
-            wanted = (size, 4 * size, [0.5, 2.0], 1.0, None)
+            wanted = (size, 4 * size, [0.5, 2.0], 0.1 if "segman" in name else 1.0, None)
         ratio_range = _optional(dense.ratio_range)
         assert (dense.crop[1], dense.max_size, ratio_range, dense.backbone_lr, optim.clip_grad) == wanted, name
 
 
 @pytest.mark.slow
 def test_segmentation_of_cityscapes_follows_the_paper(recipes):
-    for name, cfg in _of(recipes, "cityscapes").items():
+    for name, cfg in _of(recipes, "cityscapes/upernet_ppma").items():
         optim, data, dense = cfg.optim, cfg.data, cfg.dense
         assert (optim.lr, optim.weight_decay, list(dense.no_decay), dense.backbone_lr) == (6e-5, 0.05, NORM, 1.0), name
         assert (data.num_classes, data.reduce_zero_label) == (19, False), name
@@ -439,10 +463,34 @@ def test_segmentation_of_cityscapes_follows_the_paper(recipes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "size", "stride"), [("ade20k", 512, 341), ("cityscapes", 1024, 768)])
-def test_ppma_is_evaluated_in_windows(recipe_config, data, size, stride):
+@pytest.mark.parametrize(
+    ("recipe", "size", "stride"),
+    [
+        ("ade20k/upernet_ppma_s", 512, 341),
+        ("cityscapes/upernet_ppma_s", 1024, 768),
+        ("cityscapes/upernet_segman_encoder_b", 1024, 768),
+        ("ade20k/upernet_vim_small", 512, 341),
+    ],
+)
+def test_images_are_evaluated_in_windows(recipe_config, recipe, size, stride):
     windows = {"mode": "slide", "crop_size": [size, size], "stride": [stride, stride]}
-    assert recipe_config(f"{data}/upernet_ppma_s").mm == {"model": {"test_cfg": windows}}
+    assert recipe_config(recipe).mm == {"model": {"test_cfg": windows}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("folder", "classes", "images", "size"), [("cityscapes", 19, 8, 1024), ("coco_stuff", 171, 16, 512)]
+)
+def test_segmentation_of_other_data_follows_the_paper(recipes, folder, classes, images, size):
+    found = _of(recipes, f"{folder}/upernet_segman")
+    assert found
+    for name, cfg in found.items():
+        optim, dense = cfg.optim, cfg.dense
+        assert (optim.lr, dense.backbone_lr, optim.weight_decay, list(dense.no_decay)) == (6e-4, 0.1, 0.01, NORM), name
+        assert (cfg.data.num_classes, cfg.data.reduce_zero_label) == (classes, False), name
+        assert (dense.updates, cfg.trainer.effective_batch_size, list(dense.crop)) == (160_000, images, [size] * 2), (
+            name
+        )
 
 
 @pytest.mark.slow

@@ -273,7 +273,7 @@ def test_export_that_fails(capsys, tmp_path, monkeypatch):
 
 
 BAD = [
-    ("test_vam", 1, "there is no model 'test_vam': did you mean test_van?"),
+    ("test_vann", 1, "there is no model 'test_vann': did you mean test_van?"),
     ("xyzzyqq", 1, "there is no model 'xyzzyqq': zoo-models lists the models of zoo, timm.list_models() lists all."),
     ("van_b0.imagenet", 1, "van_b0 has no weights 'imagenet': it has "),
     ("runs/none", 1, "there is no folder runs/none: "),

@@ -410,7 +410,7 @@ def test_zero_map_is_said(capsys, tmp_path, photo, finished, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["keys", "test_vam", "PHOTO"], "there is no model 'test_vam': did you mean test_van?"),
+        (["keys", "test_vann", "PHOTO"], "there is no model 'test_vann': did you mean test_van?"),
         (["keys", "qqqqqqqq", "PHOTO"], "there is no model 'qqqqqqqq': zoo-models lists the models of zoo, "),
         (["keys", "runs/none", "PHOTO"], "there is no folder runs/none: "),
         (["keys", "van_b0.none", "PHOTO"], "van_b0 has no weights 'none': it has in1k, in1k_mmseg."),

@@ -68,8 +68,8 @@ def test_key_map_covers_every_official_key_once(name):
     official = {key: torch.empty(shape, device="meta") for key, shape in shapes(name).items()}
     model = timm.create_model(name, device="meta")
     dropped = [key for key in official if not remap({key: official[key]}, families.family_of(name).KEY_MAP)]
-    # constants
-    assert all(key.endswith(("relative_position_index", "RoPE.angle", "Relpos.angle", "attn_mask")) for key in dropped)
+    constants = ("relative_position_index", "RoPE.angle", "rope.angle", "Relpos.angle", "attn_mask")
+    assert all(key.endswith(constants) for key in dropped)
     assert len(remap(official, families.family_of(name).KEY_MAP)) == len(official) - len(dropped)
     converted = families.family_of(name).checkpoint_filter_fn(official, model)
     # torch fills in the counters of batch norm, which TensorFlow's files lack
