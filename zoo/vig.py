@@ -367,7 +367,7 @@ KEY_MAP = [
     (r"^outnorm(\d)\.", r"output_norms.\1."),  # of the backbone for dense prediction
     (r"^classifier\.norm\.", "norm."),
     (r"^classifier\.head\.", "head."),
-    (r"\.norm\.(?=(?:weight|bias)$)(?<=blocks\.\d\.norm\.)", ".norm1."),
+    (r"(\.blocks\.\d+)\.norm\.", r"\1.norm1."),
     (r"\.op\.", ".attn."),
     # ViG: twelve blocks, here four stages of three
     (r"^patch_embed\.proj\.0\.", "stem.conv1."),
