@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from zoo.kernels import checks, dispatch
-from zoo.kernels.selective_scan import reference, torch_impl
+from zoo.kernels.selective_scan import common, reference, torch_impl
 
 Direction = Literal["rows", "columns", "rows_reversed", "columns_reversed"]
 
@@ -80,8 +80,11 @@ def selective_scan(
             checks.shape(parameter, name, (count, channels), "(directions, C)")
     if not isinstance(delta_softplus, bool):
         raise TypeError(f"Got {delta_softplus=}; give True or False.")
+    implementation = dispatch.choose("selective_scan", x, 1)
     with dispatch.as_given(x):
-        compute = reference if dispatch.current() == "reference" else torch_impl
+        if implementation == "triton":
+            return forward(x, delta, A, B, C, D, delta_bias, delta_softplus, common.numbers(orders))[0]
+        compute = reference if implementation == "reference" else torch_impl
         return compute.selective_scan(
             x, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus, directions=orders
         )
@@ -100,3 +103,47 @@ def _directions(directions: Sequence[str]) -> tuple[str, ...]:
     if not directions or not all(isinstance(name, str) and name in known for name in directions):
         raise ValueError(f"Got {directions=}; give one or more of {', '.join(known)}.")
     return tuple(directions)
+
+
+# The rest registers the Triton implementation with torch. Without Triton, nothing is registered.
+@dispatch.triton_op("zoo::selective_scan")
+def forward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    directions: list[int],
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, W, C), and for `backward` the states before each tile of tokens, (B, K, tiles, N, C)."""
+    from zoo.kernels.selective_scan import triton_impl
+
+    return triton_impl.forward(x, delta, A, B, C, D, delta_bias, softplus=delta_softplus, directions=directions)
+
+
+@dispatch.triton_op("zoo::selective_scan_bwd")
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    states: Tensor,
+    delta_softplus: bool,
+    directions: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the seven tensors; those of D and delta_bias are empty if the tensors are None."""
+    from zoo.kernels.selective_scan import triton_impl
+
+    return triton_impl.backward(
+        grad, x, delta, A, B, C, D, delta_bias, states, softplus=delta_softplus, directions=directions
+    )
+
+
+dispatch.register_autograd(forward, torch_impl.differentiated(backward), setup_context=torch_impl.save)
