@@ -114,7 +114,7 @@ def test_every_recipe_is_for_a_model_with_the_weights_that_it_starts_from(recipe
         model, _, tag = cfg.model.partition(".")
         assert timm.is_model(model), name
         weights = timm.models.get_pretrained_cfg(cfg.model)
-        assert (cfg.pretrained is True) == weights.has_weights or name.startswith("imagenet/"), name
+        assert (cfg.pretrained is True) == bool(weights.has_weights) or name.startswith("imagenet/"), name
         if cfg.pretrained is True:
             assert weights.has_weights, name
             assert not tag or weights.tag == tag, name
