@@ -363,9 +363,8 @@ class Vim(Backbone):
             ("kernel_size", kernel_size, 2**10),
         ):
             if not arguments.is_number(value, 1, most):
-                raise ValueError(
-                    f"Got {name}={arguments.shown(value)}; it has to be a whole number from 1 to {most:,}."
-                )
+                limit = f"{most:,}, the patch_size" if name == "stride" else f"{most:,}"
+                raise ValueError(f"Got {name}={arguments.shown(value)}; it has to be a whole number from 1 to {limit}.")
         arguments.check_choice("class_token", class_token, (True, False))
         arguments.check_choice("pyramid", pyramid, (True, False))
         arguments.check_stages(embed_dims=embed_dims, depths=depths)

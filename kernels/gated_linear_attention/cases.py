@@ -25,6 +25,11 @@ class Case:
     both: bool = True
 
     @property
+    def size(self) -> tuple[int, int]:
+        """The tokens as a map of one row."""
+        return 1, self.tokens
+
+    @property
     def name(self) -> str:
         """The shapes, and what differs from the defaults."""
         shape = f"{self.tokens}x{self.num_heads * self.head_dim}-heads{self.num_heads}"

@@ -22,6 +22,8 @@ from zoo.recipes.config import Config
 from zoo.recipes.logs import log
 
 T = TypeVar("T")
+# Arguments that models take only without a classifier.
+_FOR_FEATURES = ("output_norm", "pyramid")
 
 
 @MODELS.register_module()
@@ -119,7 +121,7 @@ class TimmBackbone(BaseModule):
 
     def classifier(self) -> nn.Module:
         """The whole model on the meta device, whose methods know its parameters by name."""
-        kwargs = {key: value for key, value in self.arguments["model_kwargs"].items() if key != "output_norm"}
+        kwargs = {name: value for name, value in self.arguments["model_kwargs"].items() if name not in _FOR_FEATURES}
         with torch.device("meta"):
             return _build(self.arguments["model"], kwargs)
 

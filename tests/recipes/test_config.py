@@ -374,7 +374,7 @@ def test_help_has_few_recipes(printed, monkeypatch):
     _, (output, _) = printed("train", "--help")
     assert len(output.splitlines()) < 180
     assert "imagenet/van_b0" not in output.partition("Groups")[2]
-    assert re.search(r"imagenet/<name> \(\d+\)", output)
+    assert re.search(r"imagenet/<name>\s+\(\d+\)", output)
 
 
 def test_help_lists_the_recipes_on_request(printed):

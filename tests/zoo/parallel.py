@@ -69,7 +69,10 @@ def compare(name, rank):
     train(sharded, own)
     got = {key: parameter.full_tensor().detach() for key, parameter in sharded.named_parameters()}
     result["fsdp"] = deviation(got, {key: parameter.detach() for key, parameter in alone.named_parameters()})
-    result["moved"] = all(not torch.equal(got[key], parameter) for key, parameter in model.named_parameters())
+    # A step by less than the last digit of a weight leaves it as it was.
+    large = {key for key, parameter in alone.named_parameters() if parameter.grad.abs().max() > 1e-14}
+    moved = {key for key, parameter in model.named_parameters() if not torch.equal(got[key], parameter)}
+    result["moved"] = large <= moved
     return result
 
 
