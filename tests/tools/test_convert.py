@@ -105,9 +105,12 @@ def evaluate(report, line, **kwargs):
 # ---- every family
 
 
+# test_parity.py has the same goldens without the command.
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("model", golden.classifiers())
+@pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[pytest.mark.long] * (i % 5 > 0)) for i, name in enumerate(golden.classifiers())]
+)
 def test_official_classifier_gives_the_golden(model, capsys):
     record = golden.read(model)
     weights = golden.official_weights(model, record)

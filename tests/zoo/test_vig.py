@@ -189,6 +189,7 @@ def test_pattern():
     assert (flat[place:].diff() < 0).all()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "billions"), [("vig_h_t", 4.5), ("vig_h_b", 15.5)])
 @torch.no_grad()
