@@ -131,6 +131,8 @@ ORDERS = {
     "checkpoints-first": "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
     "families-first": "import zoo.families, timm; print(timm.is_model('van_b0'))",
     "layers-first": "import zoo.layers, timm; print(timm.is_model('van_b0'))",
+    "rmt-first": "import zoo.rmt, timm; print(timm.is_model('van_b0'))",
+    "stripes-first": "import zoo.stripes, timm; print(timm.is_model('van_b0'))",
     "facts-first": "import zoo.facts, timm; print(timm.is_model('van_b0'))",
     "pretrained-first": "import zoo.pretrained, timm; print(timm.is_model('van_b0'))",
     "recognition-first": "import zoo.recognition, timm; print(timm.is_model('van_b0'))",

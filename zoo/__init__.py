@@ -19,7 +19,8 @@ FAMILIES = _families()
 
 # Modules that the families' modules import.
 _SHARED = tuple(
-    f"zoo.{name}" for name in ("backbone", "checkpoints", "facts", "layers", "mbconv", "pretrained", "recognition")
+    f"zoo.{name}"
+    for name in ("backbone", "checkpoints", "facts", "layers", "mbconv", "pretrained", "recognition", "rmt", "stripes")
 )
 
 
