@@ -71,23 +71,30 @@ class Stem(nn.Module):
         in_chans: Channels of the images.
         dim: Channels from the second convolution with stride 2 on; before it there are half as many.
         strides: Strides of the convolutions: 2 for the first and for a later one, else 1.
+        bias: Whether the convolutions have biases.
         device, dtype: Device and type of the parameters.
     """
 
     def __init__(
-        self, in_chans: int, dim: int, strides: tuple[int, int, int, int] = (2, 1, 2, 1), device=None, dtype=None
+        self,
+        in_chans: int,
+        dim: int,
+        strides: tuple[int, int, int, int] = (2, 1, 2, 1),
+        bias: bool = True,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         half = dim // 2
         third = dim if strides[2] == 2 else half
-        self.conv1 = nn.Conv2d(in_chans, half, 3, strides[0], 1, **dd)
+        self.conv1 = nn.Conv2d(in_chans, half, 3, strides[0], 1, bias=bias, **dd)
         self.norm1 = nn.BatchNorm2d(half, **dd)
-        self.conv2 = nn.Conv2d(half, half, 3, strides[1], 1, **dd)
+        self.conv2 = nn.Conv2d(half, half, 3, strides[1], 1, bias=bias, **dd)
         self.norm2 = nn.BatchNorm2d(half, **dd)
-        self.conv3 = nn.Conv2d(half, third, 3, strides[2], 1, **dd)
+        self.conv3 = nn.Conv2d(half, third, 3, strides[2], 1, bias=bias, **dd)
         self.norm3 = nn.BatchNorm2d(third, **dd)
-        self.conv4 = nn.Conv2d(third, dim, 3, strides[3], 1, **dd)
+        self.conv4 = nn.Conv2d(third, dim, 3, strides[3], 1, bias=bias, **dd)
         self.norm4 = nn.BatchNorm2d(dim, **dd)
         self.act = nn.GELU()
 

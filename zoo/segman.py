@@ -33,7 +33,6 @@ from zoo.layers import (
     DepthwiseConv,
     HeadConv,
     ResidualConvMlp,
-    check_images,
     crop_tokens,
     dot_product_attention,
     mask_padding,
@@ -43,6 +42,7 @@ from zoo.layers import (
     stage_rates,
     sym_max,
 )
+from zoo.rmt import Stem
 
 __all__ = ["SegMAN"]
 
@@ -306,35 +306,6 @@ class Block(nn.Module):
 
 
 @register_notrace_module
-class Stem(nn.Module):
-    """Four 3 x 3 convolutions with batch norms, GELU between them: (B, C, H, W) -> (B, dim, ceil(H / 4), ceil(W / 4)).
-
-    The first and the third convolution have stride 2.
-    """
-
-    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        half = dim // 2
-        self.conv1 = nn.Conv2d(in_chans, half, 3, 2, 1, bias=False, **dd)
-        self.norm1 = nn.BatchNorm2d(half, **dd)
-        self.conv2 = nn.Conv2d(half, half, 3, 1, 1, bias=False, **dd)
-        self.norm2 = nn.BatchNorm2d(half, **dd)
-        self.conv3 = nn.Conv2d(half, dim, 3, 2, 1, bias=False, **dd)
-        self.norm3 = nn.BatchNorm2d(dim, **dd)
-        self.conv4 = nn.Conv2d(dim, dim, 3, 1, 1, bias=False, **dd)
-        self.norm4 = nn.BatchNorm2d(dim, **dd)
-        self.act = nn.GELU()
-
-    def forward(self, x: Tensor) -> Tensor:
-        check_images(x, self.conv1)
-        x = convolution(self.conv1, x, self.norm1, self.act)
-        x = convolution(self.conv2, x, self.norm2, self.act)
-        x = convolution(self.conv3, x, self.norm3, self.act)
-        return convolution(self.conv4, x, self.norm4)
-
-
-@register_notrace_module
 class Downsample(nn.Module):
     """3 x 3 convolution with stride 2, batch norm: (B, C, H, W) -> (B, dim, ceil(H / 2), ceil(W / 2))."""
 
@@ -427,7 +398,7 @@ class SegMAN(Backbone):
                 blocks.append(Block(dim, mixer, mlp, rate, layer_scale, **dd))
             stages.append(Stage(blocks, Downsample(embed_dims[i - 1], dim, **dd) if i else None))
         super().__init__(
-            Stem(in_chans, embed_dims[0], **dd),
+            Stem(in_chans, embed_dims[0], bias=False, **dd),
             stages,
             embed_dims,
             in_chans=in_chans,
