@@ -221,21 +221,21 @@ class Module(torch.nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [1, 3])
 def test_exports_with_open_sizes(numbers):
-    module = Module(ALL, numbers)
+    module = Module(ALL, numbers).double()  # in float32, sums of 2400 tokens differ more between CPUs than the bounds
     dims = {axis: torch.export.Dim(name, max=99) for axis, name in enumerate(("batch", "rows", "columns"))}
-    program = torch.export.export(module, (torch.randn(2, 8, 11, 4),), dynamic_shapes=(dims,)).module()
+    program = torch.export.export(module, (torch.randn(2, 8, 11, 4).double(),), dynamic_shapes=(dims,)).module()
     for size in ((3, 16, 9), (1, 1, 1), (1, 40, 60)):
-        again = torch.randn(*size, 4)
+        again = torch.randn(*size, 4).double()
         torch.testing.assert_close(program(again), module(again))
 
 
 @pytest.mark.slow
 def test_exports_a_sequence_with_open_length():
-    module = Module(("rows", "rows_reversed"), 2)
+    module = Module(("rows", "rows_reversed"), 2).double()
     dims = {2: torch.export.Dim("tokens", min=2, max=9999)}
-    program = torch.export.export(module, (torch.randn(1, 1, 50, 4),), dynamic_shapes=(dims,)).module()
+    program = torch.export.export(module, (torch.randn(1, 1, 50, 4).double(),), dynamic_shapes=(dims,)).module()
     for tokens in (2, 16, 17, 300, 1500):
-        again = torch.randn(1, 1, tokens, 4)
+        again = torch.randn(1, 1, tokens, 4).double()
         torch.testing.assert_close(program(again), module(again))
 
 
