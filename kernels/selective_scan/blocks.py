@@ -17,15 +17,16 @@ Letters: B images, H, W map, K directions, C channels, N numbers of a channel's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import log, prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # An operation on this many numbers takes twice as long as its call: fewer are computed side by side.
 WIDE = 4096
+# exp(x) is computed as exp2(x log2(e)), which takes half of the time or less, by torch's own vectorized code.
+LOG2_E = 1 / log(2)
 # Numbers of the states of a block; they and their decays fit into the cache.
 BLOCK = 1 << 18
 
@@ -119,8 +120,11 @@ class _Direction:
         self.order, self.space = order, space
         self.x, self.delta, self.B, self.C = (order.flat(tensor) for tensor in (x, delta, B, C))
         self.A, self.bias, self.softplus = A, bias, softplus  # A: (N, C)
+        self.binary = A * LOG2_E
         self.images = x.shape[0]
         self.blocks = order.blocks(self.images * A.numel())
+        # The steps are few beside the states of several numbers, and are computed for all tokens at once.
+        self.steps = self._steps(self.delta, self.x) if len(A) > 1 else None
 
     def load(self, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For a block: delta' and delta' x (T, B, chunks, C), decays and delta' B x (T, B, chunks, N, C).
@@ -129,20 +133,27 @@ class _Direction:
         """
         shape = (block.tokens, self.images, block.chunks)
         numbers, channels = self.A.shape
-        step, product = (self.space.take(name, *shape, channels) for name in ("step", "product"))
-        if self.bias is None:
-            step.copy_(self.order.part(self.delta, block))
+        if self.steps is None:
+            step, product = self._steps(self.order.part(self.delta, block), self.order.part(self.x, block))
         else:
-            torch.add(self.order.part(self.delta, block), self.bias, out=step)
-        if self.softplus:
-            step = F.softplus(step)
-        torch.mul(step, self.order.part(self.x, block), out=product)
+            step, product = (self.order.part(tensor, block) for tensor in self.steps)
         decays = self.space.take("decays", *shape, numbers, channels)
-        torch.mul(step[..., None, :], self.A, out=decays).exp_()
+        torch.mul(step[..., None, :], self.binary, out=decays).exp2_()
         states = self.space.take("states", block.tokens + 1, *shape[1:], numbers, channels)
         here, _ = self.split(states)
         torch.mul(product[..., None, :], self.order.part(self.B, block)[..., None], out=here)
         return step, product, decays, states
+
+    def _steps(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """delta' and delta' x of some tokens."""
+        step, product = (self.space.take(name, *delta.shape) for name in ("step", "product"))
+        if self.bias is None:
+            step.copy_(delta)
+        else:
+            torch.add(delta, self.bias, out=step)
+        if self.softplus:
+            torch.ops.aten.softplus.out(step, out=step)
+        return step, torch.mul(step, x, out=product)
 
     def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """The states of all tokens, and those before them."""
@@ -150,7 +161,7 @@ class _Direction:
 
     def total_decay(self, step: Tensor) -> Tensor:
         """The decays of whole chunks, (B, chunks, N, C)."""
-        return torch.mul(step.sum(0)[..., None, :], self.A).exp_()
+        return torch.mul(step.sum(0)[..., None, :], self.binary).exp2_()
 
 
 def forward(
