@@ -206,6 +206,8 @@ REPORTED = {
     "coco/mask_rcnn_vitaev2_vsa_s": (0.25, {"box_ap": 48.1, "mask_ap": 42.9}),
     "coco/cascade_mask_rcnn_1x_vitaev2_vsa_s": (0.05, {"box_ap": 49.8, "mask_ap": 43.0}),
     "coco/cascade_mask_rcnn_vitaev2_vsa_48m": (0.45, {"box_ap": 52.9, "mask_ap": 45.6}),
+    "cityscapes/upernet_40k_vitaev2_vsa_s": (0.1, {"miou": 81.4, "miou_multi_scale": 82.3}),
+    "cityscapes/upernet_80k_vitaev2_vsa_s": (0.1, {"miou": 82.2, "miou_multi_scale": 83.0}),
 }
 
 
@@ -460,6 +462,16 @@ def test_segmentation_of_cityscapes_follows_the_paper(recipes):
         assert (data.num_classes, data.reduce_zero_label) == (19, False), name
         assert (dense.updates, cfg.trainer.effective_batch_size, dense.warmup_updates) == (160_000, 8, 1500), name
         assert (list(dense.scales), dense.max_size, list(dense.crop)) == ([1024], 2048, [1024, 1024]), name
+
+
+@pytest.mark.parametrize("thousands", [40, 80])
+def test_vsa_on_cityscapes_follows_the_readme(recipe_config, thousands):
+    cfg = recipe_config(f"cityscapes/upernet_{thousands}k_vitaev2_vsa_s")
+    optim, data, dense = cfg.optim, cfg.data, cfg.dense
+    assert (optim.lr, optim.weight_decay, list(dense.no_decay), dense.warmup_updates) == (6e-5, 0.01, TABLES, 1500)
+    assert (data.num_classes, data.reduce_zero_label, dense.updates) == (19, False, 1000 * thousands)
+    assert (cfg.trainer.effective_batch_size, list(dense.scales), dense.max_size) == (8, [1024], 2048)
+    assert (list(dense.crop), dense.test_divisor, cfg.mm) == ([512, 1024], None, {})
 
 
 @pytest.mark.slow
