@@ -41,10 +41,13 @@ def variants(family: str) -> Iterator[str]:
     yield "| model | parameters | multiply-adds | input | top-1, published | trained on |"
     yield "|---|---|---|---|---|---|"
     sources: list[str] = []
+    readme = False  # whether a figure is from there
     order = _sizes(family)
     for row in sorted((row for row in rows() if row["family"] == family), key=lambda row: order.index(row["model"])):
         top1 = "" if row["top1"] is None else f"{row['top1']} %"
-        if top1 and row["top1_source"] != "README of the origin":
+        if top1 and row["top1_source"] == "README of the origin":
+            readme = True
+        elif top1:
             if row["top1_source"] not in sources:
                 sources.append(row["top1_source"])
             top1 += f" ({sources.index(row['top1_source']) + 1})"
@@ -54,7 +57,12 @@ def variants(family: str) -> Iterator[str]:
             f"| {height}x{width} | {top1} | {row['dataset']} |"
         )
     notes = [f"({number}) {source.rstrip('.')}." for number, source in enumerate(sources, 1)]
-    yield "\n" + " ".join(["Accuracies are those of the authors' README.", *notes])
+    if readme:
+        notes.insert(0, "Accuracies are those of the authors' README.")
+    elif sources:
+        notes.insert(0, "Sources of the accuracies:")
+    if notes:
+        yield "\n" + " ".join(notes)
 
 
 def recipes(family: str) -> Iterator[str]:

@@ -105,6 +105,13 @@ def test_install_names_extras_that_there_are():
     assert named <= set(extras)
 
 
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_page_names_the_readme_if_an_accuracy_is_from_there(family):
+    sources = {entry.get("top1", {}).get("source") for entry in tables.manifest.manifest(family)}
+    text = (DOCS / "families" / f"{family}.md").read_text()
+    assert ("those of the authors' README" in text) == ("README of the origin" in sources)
+
+
 @pytest.mark.slow
 def test_tables_are_up_to_date():
     """`make tables` writes them."""
