@@ -275,6 +275,17 @@ PAPERS = {
     r"vitaev2_vsa_48m": (1e-3, 0.055, 300, 1024, 0.8, 1.0, 0.25, 10),
 }
 
+# The images that are resized with one interpolation in training; the others have bilinear or bicubic at random.
+BICUBIC = r"imagenet/(casvit|litv2|ppma)_\w+"
+
+
+def test_interpolation_of_training_images_is_the_sources():
+    for name in RECIPES:
+        augment = yaml.safe_load(_text(name)).get("augment", {})
+        wanted = "bicubic" if re.fullmatch(BICUBIC, name) else "random"
+        assert augment.get("interpolation", "random") == wanted, name
+
+
 NORM, TABLES, FULL = ["norm"], ["norm", "bias_table"], []  # FULL: everything is decayed
 OWN = None  # vectors and what the model names
 AGENTS = [*TABLES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias"]
