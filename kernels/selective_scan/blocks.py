@@ -17,7 +17,7 @@ Letters: B images, H, W map, K directions, C channels, N numbers of a channel's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log, prod
+from math import log
 from typing import NamedTuple
 
 import torch
@@ -88,18 +88,34 @@ def _chunk(tokens: int, numbers: int) -> int:
 
 
 class _Space:
-    """Memory for blocks, used again for each."""
+    """Memory for blocks, used again for each block of the same shape."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self.empty = like.new_empty(0, dtype=dtype)
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[tuple[str, tuple[int, ...]], tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A tensor with any contents, which it keeps until the next call with this name."""
-        size = prod(shape)
-        if name not in self.kept or self.kept[name].numel() < size:
-            self.kept[name] = self.empty.new_empty(size)
-        return self.kept[name][:size].view(shape)
+        return self.with_tokens(name, *shape)[0]
+
+    def with_tokens(self, name: str, *shape: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The tensor, and its slices along the first dimension."""
+        if (name, shape) not in self.kept:
+            tensor = self.empty.new_empty(shape)
+            self.kept[name, shape] = tensor, tensor.unbind(0)
+        return self.kept[name, shape]
+
+
+class _Loaded(NamedTuple):
+    """What `_Direction` computes for a block: delta' and delta' x (T, B, chunks, C), the rest (T, B, chunks, N, C)."""
+
+    step: Tensor
+    product: Tensor
+    decays: Tensor
+    states: Tensor
+    before: Tensor  # the states before each token, in the same memory
+    each_decay: tuple[Tensor, ...]  # in the order of the visit
+    each_state: tuple[Tensor, ...]  # the state before the block comes first
 
 
 class _Direction:
@@ -126,23 +142,24 @@ class _Direction:
         # The steps are few beside the states of several numbers, and are computed for all tokens at once.
         self.steps = self._steps(self.delta, self.x) if len(A) > 1 else None
 
-    def load(self, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For a block: delta' and delta' x (T, B, chunks, C), decays and delta' B x (T, B, chunks, N, C).
-
-        The last is in memory for one more token, before the first visited.
-        """
+    def load(self, block: Block) -> _Loaded:
+        """The factors of a block, and delta' B x in the place of the states."""
         shape = (block.tokens, self.images, block.chunks)
         numbers, channels = self.A.shape
         if self.steps is None:
             step, product = self._steps(self.order.part(self.delta, block), self.order.part(self.x, block))
         else:
             step, product = (self.order.part(tensor, block) for tensor in self.steps)
-        decays = self.space.take("decays", *shape, numbers, channels)
+        decays, each_decay = self.space.with_tokens("decays", *shape, numbers, channels)
         torch.mul(step[..., None, :], self.binary, out=decays).exp2_()
-        states = self.space.take("states", block.tokens + 1, *shape[1:], numbers, channels)
-        here, _ = self.split(states)
+        states, each_state = self.space.with_tokens("states", block.tokens + 1, *shape[1:], numbers, channels)
+        if self.order.reversed:
+            here, before = states[:-1], states[1:]
+            each_decay, each_state = each_decay[::-1], each_state[::-1]
+        else:
+            here, before = states[1:], states[:-1]
         torch.mul(product[..., None, :], self.order.part(self.B, block)[..., None], out=here)
-        return step, product, decays, states
+        return _Loaded(step, product, decays, here, before, each_decay, each_state)
 
     def _steps(self, delta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """delta' and delta' x of some tokens."""
@@ -154,10 +171,6 @@ class _Direction:
         if self.softplus:
             torch.ops.aten.softplus.out(step, out=step)
         return step, torch.mul(step, x, out=product)
-
-    def split(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """The states of all tokens, and those before them."""
-        return (states[:-1], states[1:]) if self.order.reversed else (states[1:], states[:-1])
 
     def total_decay(self, step: Tensor) -> Tensor:
         """The decays of whole chunks, (B, chunks, N, C)."""
@@ -213,17 +226,16 @@ def _forward_direction(own: _Direction, out: Tensor, kept: Tensor) -> None:
     order = own.order
     state = torch.zeros_like(kept[:, 0])
     for block in own.blocks:
-        step, _, decays, states = own.load(block)
-        here, _ = own.split(states)
+        loaded = own.load(block)
+        each_decay, each_state = loaded.each_decay, loaded.each_state[1:]
         before = kept[:, block.first : block.first + block.chunks]
-        each_decay, each_state = order.visited(decays, 0), order.visited(here, 0)
         starts = order.visited(before, 1)
         starts[0].copy_(state)
         if block.chunks > 1:
             ends = each_state[0].clone()
             for decay, added in zip(each_decay[1:], each_state[1:], strict=True):
                 torch.addcmul(added, decay, ends, out=ends)
-            each_end, factors = (order.visited(tensor, 1) for tensor in (ends, own.total_decay(step)))
+            each_end, factors = (order.visited(tensor, 1) for tensor in (ends, own.total_decay(loaded.step)))
             for i in range(block.chunks - 1):
                 torch.addcmul(each_end[i], factors[i], starts[i], out=starts[i + 1])
         last = before
@@ -233,9 +245,9 @@ def _forward_direction(own: _Direction, out: Tensor, kept: Tensor) -> None:
         weights = order.part(own.C, block)
         target = order.part(out, block)
         if weights.shape[-1] == 1:
-            target.addcmul_(weights, here[..., 0, :])
+            target.addcmul_(weights, loaded.states[..., 0, :])
         else:
-            target.add_(_products(weights[..., None, :], here).squeeze(-2))
+            target.add_(_products(weights[..., None, :], loaded.states).squeeze(-2))
 
 
 def backward(
@@ -320,17 +332,15 @@ def _backward_direction(
     order = own.order
     arriving = torch.zeros_like(kept[:, 0])  # the gradient of the state after the block
     for block in own.blocks[::-1]:
-        step, product, decays, states = own.load(block)
-        here, before = own.split(states)
-        each_decay, each_state = order.visited(decays, 0), order.visited(here, 0)
-        last = order.visited(before, 0)[0].copy_(kept[:, block.first : block.first + block.chunks])
-        for decay, current in zip(each_decay, each_state, strict=True):
+        step, product, decays, here, before, each_decay, each_state = own.load(block)
+        last = each_state[0].copy_(kept[:, block.first : block.first + block.chunks])
+        for decay, current in zip(each_decay, each_state[1:], strict=True):
             last = current.addcmul_(decay, last)
 
         out_grad, weights = order.part(grad, block), order.part(own.C, block)
-        grads = own.space.take("grads", *decays.shape)
+        grads, each_grad = own.space.with_tokens("grads", *decays.shape)
         torch.mul(out_grad[..., None, :], weights[..., None], out=grads)
-        each_grad = order.visited(grads, 0)[::-1]
+        each_grad = each_grad if order.reversed else each_grad[::-1]
         each_decay = each_decay[::-1]
         ends = own.space.take("ends", *arriving.shape[:1], block.chunks, *arriving.shape[1:])
         each_end = order.visited(ends, 1)[::-1]
