@@ -140,8 +140,8 @@ def _blocks(
         reverse: Whether a token attends to itself and later ones, instead of earlier ones.
     """
     query, key, logs = (x.unflatten(1, (-1, BLOCK)) for x in (query, key, log_gates))
-    # The binary logarithms of the products of all gates from the start of the block to the token: exp2 takes half of the
-    # time of exp, or less.
+    # Binary logarithms of the products of all gates from the start of the block to the token: exp2 is twice as fast as
+    # exp or more.
     each = torch.full((BLOCK, BLOCK), LOG2_E, dtype=logs.dtype, device=logs.device)
     logs = (each.triu() if reverse else each.tril()) @ logs
     middle, end = (logs[:, :, place, None] for place in ((BLOCK // 2, 0) if reverse else (BLOCK // 2 - 1, -1)))
