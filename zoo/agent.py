@@ -504,6 +504,7 @@ class AgentSwin(Backbone):
             global_pool=global_pool,
             img_size=img_size,
             window_size=window_size,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
@@ -610,6 +611,7 @@ class AgentCSWin(Backbone):
             global_pool=global_pool,
             img_size=img_size,
             split_size=split_size,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,
@@ -821,7 +823,7 @@ def agent_cswin_s(pretrained: bool = False, **kwargs) -> Backbone:
 
 @register_model
 def agent_cswin_b(pretrained: bool = False, **kwargs) -> Backbone:
-    """Agent-CSWin-B (73.3 M)."""
+    """Agent-CSWin-B (73.2 M)."""
     return _create_agent("agent_cswin_b", pretrained, **kwargs)
 
 

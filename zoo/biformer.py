@@ -325,6 +325,7 @@ class BiFormer(Backbone):
             num_classes=num_classes,
             global_pool=global_pool,
             num_regions=num_regions,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
             output_norm=output_norm,

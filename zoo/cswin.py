@@ -97,6 +97,7 @@ class CSWin(Backbone):
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,

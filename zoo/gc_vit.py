@@ -277,6 +277,7 @@ class GCViT(Backbone):
             num_classes=num_classes,
             global_pool=global_pool,
             layer_scale=layer_scale,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,

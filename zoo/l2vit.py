@@ -272,6 +272,7 @@ class L2ViT(Backbone):
             num_classes=num_classes,
             global_pool=global_pool,
             window_size=window_size,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,

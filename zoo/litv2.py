@@ -276,6 +276,7 @@ class LITv2(Backbone):
             head_dim=head_dim,
             alpha=alpha,
             window_size=window_size,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,

@@ -270,6 +270,7 @@ class NAT(Backbone):
             global_pool=global_pool,
             kernel_size=kernel_size,
             layer_scale=layer_scale,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             proj_drop_rate=proj_drop_rate,
             drop_path_rate=drop_path_rate,

@@ -478,6 +478,7 @@ class ViTAEVSA(Backbone):
             num_classes=num_classes,
             global_pool=global_pool,
             window_size=window_size,
+            mlp_ratio=mlp_ratio,
             drop_rate=drop_rate,
             drop_path_rate=drop_path_rate,
         )

@@ -78,6 +78,13 @@ def test_more_random_arguments():
         either_runs_or_says_why(*call.values)
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, cls in BY_NAME.items() if "mlp_ratio" in inspect.signature(cls).parameters]
+)
+def test_a_ratio_for_each_stage_is_taken_or_refused(name):
+    either_runs_or_says_why(name, {"mlp_ratio": (2, 2, 2, 2)})
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
