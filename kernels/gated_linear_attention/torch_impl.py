@@ -35,16 +35,16 @@ def gated_linear_attention(
 ) -> Tensor:
     """See `op.gated_linear_attention`, which checks the arguments."""
     batch, tokens, num_heads, channels = checks.sizes(q)
-    given = (q, k, v, log_gates, reverse_log_gates)
     if _all_at_once(q) or batch * num_heads * tokens * channels <= PART:
-        return _attention(*given, scale=scale)
+        return _attention(q, k, v, log_gates, reverse_log_gates, scale=scale)
     heads = max(1, min(num_heads, PART // (tokens * channels)))
     images = max(1, PART // (tokens * channels * num_heads))
     out = torch.empty_like(v, memory_format=torch.contiguous_format)
     for image in range(0, batch, images):
         for head in range(0, num_heads, heads):
             part = (slice(image, image + images), slice(None), slice(head, head + heads))
-            out[part] = _attention(*(None if x is None else x[part] for x in given), scale=scale)
+            reverse = None if reverse_log_gates is None else reverse_log_gates[part]
+            out[part] = _attention(q[part], k[part], v[part], log_gates[part], reverse, scale=scale)
     return out
 
 
