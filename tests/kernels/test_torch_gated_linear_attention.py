@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zoo.kernels import gated_linear_attention, implementation
+from zoo.kernels.gated_linear_attention import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_gated_linear_attention import CASES, make
@@ -17,6 +18,17 @@ def test_forward(case):
 @pytest.mark.parametrize("case", CASES)
 def test_gradients(case):
     assert_agree(gated_linear_attention, {name: x.requires_grad_() for name, x in make(case).items()})
+
+
+@pytest.mark.parametrize("part", [1, 2 * 20 * 4, 2 * 20 * 5 * 4], ids=["a head", "heads", "images"])
+@pytest.mark.parametrize("both", [False, True], ids=["forward", "both"])
+def test_parts_give_the_whole(both, part, monkeypatch):
+    given = make((20, both), batch=3, num_heads=5, key_dim=4, value_dim=6)
+    with torch.inference_mode():
+        whole = run("torch", gated_linear_attention, given)
+        monkeypatch.setattr(torch_impl, "PART", part)
+        torch.testing.assert_close(run("torch", gated_linear_attention, given), whole)
+    assert_agree(gated_linear_attention, given)
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["forward", "both"])
