@@ -5,7 +5,7 @@ The fields of the manifest are described in `checkpoints/README.md`. `zoo.manife
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from timm.models import DefaultCfg, generate_default_cfgs
@@ -20,6 +20,7 @@ def default_cfgs(
     first_conv: str | Sequence[str],
     tests: Iterable[str] | None = None,
     exceptions: Mapping[str, tuple[str | Sequence[str], int]] | None = None,
+    feature_side: Callable[[str, int, int], int] = lambda variant, side, stride: side // stride,
 ) -> dict[str, DefaultCfg]:
     """The `default_cfgs` of a family: one for each known checkpoint, and one for each test model.
 
@@ -28,14 +29,16 @@ def default_cfgs(
         first_conv: Name of the convolution that reads the images, or names if several do.
         tests: The test models; `test_<family>` if None.
         exceptions: For models with another `first_conv` or a last stride other than 32, both values.
+        feature_side: The side of a feature map for a model, a side of its images and a stride; see `zoo.families`.
     """
     small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     known = {f"{entry['model']}.{entry['tag']}": timm_cfg(entry) for entry in manifest(family)}
     known |= dict.fromkeys([f"test_{family}"] if tests is None else tests, small)
     cfgs: dict[str, Any] = {}
     for name, cfg in known.items():
-        conv, stride = (exceptions or {}).get(name.split(".")[0], (first_conv, 32))
-        side = cfg["input_size"][1] // stride
+        variant = name.split(".")[0]
+        conv, stride = (exceptions or {}).get(variant, (first_conv, 32))
+        side = feature_side(variant, cfg["input_size"][1], stride)
         cfgs[name] = {"pool_size": (side, side), "first_conv": conv, "classifier": "head", **cfg}
     return generate_default_cfgs(cfgs)
 

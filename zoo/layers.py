@@ -34,6 +34,7 @@ __all__ = [
     "PatchStem",
     "ResidualConv",
     "ResidualConvMlp",
+    "RmsNorm2d",
     "TransformerBlock",
     "check_images",
     "crop_tokens",
@@ -277,6 +278,14 @@ class HeadConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_dim, H, W) -> (B, dim, H, W)."""
         return convolution(self.proj, x, self.norm, self.act)
+
+
+class RmsNorm2d(nn.RMSNorm):
+    """RMSNorm over the channels of maps (B, C, H, W). timm's overflows in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class TransformerBlock(nn.Module):

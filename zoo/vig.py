@@ -30,7 +30,15 @@ from zoo.attention_maps import AttentionInfo, Pattern, attention
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import by_image, convolution, linear
 from zoo.kernels import gated_linear_attention, sizes
-from zoo.layers import DepthwiseConv, TransformerBlock, check_images, depthwise, init_transformer, stage_rates
+from zoo.layers import (
+    DepthwiseConv,
+    RmsNorm2d,
+    TransformerBlock,
+    check_images,
+    depthwise,
+    init_transformer,
+    stage_rates,
+)
 
 __all__ = ["ViG"]
 
@@ -160,13 +168,6 @@ class RmsBlock(TransformerBlock):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, attn, mlp, drop_path, **dd)
         self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6, **dd) for _ in range(2))
-
-
-class RmsNorm2d(nn.RMSNorm):
-    """RMSNorm over the channels of maps (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @register_notrace_module

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import DropPath, RmsNorm2d, lecun_normal_, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, lecun_normal_, register_notrace_function, register_notrace_module
 from timm.layers import trunc_normal_ as truncated_normal_
 from timm.models import register_model
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from zoo.attention_maps import AttentionInfo, Pattern
 from zoo.backbone import Backbone, Stage, create
 from zoo.cpu import is_plain, linear
 from zoo.kernels import certain, depthwise_conv2d_nhwc, selective_scan, sizes
-from zoo.layers import check_images, stage_rates
+from zoo.layers import RmsNorm2d, check_images, stage_rates
 
 __all__ = ["Vim"]
 
@@ -320,7 +320,7 @@ class Vim(Backbone):
             and stride 16. For other maps, they are resized.
         class_token: Whether there is a class token. Official code for dense prediction has none.
         pyramid: Whether the four features get the strides 4, 8, 16 and 32 by layers of their own (for a `stride` of
-            16), for dense prediction. Only without a classifier.
+            16), for dense prediction. Only without a classifier. There is no final norm then.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth rate of the last block. It grows linearly from 0 at the first block.
         device, dtype: Device and type of the parameters.
@@ -375,6 +375,10 @@ class Vim(Backbone):
                 f"Got pyramid=True with {num_classes} classes and {len(depths)} stages; it is for four stages with "
                 "features_only=True or num_classes=0."
             )
+        if pyramid and stride % 4:
+            raise ValueError(
+                f"Got pyramid=True with {stride=}; the stride of its first map is a fourth of that: use 8 or 16."
+            )
         dd = {"device": device, "dtype": dtype}
         dim, stage_cls = embed_dims[0], SequenceStage if class_token else Stage
         stages = [
@@ -391,7 +395,7 @@ class Vim(Backbone):
             global_pool=global_pool,
             drop_rate=drop_rate,
             strides=[stride // 4, stride // 2, stride, 2 * stride] if pyramid else [stride] * len(depths),
-            norm=RmsNorm2d(dim, eps=1e-5, **dd),
+            norm=None if pyramid else RmsNorm2d(dim, eps=1e-5, **dd),
         )
         if pyramid:
             self.output_norms = pyramid_layers(dim, **dd)
@@ -441,6 +445,8 @@ KEY_MAP = [
     (r"^patch_embed\.", "stem."),
     (r"^(cls_token|pos_embed)$", r"stem.\1"),
     (r"^norm_f\.", "norm."),
+    (r"^fpn1\.", "output_norms.0."),  # the pyramid of the segmentation backbone
+    (r"^fpn2\.0\.", "output_norms.1."),
     *((rf"^layers\.{i}\.", f"stages.{i // 6}.blocks.{i % 6}.") for i in range(24)),
     (r"\.mixer\.A_log$", ".mixer.scan.A_log"),
     (r"\.mixer\.A_b_log$", ".mixer.scan_b.A_log"),
@@ -479,8 +485,14 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(tensors, model, KEY_MAP)
 
 
+def feature_side(variant: str, side: int, reduction: int) -> int:
+    """The side of a feature map: pixels that fill no patch are left out; see `zoo.families`."""
+    stride = VARIANTS[variant].get("stride", 16)
+    return ((side - 16) // stride + 1) * stride // reduction
+
+
 _STRIDES = {name: ("stem.proj", settings.get("stride", 16)) for name, settings in VARIANTS.items()}
-default_cfgs = checkpoints.default_cfgs("vim", "stem.proj", exceptions=_STRIDES)
+default_cfgs = checkpoints.default_cfgs("vim", "stem.proj", exceptions=_STRIDES, feature_side=feature_side)
 
 
 def _create_vim(variant: str, pretrained: bool, **kwargs) -> Vim:
@@ -526,12 +538,6 @@ def test_vim(pretrained: bool = False, **kwargs) -> Vim:
 def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
     """The official code for detection and segmentation has no class token, but a pyramid; see `zoo.families`."""
     return {"class_token": False, "pyramid": True}
-
-
-def feature_side(variant: str, side: int, reduction: int) -> int:
-    """The side of a feature map: pixels that fill no patch are left out; see `zoo.families`."""
-    stride = VARIANTS[variant].get("stride", 16)
-    return ((side - 16) // stride + 1) * stride // reduction
 
 
 def patterns(tokens: Tensor, place: tuple[int, int]) -> list[Pattern]:

@@ -103,6 +103,18 @@ def test_methods_of_a_model_with_a_class_token():
     assert model.no_weight_decay() == {"stem.pos_embed", "stem.cls_token"}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("class_token", [True, False])
+def test_final_norm_of_large_numbers_in_float16(class_token):
+    """Their squares, above 65,504, are no float16."""
+    model = build(class_token=class_token)
+    for parameter in (model.stem.proj.bias, model.stem.pos_embed, model.stem.cls_token):
+        if parameter is not None:
+            parameter.mul_(0).add_(500)
+    want = model(images(64, 64))
+    torch.testing.assert_close(model.half()(images(64, 64).half()).float(), want, rtol=0.02, atol=0.02)
+
+
 def test_every_parameter_beside_a_class_token_gets_a_gradient():
     model, x = build(class_token=True, num_classes=5).train(), images(64, 64)
     model.set_grad_checkpointing()
@@ -125,6 +137,21 @@ def test_published_file_gives_a_backbone_without_a_class_token():
         *((48, 16, 24), (48, 8, 12), (48, 4, 6), (48, 2, 3))
     ]
     assert backbone.feature_info.reduction() == [4, 8, 16, 32]
+
+
+@torch.no_grad()
+def test_file_of_an_official_segmentor():
+    """It has a pyramid, with names of its own, and the final norm, which nothing reads, but no class token."""
+    kwargs = {"features_only": True, "pyramid": True}
+    whole = build(**kwargs)
+    pyramid = {"output_norms.0.": "fpn1.", "output_norms.1.": "fpn2.0."}
+    file = {}
+    for key, value in whole.model.state_dict().items():
+        start = next((name for name in pyramid if key.startswith(name)), "")
+        file[f"backbone.{pyramid.get(start, '')}{key.removeprefix(start)}"] = value
+    file |= {"backbone.norm_f.weight": torch.ones(48), "decode_head.conv_seg.weight": torch.ones(3)}
+    loaded = build(**kwargs, pretrained=True, pretrained_cfg_overlay={"state_dict": {"state_dict": file}})
+    assert all(torch.equal(*pair) for pair in zip(loaded(images(64, 64)), whole(images(64, 64)), strict=True))
 
 
 @torch.no_grad()
@@ -188,6 +215,7 @@ def test_weight_decay_is_that_of_the_official_code():
 )
 def test_pixels_that_fill_no_patch_are_left_out(name, stride, sides):
     assert [families.feature_side(name, side, stride) for side in (224, 32, 50)] == sides
+    assert timm.get_pretrained_cfg(f"{name}.in1k").pool_size == (sides[0], sides[0])
 
 
 def test_keys_are_those_of_the_operator():
@@ -232,9 +260,10 @@ def test_pattern():
         ({"kernel_size": True}, "kernel_size=True; it has to be a whole number from 1 to 1,024"),
         ({"class_token": "mid"}, "class_token='mid'; it has to be one of True, False"),
         ({"pyramid": True}, "pyramid=True with 1000 classes and 4 stages"),
+        ({"pyramid": True, "num_classes": 0, "stride": 6}, "pyramid=True with stride=6; .* use 8 or 16"),
         ({"table_grid": 0}, "table_grid=0; it has to be a whole number from 1 to 128"),
     ],
-    ids=["channels", "patch", "string", "stride", "states", "kernel", "token", "pyramid", "grid"],
+    ids=["channels", "patch", "string", "stride", "states", "kernel", "token", "pyramid", "strides", "grid"],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
