@@ -34,9 +34,10 @@ The attention modules of the models compute it. The background is transparent.""
 KEYS = """\
 The keys that a pixel of a picture attends to, in each stage and for each kind of attention in it.
 
-The kinds are neighbourhoods, stripes, windows, grids and routed regions. For each, the picture shows the first block,
-with weights averaged over its heads. VAN has no attention weights: it shows the share of each token in the absolute
-weights of the kernel."""
+The kinds are neighbourhoods, stripes, windows, grids, routed regions and whole maps. For each, the picture shows the
+first block, with weights averaged over its heads; of weights that can be negative, as those of scans, the shares of
+their absolute values. VAN has no attention weights: it shows the share of each token in the absolute weights of the
+kernel."""
 KEYS_EXAMPLES = """\
 examples:
   zoo-look keys dinat_mini cat.jpg --pixel 120 200 --pretrained
@@ -226,7 +227,7 @@ def _keys(options: argparse.Namespace, out: Path, say: Callable[[str], None]) ->
     )
     say("drawing")
     out.parent.mkdir(parents=True, exist_ok=True)
-    what = "averaged over heads" if found[0].softmax else "shares of the kernel's absolute weights"
+    what = ", ".join(dict.fromkeys(keys.what for keys in found))
     look_draw.draw_keys(out, found, picture, pixel, f"{_about(facts)}; pixel {pixel[0]}, {pixel[1]} of them; {what}")
     facts["pixel"] = pixel
     facts["attention"] = [

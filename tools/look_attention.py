@@ -48,7 +48,7 @@ class Keys:
             these are the shares of the absolute values.
         padding: The weight of keys outside the picture, or of a class token.
         pixels: The side of a key in the picture, in pixels.
-        softmax: Whether the weights are attention weights; otherwise they are shares of a kernel's absolute weights.
+        what: What the weights are, in words.
     """
 
     stage: int
@@ -57,7 +57,7 @@ class Keys:
     weights: Tensor
     padding: float
     pixels: int
-    softmax: bool
+    what: str
 
 
 def attention_modules(model: nn.Module, name: str) -> list[AttentionModule]:
@@ -147,7 +147,13 @@ def keys(
                 weights = torch.cat((weights[0, :middle], weights[0, middle + 1 :])).view(height, width)
             inside = weights[:height, :width]
             padding = max(1 - inside.sum().item(), 0)
-            yield Keys(site.stage, site.block, kind, inside, padding, stride * cell, site.info.kernel is None)
+            yield Keys(site.stage, site.block, kind, inside, padding, stride * cell, _what(site.info))
+
+
+def _what(described: AttentionInfo) -> str:
+    if described.kernel is not None:
+        return "shares of the kernel's absolute weights"
+    return "shares of absolute weights" if described.signed else "averaged over heads"
 
 
 def rollout(model: nn.Module, name: str, images: Tensor, say: Callable[[str], None] = lambda text: None) -> Tensor:

@@ -32,6 +32,8 @@ class AttentionInfo:
             of keys (..., h, w) among the tokens of a map of the given sides (..., H, W).
         silent: The first parts of the names of parameters that are set to zero, so that what is added to the attention
             is left out.
+        fixed: The names of modules whose outputs make the weights, for values that they also read: these outputs are
+            held fixed.
         class_token: Whether the tokens are a sequence (1, 1, H W + 1, C): those of the map, with a class token at
             H W // 2.
     """
@@ -44,6 +46,7 @@ class AttentionInfo:
     key_size: int = 1
     spread: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
     silent: tuple[str, ...] = ("lepe.",)
+    fixed: tuple[str, ...] = ()
     class_token: bool = False
 
 
@@ -75,7 +78,8 @@ def attention(module: Any, args: Sequence[Tensor], tokens: Sequence[tuple[int, i
 
     The input of the last linear layer is the weighted sum of the values. So its derivative with respect to a value is
     the weight of that value, channel by channel, for every operator and implementation. LePE, a convolution of the
-    values that is added to the sum, is set to zero for this, and a gate to one.
+    values that is added to the sum, is set to zero for this, and a gate to one. The derivative of an activation before
+    the sum is a factor of the weights.
 
     Args:
         module: An attention module with `attention_info`.
@@ -160,6 +164,7 @@ def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor]
     hooks = [described.values.register_forward_hook(changed)]
     if hasattr(module, "proj"):
         hooks.append(module.proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0])))
+    hooks += [module.get_submodule(name).register_forward_hook(_held_fixed) for name in described.fixed]
     silent = {name: torch.zeros_like(x) for name, x in module.named_parameters() if name.startswith(described.silent)}
     try:
         outputs.append(functional_call(module, silent, tuple(args)))
@@ -167,3 +172,7 @@ def _weighted_sum(module: Any, args: Sequence[Tensor], change: Callable[[Tensor]
         for hook in hooks:
             hook.remove()
     return outputs[0]
+
+
+def _held_fixed(_: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return out.detach()

@@ -191,8 +191,14 @@ class Mixer(nn.Module):
 
     def attention_info(self) -> AttentionInfo:
         """What the module's output depends on; see `zoo.attention_maps`."""
-        groups = ("all tokens, by two scans",)
-        return AttentionInfo(groups, values=self.in_proj, gated=True, signed=True, class_token=self.class_token)
+        return AttentionInfo(
+            ("all tokens, by two scans",),
+            values=self.in_proj,
+            gated=True,
+            signed=True,
+            fixed=("scan.x_proj", "scan_b.x_proj"),  # steps, which make the decays, and what is added and read
+            class_token=self.class_token,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, dim) -> (B, H, W, dim)."""

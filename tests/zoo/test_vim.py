@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from zoo import checkpoints, families
+from zoo.attention_maps import attention
 from zoo.tools import look_attention
 from zoo.vim import Mixer, Scan
 
@@ -237,6 +238,24 @@ def test_keys_beside_a_class_token(pixel, place):
             module.conv.weight[..., :-1] = 0
     for keys in look_attention.keys(model, "test_vim", x, pixel):
         assert keys.weights.nonzero().tolist() == [list(place)]
+
+
+@torch.no_grad()
+def test_keys_weigh_tokens_as_the_scans_do():
+    """C times the decays on the way times B and the step, and D; times the derivative of SiLU before the scans."""
+    mixer = Mixer(1, 1, 1, dtype=torch.float64)
+    for parameter in mixer.parameters():
+        parameter.fill_(0.5)
+    x = tokens(1, 1, 5, 1)
+    (weights,) = attention(mixer, (x,), [(0, 2)])[0]
+    values = x[0, 0, :, 0] / 2
+    scanned = F.silu(values / 2 + 0.5)  # also B and C
+    step = F.softplus(scanned / 2 + 0.5)
+    way = torch.stack([step[t + 1 : 3].sum() if t < 2 else step[2:t].sum() for t in range(5)])
+    want = scanned[2] * (-math.exp(0.5) * way).exp() * scanned * step
+    want[2] = 2 * (want[2] + 0.5)  # of both scans
+    want *= torch.func.vmap(torch.func.grad(lambda value: F.silu(value / 2 + 0.5)))(values)
+    torch.testing.assert_close(weights[0] / weights.sum(), want / want.sum())
 
 
 def test_pattern():
