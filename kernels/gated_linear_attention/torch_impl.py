@@ -1,18 +1,15 @@
 """Gated linear attention in PyTorch, fast on CPUs: matrix products over chunks of tokens.
 
-In a block of BLOCK tokens, the decay of a pair of tokens is a quotient of two products of gates. It does not overflow:
-a gate below SMALLEST is raised to it, which changes nothing that the dtype resolves. Larger blocks are made of two
-halves. A later half attends to an earlier one across their border, so the decay of a pair is the product of two decays:
-of the key up to the border, and of the query from there. Both are products of gates, at most 1. Blocks are merged in
-this way up to chunks, and the states of chunks from chunk to chunk, so that all loops have as many steps as the numbers
-have bits. The reverse direction has the same blocks, with the halves in the other order.
+A block of tokens is made of two halves. A later half attends to an earlier one across their border, so the decay of a
+pair of tokens is the product of two decays: of the key up to the border, and of the query from there. Both are products
+of gates, at most 1, whatever the gates are; the quotients of other chunked forms would overflow. Blocks are merged in
+this way from single tokens to chunks, and the states of chunks from chunk to chunk, so that all loops have as many
+steps as the numbers have bits. The reverse direction has the same blocks, with the halves in the other order.
 
 Letters: B images, T tokens, N heads, K channels of a key, V channels of a value, G = B N.
 """
 
 from __future__ import annotations
-
-from math import log
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +17,6 @@ from torch import Tensor
 
 from zoo.kernels import checks, dispatch
 
-LOG2_E = 1 / log(2)
-BLOCK = 8  # tokens
-# The least logarithm of a gate: half a block of them stays in the range of the numbers, with room for the keys.
-SMALLEST = {torch.float32: -18.0, torch.float64: -80.0}
 CHUNK = 16  # tokens
 # Numbers of the queries that are computed at once in inference; a head of 8192 tokens has as many.
 PART = 1 << 17
@@ -76,13 +69,10 @@ def _attention(
 
     query, key, value = scale * chunks(q), chunks(k), chunks(v)
     logs = [chunks(x) for x in (log_gates, reverse_log_gates) if x is not None]
-    # What a token attends to in its block.
-    weights, scans = query.new_zeros(()), []
-    for log_gate, reverse in zip(logs, (False, True), strict=False):
-        inside, scan = _blocks(query, key, log_gate.clamp(min=SMALLEST[dtype]), reverse)
-        weights = weights + inside
-        scans.append(scan)
-    size = BLOCK
+    # What a token attends to in its block: at first itself, in each direction.
+    weights = (len(logs) * (query * key).sum(-1))[..., None, None]  # (X, blocks, size, size)
+    scans = [(query * gate, key, gate) for gate in (x.exp() for x in logs)]
+    size = 1
     while size < length:
         merged = [_merge(*scan, size, reverse) for scan, reverse in zip(scans, (False, True), strict=False)]
         scans = [scan for _, scan in merged]
@@ -128,29 +118,6 @@ def _chunks_per_group(chunks: int) -> int:
     return count
 
 
-def _blocks(
-    query: Tensor, key: Tensor, log_gates: Tensor, reverse: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """The weights in each block of BLOCK tokens, (X, length / BLOCK, BLOCK, BLOCK), and what `_merge` takes of it.
-
-    Args:
-        query: (X, length, K).
-        key: (X, length, K).
-        log_gates: (X, length, K), each at least SMALLEST.
-        reverse: Whether a token attends to itself and later ones, instead of earlier ones.
-    """
-    query, key, logs = (x.unflatten(1, (-1, BLOCK)) for x in (query, key, log_gates))
-    # Binary logarithms of the products of all gates from the start of the block to the token: exp2 is twice as fast as
-    # exp or more.
-    each = torch.full((BLOCK, BLOCK), LOG2_E, dtype=logs.dtype, device=logs.device)
-    logs = (each.triu() if reverse else each.tril()) @ logs
-    middle, end = (logs[:, :, place, None] for place in ((BLOCK // 2, 0) if reverse else (BLOCK // 2 - 1, -1)))
-    weights = (query * (logs - middle).exp2()) @ (key * (middle - logs).exp2()).mT
-    weights = weights.triu() if reverse else weights.tril()
-    query, key = query * logs.exp2(), key * (end - logs).exp2()
-    return weights, (query.flatten(1, 2), key.flatten(1, 2), end.squeeze(2).exp2())
-
-
 def _merge(
     query: Tensor, key: Tensor, decay: Tensor, size: int, reverse: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
@@ -167,7 +134,7 @@ def _merge(
     first, second = decay.unflatten(1, (-1, 2)).unbind(2)
     earlier, later = (1, 0) if reverse else (0, 1)
     rows, columns = query[:, :, later], key[:, :, earlier]
-    weights = rows @ columns.mT
+    weights = (rows * columns).sum(-1, keepdim=True) if size == 1 else rows @ columns.mT
     same = torch.ones_like(first)
     query = query * torch.stack((second, same) if reverse else (same, first), 2)[..., None, :]
     key = key * torch.stack((same, first) if reverse else (second, same), 2)[..., None, :]
