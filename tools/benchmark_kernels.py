@@ -178,9 +178,17 @@ def least_bytes(name: str, case: str, batch: int, dtype: str, kind: str) -> int:
         arguments = _arguments(
             OPERATORS[name], case, batch=batch, dtype=DTYPES[dtype], device="cpu", requires_grad=kind != "forward"
         )
-        with torch.no_grad():
-            out = call_ours(OPERATORS[name].function, "reference", **arguments)
-        return _min_bytes(arguments, out, kind)
+    return _min_bytes(arguments, _output_shape(OPERATORS[name].function, arguments), kind)
+
+
+def _output_shape(function: Callable[..., Tensor], arguments: Arguments) -> Tensor:
+    """The output without contents, on device "meta", where no reference loops over tokens."""
+    shapes = {
+        name: torch.empty(x.shape, dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
+        for name, x in arguments.items()
+    }
+    with torch.no_grad():
+        return call_ours(function, "reference", **shapes)
 
 
 def _arguments(operator: Operator, case: str, **options: Any) -> Arguments:
@@ -209,9 +217,7 @@ class _Wanted:
         self.arguments, self.per_image, self.backward = arguments, per_image, backward
         images = next(value for name, value in arguments.items() if name in per_image).shape[0]
         self.last = slice(max(0, images - CHECKED_IMAGES), None)
-        with FakeTensorMode() as mode, torch.no_grad():  # computes the shape only
-            shapes = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in arguments.items()}
-            self.output = call_ours(function, "reference", **shapes)
+        self.output = _output_shape(function, arguments)
         self.function = function
         like = next(value for value in arguments.values() if isinstance(value, Tensor))
         generator = torch.Generator(like.device).manual_seed(1)

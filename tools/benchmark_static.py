@@ -37,6 +37,12 @@ CASES = {
         "56x56x64-heads1-softmax-rope",
         "56x56x64-heads1-offset-rope",
     ),
+    "selective": (
+        "56x56x64-state1",
+        "14x14x320-state1",
+        "1x197x384-state16-rows-rows_reversed-own-inputs",
+    ),
+    "gated": ("3136x48-heads3", "196x192-heads12", "196x96-heads3"),
     "routed": ("56x56x64-regions7-top1", "28x28x128-regions7-top4", "14x14x256-regions7-top16"),
 }
 # The GPU whose time is modelled, and what to compile for each GPU of the cost model.

@@ -69,6 +69,7 @@ def test_in_the_interpreter(capsys, monkeypatch):
         ("window", "7x7x512-block7x7-key_minus_query"),
         ("neighborhood", "14x14x256-7x7"),
         ("routed", "14x14x256-regions7-top16"),
+        ("gated", "196x192-heads12"),
     ],
 )
 def test_each_operator(capsys, tmp_path, operator, case):
@@ -93,7 +94,7 @@ def test_each_operator(capsys, tmp_path, operator, case):
         assert kernel["step"] <= kernel["size"]
         assert kernel["modelled_us"] == max(kernel["issue_us"], kernel["shared_us"], kernel["memory_us"])
     (main,) = [kernel for kernel in forward["kernels"] if kernel["tensor_core"]]
-    assert main["accesses"]["STG"]["128"] >= 1
+    assert max(map(int, main["accesses"]["STG"])) >= 64
     assert main["name"] in printed.out
 
 
@@ -186,3 +187,12 @@ def test_simulation_without_triton(capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "find_spec", lambda name: None if name == "triton" else found(name))
     assert simulate() == 1
     assert "triton, which compiles the kernels, is not installed" in capsys.readouterr().err
+
+
+def test_least_bytes_need_no_loop_over_tokens():
+    """The reference of the scan took minutes to tell the shape of its output."""
+    from zoo.tools.benchmark_kernels import least_bytes
+
+    tokens = 16 * 128 * 128
+    numbers = tokens * (64 + 4 * 64 + 2 * 4 + 64) + 3 * 4 * 64  # x, delta, B and C, the output; A, D and the bias
+    assert least_bytes("selective", "128x128x64-state1", 16, "fp16", "forward") == 2 * numbers
