@@ -1,11 +1,13 @@
-"""The cost of neighborhood attention on a GPU, counted without running it: tiles, operations, bytes, minimum time.
+"""The cost of operators on a GPU, counted without running them: operations, bytes, minimum time.
 
-A fused kernel computes whole tiles of queries and keys, so its work is the number of key tiles that the query tiles
-visit. The counts are exact. They leave out the softmax and the launches, so the time is a lower bound. This follows the
-simulator of Generalized NA, arXiv 2504.16922, section 4.
+A fused kernel of neighborhood attention computes whole tiles of queries and keys, so its work is the number of key
+tiles that the query tiles visit. The counts are exact. They leave out the softmax and the launches, so the time is a
+lower bound. This follows the simulator of Generalized NA, arXiv 2504.16922, section 4. For the selective scan and gated
+linear attention, the bytes that the kernels move are counted.
 
-The axes are independent: every count of a map is the product of the counts of its rows and its columns. On an axis, the
-places of a dilation group (see `neighborhood_attention`) are divided into query tiles, starting at the first place.
+The axes of neighborhood attention are independent: every count of a map is the product of the counts of its rows and
+its columns. On an axis, the places of a dilation group (see `neighborhood_attention`) are divided into query tiles,
+starting at the first place.
 """
 
 from __future__ import annotations
@@ -173,6 +175,98 @@ def roofline_time(simulation: Simulation, gpu: GPU | str) -> float:
     """
     gpu = GPUS[gpu] if isinstance(gpu, str) else gpu
     return max(simulation.flops_issued / gpu.flops, simulation.bytes_minimum / gpu.bandwidth)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The work of our kernels for a forward or a backward pass, with what PyTorch adds up after them.
+
+    Every kernel moves each of its tensors once; what programs for several directions read is counted for each.
+    """
+
+    bytes_moved: int
+    flops: int  # as `zoo-bench kernels` counts them: without what the backward pass computes again
+
+    def time(self, gpu: GPU | str) -> float:
+        """The time in seconds to move the bytes at the bandwidth of `gpu`, a lower bound.
+
+        Raises:
+            KeyError: the name is not in GPUS.
+        """
+        return self.bytes_moved / (GPUS[gpu] if isinstance(gpu, str) else gpu).bandwidth
+
+
+def selective_scan(
+    size: Pair,
+    channels: int,
+    d_state: int = 1,
+    directions: int = 4,
+    *,
+    own_inputs: bool = False,
+    batch: int = 1,
+    bytes_per_number: int = 2,
+) -> dict[str, Pass]:
+    """The "forward" and "backward" pass of `selective_scan`; parameters are small, and left out.
+
+    Args:
+        size: (H, W).
+        channels: C.
+        d_state: N, numbers of a channel's state.
+        directions: K.
+        own_inputs: Whether each direction has an input of its own.
+        batch: B.
+        bytes_per_number: Size of an element of `x`, `delta`, `B`, `C` and the output.
+    """
+    tokens = batch * size[0] * size[1]
+    each = tokens * directions * channels  # elements of `delta`
+    numbers = tokens * directions * d_state  # elements of `B`
+    states = 4 * batch * _ceil(size[0] * size[1], 16) * directions * d_state * channels
+    out = tokens * channels * bytes_per_number
+    # Directions and programs for a shared input find it in the cache.
+    given = (each * bytes_per_number if own_inputs else out) + (each + 2 * numbers) * bytes_per_number + states
+    in_parts = directions > 1  # written in float32, then read and added up
+    forward = given + out + (8 * each if in_parts else 0)
+    x_grad = each * bytes_per_number if own_inputs or not in_parts else 8 * each + out
+    blocks = _ceil(channels, 32 if d_state <= 2 else 16)
+    of_numbers = 2 * numbers * (8 * blocks + bytes_per_number)
+    backward = given + out + x_grad + each * bytes_per_number + of_numbers
+    flops = 7 * each * d_state
+    return {"forward": Pass(forward, flops), "backward": Pass(backward, flops * 5 // 2)}
+
+
+def gated_linear_attention(
+    tokens: int,
+    num_heads: int,
+    key_dim: int,
+    value_dim: int,
+    *,
+    both: bool = True,
+    batch: int = 1,
+    bytes_per_number: int = 2,
+) -> dict[str, Pass]:
+    """The "forward" and "backward" pass of `gated_linear_attention`, with log gates in float32.
+
+    Args:
+        tokens: T.
+        num_heads: N.
+        key_dim: Channels of a key.
+        value_dim: Channels of a value.
+        both: Whether there are two directions.
+        batch: B.
+        bytes_per_number: Size of an element of queries, keys, values and the output.
+    """
+    directions = 2 if both else 1
+    rows = batch * tokens * num_heads
+    key, value = rows * key_dim * bytes_per_number, rows * value_dim * bytes_per_number
+    gates = 4 * rows * key_dim  # and the gradient of the queries in a direction
+    adding_up = directions + 1 if both else 0  # tensors that are read and written
+    forward = directions * (2 * key + 2 * value + gates) + adding_up * value
+    queries = directions * (2 * value + key + 2 * gates)
+    others = directions * (3 * value + 3 * key + 3 * gates)
+    sums = directions * gates + key + adding_up * (key + value) + 2 * directions * gates
+    backward = queries + others + sums
+    flops = 4 * directions * rows * key_dim * value_dim
+    return {"forward": Pass(forward, flops), "backward": Pass(backward, 2 * flops)}
 
 
 def issue_time(warp_instructions: float, gpu: GPU) -> float:

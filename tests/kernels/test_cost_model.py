@@ -1,9 +1,14 @@
-"""The counts of the cost model against loops over queries, keys and tiles, and known figures. Some seconds."""
+"""The cost model against loops over queries, keys and tiles, the kernels' tensors and known figures. Some seconds."""
+
+from importlib.util import find_spec
 
 import pytest
+import torch
 
 from zoo.kernels import cost_model
 from zoo.kernels.cost_model import GPUS, issue_time, recommend_stride, roofline_time, simulate, wavefront_time
+from zoo.kernels.gated_linear_attention import cases as gated_cases
+from zoo.kernels.selective_scan import cases as scan_cases
 
 from .test_neighborhood_attention import axis_neighbors
 
@@ -119,6 +124,90 @@ BAD = [
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         simulate(**{"size": (6, 5), "kernel_size": (3, 3)} | change)
+
+
+def moved(module, case, per_direction=(), directions=1, left_out=()):
+    """The bytes of all tensors of a case's kernels, forward and backward; some are counted once for each direction."""
+    from zoo.kernels import launches, triton_common
+
+    recorded = launches.record_case(module, case, batch=4, dtype=torch.float16, gpu=triton_common.SM_90)
+    return {
+        kind: sum(
+            x.nbytes * (directions if name in per_direction else 1)
+            for call in calls
+            for name, x in call.arguments.items()
+            if isinstance(x, torch.Tensor) and name not in left_out
+        )
+        for kind, calls in recorded.items()
+    }
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="kernels are recorded")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["14x14x320-state1", "56x56x128-state1-rows", scan_cases.KINDS[1]])
+def test_the_scan_moves_the_tensors_of_its_kernels_and_their_sums(name):
+    case = scan_cases.CASES[name]
+    count, tokens = len(case.directions), 4 * case.size[0] * case.size[1]
+    each, numbers = tokens * case.channels * count, tokens * count * case.d_state
+    parameters = tuple(f"{name}_ptr" for name in ("a", "d", "bias", "a_grad", "d_grad", "bias_grad"))
+    kernels = moved(scan_cases, case, left_out=parameters)
+    found = cost_model.selective_scan(
+        case.size, case.channels, case.d_state, count, own_inputs=case.own_inputs, batch=4
+    )
+    out = 2 * tokens * case.channels
+    assert found["forward"].bytes_moved == kernels["forward"] + (4 * each + out if count > 1 else 0)
+    blocks = -(-case.channels // (32 if case.d_state == 1 else 16))
+    sums = 2 * numbers * (4 * blocks + 2) + (4 * each + out if count > 1 and not case.own_inputs else 0)
+    assert found["backward"].bytes_moved == kernels["backward"] + sums
+
+
+@needs_triton
+@pytest.mark.parametrize("name", gated_cases.KINDS)
+def test_gated_attention_moves_the_tensors_of_its_kernels_and_their_sums(name):
+    case = gated_cases.CASES[name]
+    directions, key = 1 + case.both, 2 * 4 * case.tokens * case.num_heads * case.head_dim
+    value, gates = 2 * key, 2 * key
+    inputs = ("q_ptr", "k_ptr", "v_ptr", "grad_ptr")
+    kernels = moved(gated_cases, case, per_direction=inputs, directions=directions)
+    found = cost_model.gated_linear_attention(
+        case.tokens, case.num_heads, case.head_dim, 2 * case.head_dim, both=case.both, batch=4
+    )
+    assert found["forward"].bytes_moved == kernels["forward"] + (3 * value if case.both else 0)
+    sums = 3 * directions * gates + key + (3 * (key + value) if case.both else 0)
+    assert found["backward"].bytes_moved == kernels["backward"] + sums
+
+
+@pytest.mark.parametrize("operator", ["selective", "gated"])
+def test_operations_are_those_of_the_benchmark(operator):
+    from zoo.tools.benchmark_kernels import OPERATORS
+
+    given = {"batch": 2, "dtype": torch.float16, "device": "meta"}
+    if operator == "selective":
+        case = scan_cases.CASES[scan_cases.KINDS[1]]
+        (x, _, A, *_), _ = scan_cases.inputs(case, **given)
+        outputs, arguments = x[:, :, :, 0].numel(), {"A": A}
+        found = cost_model.selective_scan(case.size, case.channels, case.d_state, 2, own_inputs=True, batch=2)
+    else:
+        case = gated_cases.CASES[gated_cases.KINDS[0]]
+        (q, _, v, *gates), _ = gated_cases.inputs(case, **given)
+        outputs, arguments = v.numel(), {"q": q, "reverse_log_gates": gates[1]}
+        found = cost_model.gated_linear_attention(case.tokens, case.num_heads, q.shape[3], v.shape[3], batch=2)
+    counted = OPERATORS[operator]
+    assert found["forward"].flops == outputs * counted.flops(arguments)
+    assert found["backward"].flops == found["forward"].flops * counted.backward_flops
+
+
+def test_times_of_the_documentation():
+    """docs/operators.md, for batch 128 in float16."""
+    scan = cost_model.selective_scan((56, 56), 64, batch=128)
+    assert scan["forward"].time("H100") == pytest.approx(0.35e-3, abs=0.005e-3)
+    gated = cost_model.gated_linear_attention(3136, 3, 16, 32, batch=128)
+    assert gated["forward"].bytes_moved == pytest.approx(850e6, rel=0.01)
+    assert gated["backward"].bytes_moved == pytest.approx(2.7e9, rel=0.01)
+    assert gated["forward"].time(GPUS["H100"]) == pytest.approx(0.25e-3, abs=0.005e-3)
+    assert gated["backward"].time("H100") == pytest.approx(0.8e-3, abs=0.01e-3)
 
 
 def test_modelled_times_are_those_of_the_processors():
