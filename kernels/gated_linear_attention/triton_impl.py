@@ -204,7 +204,7 @@ def backward(
     directions = shared["directions"]
     q_grad = q.new_empty(directions, *q.shape, dtype=torch.float32)
     k_grad, v_grad = (x.new_empty(directions, *x.shape) for x in (k, v))
-    gates_grad = log_gates.new_empty(directions, *log_gates.shape)
+    gates_grad = shared["gates_ptr"].new_empty(directions, *log_gates.shape)
     of_output: dict[str, Any] = {"grad_ptr": grad, "grad_stride": grad.stride(2), "scale": scale}
     _launch(_bwd_q_kernel, shared, q_grad_ptr=q_grad, **of_output)
     _launch(
@@ -218,9 +218,10 @@ def backward(
         gates_grad_ptr=gates_grad,
         **of_output,
     )
-    none = gates_grad.new_empty(0)
-    reverse_gates_grad = none if reverse_log_gates is None else gates_grad[1].clone()
-    return _added(q_grad, q), _added(k_grad, k), _added(v_grad, v), gates_grad[0].clone(), reverse_gates_grad
+    of_gates, of_reverse = gates_grad[0].to(log_gates.dtype, copy=True), gates_grad.new_empty(0)
+    if reverse_log_gates is not None:
+        of_reverse = gates_grad[1].to(reverse_log_gates.dtype, copy=True)
+    return _added(q_grad, q), _added(k_grad, k), _added(v_grad, v), of_gates, of_reverse
 
 
 def _spaced(x: Tensor) -> Tensor:
@@ -239,7 +240,10 @@ def _shared(q: Tensor, k: Tensor, v: Tensor, log_gates: Tensor, reverse_log_gate
     block_k, block_v = (max(triton.next_power_of_2(dim), 16) for dim in (key_dim, value_dim))
     gpu = triton_common.machine(q)
     k, v, gates = _spaced(k), _spaced(v), _spaced(log_gates)
-    reverse_gates = None if reverse_log_gates is None else _spaced(reverse_log_gates)
+    reverse_gates = None
+    if reverse_log_gates is not None:  # a program reads the gates of its direction, by one address of one dtype
+        dtype = torch.promote_types(log_gates.dtype, reverse_log_gates.dtype)
+        gates, reverse_gates = gates.to(dtype), _spaced(reverse_log_gates.to(dtype))
     precision = triton_common.precision(q.dtype, gpu, memory_bound=True)
     return {
         "directions": 1 if reverse_gates is None else 2,

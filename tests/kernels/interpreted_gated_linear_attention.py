@@ -74,6 +74,12 @@ def test_gates_in_half_precision():
     check(*make("one-more-than-a-chunk", torch.float16, gates=torch.float16))
 
 
+@pytest.mark.parametrize("other", ["log_gates", "reverse_log_gates"])
+def test_gates_of_two_dtypes(other):
+    given, grad = make("one-more-than-a-chunk", torch.float16)
+    check(given | {other: given[other].half()}, grad)
+
+
 @pytest.mark.parametrize("gate", [-10.0, -100.0, -1e30, -math.inf], ids=str)
 def test_small_gates(gate):
     given, grad = make("several-chunks", torch.float32)
