@@ -482,7 +482,7 @@ def forward(
     triton_common.launch(
         _out_kernel,
         q_ptr=q,
-        temperature_ptr=temperature,
+        temperature_ptr=None if temperature is None else temperature.contiguous(),
         state_ptr=state,
         out_ptr=out,
         q_stride=q.stride(2),
@@ -530,7 +530,7 @@ def backward(
     of_queries: dict[str, Any] = {
         "grad_ptr": grad,
         "q_ptr": q,
-        "temperature_ptr": temperature,
+        "temperature_ptr": None if temperature is None else temperature.contiguous(),
         "state_ptr": state,
         "grad_stride": grad.stride(2),
         "q_stride": q.stride(2),

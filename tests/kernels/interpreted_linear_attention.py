@@ -120,6 +120,13 @@ def test_views(form):
     check(given | {"q": q, "k": k, "v": v}, grad[:1].expand(grad.shape), options)
 
 
+@pytest.mark.parametrize("view", ["expanded", "strided"])
+def test_temperatures_that_are_not_adjacent(view):
+    given, grad, options = make("odd-heads", "bounded", torch.float32)
+    several = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+    check(given | {"temperature": several[:1, 0].expand(3) if view == "expanded" else several[:, 1]}, grad, options)
+
+
 def test_an_image_has_the_same_results_in_any_batch():
     given, grad, options = make("several-parts", "offset-softmax", torch.float16)
     one = {name: x if name == "temperature" else x[1:] for name, x in given.items()}
