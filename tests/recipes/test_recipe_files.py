@@ -286,7 +286,7 @@ PAPERS = {
 }
 
 # The images that are resized with one interpolation in training; the others have bilinear or bicubic at random.
-BICUBIC = r"imagenet/(casvit|litv2|ppma)_\w+"
+BICUBIC = r"imagenet/(casvit|litv2|ppma|vim)_\w+"
 
 
 def test_interpolation_of_training_images_is_the_sources():
