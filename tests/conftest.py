@@ -6,6 +6,8 @@ from zlib import crc32
 
 import pytest
 
+from zoo.kernels import OPERATORS
+
 # Tests with a fixture that takes most of a minute, by the beginning of their names; they run in one process each.
 TOGETHER = {
     "tests/recipes/test_distributed.py": "distributed",
@@ -16,17 +18,18 @@ TOGETHER = {
     "tests/zoo/test_families.py::test_ddp_": "parallel",
     "tests/zoo/test_families.py::test_fsdp_": "parallel",
 }
-# Models for tests, and recipes for dense prediction. A test of less than MANY is about these, not about every family.
-SHARED = re.compile(r"test_[a-z0-9_]+|(coco|ade20k|cityscapes)/\w+")
-MANY = 8
+# Models for tests, recipes for dense prediction and operators. A test of less than MANY is about these, not about all.
+SHARED = re.compile(rf"test_[a-z0-9_]+|(coco|ade20k|cityscapes)/\w+|{'|'.join(OPERATORS)}")
+MANY = 6
+KEPT = 6  # One in so many of them stays in its tier.
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """A test of many models or recipes stays in its tier for a third of them. For the others it goes to the next one.
+    """A test of many models, recipes or operators stays in its tier for a sixth; for the others it goes to the next.
 
-    Which third differs from test to test, so that each tier has tests of every family. `make test-all` has all tests,
-    and so has `pytest -k test_van`. Of the tests of Triton's kernels, which test_triton.py runs, a third isn't long.
+    Which sixth differs from test to test, so that each tier has tests of every family. `make test-all` has all tests,
+    and so has `pytest -k test_van`. Of the tests of Triton's kernels, which test_triton.py runs, a sixth isn't long.
     """
     tests = defaultdict(lambda: defaultdict(list))
     for item in items:
@@ -39,7 +42,7 @@ def pytest_collection_modifyitems(items):
         if len(by_value) < MANY and not test.endswith(".py"):
             continue
         for number, value in enumerate(by_value, crc32(test.encode())):
-            for item in by_value[value] if number % 3 else ():
+            for item in by_value[value] if number % KEPT else ():
                 item.add_marker("long" if item.get_closest_marker("slow") or test.endswith(".py") else "slow")
 
 

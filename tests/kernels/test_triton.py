@@ -1,4 +1,4 @@
-"""The Triton kernels of the operators, interpreted and compiled. A minute and a half per operator on one core."""
+"""The Triton kernels of the operators, interpreted and compiled. Half a minute per operator on one core."""
 
 import pytest
 
@@ -8,9 +8,9 @@ from .processes import run_alone
 pytestmark = pytest.mark.slow
 
 every_operator = pytest.mark.parametrize("name", WITH_TRITON)
-# `make test` runs a third of the tests of each file; see tests/conftest.py
+# `make test` runs a sixth of the tests of each file; see tests/conftest.py
 every_tier = pytest.mark.parametrize(
-    "tier", [pytest.param("not long", id="a_third"), pytest.param("long", id="the_rest", marks=pytest.mark.long)]
+    "tier", [pytest.param("not long", id="a_part"), pytest.param("long", id="the_rest", marks=pytest.mark.long)]
 )
 
 

@@ -71,7 +71,7 @@ def test_images_all_corrupt(fit_dense, damaged, tmp_path, workers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.long)])
 def test_corrupt_validation_image_does_not_count(fit_dense, damaged, tmp_path, task):
     root, files = damaged(1, split="val")
     result = fit_dense(tmp_path / "run", f"data.root={root}", task=task, pictures=True)
@@ -89,7 +89,7 @@ def test_corrupt_validation_label_counts_no_pixels(fit_dense, damaged, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["detect", "segment"])
+@pytest.mark.parametrize("task", [pytest.param("detect", marks=pytest.mark.long), "segment"])
 def test_zoo_eval_leaves_corrupt_images_out_and_says_so(compose, finished_dense, damaged, tmp_path, task):
     root, files = damaged(1, split="val")
     words = [f"run={finished_dense[task]}", f"data.root={root}", f"out={tmp_path / 'out'}"]
@@ -98,6 +98,7 @@ def test_zoo_eval_leaves_corrupt_images_out_and_says_so(compose, finished_dense,
     assert json.loads((tmp_path / "out" / "eval.json").read_text())["corrupt_images"] == result["corrupt_images"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_over_corrupt_images_goes_on_as_if_never_ended(fit_dense, damaged, tmp_path, weights, same):
     root, _ = damaged(*range(12))

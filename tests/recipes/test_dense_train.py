@@ -134,7 +134,7 @@ RANDOM = ("+model_kwargs.drop_path_rate=0.3", "dense.warmup_updates=3", "optim.l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.long)])
 def test_continued_run_equals_an_undisturbed_one(fit_dense, tmp_path, task, same):
     fit_dense(tmp_path / "whole", *RANDOM, "trainer.max_updates=4", task=task)
     fit_dense(tmp_path / "parts", *RANDOM, "trainer.max_updates=2", task=task)
@@ -146,6 +146,7 @@ def test_continued_run_equals_an_undisturbed_one(fit_dense, tmp_path, task, same
     assert "trainer.max_updates=4 (was 2)" in _log(tmp_path / "parts")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_evaluation_in_between_changes_nothing(fit_dense, tmp_path, same):
     args = (*RANDOM, "trainer.max_updates=4", "trainer.batch_size=8")
@@ -223,7 +224,9 @@ def test_other_classes_refuse_the_folder(fit_dense, copied, digit_scenes, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("override", ["dense.small=false", "+model_kwargs.depths=[1,1,1,2]"])
+@pytest.mark.parametrize(
+    "override", [pytest.param("dense.small=false", marks=pytest.mark.long), "+model_kwargs.depths=[1,1,1,2]"]
+)
 def test_checkpoint_of_another_shape_is_refused(fit_dense, copied, override):
     with pytest.raises(UserError, match=r"the checkpoint in .* does not fit these settings .*: choose another run="):
         fit_dense(copied, override, "trainer.max_updates=4")
@@ -266,6 +269,7 @@ def test_killed_between_the_last_update_and_its_evaluation(fit_dense, tmp_path, 
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_run_ahead_of_a_lower_limit_is_evaluated_and_ends(fit_dense, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -339,7 +343,7 @@ def spoil(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), pytest.param(float("inf"), marks=pytest.mark.long)])
 def test_bad_loss_skips_the_update(fit_dense, tmp_path, spoil, same, value):
     before = spoil(1, value=value)
     summary = fit_dense(tmp_path / "run", "trainer.max_updates=4", "trainer.batch_size=8")
@@ -350,6 +354,7 @@ def test_bad_loss_skips_the_update(fit_dense, tmp_path, spoil, same, value):
     assert "Skipped update 2: its loss is not finite (1 in a row)." in _log(tmp_path / "run")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_skipped_updates_are_counted_once(fit_dense, tmp_path, spoil):
     spoil(0, 3)
@@ -359,7 +364,7 @@ def test_skipped_updates_are_counted_once(fit_dense, tmp_path, spoil):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bad", [2, 3], ids=["first pass", "second pass"])
+@pytest.mark.parametrize("bad", [2, pytest.param(3, marks=pytest.mark.long)], ids=["first pass", "second pass"])
 def test_bad_pass_spoils_its_accumulated_update_only(fit_dense, tmp_path, spoil, same, bad):
     before = spoil(bad)
     summary = fit_dense(tmp_path / "run", "trainer.effective_batch_size=4", "trainer.max_updates=3")
@@ -557,7 +562,7 @@ def test_two_processes_train_one_model(digit_scenes, tmp_path, task, same, summa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reduce", [False, True], ids=["from-zero", "from-one"])
+@pytest.mark.parametrize("reduce", [False, pytest.param(True, marks=pytest.mark.long)], ids=["from-zero", "from-one"])
 def test_more_classes_than_a_byte_holds(fit_dense, tmp_path, reduce):
     """Stripes of the labels 299, 256 and 2, and of ignored pixels."""
     stripes = np.tile(np.repeat(np.array([299, 256, 2, 65535], np.uint16), 16), (64, 1))

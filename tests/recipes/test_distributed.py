@@ -70,7 +70,7 @@ def together(train, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(("kind", "case"), TRIED)
+@pytest.mark.parametrize(("kind", "case"), [pytest.param(*TRIED[0], marks=pytest.mark.long), *TRIED[1:]])
 def test_weights_are_those_of_one_process(alone, together, weights, kind, case):
     one, two = weights(alone(case)), weights(together(kind, case))
     assert one.keys() == two.keys()

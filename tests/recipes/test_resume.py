@@ -136,7 +136,11 @@ def test_killed_run_says_where_it_continued(killed):
     assert len(re.findall(r"Continues in epoch \d+ after update \d+", (killed / "train.log").read_text())) == 2
 
 
-@pytest.fixture(scope="module", params=[signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.fixture(
+    scope="module",
+    params=[signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)],
+    ids=lambda number: number.name,
+)
 def stopped(request, start, tmp_path_factory):
     """A run that was stopped by a signal and not started again: signal, exit code, output, folder."""
     cwd = tmp_path_factory.mktemp("stopped")
