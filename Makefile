@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m "not gpu and not browser"
 
-.PHONY: demo test test-all check browser bench speed gpu recipes docs tables lint types clean
+.PHONY: demo test test-all check browser bench speed sizes gpu recipes docs tables lint types clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -29,6 +29,11 @@ bench: $(VENV)/user.stamp  ## time the operators on this machine's CPU
 
 speed: $(VENV)/dev.stamp  ## measure the models for the README: two hours on two cores that do nothing else; COMPILED=a,b compiles only these
 	$(BIN)/zoo-bench models --threads 2 --dtype float32 bfloat16 --compile $(COMPILED) --json docs/results/models-cpu.json --picture docs/images/speed.png
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
+
+sizes: $(VENV)/dev.stamp  ## measure time and memory of some models for larger images, for the README
+	for size in 224 512 1024 2048; do $(BIN)/zoo-bench models --threads 2 --batch-size 1 --no-training --size $$size \
+	  --rounds 3 --seconds 10 --json docs/results/sizes-cpu-$$size.json dinat_mini vig_h_t segman_encoder_t || exit 1; done
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
 
 gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: tests and timings, written to docs/results

@@ -25,6 +25,7 @@ README = ROOT / "README.md"
 OPERATORS = ROOT / "docs" / "operators.md"
 KERNELS = ROOT / "docs" / "results"
 RESULTS = ROOT / "docs" / "results" / "models-cpu.json"  # `make speed` writes it
+SIZES = "sizes-cpu-{}.json"  # in docs/results, by the side of the images: `make sizes` writes them
 
 
 @cache
@@ -101,6 +102,12 @@ def results() -> dict:
     return json.loads(RESULTS.read_text())
 
 
+def size_results() -> list[dict]:
+    """What zoo-bench models measured for images of each size, from small to large."""
+    found = [json.loads(path.read_text()) for path in RESULTS.parent.glob(SIZES.format("*"))]
+    return sorted(found, key=lambda one: one["settings"]["size"])
+
+
 def speed(results: dict) -> Iterator[str]:
     """The examples of the families with their measured times, and timm's own models, for the README."""
     modes, found = _modes(results)
@@ -165,6 +172,30 @@ def shares(results: dict) -> Iterator[str]:
     ]
 
 
+def sizes(results: list[dict]) -> Iterator[str]:
+    """Time and memory of some models for images of each size, for the README."""
+    found = [{each["name"]: each["inference"] for each in one["models"]} for one in results]
+    yield f"| model | {' | '.join(size_text(one['settings']['size']) for one in results)} |"
+    yield "|---" * (1 + len(results)) + "|"
+    for entry in results[0]["models"]:
+        cells = []
+        for size in found:
+            one = size.get(entry["name"], {"status": "failed"})
+            timed = one["status"] == "timed"
+            cells.append(f"{one['median_s']:.2f} s, {one['peak_bytes'] / 2**20:,.0f} MiB" if timed else one["status"])
+        whose = "" if entry["ours"] else "timm's "
+        yield f"| {whose}`{entry['name']}` | {' | '.join(cells)} |"
+    machine, batch = results[0]["machine"], results[0]["settings"]["batch_size"]
+    yield from [
+        "",
+        *_wrapped(
+            f"Inference with {_count(batch, 'image')} in float32: the median time, and the most memory that a call "
+            f"allocates besides weights and images. `make sizes` measured both with {_cores(machine)}, torch "
+            f"{machine['torch'].partition('+')[0]} and timm {machine['timm']}."
+        ),
+    ]
+
+
 def _modes(results: dict) -> tuple[list[str], dict[tuple[str, str], dict]]:
     """The modes that were measured, in words, and the entries of the results by model and mode."""
     found = {}
@@ -203,9 +234,9 @@ def digits() -> Iterator[str]:
         for model, figures in manifest.about(family).get("measured", {}).items()
         if "digits" in figures
     }
-    yield f"| {' | '.join(f'`{model}`' for model in found)} |"
-    yield "|---" * len(found) + "|"
-    yield f"| {' | '.join(f'{accuracy} %' for accuracy in found.values())} |"
+    yield "| model | top-1 |"
+    yield "|---|---|"
+    yield from (f"| `{model}` | {accuracy} % |" for model, accuracy in found.items())
 
 
 def instructions() -> Iterator[str]:
@@ -261,6 +292,7 @@ def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
         (INDEX, "families"): index,
         (README, "speed"): lambda: speed(results()),
         (README, "shares"): lambda: shares(results()),
+        (README, "sizes"): lambda: sizes(size_results()),
         (README, "digits"): digits,
         (OPERATORS, "instructions"): instructions,
     }

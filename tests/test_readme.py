@@ -1,5 +1,6 @@
 """Code in the README runs, its commands are known, and its figures are true. Some seconds, slow ones 15 s."""
 
+import copy
 import json
 import re
 import subprocess
@@ -132,6 +133,25 @@ def test_table_of_shares(results):
         "| timm's `gcvit_tiny` | 30% / 30% | 30% / 30% |",
     ]
     assert "which reached 511 GFLOP/s in float32 with 2 threads of an AMD EPYC." in " ".join(lines[6:])
+
+
+def test_table_of_sizes(results):
+    for model in results["models"]:
+        model["inference"] |= {"median_s": 0.256, "peak_bytes": 1500 << 20}
+    results["models"] = [one for one in results["models"] if not one["compiled"]]
+    large = copy.deepcopy(results)
+    large["settings"]["size"] = [1024, 1024]
+    large["models"][1]["inference"] = {"status": "failed"}
+    del large["models"][2]
+    lines = list(tables.sizes([results, large]))
+    assert lines[:5] == [
+        "| model | 224x224 | 1024x1024 |",
+        "|---|---|---|",
+        "| timm's `swin` | 0.26 s, 1,500 MiB | 0.26 s, 1,500 MiB |",
+        "| `gc_vit_tiny` | 0.26 s, 1,500 MiB | failed |",
+        "| timm's `gcvit_tiny` | 0.26 s, 1,500 MiB | failed |",
+    ]
+    assert "`make sizes` measured both with 2 threads of an AMD EPYC, torch 2.15.0 and timm 1.0.31." in " ".join(lines)
 
 
 def test_results_have_examples_in_float32_and_bfloat16():
