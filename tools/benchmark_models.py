@@ -42,7 +42,13 @@ _BESIDE = [
         ((-7, 0), "right", "center"),
     ],
     *[((5, 5), "left", "bottom"), ((-5, -5), "right", "top"), ((0, 16), "center", "bottom")],
+    *[
+        ((x * far, y * far), {-1: "right", 0: "center", 1: "left"}[x], "top" if y < 0 else "bottom")
+        for far in (20, 30, 40, 50)
+        for x, y in ((-1, -1), (1, -1), (0, -1), (1, 1), (-1, 1), (0, 1))
+    ],
 ]
+NEAR = 16  # From places farther away, a line leads to the point.
 
 
 # What a time is divided by, besides that of the unit, in the same turn -> the column of the table.
@@ -602,3 +608,6 @@ def _write_beside(axes: Axes, labels: list[tuple[str, tuple[float, float]]]) -> 
                 written.remove()
         if text:
             taken.append(box)
+            if max(map(abs, offset)) > NEAR:
+                line = {"arrowstyle": "-", "color": "0.6", "linewidth": 0.5}
+                axes.annotate("", place, offset, textcoords="offset points", arrowprops=line)

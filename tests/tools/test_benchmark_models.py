@@ -18,6 +18,8 @@ from zoo import families, manifest
 from zoo.kernels import dispatch
 from zoo.tools import benchmark, benchmark_models, benchmark_timing
 
+from ..tables import RESULTS
+
 QUICK = ("--against", "test_resnet", "--size", "64", "--batch-size", "2", "--seconds", "0.01", "--rounds", "2")
 MEASURE = {"batch": 2, "size": (32, 32), "device": "cpu", "seconds": 0.01, "rounds": 2}
 
@@ -192,7 +194,7 @@ def test_labels_of_the_picture_touch_nothing(figure, modes):
     made.draw_without_rendering()
     assert len(made.axes) == max(1, len(modes) // 2)
     for axes in made.axes:
-        labels = [text.get_window_extent() for text in axes.texts if text.get_text() != "better"]
+        labels = [text.get_window_extent() for text in axes.texts if text.get_text() not in ("better", "")]
         dots = [
             axes.transData.transform(line.get_xydata())[0] for line in axes.lines if line.get_marker() in ("o", "D")
         ]
@@ -200,6 +202,18 @@ def test_labels_of_the_picture_touch_nothing(figure, modes):
         assert len(dots) == 8 * (1 if len(modes) == 1 else 2)
         assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
         assert not any(label.contains(*dot) for label in labels for dot in dots)
+
+
+@pytest.mark.slow
+def test_labels_of_the_readmes_picture_touch_nothing(figure):
+    measured = json.loads(RESULTS.read_text())["models"]
+    ratios = {one["name"]: one["inference"]["ratio"]["median"] for one in measured if one["dtype"] == "float32"}
+    made = figure(ratios, {one["name"]: one["timm"] for one in measured})
+    made.draw_without_rendering()
+    (axes,) = made.axes
+    labels = [text.get_window_extent() for text in axes.texts if text.get_text() not in ("better", "")]
+    assert len(labels) > 20
+    assert not any(a.overlaps(b) for i, a in enumerate(labels) for b in labels[:i])
 
 
 def test_picture_has_a_panel_for_each_dtype_and_diamonds_for_compiled_models(figure):
