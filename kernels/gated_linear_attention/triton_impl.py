@@ -5,8 +5,9 @@ gates between them, which is at most 0, so nothing overflows. Products have oper
 half precision: float16 could not hold the states.
 
 The backward pass visits the tokens again for the gradient of the queries, and then in reverse for the others. The
-gradient of a log gate is the sum of q * dq - k * dk over the tokens from there on. No program adds to what another one
-writes, so results are the same each time.
+gradient of a log gate is the sum of q * dq - k * dk over the tokens from there on. What the tokens of a chunk give each
+other cancels, rounded or not. Products with states are nearly exact, as their rounding would grow with the number of
+tokens. No program adds to what another one writes, so results are the same each time.
 
 Letters: B images, T tokens, N heads, K channels of a key, V channels of a value.
 """
@@ -27,10 +28,9 @@ from zoo.kernels.triton_common import LOG2E, dot, evenly_spaced, load_rows, stor
 # sums of log gates keep their digits.
 LEAST: tl.constexpr = tl.constexpr(-40.0)
 CHUNK = 16  # tokens; as many as a matrix product has rows at least
-# Addresses are aligned by the channels of a head, so one compiled kernel serves all numbers of tokens.
-NOT_SPECIALIZED = (
-    "batch", "tokens", "q_stride", "k_stride", "v_stride", "gates_stride", "reverse_gates_stride", "grad_stride",
-)  # fmt: skip
+# One compiled kernel serves all numbers of tokens. Strides stay specialized: rows are read 16 bytes at a time only if
+# Triton knows that they are multiples of 16.
+NOT_SPECIALIZED = ("batch", "tokens")
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def _bwd_q_kernel(
     grad_ptr, k_ptr, v_ptr, gates_ptr, reverse_gates_ptr, q_grad_ptr,
     scale, grad_stride, k_stride, v_stride, gates_stride, reverse_gates_stride, batch, tokens,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, STATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries from each direction, (directions, B, T, N, K), float32."""
     reverse, image, head = _program(batch, HEADS)
@@ -123,8 +123,9 @@ def _bwd_q_kernel(
         )  # fmt: skip
         weights_grad = dot(grad, tl.trans(v), PRECISION)
         q_grad = tl.sum(weights_grad[:, :, None] * k[None, :, :] * _decays(sums, BLOCK), 1)
-        q_grad += dot(grad, tl.trans(state), PRECISION) * tl.exp2(sums)
-        state = state * tl.exp2(end)[:, None] + dot(tl.trans(k * tl.exp2(end[None, :] - sums)), v, PRECISION)
+        q_grad += dot(grad, tl.trans(state), STATE_PRECISION) * tl.exp2(sums)
+        state *= tl.exp2(end)[:, None]
+        state += dot(tl.trans(k * tl.exp2(end[None, :] - sums)), v, STATE_PRECISION)
         offset = (((reverse * batch + image) * tokens + token) * HEADS + head) * KEY_DIM
         store_rows(q_grad_ptr, offset, q_grad, valid, KEY_DIM, BLOCK_K)
 
@@ -135,7 +136,7 @@ def _bwd_kv_kernel(
     k_grad_ptr, v_grad_ptr, gates_grad_ptr,
     scale, grad_stride, q_stride, k_stride, v_stride, gates_stride, reverse_gates_stride, batch, tokens,
     HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, STATE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of keys, values and log gates from each direction, (directions, B, T, N, K or V)."""
     reverse, image, head = _program(batch, HEADS)
@@ -164,9 +165,9 @@ def _bwd_kv_kernel(
         rest = tl.exp2(end[None, :] - sums)
         v_grad = dot(tl.trans(weights), grad, PRECISION) + dot(k * rest, state_grad, PRECISION)
         k_grad = tl.sum(weights_grad[:, :, None] * products, 0)
-        k_grad += dot(v, tl.trans(state_grad), PRECISION) * rest
+        k_grad += dot(v, tl.trans(state_grad), STATE_PRECISION) * rest
         state_grad = state_grad * tl.exp2(end)[:, None]
-        state_grad += dot(tl.trans(q * tl.exp2(sums)), grad, PRECISION)
+        state_grad += dot(tl.trans(q * tl.exp2(sums)), grad, STATE_PRECISION)
         own = q * q_grad - k * k_grad
         total = tl.sum(own, 0)
         gates_grad = own - tl.cumsum(own, 0) + (later + total)[None, :]
@@ -206,10 +207,11 @@ def backward(
     k_grad, v_grad = (x.new_empty(directions, *x.shape) for x in (k, v))
     gates_grad = shared["gates_ptr"].new_empty(directions, *log_gates.shape)
     of_output: dict[str, Any] = {"grad_ptr": grad, "grad_stride": grad.stride(2), "scale": scale}
+    of_output["STATE_PRECISION"] = "ieee" if shared["PRECISION"] == "ieee" else "tf32x3"
     _launch(_bwd_q_kernel, shared, q_grad_ptr=q_grad, **of_output)
     _launch(
         _bwd_kv_kernel,
-        shared,
+        shared | {"num_warps": 4 if shared["BLOCK_K"] <= 16 else 8},  # with fewer, registers spill
         q_ptr=spaced,
         q_stride=spaced.stride(2),
         q_grad_ptr=q_grad,

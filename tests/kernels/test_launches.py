@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from zoo.kernels import checks, constants, dispatch, implementation, launches, routed_attention, triton_common
+from zoo.kernels.gated_linear_attention import cases as gated_cases
 from zoo.kernels.routed_attention import op
 from zoo.kernels.window_attention import cases, triton_impl
 
@@ -216,6 +217,16 @@ def test_only_an_address_is_worth_a_copy():
     with compilation.fake_cuda():
         fake = torch.empty(2, 3, 4, 24, device="cuda")[..., 1:9]
         assert triton_common.aligned(fake) is fake
+
+
+@pytest.mark.parametrize(("gpu", "precision", "of_states"), [("sm_90", "tf32", "tf32x3"), ("gfx942", "ieee", "ieee")])
+def test_gradients_of_gates_are_sums_of_exact_products(gpu, precision, of_states):
+    """They are differences of sums over all tokens: for 3136, the rounding of TF32 grew to 0.4 % of them."""
+    machine, _ = launches.TARGETS[gpu]
+    case = gated_cases.CASES[gated_cases.KINDS[0]]
+    found = launches.record_case(gated_cases, case, batch=2, dtype=torch.float16, gpu=machine)
+    assert {call.arguments["PRECISION"] for call in found["forward"] + found["backward"]} == {precision}
+    assert {call.arguments["STATE_PRECISION"] for call in found["backward"]} == {of_states}
 
 
 @pytest.mark.parametrize("debug", [False, True])
