@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -217,6 +218,17 @@ def test_only_an_address_is_worth_a_copy():
     with compilation.fake_cuda():
         fake = torch.empty(2, 3, 4, 24, device="cuda")[..., 1:9]
         assert triton_common.aligned(fake) is fake
+
+
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_strides_are_known_to_be_multiples_of_16(name):
+    """Else Triton reads a row that they lead to number by number."""
+    module = import_module(f"zoo.kernels.{name}.triton_impl")
+    kernels = [value for value in vars(module).values() if hasattr(value, "params")]
+    assert kernels
+    for kernel in kernels:
+        for parameter in kernel.params:
+            assert not (parameter.name.endswith("_stride") and parameter.do_not_specialize), (kernel, parameter.name)
 
 
 @pytest.mark.parametrize(("gpu", "precision", "of_states"), [("sm_90", "tf32", "tf32x3"), ("gfx942", "ieee", "ieee")])
