@@ -29,7 +29,6 @@ import torch
 from timm.layers import LayerNorm2d, register_notrace_module, trunc_normal_
 from timm.models import register_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attended
@@ -46,6 +45,7 @@ from zoo.layers import (
     crop_tokens,
     dot_product_attention,
     pad_tokens,
+    pool_to_bins,
     stage_rates,
 )
 from zoo.stripes import ConvDownsample, ConvStem, CrossShapedAttention, GlobalAttention
@@ -221,7 +221,8 @@ class AgentAttention(nn.Module):
 
     def pool(self, q: Tensor) -> Tensor:
         """Queries (B, H, W, dim) to agents (B, n, dim), the means over a grid of the map."""
-        return F.adaptive_avg_pool2d(q.permute(0, 3, 1, 2), self.agent_grid).flatten(2).mT
+        side = self.agent_grid
+        return pool_to_bins(q.permute(0, 3, 1, 2), ((side, side), (side, side))).flatten(2).mT
 
     def bias(self, places: Tensor, rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
         """The bias (1, N, n, H W) of agents and tokens, given tables (N, n, 7, 7), (N, n, side, 1), (N, n, 1, side)."""

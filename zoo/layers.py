@@ -36,6 +36,8 @@ __all__ = [
     "ResidualConvMlp",
     "RmsNorm2d",
     "TransformerBlock",
+    "bin_ends",
+    "bin_weights",
     "check_images",
     "crop_tokens",
     "depthwise",
@@ -47,6 +49,7 @@ __all__ = [
     "pad_images",
     "pad_tokens",
     "plus_depthwise",
+    "pool_to_bins",
     "rope_frequencies",
     "stage_rates",
     "sym_max",
@@ -386,6 +389,40 @@ def crop_tokens(x: Tensor, height: int, width: int, top: int = 0, left: int = 0)
     # torch.export has to prove that a slice is within the map, but not that an index is.
     rows, columns = (torch.arange(side, device=x.device) + first for side, first in ((height, top), (width, left)))
     return x.index_select(1, rows).index_select(2, columns)
+
+
+def bin_ends(length: int, real: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The first token of each bin along an axis, and the one after its last: both (count,).
+
+    An axis of `length` tokens is pooled to `count` bins, as adaptive average pooling does it: they overlap unless
+    `count` divides `length`. If sizes are symbolic, torch.export must know that there is more than one bin. So there
+    are two or more, and those after the first `real` ones have no tokens.
+    """
+    i = torch.arange(count, device=device)
+    return i * length // real, ((i + 1) * length + real - 1) // real
+
+
+def bin_weights(length: int, real: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(count, length): the weight of each token in the mean of a bin; see `bin_ends`."""
+    start, end = bin_ends(length, real, count, device)
+    token = torch.arange(length, device=device)
+    inside = ((token >= start[:, None]) & (token < end[:, None])).to(dtype)
+    return inside / inside.sum(1, keepdim=True).clamp(min=1)
+
+
+def pool_to_bins(x: Tensor, bins: Sequence[tuple[int, int]]) -> Tensor:
+    """The means of maps (B, C, H, W) over bins, (B, C, h, w).
+
+    `bins` has the numbers of bins with tokens and of all, for rows and columns; see `bin_ends`.
+    """
+    (_, height), (_, width) = bins
+    if isinstance(height, int) and isinstance(width, int) and not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(x, (height, width))
+    # ONNX has no adaptive pooling. Products in this order give torch.export no reason to restrict the sizes.
+    rows, columns = (
+        bin_weights(length, *each, x.dtype, x.device) for length, each in zip(sizes(x)[2:], bins, strict=True)
+    )
+    return ((x @ columns.mT).mT @ rows.mT).mT
 
 
 def dot_product_attention(

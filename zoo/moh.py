@@ -38,9 +38,12 @@ from zoo.layers import (
     OverlappingPatches,
     OverlappingStem,
     TransformerBlock,
+    bin_ends,
+    bin_weights,
     depthwise,
     dot_product_attention,
     init_by_fan_out,
+    pool_to_bins,
     stage_rates,
     sym_max,
 )
@@ -77,37 +80,6 @@ NATIVE = 8  # the coordinate of the furthest key in a map of the size of pre-tra
 TAPS = [(i, j) for i in range(3) for j in range(3)]  # rows and columns of a neighbourhood
 
 
-# An axis of `length` tokens is pooled to `count` bins, as adaptive average pooling does it: they overlap unless `count`
-# divides `length`. If sizes are symbolic, torch.export must know that there is more than one bin. So there are two or
-# more, and those after the first `real` ones have no tokens.
-
-
-def _ends(length: int, real: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first token of each bin, and the one after its last: both (count,)."""
-    i = torch.arange(count, device=device)
-    return i * length // real, ((i + 1) * length + real - 1) // real
-
-
-def bin_weights(length: int, real: int, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(count, length): the weight of each token in the mean of a bin."""
-    start, end = _ends(length, real, count, device)
-    token = torch.arange(length, device=device)
-    inside = ((token >= start[:, None]) & (token < end[:, None])).to(dtype)
-    return inside / inside.sum(1, keepdim=True).clamp(min=1)
-
-
-def pool(x: Tensor, bins: Sequence[tuple[int, int]]) -> Tensor:
-    """The means of maps (B, C, H, W) over bins, (B, C, h, w)."""
-    (_, height), (_, width) = bins
-    if isinstance(height, int) and isinstance(width, int) and not torch.compiler.is_exporting():
-        return F.adaptive_avg_pool2d(x, (height, width))
-    # ONNX has no adaptive pooling. Products in this order give torch.export no reason to restrict the sizes.
-    rows, columns = (
-        bin_weights(length, *each, x.dtype, x.device) for length, each in zip(sizes(x)[2:], bins, strict=True)
-    )
-    return ((x @ columns.mT).mT @ rows.mT).mT
-
-
 def _steps(length: int, real: int) -> tuple[int, int]:
     """Distances between tokens and bins lie between -reach / 2 and reach / 2, in steps of step / 2: (reach, step)."""
     if certain(length % real == 0):  # then all bins have the same size
@@ -129,7 +101,7 @@ def _indices(length: int, real: int, count: int, padding: int, device: torch.dev
     Tokens of the padding have that of the last token.
     """
     reach, step = _steps(length, real)
-    start, end = _ends(length, real, count, device)
+    start, end = bin_ends(length, real, count, device)
     token = torch.arange(length + padding, device=device).clamp(max=length - 1)
     return ((2 * token - (start + end - 1)[:, None] + reach) // step).clamp(min=0)
 
@@ -432,7 +404,7 @@ class AggregatedAttention(MixtureOfHeads):
         """Keys and values of the tokens, (B, N, D, H, W), and those of the patches, (B, N, D, h w)."""
         _, height, width, _ = sizes(x)
         features = convolution(self.sr, x.permute(0, 3, 1, 2), act=self.act)
-        patches = self.norm(pool(features, self.bins((height, width))).flatten(2).mT)
+        patches = self.norm(pool_to_bins(features, self.bins((height, width))).flatten(2).mT)
         # One call for both, so that what hooks see is whole.
         near, far = linear(self.kv, torch.cat((x.flatten(1, 2), patches), 1)[:, None])[:, 0].tensor_split(
             [height * width], 1

@@ -112,6 +112,22 @@ def test_resizing_is_that_of_torch(size):
     assert torch.equal(resize_map(table, 5, 5), table)
 
 
+@pytest.mark.slow
+def test_onnx_pools_the_agents_of_any_map(tmp_path):
+    import onnxruntime  # takes seconds
+
+    attn = build(AgentAttention, 8, 2, side=7, agent_grid=3, table_grid=3).float()
+    auto = dict.fromkeys((1, 2), torch.export.Dim.AUTO)
+    program = torch.export.export(attn, (torch.randn(1, 9, 12, 8),), dynamic_shapes=(auto,))
+    names = {"input_names": ["x"], "dynamic_shapes": ({1: "height", 2: "width"},)}
+    torch.onnx.export(program, dynamo=True, verbose=False, **names).save(tmp_path / "attention.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "attention.onnx"))
+    for size in ((9, 12), (8, 10), (13, 7)):
+        x = torch.randn(1, *size, 8)
+        (found,) = session.run(None, {"x": x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), attn(x))
+
+
 @torch.no_grad()
 def test_biases_stay_as_they_are_at_the_usual_size():
     attn = build(AgentAttention, 8, 2, side=7, agent_grid=3, table_grid=3)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo
+from zoo.layers import bin_weights
 from zoo.moh import (
     VARIANTS,
     AggregatedAttention,
@@ -17,7 +18,6 @@ from zoo.moh import (
     HeadGates,
     MoHViT,
     PositionBias,
-    bin_weights,
     largest,
 )
 
