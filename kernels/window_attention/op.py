@@ -54,8 +54,8 @@ def window_attention(
             only to tokens of its window that have the same label (Swin's shifted windows), and only to those that
             `key_mask` allows.
         line_decay: (B, H, W, N), for windows of one row or one column: sums c of decays along the window, up to and
-            with each token. -|c_i - c_j| is added to the logits of tokens i and j (PPMA), so each decay between two
-            tokens lowers their weights. It has the dtype of `qkv`; float32 is allowed with half precision.
+            with each token. `-abs(c_i - c_j)` is added to the logits of tokens i and j (PPMA), so each decay between
+            two tokens lowers their weights. It has the dtype of `qkv`; float32 is allowed with half precision.
         q: (B, wh * ww, N * D), queries that all windows of an image share (GC ViT's global attention). With `regions`,
             each has the label of the token in its place.
 
