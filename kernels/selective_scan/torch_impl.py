@@ -133,10 +133,17 @@ def _states(decays: Tensor, added: Tensor) -> Tensor:
 
 
 def _states_by_doubling(factors: Tensor, states: Tensor) -> Tensor:
-    """`_states` without a loop over the tokens, whose number may be symbolic: each step reaches twice as far back."""
+    """`_states` without a loop over the tokens, whose number may be symbolic: each step reaches twice as far back.
+
+    The factor of the first token, before which there is nothing, is set to 0. So are then all products that reach back
+    to it, and what stands in the place of earlier tokens does not count.
+    """
+    place = torch.arange(states.shape[2], device=states.device)
+    factors = torch.where((place > 0)[:, None, None], factors, 0)
     for level in range(LEVELS):
-        states = states + factors * _shifted(states, 2**level)
-        factors = factors * _shifted(factors, 2**level)  # 0 where nothing is left to reach
+        earlier = (place - 2**level).clamp(min=0)
+        states = torch.addcmul(states, factors, states.index_select(2, earlier))
+        factors = factors * factors.index_select(2, earlier)
     return states
 
 
