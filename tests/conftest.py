@@ -6,6 +6,7 @@ from zlib import crc32
 
 import pytest
 
+from zoo import manifest
 from zoo.kernels import OPERATORS
 
 # Tests with a fixture that takes most of a minute, by the beginning of their names; they run in one process each.
@@ -20,6 +21,8 @@ TOGETHER = {
 }
 # Models for tests, recipes for dense prediction and operators. A test of less than MANY is about these, not about all.
 SHARED = re.compile(rf"test_[a-z0-9_]+|(coco|ade20k|cityscapes)/\w+|{'|'.join(OPERATORS)}")
+# Published models; quick tests of them are shared, too.
+PUBLISHED = {name.partition(".")[0] for name in manifest.counts() if not name.startswith("test_")}
 MANY = 6
 KEPT = 6  # One in so many of them stays in its tier.
 
@@ -32,9 +35,13 @@ def pytest_collection_modifyitems(items):
     and so has `pytest -k test_van`. Of the tests of Triton's kernels, which test_triton.py runs, a sixth isn't long.
     """
     tests = defaultdict(lambda: defaultdict(list))
+    slow = {}
     for item in items:
+        slow[item] = bool(item.get_closest_marker("slow"))
+        if item.path.name == "test_triton.py":  # shares the tests below by itself
+            continue
         for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-            if isinstance(value, str) and SHARED.fullmatch(value):
+            if isinstance(value, str) and (SHARED.fullmatch(value) or (value in PUBLISHED and not slow[item])):
                 tests[item.nodeid.partition("[")[0]][value].append(item)
         if item.path.name.startswith(("interpreted_", "compiled_")):
             tests[item.path.name][item.nodeid].append(item)
@@ -43,7 +50,7 @@ def pytest_collection_modifyitems(items):
             continue
         for number, value in enumerate(by_value, crc32(test.encode())):
             for item in by_value[value] if number % KEPT else ():
-                item.add_marker("long" if item.get_closest_marker("slow") or test.endswith(".py") else "slow")
+                item.add_marker("long" if slow[item] or test.endswith(".py") else "slow")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,6 +1,6 @@
-"""Trains every `test_<family>` in two processes and in one, and writes the differences to a file.
+"""Trains models in two processes and in one, and writes the differences to a file.
 
-    python tests/zoo/parallel.py RESULTS.json
+    python tests/zoo/parallel.py RESULTS.json MODEL ...
 
 Under each model's name: `ddp` and `fsdp`, the largest deviation of a gradient or weight (or what was raised), `moved`,
 whether every shard has changed, and `training`, whether DDP steps in training mode gave finite gradients.
@@ -94,6 +94,5 @@ def work(rank, names, store, path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    models = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
-    target = sys.argv[1]
+    target, *models = sys.argv[1:]
     mp.start_processes(work, (models, f"{target}.store", target), nprocs=PROCESSES, start_method="fork")

@@ -222,11 +222,13 @@ def test_only_nchw_intermediates(name, norm):
 
 
 @pytest.fixture(scope="module")
-def parallel(tmp_path_factory):
-    """The results of two processes, by model: see parallel.py."""
+def parallel(request, tmp_path_factory):
+    """The results of two processes, by model, for the tests that need them: see parallel.py."""
+    tests = (item for item in request.session.items if "parallel" in getattr(item, "fixturenames", ()))
+    names = sorted({test.callspec.params["name"] for test in tests})
     results, script = tmp_path_factory.mktemp("parallel") / "results.json", Path(__file__).with_name("parallel.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", script, results]
+    command = [sys.executable, "-W", "ignore", script, results, *names]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-5000:]
     return json.loads(results.read_text())
