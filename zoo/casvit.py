@@ -382,7 +382,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return checkpoints.convert(tensors, model, KEY_MAP)
 
 
-default_cfgs = checkpoints.default_cfgs("casvit", first_conv="stem.conv1")
+default_cfgs = checkpoints.default_cfgs("casvit", first_conv="stem.conv1", classifier=("head.cls", "head.dist"))
 
 
 def _create_casvit(variant: str, pretrained: bool, **kwargs) -> CASViT:

@@ -22,6 +22,7 @@ from zoo.key_maps import (
     KeyMap,
     adapt_shape,
     first_weights,
+    is_classifier,
     is_counter,
     is_final,
     is_part,
@@ -108,7 +109,7 @@ def _match_output_norms(state_dict: dict[str, Tensor], want: Mapping[str, Tensor
 def _replaced_classifier(state_dict: Mapping[str, Tensor], want: Mapping[str, Tensor], model: nn.Module) -> set[str]:
     """Names of the classifier's tensors if the model can't take the file's: it has none, or one of another size."""
     cfg: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
-    classifier = {key for key in want.keys() | state_dict.keys() if is_part(key, cfg.get("classifier"))}
+    classifier = {key for key in want.keys() | state_dict.keys() if is_classifier(key, cfg.get("classifier"))}
     same_size = model.num_classes == cfg.get("num_classes", model.num_classes)
     return set() if classifier & want.keys() and same_size else classifier
 
@@ -135,7 +136,7 @@ def _check_fit(
     counts = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
     faults = "; ".join(f"{len(keys)} {what} ({first_names(keys)})" for what, keys in counts if keys)
     name = cfg.get("architecture", class_name)
-    if all(is_part(key, cfg.get("classifier")) for key in (*missing, *unexpected, *reshaped)):
+    if all(is_classifier(key, cfg.get("classifier")) for key in (*missing, *unexpected, *reshaped)):
         advice = (
             "The rest fits: use features_only=True or num_classes=0, or say how many classes the file has (0 without "
             "a classifier) with pretrained_cfg_overlay=dict(num_classes=...), and the model gets a new classifier."

@@ -20,6 +20,7 @@ def default_cfgs(
     first_conv: str | Sequence[str],
     tests: Iterable[str] | None = None,
     exceptions: Mapping[str, tuple[str | Sequence[str], int]] | None = None,
+    classifier: str | tuple[str, ...] = "head",
     feature_side: Callable[[str, int, int], int] = lambda variant, side, stride: side // stride,
 ) -> dict[str, DefaultCfg]:
     """The `default_cfgs` of a family: one for each known checkpoint, and one for each test model.
@@ -29,6 +30,7 @@ def default_cfgs(
         first_conv: Name of the convolution that reads the images, or names if several do.
         tests: The test models; `test_<family>` if None.
         exceptions: For models with another `first_conv` or a last stride other than 32, both values.
+        classifier: Name of the classifier, or names if there are several layers.
         feature_side: The side of a feature map for a model, a side of its images and a stride; see `zoo.families`.
     """
     small = {"input_size": (3, 64, 64), "crop_pct": 0.9, "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -39,7 +41,7 @@ def default_cfgs(
         variant = name.split(".")[0]
         conv, stride = (exceptions or {}).get(variant, (first_conv, 32))
         side = feature_side(variant, cfg["input_size"][1], stride)
-        cfgs[name] = {"pool_size": (side, side), "first_conv": conv, "classifier": "head", **cfg}
+        cfgs[name] = {"pool_size": (side, side), "first_conv": conv, "classifier": classifier, **cfg}
     return generate_default_cfgs(cfgs)
 
 

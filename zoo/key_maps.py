@@ -20,8 +20,10 @@ from zoo.checkpoint_files import first_names
 __all__ = [
     "KeyMap",
     "adapt_shape",
+    "classifier_modules",
     "classifier_weight",
     "first_weights",
+    "is_classifier",
     "is_counter",
     "is_final",
     "is_part",
@@ -106,8 +108,9 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
     return value
 
 
-def classifier_weight(tensors: Mapping[str, Tensor], classifier: str) -> Tensor | None:
-    """The weight (classes, channels) of the module `classifier`, or of the first linear layer inside it."""
+def classifier_weight(tensors: Mapping[str, Tensor], cfg_classifier: str | Sequence[str] | None) -> Tensor | None:
+    """The weight (classes, channels) of the classifier, or of the first linear layer inside it; see `is_classifier`."""
+    classifier = next(iter(classifier_modules(cfg_classifier)), "")
     inside = (key for key, value in tensors.items() if is_part(key, classifier) and value.ndim == 2)
     name = f"{classifier}.weight"
     return tensors.get(name if name in tensors else next(inside, ""))
@@ -155,3 +158,15 @@ def is_final(key: str) -> bool:
 def is_part(key: str, module: str | None) -> bool:
     """Whether the tensor belongs to the module of that name, or to a submodule of it."""
     return module is not None and key.startswith(f"{module}.")
+
+
+def is_classifier(key: str, classifier: str | Sequence[str] | None) -> bool:
+    """Whether the tensor belongs to the classifier, given `classifier` of a pretrained configuration."""
+    return any(is_part(key, module) for module in classifier_modules(classifier))
+
+
+def classifier_modules(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names of modules, given `classifier` of a pretrained configuration: "head" for ("head.cls", "head.dist")."""
+    if classifier is None or isinstance(classifier, str):
+        return (classifier,) if classifier else ()
+    return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in classifier))

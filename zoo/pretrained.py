@@ -162,7 +162,7 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
     check_values(state_dict)
     overlay: dict[str, Any] = {"file": os.fspath(file), "custom_load": False}
     classifier = cfg.classifier if cfg else None
-    weight = classifier_weight(state_dict, str(classifier[0] if isinstance(classifier, tuple | list) else classifier))
+    weight = classifier_weight(state_dict, classifier)
     if weight is None or not weight.ndim:
         return overlay, None
     # timm keeps the classifier if the model's number of classes is this one, and drops it otherwise.

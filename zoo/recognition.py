@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import zoo
-from zoo.key_maps import is_counter, is_final, is_part, join_parts, our_shape, remap
+from zoo.key_maps import is_classifier, is_counter, is_final, is_part, join_parts, our_shape, remap
 
 __all__ = ["closest_models", "suggest_model"]
 
@@ -53,7 +53,7 @@ def suggest_model(state_dict: Mapping[str, Tensor], name: str) -> str:
 
 def _share(shapes: Mapping[str, torch.Size], name: str) -> float:
     want, classifier = _model_shapes(name)
-    given = {key for key in shapes if not is_part(key, classifier) and not is_counter(key)}
+    given = {key for key in shapes if not is_classifier(key, classifier) and not is_counter(key)}
     if any(is_part(key, "output_norms") for key in given):  # a backbone for dense prediction may have no final norm
         given = {key for key in given if not is_part(key, "output_norms")}
         want = {key: shape for key, shape in want.items() if not is_final(key) or key in given}
@@ -61,7 +61,7 @@ def _share(shapes: Mapping[str, torch.Size], name: str) -> float:
 
 
 @cache
-def _model_shapes(name: str) -> tuple[dict[str, torch.Size], str]:
+def _model_shapes(name: str) -> tuple[dict[str, torch.Size], str | tuple[str, ...]]:
     """The shapes of a model's tensors without its classifier, and the classifier's name."""
     model: Any = timm.create_model(name, device="meta", num_classes=0)
     shapes = {key: our_shape(key, value) for key, value in model.state_dict().items() if not is_counter(key)}

@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Tokens(NamedTuple):
-    """What stages exchange in a model with a class token.
+    """What stages exchange in a model with a class token; `forward_features` joins the two to a sequence.
 
     Extractors of timm that take the output of a module use the first entry.
     """
@@ -432,17 +432,17 @@ class Vim(Backbone):
         return x.map if self.class_token else x
 
     def final_norm(self, x: Any) -> Any:
-        """Apply the norm to what the last stage returns."""
+        """Apply the norm to what the last stage returns: a map, or (B, H W + 1, C), the class token in the middle."""
         if not self.class_token:
             return self.norm(x)
-        class_token = self.norm(x.class_token.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
-        return Tokens(self.norm(x.map), class_token)
+        tokens = join(x.map, x.class_token)[:, 0]
+        return self.norm(tokens.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
 
     def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
         """Read the class token or the mean, and classify unless `pre_logits`: (B, num_classes or head_hidden_size)."""
         if not self.class_token or self.global_pool == "":
-            return super().forward_head(self.feature(x), pre_logits)
-        token = self.head_drop(self.pre_logits(x.class_token[:, 0]))
+            return super().forward_head(x, pre_logits)
+        token = self.head_drop(self.pre_logits(class_token_of(x[:, None])[:, 0]))
         return token if pre_logits else self.head(token)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import zoo
 
@@ -23,6 +24,7 @@ TESTS = {
     "test_model_forward",
     "test_model_backward",
     "test_model_default_cfgs",
+    "test_model_default_cfgs_non_std",
     "test_model_forward_features",
     "test_model_forward_intermediates",
     "test_model_forward_intermediates_features",
@@ -30,6 +32,9 @@ TESTS = {
     "test_model_forward_fx",
     "test_model_backward_fx",
 }
+
+# The two tests of configurations: of models whose features are maps, and of others.
+CONFIGURATIONS = {"test_model_default_cfgs", "test_model_default_cfgs_non_std"}
 
 # Placed beside timm's file: registers our models before timm's lists of parameters are built, and selects tests.
 CONFTEST = """
@@ -73,7 +78,13 @@ def run_timm_tests(text: str, folder: Path, models: list[str]) -> None:
     modules = [name for name in zoo.FAMILIES if timm.list_models(module=name)]
     own = "'test_vit*'"  # of timm's models that are tested less; test_vitae_vsa is none of these
     assert text.count(own) == 1, "timm has renamed its small ViT for tests"
-    (folder / "test_models.py").write_text(text.replace(marker, f"{marker}*{modules}, ").replace(own, "'test_vit'"))
+    text = text.replace(marker, f"{marker}*{modules}, ").replace(own, "'test_vit'")
+    # timm has another test of the configurations of models whose features are sequences.
+    sequences = [name for name in models if features_dims(name) == 3]
+    for filters in ("EXCLUDE_FILTERS + NON_STD_FILTERS", "filter=NON_STD_FILTERS"):
+        assert text.count(f"{filters},") == 1, "timm has renamed its list of models with other features"
+        text = text.replace(f"{filters},", f"{filters} + {[f'{name}*' for name in sequences]},")
+    (folder / "test_models.py").write_text(text)
     (folder / "conftest.py").write_text(textwrap.dedent(CONFTEST))
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--junit-xml=report.xml"]
@@ -86,9 +97,16 @@ def run_timm_tests(text: str, folder: Path, models: list[str]) -> None:
         assert case.find("skipped") is None, f"{case.get('name')} was skipped"
         test, _, parameters = case.get("name").partition("[")
         passed[test].add(parameters)
-    configurations = timm.list_models(models, include_tags=True)
-    wanted = {test: len(configurations if test == "test_model_default_cfgs" else models) for test in TESTS}
+    wanted = dict.fromkeys(TESTS - CONFIGURATIONS, len(models))
+    for test, names in zip(sorted(CONFIGURATIONS), (set(models) - set(sequences), sequences), strict=True):
+        wanted |= {test: len(timm.list_models(list(names), include_tags=True))} if names else {}
     assert {test: len(cases) for test, cases in passed.items()} == wanted
+
+
+def features_dims(name: str) -> int:
+    """The dimensions of what `forward_features` returns."""
+    model = timm.create_model(name, device="meta").eval()
+    return model.forward_features(torch.zeros(1, *model.default_cfg["input_size"], device="meta")).ndim
 
 
 def size(name: str) -> int:

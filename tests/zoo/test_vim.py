@@ -91,16 +91,16 @@ def test_features_of_a_model_with_a_class_token(feature_cls):
 def test_methods_of_a_model_with_a_class_token():
     model, x = build(class_token=True, num_classes=5), images(64, 64)
     features = model.forward_features(x)
-    assert (features.map.shape, features.class_token.shape) == ((2, 48, 4, 4), (2, 1, 48))
+    assert features.shape == (2, 4 * 4 + 1, 48)  # the class token is the ninth
     torch.testing.assert_close(model.forward_head(features), model(x))
     final, _ = model.forward_intermediates(x)
     torch.testing.assert_close(final, features)
-    assert torch.equal(model.forward_head(features, pre_logits=True), features.class_token[:, 0])
+    assert torch.equal(model.forward_head(features, pre_logits=True), features[:, 8])
     model.reset_classifier(5, "")
     with pytest.raises(ValueError, match="5 classes needs pooled features"):
         model(x)
     model.reset_classifier(0, "")
-    torch.testing.assert_close(model(x), features.map)
+    torch.testing.assert_close(model(x), features)
     assert model.no_weight_decay() == {"stem.pos_embed", "stem.cls_token"}
 
 
