@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo.families import feature_side
+from zoo.key_maps import is_classifier
 
 MODELS = [name for name in timm.list_models("test_*") if timm.model_entrypoint(name).__module__.startswith("zoo.")]
 
@@ -151,7 +152,7 @@ def test_layer_groups_cover_all_parameters_in_order(name, coarse):
     order = [groups[key] for key, _ in model.named_parameters()]
     assert sorted(set(order)) == list(range(max(order) + 1))
     assert order[0] == 0
-    head = {group for key, group in groups.items() if key.startswith(f"{model.pretrained_cfg['classifier']}.")}
+    head = {group for key, group in groups.items() if is_classifier(key, model.pretrained_cfg["classifier"])}
     assert head == {max(order)}
     assert list(dict.fromkeys(order)) == sorted(set(order))  # named_parameters runs from the stem to the classifier
 
