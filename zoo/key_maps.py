@@ -20,7 +20,6 @@ from zoo.checkpoint_files import first_names
 __all__ = [
     "KeyMap",
     "adapt_shape",
-    "classifier_modules",
     "classifier_weight",
     "first_weights",
     "is_classifier",
@@ -110,7 +109,7 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
 
 def classifier_weight(tensors: Mapping[str, Tensor], cfg_classifier: str | Sequence[str] | None) -> Tensor | None:
     """The weight (classes, channels) of the classifier, or of the first linear layer inside it; see `is_classifier`."""
-    classifier = next(iter(classifier_modules(cfg_classifier)), "")
+    classifier = next(iter(_classifier_modules(cfg_classifier)), "")
     inside = (key for key, value in tensors.items() if is_part(key, classifier) and value.ndim == 2)
     name = f"{classifier}.weight"
     return tensors.get(name if name in tensors else next(inside, ""))
@@ -162,10 +161,10 @@ def is_part(key: str, module: str | None) -> bool:
 
 def is_classifier(key: str, classifier: str | Sequence[str] | None) -> bool:
     """Whether the tensor belongs to the classifier, given `classifier` of a pretrained configuration."""
-    return any(is_part(key, module) for module in classifier_modules(classifier))
+    return any(is_part(key, module) for module in _classifier_modules(classifier))
 
 
-def classifier_modules(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
+def _classifier_modules(classifier: str | Sequence[str] | None) -> tuple[str, ...]:
     """The names of modules, given `classifier` of a pretrained configuration: "head" for ("head.cls", "head.dist")."""
     if classifier is None or isinstance(classifier, str):
         return (classifier,) if classifier else ()

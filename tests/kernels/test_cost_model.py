@@ -142,7 +142,7 @@ def moved(module, case, per_direction=(), directions=1, left_out=()):
     }
 
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="kernels are recorded")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="recording the launches of kernels needs Triton")
 
 
 @needs_triton
