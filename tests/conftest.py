@@ -21,8 +21,13 @@ TOGETHER = {
 }
 # Models for tests, recipes for dense prediction and operators. A test of less than MANY is about these, not about all.
 SHARED = re.compile(rf"test_[a-z0-9_]+|(coco|ade20k|cityscapes)/\w+|{'|'.join(OPERATORS)}")
-# Published models; quick tests of them are shared, too.
+# Published models. Tests of them are shared, too, except those of what defines a model.
 PUBLISHED = {name.partition(".")[0] for name in manifest.counts() if not name.startswith("test_")}
+WHOLE = {
+    "test_classifier_matches_official",
+    "test_key_map_covers_every_official_key_once",
+    "test_parameter_count_is_official",
+}
 MANY = 6
 KEPT = 6  # One in so many of them stays in its tier.
 
@@ -41,7 +46,9 @@ def pytest_collection_modifyitems(items):
         if item.path.name == "test_triton.py":  # shares the tests below by itself
             continue
         for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
-            if isinstance(value, str) and (SHARED.fullmatch(value) or (value in PUBLISHED and not slow[item])):
+            if not isinstance(value, str):
+                continue
+            if SHARED.fullmatch(value) or (value in PUBLISHED and item.originalname not in WHOLE):
                 tests[item.nodeid.partition("[")[0]][value].append(item)
         if item.path.name.startswith(("interpreted_", "compiled_")):
             tests[item.path.name][item.nodeid].append(item)
