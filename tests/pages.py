@@ -93,7 +93,8 @@ def check_command(command: list[str], folder: Path) -> None:
 def run_page(path: Path, folder: Path) -> None:
     """Run a page's blocks in `folder`, in order, each Python block by itself; `text` is what the one before prints.
 
-    There, ... stands for anything. A command whose output has an error in it has to fail.
+    A Python block that begins with the name of a file, `# train.py`, is saved there instead. In `text`, ... stands for
+    anything. A command whose output has an error in it has to fail.
     """
     found = blocks(path)
     for block, following in zip(found, [*found[1:], None], strict=True):
@@ -101,6 +102,9 @@ def run_page(path: Path, folder: Path) -> None:
             continue
         expected = following.text if following and following.language == "text" else None
         where = f"{path.relative_to(ROOT)}, line {block.line}"
+        if block.language == "python" and (name := re.match(r"# (\w+\.py)\n", block.text)):
+            (folder / name[1]).write_text(block.text)
+            continue
         if block.language == "python":
             printed = _run_python(block.text, where)
         else:

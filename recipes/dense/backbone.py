@@ -16,6 +16,7 @@ from timm.optim import auto_group_layers
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from zoo import families
 from zoo.messages import UserError
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
@@ -24,6 +25,7 @@ from zoo.recipes.logs import log
 T = TypeVar("T")
 # Arguments that models take only without a classifier.
 _FOR_FEATURES = ("output_norm", "pyramid")
+_TASKS = ("detect", "segment")
 
 
 @MODELS.register_module()
@@ -42,6 +44,9 @@ class TimmBackbone(BaseModule):
             evaluation mode; -1 freezes nothing.
         norm_eval: Whether BatchNorm keeps its statistics in training.
         grad_checkpointing: Whether activations are recomputed instead of stored.
+        task: "detect" or "segment" for the keyword arguments that the family's official code uses for this task, where
+            `model_kwargs` does not give them. None for those of a classifier; a warning names what differs.
+        channels: The channels that the rest of the model is made for, if they are to be checked.
         init_cfg: MMEngine's argument, without effect: timm initializes its models.
 
     Attributes:
@@ -51,7 +56,7 @@ class TimmBackbone(BaseModule):
         arguments: The arguments that build the same backbone without pretrained weights.
 
     Raises:
-        UserError: There is no such model, keyword argument, weights or stage.
+        UserError: There is no such model, keyword argument, weights, stage or task, or it has other `channels`.
     """
 
     def __init__(
@@ -64,10 +69,12 @@ class TimmBackbone(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         grad_checkpointing: bool = False,
+        task: str | None = None,
+        channels: Sequence[int] | None = None,
         init_cfg: Any = None,
     ):
         super().__init__(init_cfg)
-        model_kwargs = dict(model_kwargs or {})
+        model_kwargs = _task_kwargs(model, task, dict(model_kwargs or {}))
         self.arguments: dict[str, Any] = {
             "model": model,
             "model_kwargs": model_kwargs,
@@ -76,6 +83,7 @@ class TimmBackbone(BaseModule):
             "frozen_stages": frozen_stages,
             "norm_eval": norm_eval,
             "grad_checkpointing": grad_checkpointing,
+            "task": task,
         }
         for key in ("features_only", "out_indices"):
             if key in model_kwargs:
@@ -105,6 +113,11 @@ class TimmBackbone(BaseModule):
         info = self.body.feature_info
         self.channels: list[int] = info.channels()
         self.reductions: list[int] = info.reduction()
+        if channels is not None and list(channels) != self.channels:
+            raise UserError(
+                f"channels={list(channels)}: the features of {model} have {self.channels} channels, so this list, and "
+                "the in_channels of the neck or head, have to be these."
+            )
         self.mean, self.std = (tuple(self.body.pretrained_cfg[key]) for key in ("mean", "std"))
         if len(set(self.reductions)) < len(indices):
             strides = ", ".join(map(str, self.reductions))
@@ -241,6 +254,23 @@ def param_groups(
         rate = lr if own is None else lr * backbone_lr * scales.get(own, 1.0)
         groups.setdefault((rate, 0.0 if free else weight_decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _task_kwargs(model: str, task: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The keyword arguments `given`, and those of the family for `task`."""
+    if task is not None:
+        if task not in _TASKS:
+            raise UserError(f"task={task!r} is not allowed: it has to be {' or '.join(_TASKS)}, or None.")
+        return families.dense_kwargs(model, task) | given
+    changed = {key for name in _TASKS for key in families.dense_kwargs(model, name)} - given.keys()
+    if changed:
+        log.warning(
+            "The backbone %s has the %s of a classifier: give task=detect or task=segment for those that its family "
+            "has for this task.",
+            model,
+            " and ".join(sorted(changed)),
+        )
+    return given
 
 
 def _build(model: str, kwargs: Mapping[str, Any], pretrained: bool | str = False) -> nn.Module:

@@ -25,8 +25,8 @@ class TimmOptimWrapperConstructor:
         paramwise_cfg: The arguments `layer_decay`, `no_decay`, `backbone_lr` of `param_groups`.
     """
 
-    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any]):
-        self.wrapper, self.paramwise = dict(optim_wrapper_cfg), dict(paramwise_cfg)
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):
+        self.wrapper, self.paramwise = dict(optim_wrapper_cfg), dict(paramwise_cfg or {})
         self.optimizer = dict(self.wrapper.pop("optimizer"))
 
     def __call__(self, model: nn.Module) -> OptimWrapper:

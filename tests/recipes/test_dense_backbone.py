@@ -1,5 +1,6 @@
 """Any timm model under MMDetection and MMSegmentation: features, norms, freezing, parameter groups. Two minutes."""
 
+import importlib
 import inspect
 import sys
 from fnmatch import fnmatch
@@ -17,7 +18,6 @@ import zoo
 from zoo import families
 from zoo.messages import UserError
 from zoo.recipes.dense import backbone as module
-from zoo.recipes.dense import mmcv_ops
 from zoo.recipes.dense.backbone import TimmBackbone, param_groups
 
 sys.path.append(str(Path(__file__).parents[1] / "zoo"))
@@ -387,9 +387,9 @@ def test_statistics_are_the_models():
 @pytest.mark.slow
 @pytest.mark.parametrize("package", ["mmdet", "mmseg"])
 def test_both_registries_build_it(package):
-    mmcv_ops.install()
-    registry = __import__(f"{package}.registry", fromlist=["MODELS"]).MODELS
-    for prefix in ("", "mmengine."):
+    importlib.import_module("zoo.recipes.mm")
+    registry = importlib.import_module(f"{package}.registry").MODELS
+    for prefix in ("", "mmengine.", "mmdet.", "mmseg."):
         net = registry.build({"type": f"{prefix}TimmBackbone", "model": "test_van", "model_kwargs": {"num_classes": 0}})
         assert net.channels == [16, 32, 64, 96]
 
@@ -409,6 +409,39 @@ def _varied():
 @pytest.mark.parametrize(("name", "task"), _varied())
 def test_dense_kwargs_suit_the_model(name, task):
     TimmBackbone(name, families.dense_kwargs(name, task) | {"device": "meta"})
+
+
+@pytest.mark.slow
+def test_task_brings_the_familys_settings(said):
+    kwargs = families.dense_kwargs("dinat_mini", "detect")
+    net = TimmBackbone("dinat_mini", {"drop_path_rate": 0.1, "device": "meta"}, task="detect")
+    assert net.arguments["model_kwargs"] == kwargs | {"drop_path_rate": 0.1, "device": "meta"}
+    given = {"dilations": [[1], [1], [1], [1]]}
+    assert module._task_kwargs("dinat_mini", "segment", given) == given
+    assert module._task_kwargs("dinat_mini", None, kwargs) == kwargs
+    assert said == []
+
+
+def test_settings_of_a_classifier_are_pointed_out(said):
+    assert module._task_kwargs("dinat_mini", None, {}) == {}
+    assert said == [
+        "The backbone dinat_mini has the dilations of a classifier: give task=detect or task=segment for those that "
+        "its family has for this task."
+    ]
+    assert module._task_kwargs("resnet10t", None, {}) == module._task_kwargs("test_van", None, {}) == {}
+    assert len(said) == 1
+
+
+def test_unknown_task():
+    with pytest.raises(UserError, match="task='detection' is not allowed: it has to be detect or segment, or None"):
+        TimmBackbone("test_van", task="detection")
+
+
+@pytest.mark.slow
+def test_channels_are_checked():
+    assert TimmBackbone("test_van", channels=(16, 32, 64, 96)).channels == [16, 32, 64, 96]
+    with pytest.raises(UserError, match=r"channels=\[64, 128\]: the features of test_van have \[16, 32, 64, 96\] chan"):
+        TimmBackbone("test_van", channels=[64, 128])
 
 
 def test_unknown_model():
