@@ -57,6 +57,17 @@ def test_smp_unet_learns(run):
 
 
 @pytest.mark.slow
+def test_hf_segmentation_trains_and_loads(run):
+    found = run("hf_segmentation")["found"]
+    assert list(found) == ["UperNet", "Mask2Former"]
+    for done in found.values():
+        assert 0 < done["loss"] < 1000
+        assert done["same"]
+        without = [name for name, weight in done["model"].named_parameters() if weight.grad is None]
+        assert not [name for name in without if "_backbone" in name]
+
+
+@pytest.mark.slow
 def test_faster_rcnn_trains_every_part(run):
     done = run("faster_rcnn")
     assert all(loss.isfinite() for loss in done["losses"].values())
