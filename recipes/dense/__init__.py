@@ -43,7 +43,7 @@ def _register(task: str) -> None:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # they print what they lack
             warnings.simplefilter("ignore")
             importlib.import_module(f"{package}.utils").register_all_modules(init_default_scope=False)
-    from zoo.recipes.dense import confusion, optim, transforms  # noqa: F401
+    from zoo.recipes.dense import confusion, optim, samplers, transforms  # noqa: F401
 
     if task == "detect":
         from zoo.recipes.dense import coco  # noqa: F401

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdet.datasets import CocoDataset
+from mmdet.datasets import CocoDataset, MultiImageMixDataset
 from mmdet.datasets.api_wrappers import COCO
 from mmdet.evaluation.metrics import CocoMetric
 from mmdet.registry import DATASETS, METRICS
 
 from zoo.recipes.dense.annotations import normalise
-from zoo.recipes.dense.transforms import SkipsCorrupt
+from zoo.recipes.dense.transforms import MixesImages, SkipsCorrupt
 from zoo.recipes.files import read_json
 
 
@@ -55,6 +55,11 @@ class NamedCocoDataset(SkipsCorrupt, CocoDataset):
     def exclude(self, sample: Any, idx: int) -> None:
         """Set the id of the corrupt image, by which the metric excludes it."""
         sample.set_metainfo({"img_id": self.get_data_info(idx)["img_id"]})
+
+
+@DATASETS.register_module()
+class MixedDataset(MixesImages, MultiImageMixDataset):
+    """mmdet's wrapper that mixes images."""
 
 
 @METRICS.register_module()

@@ -24,7 +24,7 @@ from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, distributed, logs, plots, run_folder
 from zoo.recipes.classify.accuracy import percentage, plot_confusion
 from zoo.recipes.corrupt import worker_errors
-from zoo.recipes.dense import pictures
+from zoo.recipes.dense import mm_keys, pictures
 from zoo.recipes.dense.coco import NamedCoco
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import open_data
@@ -55,6 +55,8 @@ def evaluate(
     logs.start_log(None, distributed.rank() == 0)
     if not cfg.run:
         raise UserError(f"nothing to evaluate: give run=<folder> of a run with task={cfg.task}.")
+    if any(key.partition(".")[0] == "mm" for key in overridden):
+        mm_keys.check(cfg.mm, cfg.task)
     model, cfg, classes, weights = from_run(cfg, overridden)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)

@@ -21,6 +21,7 @@ from zoo import families
 from zoo.messages import UserError, one_line
 from zoo.recipes import batchnorm, distributed
 from zoo.recipes.dense.backbone import TimmBackbone
+from zoo.recipes.dense.mm_keys import override, warn_misspelt
 from zoo.recipes.dense.settings import SCOPES, finds_masks
 
 # Paths below the packages' folder of configurations.
@@ -58,6 +59,7 @@ def model_config(cfg: DictConfig, classes: Sequence[str], device: torch.device, 
         _set_segmentor(model, cfg, channels, len(classes))
     _set_norm(model, "SyncBN" if _synchronised(device) else "BN")
     changes = OmegaConf.to_container(cfg.mm, resolve=True)
+    warn_misspelt(model, changes.get("model", {}))
     return override(MMConfig(dict(model=model)), {"model": changes.get("model", {})}).model
 
 
@@ -264,15 +266,6 @@ def _set_norm(part: Any, norm: str) -> None:
         if isinstance(value, dict) and value.get("type") in ("SyncBN", "BN"):
             value["type"] = norm
         _set_norm(value, norm)
-
-
-def override(settings: MMConfig, changes: dict[str, Any]) -> MMConfig:
-    """`settings` with the changes that `mm` in the configuration makes."""
-    try:
-        settings.merge_from_dict(changes)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"mm={changes} does not fit the configuration of mmengine: {error}") from error
-    return settings
 
 
 def _package(name: str) -> Path:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed
 from zoo.recipes.dense.detection_data import DetectionData
-from zoo.recipes.dense.model import override
+from zoo.recipes.dense.mm_keys import override_runner
 from zoo.recipes.dense.pipelines import pipelines
 from zoo.recipes.dense.segmentation_data import SegmentationData
 from zoo.recipes.dense.settings import SCOPES, RunLength, finds_masks, learning_rate
@@ -76,6 +76,7 @@ def runner_config(
                 train_dataloader=dict(
                     dataset=data.train.dataset(train, training=True),
                     sampler=dict(type="InfiniteSampler", shuffle=True, seed=cfg.seed),
+                    batch_sampler=dict(type="OrientedBatchSampler") if cfg.task != "segment" else None,
                     **loading,
                 ),
                 train_cfg=dict(
@@ -87,8 +88,7 @@ def runner_config(
                 param_scheduler=_schedule(cfg, length),
             )
         )
-    changes = OmegaConf.to_container(cfg.mm, resolve=True)
-    result = override(result, {key: value for key, value in changes.items() if key != "model"})
+    override_runner(result, OmegaConf.to_container(cfg.mm, resolve=True), SCOPES[cfg.task], masks)
     if cfg.task == "segment":
         confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
         result.val_evaluator = [result.val_evaluator, confusion]

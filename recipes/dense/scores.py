@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from zoo.messages import UserError
+
 # MMEngine's names of the scores -> ours, in percent. The first score that a run has decides which epoch is the best.
 SCORES = {
     "coco/segm_mAP": "mask_AP",
@@ -16,8 +18,22 @@ SCORES = {
 }
 
 
-def scores(metrics: dict[str, Any]) -> dict[str, float]:
-    """MMEngine's metrics under our names, in percent, without COCO's -1, which means that there is nothing to find."""
+def scores(metrics: dict[str, Any] | None) -> dict[str, float]:
+    """MMEngine's metrics under our names, in percent, without COCO's -1, which means that there is nothing to find.
+
+    Args:
+        metrics: The result of an evaluation; None for none.
+
+    Raises:
+        UserError: The evaluation has none of these scores.
+    """
+    if metrics is None:
+        return {}
+    if not metrics.keys() & SCORES.keys():
+        raise UserError(
+            f"the evaluation gives {', '.join(map(repr, metrics)) or 'nothing'}, which is none of the scores that are "
+            "reported: correct mm.val_evaluator."
+        )
     found = {}
     for name, ours in SCORES.items():
         if name in metrics and metrics[name] >= 0:

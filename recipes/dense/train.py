@@ -24,7 +24,7 @@ from zoo.recipes import atomic_files, distributed, logs, records, run_checkpoint
 from zoo.recipes.base_run import BaseRun, command_to_resume, of_few
 from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
-from zoo.recipes.dense import pictures
+from zoo.recipes.dense import mm_keys, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import open_data
 from zoo.recipes.dense.detection_data import DetectionData
@@ -52,6 +52,7 @@ def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) ->
         Stopped: A signal arrived; the state is saved.
     """
     check(cfg)
+    mm_keys.check(cfg.mm, cfg.task)
     check_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
@@ -139,7 +140,11 @@ class DenseRun(BaseRun):
         if self.checkpoint:
             self._load(runner, self.checkpoint)
             update = self.progress["update"]
-            runner.train_loop._iter = update * self.length.accumulate
+            iterations = runner.train_loop._iter = update * self.length.accumulate
+            batches = runner.train_dataloader.batch_sampler
+            if hasattr(batches, "skip"):
+                runner.train_loop.fast_forward_on_resume = True  # MMEngine would load all images before
+                batches.skip(iterations)
             evaluated = max((r["update"] for r in self.history if any(key.startswith("val_") for key in r)), default=0)
             if update > evaluated and self.evaluates(update):
                 runner.val_loop.run()  # the run ended between this update and its evaluation
@@ -231,7 +236,7 @@ class DenseRun(BaseRun):
             "update": update,
             "lr": max(self.runner.optim_wrapper.get_lr()["lr"], default=None),
             **{f"train_{name}": value for name, value in losses.items()},
-            **{f"val_{name}": value for name, value in scores(metrics or {}).items()},
+            **{f"val_{name}": value for name, value in scores(metrics).items()},
             "skipped_updates": self.progress.pop("skipped", 0),
             "images_per_second": speed,
             "step_seconds": self.times.take(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mmcv
@@ -86,7 +87,12 @@ class SkipsCorrupt:
     """A mixin for MMEngine's data sets that replaces an item that can't be read by the next good one.
 
     The sample of the replacement holds the names of the corrupt items as `corrupt`. In evaluation, it does not count.
+
+    Attributes:
+        corrupt: The names for items that are not packed into samples, because `MixesImages` does this.
     """
+
+    corrupt: Sequence[str] = ()
 
     def prepare_data(self, idx: int) -> Any:
         """Load and transform an item.
@@ -101,7 +107,9 @@ class SkipsCorrupt:
             except CorruptFile as error:
                 corrupt.append(str(error))
                 continue
-            if corrupt and item is not None:
+            if corrupt and item is not None and "data_samples" not in item:
+                self.corrupt = [*self.corrupt, *corrupt]
+            elif corrupt and item is not None:
                 item["data_samples"].set_metainfo({"corrupt": corrupt})
                 if self.test_mode:
                     self.exclude(item["data_samples"], idx)
@@ -111,6 +119,21 @@ class SkipsCorrupt:
     def exclude(self, sample: Any, idx: int) -> None:
         """Exclude `sample`, which replaces the item `idx`, from the scores."""
         raise NotImplementedError
+
+
+class MixesImages:
+    """A mixin for MultiImageMixDataset, so that a sample names the corrupt images among those it is mixed from."""
+
+    def __getitem__(self, idx: int) -> dict[str, Any]:
+        """Load, mix and transform an item."""
+        item = super().__getitem__(idx)
+        dataset = self.dataset
+        while hasattr(dataset, "dataset"):
+            dataset = dataset.dataset
+        if getattr(dataset, "corrupt", ()):
+            item["data_samples"].set_metainfo({"corrupt": list(dataset.corrupt)})
+            dataset.corrupt = ()
+        return item
 
 
 def corrupt_names(data_batch: dict[str, Any]) -> list[str]:
