@@ -196,12 +196,11 @@ def forward(
     A, D, bias = _parameters(A, D, bias, dtype)
     orders = [Order(name, height, width, d_state * channels) for name in directions]
     kept = x.new_empty(batch, sum(order.chunks for order in orders), d_state, channels, dtype=dtype)
-    if D is None:
-        out = x.new_zeros(batch, height, width, channels, dtype=dtype)
-    elif x.ndim == 4:
-        out = D.sum(0) * x
-    else:
-        out = torch.einsum("bhwkc,kc->bhwc", x.to(dtype), D)
+    out = x.new_zeros(batch, height, width, channels, dtype=dtype)  # contiguous, in contrast to D x
+    if D is not None and x.ndim == 4:
+        torch.mul(D.sum(0), x, out=out)
+    elif D is not None:
+        out.copy_(torch.einsum("bhwkc,kc->bhwc", x.to(dtype), D))
     for images in _groups(batch, height * width * d_state * channels):
         before = 0
         for k, order in enumerate(orders):
@@ -272,7 +271,7 @@ def backward(
     A, D, bias = _parameters(A, D, bias, dtype)
     orders = [Order(name, height, width, d_state * channels) for name in directions]
     shared = x.ndim == 4
-    gradient = grad.to(dtype)
+    gradient = grad.to(dtype).contiguous()
     if D is None:
         x_grad = x.new_zeros(x.shape, dtype=dtype)
         D_grad = x.new_empty(0)

@@ -192,6 +192,19 @@ def test_operators_are_registered_rightly(case):
     torch.library.opcheck(torch_impl._backward, (out, *tensors, kept, *settings), test_utils=utils)
 
 
+@pytest.mark.parametrize("case", ["all-directions", "bare"])
+def test_results_are_contiguous_whatever_is_given(case):
+    """Inductor relies on the strides that the operators announce."""
+    given, options = make(case, batch=2)
+    tensors = [given.get(name) for name in ("x", "delta", "A", "B", "C", "D", "delta_bias")]
+    tensors = [None if x is None else x.transpose(0, -1).contiguous().transpose(0, -1) for x in tensors]
+    settings = options["delta_softplus"], common.numbers(options["directions"])
+    out, kept = torch_impl._forward(*tensors, *settings)
+    grad = out.movedim(-1, 0).contiguous().movedim(0, -1)
+    results = out, kept, *torch_impl._backward(grad, *tensors, kept, *settings)
+    assert [x.is_contiguous() for x in results] == [True] * 9
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
