@@ -87,12 +87,17 @@ def channels_last(images: Tensor) -> Tensor:
     """
     if only_traced(images) or images.device.type != "cpu" or images.ndim != 4:
         return images
-    if images.is_contiguous(memory_format=torch.channels_last):
+    if _is_channels_last(images):
         return images
     # A transposed matrix is copied 20 times as fast as `contiguous` copies images of three channels.
     batch, channels, height, width = images.shape
     pixels = images.flatten(2).transpose(1, 2).contiguous()
-    return pixels.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return pixels.flatten().view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _is_channels_last(maps: Tensor) -> bool:
+    """Whether oneDNN takes maps (B, C, H, W) as channels-last; contiguous maps of one channel are both to PyTorch."""
+    return maps.is_contiguous(memory_format=torch.channels_last) and maps.stride(1) == 1
 
 
 def spatial_mean(maps: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ def fused_convolution(
     given = _for_onednn(x, weight, bias)
     if given is None or isinstance(padding, str) or x.ndim != 4 or x.shape[1] != weight.shape[1] * groups:
         return None
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if not _is_channels_last(x):
         return None
     if norm is not None:
         if not is_plain(norm, nn.BatchNorm2d) or norm.training or norm.running_mean is None or norm.running_var is None:

@@ -236,6 +236,18 @@ def test_nodes_of_compiled_programs_are_proper_operators(bias, act):
     torch.library.opcheck(torch.ops.zoo.onednn_convolution.default, arguments, test_utils=tests)
 
 
+@torch.no_grad()
+def test_gray_images_become_channels_last():
+    """The operator of compiled programs announces channels-last maps. Contiguous gray images could be either."""
+    gray = torch.randn(2, 1, 8, 6)
+    conv = nn.Conv2d(1, 12, 3, padding=1)
+    arguments = conv.padding, conv.stride, conv.dilation, conv.groups
+    assert cpu.fused_convolution(gray, conv.weight, None, *arguments) is None
+    out = cpu.fused_convolution(cpu.channels_last(gray), conv.weight, conv.bias, *arguments)
+    assert out.stride() == (576, 1, 72, 12)
+    torch.testing.assert_close(out, conv(gray))
+
+
 def test_gradients_of_a_convolution_are_those_of_its_modules():
     conv, norm, act, x = nn.Conv2d(12, 8, 1), trained(8), nn.GELU(), inputs().requires_grad_()
     parameters = [x, *conv.parameters(), *norm.parameters()]
