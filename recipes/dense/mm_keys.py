@@ -36,8 +36,8 @@ _REPLACED = {
     "train_cfg.max_iters": "trainer.max_updates=<updates> or, with its schedule, dense.updates=<updates>",
     "train_cfg.val_interval": "trainer.eval_every=<epochs>",
     "train_dataloader.batch_size": "trainer.batch_size=<images>",
-    "tta_model": "eval.tta=<settings>",
-    "tta_pipeline": "eval.tta=<settings>",
+    "tta_model": "eval.tta=flip or multi_scale",
+    "tta_pipeline": "eval.tta=flip or multi_scale",
     "work_dir": "run=<folder>",
 }
 _METRICS = {"detect": ("metric", ("bbox", "segm")), "segment": ("iou_metrics", ("mIoU", "mDice", "mFscore"))}

@@ -122,7 +122,7 @@ def backbone_arguments(cfg: DictConfig) -> dict[str, Any]:
         frozen_stages=dense.frozen_stages,
         norm_eval=dense.norm_eval,
         grad_checkpointing=cfg.trainer.grad_checkpointing,
-        task=cfg.task,
+        task="segment" if cfg.task == "segment" else "detect",
     )
 
 
