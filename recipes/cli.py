@@ -322,7 +322,7 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
             for option in values:
                 if isinstance(option, str | int):
                     _check_option(command, key, str(option))
-        elif key.partition(".")[0] in _free(schema):
+        elif any(f"{key}.".startswith(f"{free}.") for free in config.mappings(schema)):
             if override.type == OverrideType.CHANGE:
                 # Hydra requires a prefix for keys that it does not know; ++ adds a key or replaces its value.
                 checked[position] = f"++{word}"
@@ -336,11 +336,6 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
             hint = f": did you mean {guess}?" if guess else "."
             fail(command, f"there is no key {key!r}{hint}{listing}")
     return checked
-
-
-def _free(schema: type) -> list[str]:
-    """The keys whose value is a mapping with arbitrary keys."""
-    return [field.name for field in dataclasses.fields(schema) if str(field.type).startswith("dict")]
 
 
 def _check_option(command: str, group: str, option: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
 
 @dataclass(frozen=True)
 class Between:
-    """Finite numbers from `low` to `high`, or lists of them.
+    """Finite numbers from `low` to `high`, or lists or mappings of them.
 
     Attributes:
         low: The smallest number.
@@ -45,10 +45,10 @@ class Between:
     rising: bool = False
 
     def allows(self, value: Any) -> bool:
-        """Whether `value`, a number or a list, is allowed."""
+        """Whether `value`, a number, a list or a mapping, is allowed."""
         if not isinstance(value, int | float):
-            numbers = list(value)
-            right = len(numbers) in self.lengths if self.lengths else bool(numbers)
+            numbers = _numbers(value)
+            right = len(numbers) in self.lengths if self.lengths else bool(numbers) or isinstance(value, Mapping)
             return right and all(map(self.allows, numbers)) and (not self.rising or numbers == sorted(numbers))
         over = value > self.low if self.above else value >= self.low
         return over and (value < self.high if self.below else value <= self.high)  # both are false for NaN
@@ -63,6 +63,11 @@ class Between:
             elif self.high <= 100:  # larger limits only exclude absurd values
                 words += f", at most {self.high:g}"
         return f"{self.numbers} {words}".strip()
+
+
+def _numbers(value: Any) -> list[float]:
+    """The numbers of a list or a mapping."""
+    return list(value.values() if isinstance(value, Mapping) else value)
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,12 @@ class AugmentConfig:
     mixup_switch_prob: float = option(0.5, "mixup switch probability: how likely cutmix is used, if both are on", SHARE)
     mixup_mode: str = option("batch", "mixup mode: one draw per batch, pair or elem", OneOf(("batch", "pair", "elem")))
     smoothing: float = option(0.0, "label smoothing", Between(0, 1, below=True))
+    repeats: int = option(
+        1,
+        "repeated augmentation: an epoch uses each of its images this often, in other forms, and so fewer images",
+        Between(1, 100),
+        aliases=("aug_repeats", "num_aug_repeats", "repeated_augmentation", "repeated_aug"),
+    )
     re_prob: float = option(0.0, "random erasing probability", SHARE, aliases=("random_erasing_probability",))
     re_mode: str = option(
         "pixel",
@@ -259,6 +270,13 @@ class OptimConfig:
     )
     layer_decay: float | None = option(
         None, "layer decay: factor of the learning rate from one layer to the one below", Between(0, 1, above=True)
+    )
+    lr_factors: dict[str, float] = option(
+        dict,
+        "learning rate factors {part of a parameter's name: factor of lr}, for example {offset.weight: 0.01}; of "
+        "several parts that fit, the longest one counts; schedule.warmup_lr and min_lr stay as they are",
+        Between(0, 1e4, above=True, numbers="factors"),
+        aliases=("lr_mult", "custom_keys", "learning_rate_factors"),
     )
     clip_grad: float | None = option(None, "clip gradients at this norm", Between(0, above=True))
     clip_mode: str = option("norm", "clip mode: norm, value or agc", OneOf(("norm", "value", "agc")))
@@ -383,6 +401,9 @@ class DenseConfig:
         "crop of a training image: height and width in pixels; none if null",
         Between(32, 1e5, numbers="two numbers,", lengths=(2,)),
     )
+    cat_max_ratio: float = option(
+        0.75, "category maximum ratio (segment): a crop of which one class has a larger share is drawn again", SHARE
+    )
     detr_crop: bool = option(False, "DETR's crop: half of the images are cropped between two resizings (detect)")
     photometric: bool = option(False, "photometric distortion of training images: brightness, contrast, hue")
     size_divisor: int = option(32, "size divisor: images of a batch are padded to a multiple of it", Between(1, 1e4))
@@ -472,6 +493,11 @@ def _items(schema: type, prefix: str = "") -> Iterator[tuple[str, Field]]:
             yield from _items(item.default_factory, f"{prefix}{item.name}.")
 
 
+def mappings(schema: type = Config) -> list[str]:
+    """The keys in dotted form whose value is a mapping with keys of the user's own."""
+    return [name for name, item in _items(schema) if str(item.type).startswith("dict")]
+
+
 def nearest_key(key: str, schema: type = Config) -> str | None:
     """The key of `schema` that the user probably meant by `key`, judged by the keys' names and aliases."""
     best, score = None, 0.6
@@ -497,7 +523,7 @@ def check(cfg: Config) -> None:
         if allowed and value is not None and not allowed.allows(value):
             null = ", or null" if str(item.type).endswith("| None") else ""
             high = getattr(allowed, "high", math.inf)
-            numbers = [value] if isinstance(value, int | float) else value
+            numbers = [value] if isinstance(value, int | float) else _numbers(value)
             absurd = f", and {high:,.0f} at most" if 100 < high < math.inf and any(n > high for n in numbers) else ""
             raise UserError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
     if cfg.data.name == "unset":

@@ -26,7 +26,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from zoo.messages import UserError
-from zoo.recipes import cli, reading, sheet
+from zoo.recipes import cli, config, reading, sheet
 from zoo.recipes.atomic_files import write_text
 from zoo.recipes.composition import composed, flat
 from zoo.recipes.logs import log, start_log
@@ -379,7 +379,7 @@ def _changes(record: Record) -> list[tuple[str, Any, Any]]:
 
 def _is_known(key: str, settings: Sequence[dict[str, Any]]) -> bool:
     """Whether `key` can be compared: its value is unknown if a folder of an older version lacks it."""
-    named_by_users = key.startswith(("model_kwargs.", "mm."))
+    named_by_users = key.startswith(tuple(f"{name}." for name in config.mappings()))
     decides = key not in _OWN and not key.startswith("published.")
     return decides and (named_by_users or all(key in values for values in settings))
 

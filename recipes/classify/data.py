@@ -368,9 +368,10 @@ Sample = tuple[torch.Tensor, int, list[str]]
 class Samples(Dataset):
     """Transformed images: uint8 (C, H, W), label, and the names of images that could not be read.
 
-    The random transform of an item depends only on the seed, the epoch and the index, so it does not matter which
-    process makes it, or when. In training, a corrupt image is replaced by the next good one of `indices` (None: of all
-    images); in evaluation, it gets the label -1.
+    The random transform of an item depends only on the seed and on the item's key, which is the epoch and the index,
+    and with repeated augmentation the number of the repetition. So it does not matter which process makes it, or when.
+    In training, a corrupt image is replaced by the next good one of `indices` (None: of all images); in evaluation, it
+    gets the label -1.
     """
 
     def __init__(
@@ -397,8 +398,8 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        epoch, index, *repetition = key
         corrupt: list[str] = []
         indices = range(len(self)) if self.indices is None else self.indices  # rising
         place = bisect.bisect_left(indices, index)
@@ -412,7 +413,7 @@ class Samples(Dataset):
                 corrupt.append(f"{self._name(position)} ({reason(error)})")
                 continue
             if self.training:
-                seed_all(self.seed, epoch, position)
+                seed_all(self.seed, epoch, position, *repetition)
             return self.finish(image), int(target), corrupt
         if self.training:
             raise UserError(f"{len(corrupt)} corrupt images in a row; the first is {corrupt[0]}: check the data.")
@@ -476,25 +477,32 @@ class Stream(IterableDataset):
 
 
 class EpochSampler(Sampler):
-    """This process's share of an epoch in shuffled order, as (epoch, index) pairs; it can start in the middle.
+    """This process's share of an epoch in shuffled order, as the keys of `Samples`; it can start in the middle.
 
     All processes together take `effective_batch` images per update, which do not depend on the number of processes.
     Images left over at the end of an epoch are dropped.
+
+    With `repeats` above 1, an epoch is as long as otherwise, but has `repeats` forms of each of its images, one after
+    the other, so that several processes share them: the order of timm's RepeatAugSampler, which can't start in the
+    middle.
     """
 
-    def __init__(self, indices: Sequence[int], effective_batch: int, seed: int, rank: int, world_size: int):
+    def __init__(
+        self, indices: Sequence[int], effective_batch: int, seed: int, rank: int, world_size: int, repeats: int = 1
+    ):
         self.indices, self.effective_batch, self.seed = indices, effective_batch, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
         return (len(self.indices) // self.effective_batch * self.effective_batch - self.start) // self.world_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))
         stop = len(order) // self.effective_batch * self.effective_batch
-        for position in order[self.start : stop][self.rank :: self.world_size]:
-            yield self.epoch, self.indices[position]
+        for number in range(self.start, stop)[self.rank :: self.world_size]:
+            repetition = (number % self.repeats,) if self.repeats > 1 else ()
+            yield self.epoch, self.indices[order[number // self.repeats]], *repetition
 
 
 class EvalSampler(OrderedDistributedSampler):

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
 from torch.utils.data import Dataset
 
+from zoo.messages import UserError
 from zoo.opening import check_name
 from zoo.recipes import atomic_files, config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
@@ -121,9 +122,15 @@ class ClassifyRun(BaseRun):
         self.train_images = _count(data.train, data.train_indices)
         self.val_images = _count(data.val, data.val_indices)
         if data.train_indices is None:
+            if cfg.augment.repeats > 1:
+                raise UserError(
+                    f"augment.repeats={cfg.augment.repeats} can't be used with data.name={cfg.data.name}, which is "
+                    "read in its own order: set it to 1."
+                )
             samples, self.sampler = Stream(data.train, samples), None
         else:
-            self.sampler = EpochSampler(data.train_indices, self.effective_batch, seed, rank, world)
+            repeats = cfg.augment.repeats
+            self.sampler = EpochSampler(data.train_indices, self.effective_batch, seed, rank, world, repeats)
         self.updates_per_epoch = self.train_images // self.effective_batch
         batch = cfg.trainer.batch_size
         self.loader = build_loader(samples, self.sampler, batch, cfg.data, self.device, training=True)
@@ -140,6 +147,7 @@ class ClassifyRun(BaseRun):
             "training images": self.train_images,
             "images per update": self.effective_batch,
             "averaged weights": self.cfg.trainer.ema_decay is not None,
+            "parameters in optim.lr_factors": sorted(self.cfg.optim.lr_factors) or None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -198,7 +206,10 @@ class ClassifyRun(BaseRun):
             self.device,
             self.loader.num_workers,
         )
-        if left := self.train_images % self.effective_batch:
+        if (repeats := cfg.augment.repeats) > 1:
+            used = -(-self.updates_per_epoch * self.effective_batch // repeats)
+            log.info("An epoch uses %d of the training images, each %d times (augment.repeats).", used, repeats)
+        elif left := self.train_images % self.effective_batch:
             others = "" if self.sampler is None else ", different ones each time"
             log.info("%d training images are left out in every epoch%s: they do not fill an update.", left, others)
         if self.progress["update"]:
@@ -289,7 +300,7 @@ class ClassifyRun(BaseRun):
         self.times.lap("optimizer")
         images = max(tallies["images"], 1)
         note = f"loss {tallies['loss'] / images:.3f}  top-1 {100 * tallies['right'] / images:.1f} %"
-        lr = training.optimizer.param_groups[0]["lr"]
+        lr = max(group["lr"] for group in training.optimizer.param_groups)
         self.bar.advance(note, lr, self.effective_batch)
         self.times.lap("rest")
 

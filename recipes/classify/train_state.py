@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad, unwrap_model
@@ -19,7 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from zoo.messages import UserError, one_line
-from zoo.recipes import config, distributed
+from zoo.recipes import config, distributed, lr_factors
+from zoo.recipes.config import OptimConfig
 from zoo.recipes.logs import log
 
 _FULL = sharded_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -93,11 +94,18 @@ class TrainState:
             raise UserError(
                 f"the schedule can't be created from schedule={schedule}: {one_line(error, 300)}"
             ) from error
+        if self.scheduler is None:  # which would apply the layer decay
+            for group in self.optimizer.param_groups:
+                group["lr"] *= group.get("lr_scale", 1.0)
 
     def _create_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         cfg = self.cfg.optim
         self.lr = cfg.lr if cfg.lr is not None else 2e-4 if self.cfg.pretrained else 1e-3
         extra = {name: cfg[name] for name in ("betas", "eps") if cfg[name] is not None}
+        if factors := lr_factors.checked(self.cfg, self.lr):
+            # timm's groups, which it would make itself from the model, further split.
+            groups = lr_factors.split(param_groups(model, cfg), model, self.lr, factors)
+            extra["param_group_fn"] = lambda _: groups
         try:
             return create_optimizer_v2(
                 model,
@@ -208,6 +216,14 @@ class TrainState:
             if ema:
                 ema.load_state_dict(state["ema"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def param_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """timm's parameter groups for the weight decay and the layer decay of `cfg`."""
+    listed = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    if cfg.layer_decay is None:
+        return param_groups_weight_decay(model, cfg.weight_decay, no_weight_decay_list=listed)
+    return param_groups_layer_decay(model, cfg.weight_decay, listed, layer_decay=cfg.layer_decay)
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager:

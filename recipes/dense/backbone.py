@@ -21,6 +21,7 @@ from zoo.messages import UserError
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
 from zoo.recipes.logs import log
+from zoo.recipes.lr_factors import by_name
 
 T = TypeVar("T")
 # Arguments that models take only without a classifier.
@@ -227,6 +228,7 @@ def param_groups(
     layer_decay: float | None = None,
     no_decay: Sequence[str] | None = None,
     backbone_lr: float = 1.0,
+    lr_factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model with a `TimmBackbone`, one per learning rate and weight decay.
 
@@ -238,7 +240,12 @@ def param_groups(
         no_decay: Parameters with one of these in their name are not decayed; None for vectors, biases and the
             parameters that the backbone's `no_weight_decay` lists.
         backbone_lr: The factor of the learning rate for the whole backbone.
+        lr_factors: Further factors, for parameters with one of these in their name.
+
+    Raises:
+        UserError: No parameter has a key of `lr_factors` in its name.
     """
+    factors = by_name((name for name, _ in model.named_parameters()), lr_factors or {})
     backbone = model.backbone
     scales = {} if layer_decay is None else backbone.layer_scales(layer_decay)
     undecayed = backbone.undecayed() if no_decay is None else set()
@@ -251,7 +258,9 @@ def param_groups(
             free = parameter.ndim <= 1 or name.endswith(".bias") or own in undecayed
         else:
             free = any(word in name for word in no_decay)
-        rate = lr if own is None else lr * backbone_lr * scales.get(own, 1.0)
+        rate = lr * factors.get(name, 1.0)
+        if own is not None:
+            rate = rate * backbone_lr * scales.get(own, 1.0)
         groups.setdefault((rate, 0.0 if free else weight_decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 

@@ -22,7 +22,7 @@ class TimmOptimWrapperConstructor:
 
     Args:
         optim_wrapper_cfg: The wrapper's configuration; `optimizer` has timm's name as `type`, `lr`, `weight_decay`.
-        paramwise_cfg: The arguments `layer_decay`, `no_decay`, `backbone_lr` of `param_groups`.
+        paramwise_cfg: The arguments `layer_decay`, `no_decay`, `backbone_lr`, `lr_factors` of `param_groups`.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None):

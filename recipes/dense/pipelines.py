@@ -77,7 +77,8 @@ def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], l
         train.append(one)
     if dense.crop:
         ignored = cfg.data.ignore_index
-        train.append(dict(type="RandomCrop", crop_size=tuple(dense.crop), cat_max_ratio=0.75, ignore_index=ignored))
+        ratio = dense.cat_max_ratio
+        train.append(dict(type="RandomCrop", crop_size=tuple(dense.crop), cat_max_ratio=ratio, ignore_index=ignored))
     if cfg.augment.hflip:
         train.append(dict(type="RandomFlip", prob=cfg.augment.hflip))
     if dense.photometric:

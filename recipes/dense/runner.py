@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.messages import UserError, one_line
-from zoo.recipes import config, distributed
+from zoo.recipes import config, distributed, lr_factors
 from zoo.recipes.dense.detection_data import DetectionData
 from zoo.recipes.dense.mm_keys import override_runner
 from zoo.recipes.dense.pipelines import pipelines
@@ -109,6 +109,7 @@ def _optimizer(cfg: DictConfig, length: RunLength, device: torch.device) -> dict
             layer_decay=optim.layer_decay,
             no_decay=None if cfg.dense.no_decay is None else list(cfg.dense.no_decay),
             backbone_lr=cfg.dense.backbone_lr,
+            lr_factors=lr_factors.checked(cfg, learning_rate(cfg)),
         ),
         accumulative_counts=length.accumulate,
     )

@@ -25,6 +25,7 @@ _UNUSED = (
     "augment.cutmix",
     "augment.smoothing",
     "augment.re_prob",
+    "augment.repeats",
     "data.crop_pct",
     "data.img_size",
     "data.interpolation",

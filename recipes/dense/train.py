@@ -122,6 +122,7 @@ class DenseRun(BaseRun):
             "classes": list(self.data.classes),
             "training images": self.data.train.num_images,
             "images per update": self.effective_batch,
+            "parameters in optim.lr_factors": sorted(self.cfg.optim.lr_factors) or None,
         }
 
     def state(self) -> dict[str, Any]:

@@ -61,6 +61,7 @@ METHODS = {
     "upernet": "UPerNet",
     "semantic_fpn": "Semantic FPN",
 }
+SYNCHRONISED = ("cascade_mask_rcnn", "upernet", "semantic_fpn")  # their heads have batch norms over all GPUs
 ROOTS = {
     "imagenet": "/data/imagenet",
     "coco": "/data/coco",
@@ -177,7 +178,7 @@ def recipe(name: str, row: str, table: str, layers: list[Entry], names: dict[str
 
     origin = f"# Written by `make recipes` from recipes/tables/{table}.yaml: edit that file."
     lines = ["# @package _global_", origin, "#", *_head(title, words, figures, layers), "#"]
-    lines += _commands(name, words, settings)
+    lines += _commands(name, words, settings, given.get(method))
     lines += ["defaults:", *(f"  - override /{group}: {option}" for group, option in options.items())]
     for section in ("data", "augment"):
         values = [f"{key[1]}:\xa0{value}" for key, value in given.items() if key[0] == section and key not in own]
@@ -218,7 +219,7 @@ def _place(path: tuple[str, ...]) -> tuple[int, int]:
     """The sort key of a setting: its place in the schema; model_kwargs and mm keep the order of their table."""
     keys = list(_keys())
     sections = list(dict.fromkeys(key[0] for key in keys))
-    return sections.index(path[0]), keys.index(path) if path in keys else 0
+    return sections.index(path[0]), next((keys.index(path[:n]) for n in (3, 2, 1) if path[:n] in keys), 0)
 
 
 @cache
@@ -266,7 +267,7 @@ def _head(title: str, words: Entry, figures: Entry, layers: list[Entry]) -> Iter
         yield from _comment(layer["note"]) if "note" in layer else ()
 
 
-def _commands(name: str, words: Entry, settings: Settings) -> Iterator[str]:
+def _commands(name: str, words: Entry, settings: Settings, method: str | None) -> Iterator[str]:
     """The comment on how to run the recipe."""
     folder, _, short = name.partition("/")
     command = ["# Run: torchrun --nproc-per-node 8 -m zoo.recipes.train", f"recipe={name}"]
@@ -277,6 +278,8 @@ def _commands(name: str, words: Entry, settings: Settings) -> Iterator[str]:
     yield from [one_line] if len(one_line) <= WIDTH else [f"{' '.join(command)} \\", f"#   {root}"]
     images = settings["trainer", "effective_batch_size"]
     hint = f"On fewer GPUs the same command accumulates gradients: an update stays at {images} images."
+    if method in SYNCHRONISED:
+        hint += " Its batch norms then see fewer images, those of one pass, which can cost accuracy."
     saves = settings.get(("trainer", "amp"), "none") == "none"
     yield from _comment(hint + (" trainer.amp=bf16 saves time." if saves else ""))
     if "/" in words.get("pretrained", ""):

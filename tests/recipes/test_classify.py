@@ -10,9 +10,10 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data.distributed_sampler import RepeatAugSampler
 
 from zoo.messages import UserError
-from zoo.recipes.classify.data import EpochSampler, EvalSampler, open_data
+from zoo.recipes.classify.data import EpochSampler, EvalSampler, Samples, build_transform, open_data
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.classify.train import ClassifyRun, train
 from zoo.recipes.classify.train_state import TrainState
@@ -335,6 +336,13 @@ def test_stream_trains(fit, shards, tmp_path, workers):
 
 
 @pytest.mark.slow
+def test_stream_can_not_be_repeated(fit, shards, tmp_path):
+    where = ("data.name=wds/shards", f"data.root={shards}")
+    with pytest.raises(UserError, match=r"augment.repeats=3 can't be used with data.name=wds/shards, which is read in"):
+        fit(tmp_path / "run", None, *STREAM, *COUNTS, *where, "augment.repeats=3")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stream_resumes_bit_identically(fit, shards, tmp_path, weights, same, workers):
     where = ("data.name=wds/shards", f"data.root={shards}", f"data.num_workers={workers}", "trainer.epochs=3")
@@ -558,6 +566,68 @@ def test_layer_decay_grows_towards_the_head(compose, model):
     assert scales[0] < scales[-1] == 1.0
 
 
+def _rates(training, model):
+    """The learning rate of every parameter by its name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in training.optimizer.param_groups for p in group["params"]}
+
+
+def test_learning_rate_factors_by_name(compose):
+    """LITv2 as its authors train it: the weights of offsets have a constant rate, the cosine's last one."""
+    model = timm.create_model("test_litv2", num_classes=2)
+    words = ("optim.lr=1e-3", "++optim.lr_factors={offset.weight:0.01,offset:0.5}", "schedule.warmup_epochs=0")
+    training = TrainState(compose(*words, "schedule.min_lr=1e-5"), model, 2, 10, torch.device("cpu"))
+    decays = {id(p): group["weight_decay"] for group in training.optimizer.param_groups for p in group["params"]}
+    for update in (0, 150, 299):
+        training.set_schedule(update)
+        rates = _rates(training, model)
+        assert rates.keys() == dict(model.named_parameters()).keys()
+        weights = {name for name in rates if name.endswith("offset.weight")}
+        assert len(weights) == 3
+        assert [rates[name] for name in weights] == pytest.approx([1e-5] * 3)
+        other = rates["head.weight"]
+        biases = [rate for name, rate in rates.items() if name.endswith("offset.bias")]
+        assert biases == pytest.approx([1e-5 + (other - 1e-5) * (0.5e-3 - 1e-5) / (1e-3 - 1e-5)] * 3)
+    assert other < 2e-5 < _rates(TrainState(compose(*words), model, 2, 10, torch.device("cpu")), model)["head.weight"]
+    assert {decays[id(p)] for name, p in model.named_parameters() if name in weights} == {0.05}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "none"])
+def test_learning_rate_factors_and_layer_decay_multiply(compose, schedule):
+    model = timm.create_model("test_vit", num_classes=2)
+    words = ("optim.lr=0.1", "optim.layer_decay=0.5", f"schedule.sched={schedule}", "schedule.warmup_epochs=0")
+    states = [
+        TrainState(compose(*words, *more), model, 2, 4, torch.device("cpu"))
+        for more in ((), ("++optim.lr_factors={qkv:0.2}",))
+    ]
+    plain, scaled = (_rates(state, model) for state in states)
+    assert len(set(plain.values())) > 4
+    for name, rate in plain.items():
+        assert scaled[name] == pytest.approx(rate * (0.2 if "qkv" in name else 1)), name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["++optim.lr_factors={dconv.offset:0.1}"],
+            r"optim.lr_factors has 'dconv.offset', but no parameter has that in its name: did you mean .*downsample",
+        ),
+        (
+            ["++optim.lr_factors={zzz:0.1}"],
+            r"has 'zzz', but .*: names are stem.proj.weight, stem.proj.bias",
+        ),
+        (
+            ["++optim.lr_factors={head:0.001}", "optim.lr=1e-3", "schedule.min_lr=1e-5"],
+            r"0.001 for 'head' makes a learning rate of 1e-06, but the schedule ends at schedule.min_lr=1e-05",
+        ),
+    ],
+)
+def test_learning_rate_factors_that_can_not_be_used(compose, words, message):
+    with pytest.raises(UserError, match=message):
+        TrainState(compose(*words), timm.create_model("test_litv2", num_classes=2), 2, 4, torch.device("cpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("epochs", "asked", "used"), [(10, 2, 2), (3, 2, 1.5), (1, 5, 0.5)])
 def test_warmup_is_at_most_half_of_the_training(compose, epochs, asked, used):
@@ -628,8 +698,8 @@ def test_another_run_before_does_not_matter(fit, images, tmp_path, weights, same
 # Samplers.
 
 
-def _shares(count, batch, world, epoch=0, start=0):
-    samplers = [EpochSampler(range(count), batch, 0, rank, world) for rank in range(world)]
+def _shares(count, batch, world, epoch=0, start=0, repeats=1):
+    samplers = [EpochSampler(range(count), batch, 0, rank, world, repeats) for rank in range(world)]
     for sampler in samplers:
         sampler.epoch, sampler.start = epoch, start
     return [list(sampler) for sampler in samplers]
@@ -654,10 +724,42 @@ def test_epochs_have_other_orders():
     assert [i for _, i in _shares(24, 8, 1)[0]] != [i for _, i in _shares(24, 8, 1, epoch=1)[0]]
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize("world", [1, 2])
-def test_epoch_continues_in_the_middle(world):
-    whole, rest = _shares(24, 8, world), _shares(24, 8, world, start=8)
+def test_epoch_continues_in_the_middle(world, repeats):
+    whole, rest = _shares(24, 8, world, repeats=repeats), _shares(24, 8, world, start=8, repeats=repeats)
     assert [share[8 // world :] for share in whole] == rest
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_images_are_repeated_in_timms_order(world):
+    order = [index for _, index in _shares(24, 8, 1)[0]]
+    for rank, share in enumerate(_shares(24, 8, world, repeats=3)):
+        timms = RepeatAugSampler(range(24), world, rank, shuffle=False, num_repeats=3, selected_round=0)
+        assert [index for _, index, _ in share] == [order[number] for number in timms]
+    forms = [(index, form) for share in _shares(24, 8, world, repeats=3) for _, index, form in share]
+    assert sorted(forms) == sorted((index, form) for index in order[:8] for form in range(3))
+
+
+def test_repeated_images_have_other_forms(compose):
+    transform = build_transform(compose("augment=strong").augment, {"input_size": (1, 8, 8)})
+    samples = Samples(Digits(True), transform, 0, True, (1, 8, 8))
+    first, second, again = (samples[0, 5, form][0] for form in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.slow
+def test_repeats_and_factors_continue_within_an_epoch(fit, images, tmp_path, weights, same):
+    words = (*RANDOM, "augment.repeats=3", "++optim.lr_factors={qkv:0.1}")
+    fit(tmp_path / "whole", images, *words)
+    fit(tmp_path / "parts", images, *words, "trainer.max_updates=2")
+    fit(tmp_path / "parts", images, *words)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    log = (tmp_path / "parts" / "train.log").read_text()
+    assert "An epoch uses 8 of the training images, each 3 times (augment.repeats)." in log
+    with pytest.raises(UserError, match=r"a run with parameters in optim.lr_factors \['qkv'\], not \['mlp'\]"):
+        fit(tmp_path / "parts", images, *RANDOM, "++optim.lr_factors={mlp:0.1}")
 
 
 @pytest.mark.parametrize(("count", "world"), [(7, 1), (7, 2), (1, 2), (8, 3)])

@@ -161,6 +161,7 @@ def test_keys_lists_groups_without_help():
     [
         ("optim.leraning_rate", "optim.lr"),
         ("optim.learning_rate", "optim.lr"),
+        ("optim.lr_mult", "optim.lr_factors"),
         ("learning_rate", "optim.lr"),
         ("optim.wieght_decay", "optim.weight_decay"),
         ("weight_decay", "optim.weight_decay"),
@@ -253,7 +254,8 @@ def defaults(compose):
 def test_number_that_no_run_can_use(defaults, key, value):
     cfg, field = OmegaConf.create(defaults), dict(_leaves(config.EvalConfig))[key]
     number = float(value) if "float" in field.type else int(float(value)) if "e" in value else -7_000_000_000
-    OmegaConf.update(cfg, key, [number, number] if field.type.startswith("list") else number)
+    several = {"list": [number, number], "dict": {"a": number}}
+    OmegaConf.update(cfg, key, several.get(field.type[:4], number), force_add=True)
     with pytest.raises(UserError, match=rf"^{re.escape(key)}=.* is not allowed: it has to be [^\n]*\.$"):
         config.check(cfg)
 
@@ -276,6 +278,8 @@ ABSURD = {
     "optim.betas=[0.9]": "two or three numbers, 0 or more and below 1, or null",
     "optim.betas=[0.9,1.0]": "two or three numbers, 0 or more and below 1, or null",
     "optim.lr=1e5": "above 0, or null, and 10,000 at most",
+    "++optim.lr_factors={head.weight:1e5}": "factors above 0, and 10,000 at most",
+    "++optim.lr_factors={head:1,stem:0}": "factors above 0",
     "data.std=[0,1,1]": "a list of numbers, above 0, at most 1, or null",
     "data.mean=[]": "a list of numbers, 0 or more, at most 1, or null",
     "data.img_size=1000000": "1 or more, or null, and 100,000 at most",

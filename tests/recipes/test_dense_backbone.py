@@ -318,6 +318,21 @@ def test_backbone_lr_is_a_factor_of_the_backbone():
     assert {lr for key, (lr, _) in found.items() if not key.startswith("backbone.")} == {1e-3}
 
 
+def test_lr_factors_multiply_the_other_factors():
+    model = Detector(TimmBackbone("test_litv2"))
+    plain = settings(param_groups(model, 1e-3, 0.05, layer_decay=0.7, backbone_lr=0.1), model)
+    factors = {"offset.weight": 0.01, "head": 2.0}
+    found = settings(param_groups(model, 1e-3, 0.05, layer_decay=0.7, backbone_lr=0.1, lr_factors=factors), model)
+    for key, (lr, decay) in plain.items():
+        factor = 2.0 if key.startswith("head") else 0.01 if key.endswith("offset.weight") else 1.0
+        assert found[key] == (pytest.approx(lr * factor), decay), key
+
+
+def test_lr_factor_of_nothing():
+    with pytest.raises(UserError, match=r"optim.lr_factors has 'ofset', but no parameter .*: did you mean offset"):
+        param_groups(Detector(TimmBackbone("test_litv2")), 1e-3, 0.05, lr_factors={"ofset": 0.1})
+
+
 @pytest.mark.slow
 def test_frozen_parameters_are_in_no_group():
     model = Detector(TimmBackbone("test_van", frozen_stages=1))

@@ -362,6 +362,20 @@ def test_learning_rate_of_the_backbone(compose, detector):
 
 
 @pytest.mark.slow
+def test_learning_rate_factors(compose, detector):
+    words = (
+        "optim.lr=0.1",
+        "dense.backbone_lr=0.5",
+        "++optim.lr_factors={rpn_head:2,rpn_head.rpn_cls.bias:3,stem:0.1}",
+    )
+    found = _by_name(detector(compose), _wrapper(compose, detector, *words))
+    assert {lr for name, (lr, _) in found.items() if name.startswith("roi_head.")} == {0.1}
+    assert found["rpn_head.rpn_cls.weight"][0] == pytest.approx(0.2)
+    assert found["rpn_head.rpn_cls.bias"][0] == pytest.approx(0.3)
+    assert next(lr for name, (lr, _) in found.items() if ".stem" in name) == pytest.approx(0.005)
+
+
+@pytest.mark.slow
 def test_layer_decay_falls_towards_the_image(compose, detector):
     found = _by_name(detector(compose), _wrapper(compose, detector, "optim.lr=0.1", "optim.layer_decay=0.5"))
     assert {lr for name, (lr, _) in found.items() if not name.startswith("backbone.")} == {0.1}
@@ -405,7 +419,12 @@ def _steps(pipeline):
 def test_dinat_optimizer(dinat):
     wrapper = dinat[1].optim_wrapper
     assert wrapper.optimizer == {"type": "adamw", "lr": 1e-4, "weight_decay": 0.05, "momentum": 0.9}
-    assert wrapper.paramwise_cfg == {"layer_decay": None, "no_decay": ["norm", "bias_table"], "backbone_lr": 1.0}
+    assert wrapper.paramwise_cfg == {
+        "layer_decay": None,
+        "no_decay": ["norm", "bias_table"],
+        "backbone_lr": 1.0,
+        "lr_factors": {},
+    }
     assert (wrapper.type, wrapper.dtype) == ("SkipBadLossAmpOptimWrapper", "float16")
     assert "clip_grad" not in wrapper
 
@@ -466,7 +485,7 @@ def test_dinat_weight_decay(dinat):
 def test_cswin_optimizer(cswin):
     wrapper = cswin[1].optim_wrapper
     assert wrapper.optimizer == {"type": "adamw", "lr": 6e-5, "weight_decay": 0.01, "momentum": 0.9}
-    assert wrapper.paramwise_cfg == {"layer_decay": None, "no_decay": ["norm"], "backbone_lr": 1.0}
+    assert wrapper.paramwise_cfg == {"layer_decay": None, "no_decay": ["norm"], "backbone_lr": 1.0, "lr_factors": {}}
     assert wrapper.type == "SkipBadLossOptimWrapper"
     assert "clip_grad" not in wrapper
 

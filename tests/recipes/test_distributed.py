@@ -25,7 +25,13 @@ ARGS = (
     "log.wandb=disabled",
 )
 KINDS = ("ddp", "fsdp")
-CASES = {"plain": ("trainer.batch_size=4",), "averaged": ("trainer.batch_size=2", "trainer.ema_decay=0.8")}
+CASES = {
+    "plain": ("trainer.batch_size=4",),
+    "averaged": (
+        *("trainer.batch_size=2", "trainer.ema_decay=0.8"),
+        *("augment.repeats=3", "optim.lr_factors={stem:0.1}"),
+    ),
+}
 # The second one also accumulates two batches for an update.
 TRIED = [("ddp", "plain"), ("ddp", "averaged"), ("fsdp", "averaged")]
 
