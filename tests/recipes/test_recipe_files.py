@@ -20,6 +20,7 @@ import zoo
 from zoo.manifest import manifest
 from zoo.nat import block_dilations
 from zoo.recipes import cli, config
+from zoo.recipes.lr_factors import by_name
 
 CONF = Path(cli.CONF)
 RECIPES = cli.options("recipe")
@@ -93,7 +94,8 @@ def test_a_recipe_shows_every_setting_that_is_not_the_default(recipes):
 
 @pytest.mark.slow
 def test_every_recipe_composes_for_its_task_with_the_keys_of_the_schema(recipes):
-    keys = {name for name, help in dict(config.keys()).items() if help and name not in ("model_kwargs", "mm")}
+    mappings = ("model_kwargs", "mm", "optim.lr_factors")
+    keys = {name for name, help in dict(config.keys()).items() if help and name not in mappings}
     for name, cfg in recipes.items():
         folder, _, short = name.partition("/")
         config.check(cfg)
@@ -141,6 +143,8 @@ REPORTED = {
     "imagenet/gc_vit_tiny2": (0.25, {"top1": 83.7}),
     "imagenet/dinat_s_large_ft384": (0.35, {"top1": 87.4}),
     "imagenet/cswin_base_ft384": (0.7, {"top1": 85.5}),
+    "imagenet/cswin_large_ft224": (0.2, {"top1": 86.5}),
+    "imagenet/gc_vit_large_384": (0.1, {"top1": 87.4}),
     "imagenet/maxvit_base_512": (0.4, {"top1": 86.66}),
     "imagenet/moat_tiny3": (0.1, {"top1": 83.3}),
     "imagenet/moat_1": (0.3, {"top1": 84.2}),
@@ -161,6 +165,7 @@ REPORTED = {
     "imagenet/biformer_small": (0.15, {"top1": 83.8}),
     "imagenet/l2vit_base_ft384": (0.2, {"top1": 87.0}),
     "imagenet/favit_b0": (0.1, {"top1": 71.5}),
+    "imagenet/favit_b3": (0.3, {"top1": 83.4}),
     "imagenet/moh_vit_b_75": (0.6, {"top1": 84.9}),
     "imagenet/vig_h_s": (0.3, {"top1": 83.8}),
     "imagenet/vig_gla_t": (0.0, {"top1": 77.2}),
@@ -251,42 +256,45 @@ def test_top1_of_a_recipe_is_the_manifests_for_the_weights_that_it_trains():
 
 
 # What the sources say of training from nothing on ImageNet: learning rate, weight decay, epochs, images per update,
-# mixup, cutmix, erasing, cool-down.
+# mixup, cutmix, erasing, cool-down, precision.
 PAPERS = {
-    r"van_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"(di)?nat(_s|_isotropic)?_(mini|tiny|small|base)|vitrpb_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"cswin_(tiny|small)": (2e-3, 0.05, 300, 2048, 0.8, 1.0, 0.25, 10),
-    r"cswin_base": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"maxvit_(tiny|small|base|large)": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0),
-    r"moat_(tiny[0-3]|[01])": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0),
-    r"biformer_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"casvit_(xs|s|m|t)": (6e-3, 0.05, 300, 2048, 0.0, 0.0, 0.0, 0),
-    r"(ravlt|mavit)_[tsbl]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"ppma_[tsb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"segman_encoder_t": (4e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
-    r"segman_encoder_[sbl]": (2e-3, 0.05, 300, 2048, 0.8, 1.0, 0.25, 10),
-    r"vim_tiny": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"vim_small": (1e-3, 0.05, 300, 512, 0.8, 1.0, 0.25, 10),
-    r"favit_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"moh_vit_(s_75|s_80|b_50|b_75)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10),
-    r"gc_vit_(small|small2|base|large)": (5e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"l2vit_(tiny|small|base)": (4e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 0),
-    r"l2vit_base_in22k": (1e-3, 0.05, 90, 1024, 0.8, 1.0, 0.25, 0),
-    r"litv2_(small|medium|base)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"agent_swin_(t|s|s_288|b)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"agent_pvt_(t|s|m|m_256|l)|agent_cswin_[ts]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"agent_cswin_b": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"vig_h_t": (1.6e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"vig_h_[sb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"vig_gla_[tb]": (2e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"vig_gla_s": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 0),
-    r"vitaev2_vsa_s": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10),
-    r"vitaev2_vsa_48m": (1e-3, 0.055, 300, 1024, 0.8, 1.0, 0.25, 10),
+    r"van_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
+    r"(di)?nat(_s|_isotropic)?_(mini|tiny|small|base)|vitrpb_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"cswin_(tiny|small)": (2e-3, 0.05, 300, 2048, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"cswin_base": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"maxvit_(tiny|small|base|large)": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0, "bf16"),
+    r"moat_(tiny[0-3]|[01])": (3e-3, 0.05, 300, 4096, 0.8, 0.0, 0.0, 0, "bf16"),
+    r"biformer_\w+": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"casvit_(xs|s|m|t)": (6e-3, 0.05, 300, 2048, 0.0, 0.0, 0.0, 0, "fp16"),
+    r"(ravlt|mavit)_[tsbl]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"ppma_[tsb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"segman_encoder_t": (4e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"segman_encoder_[sbl]": (2e-3, 0.05, 300, 2048, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"vim_tiny": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
+    r"vim_small": (1e-3, 0.05, 300, 512, 0.8, 1.0, 0.25, 0, "none"),
+    r"favit_b[0-3]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"moh_vit_(s_75|s_80|b_50|b_75)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"gc_vit_(xxtiny|xtiny|tiny|tiny2)": (5e-3, 0.05, 310, 4096, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"gc_vit_(small|small2|base|large)": (5e-3, 0.05, 310, 1024, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"gc_vit_large_384": (1e-3, 0.05, 310, 1024, 0.8, 1.0, 0.25, 10, "fp16"),
+    r"l2vit_(tiny|small|base)": (4e-3, 0.05, 300, 4096, 0.8, 1.0, 0.25, 0, "none"),
+    r"l2vit_base_in22k": (1e-3, 0.05, 90, 1024, 0.8, 1.0, 0.25, 0, "none"),
+    r"litv2_(small|medium|base)": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"agent_swin_[ts]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
+    r"agent_swin_(s_288|b)": (5e-4, 0.05, 300, 512, 0.8, 1.0, 0.25, 0, "none"),
+    r"agent_pvt_[tsm]|agent_cswin_[ts]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
+    r"agent_pvt_(m_256|l)": (5e-4, 0.05, 300, 512, 0.8, 1.0, 0.25, 10, "none"),
+    r"agent_cswin_b": (5e-4, 0.1, 300, 512, 0.8, 1.0, 0.25, 10, "none"),
+    r"vig_h_t": (1.6e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"vig_h_[sb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
+    r"vig_gla_[tb]": (2e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
+    r"vig_gla_s": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
+    r"vitaev2_vsa_s": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
+    r"vitaev2_vsa_48m": (1e-3, 0.055, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
 }
 
 # The images that are resized with one interpolation in training; the others have bilinear or bicubic at random.
-BICUBIC = r"imagenet/(casvit|litv2|ppma|vim)_\w+"
+BICUBIC = r"imagenet/(agent|biformer|casvit|favit|l2vit|litv2|mavit|moh|ppma|ravlt|vig|vim)_\w+"
 
 
 def test_interpolation_of_training_images_is_the_sources():
@@ -296,10 +304,37 @@ def test_interpolation_of_training_images_is_the_sources():
         assert augment.get("interpolation", "random") == wanted, name
 
 
+def test_augmentation_is_repeated_as_in_the_sources():
+    """All of these train with DeiT's script, whose default are three forms of each image."""
+    for name in RECIPES:
+        augment = yaml.safe_load(_text(name)).get("augment", {})
+        wanted = 3 if re.fullmatch(r"imagenet/(biformer|favit|mavit|moh|ppma|ravlt|vim)_\w+", name) else 1
+        assert augment.get("repeats", 1) == wanted, name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "model", "scaled", "factor"),
+    [
+        ("litv2_small", "test_litv2", r".*offset\.weight", 0.01),
+        ("litv2_base_ft384", "test_litv2", r".*offset\.weight", 0.01),
+        ("cswin_large_ft224", "test_cswin", r"(?!head).*", 0.05),
+    ],
+)
+def test_learning_rate_factors_are_those_of_the_sources(recipe, model, scaled, factor):
+    names = [name for name, _ in timm.create_model(model, device="meta").named_parameters()]
+    found = by_name(names, yaml.safe_load(_text(f"imagenet/{recipe}"))["optim"]["lr_factors"])
+    assert found == {name: factor for name in names if re.fullmatch(scaled, name)}
+    others = {name for name in RECIPES if "lr_factors" in yaml.safe_load(_text(name))["optim"]}
+    assert others == {
+        f"imagenet/{n}" for n in ("litv2_small", "litv2_medium", "litv2_base", "litv2_base_ft384", "cswin_large_ft224")
+    }
+
+
 NORM, TABLES, FULL = ["norm"], ["norm", "bias_table"], []  # FULL: everything is decayed
 OWN = None  # vectors and what the model names
 AGENTS = [*TABLES, "an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias"]
 QUERIES = ["norm", ".bn", ".gn", "bias_table", "query_embed", "query_feat", "level_embed"]
+DECAYED = [name for name in QUERIES if name != "bias_table"]  # Mask2Former spares Swin's tables, not DiNAT's
 
 # COCO: learning rate, weight decay, exempt from it, epochs, drops, warm-up, precision.
 COCO = {
@@ -313,7 +348,7 @@ COCO = {
     r"cascade_mask_rcnn_dinat(_s)?_base": (7.5e-5, 0.05, TABLES, 36, [27, 33], 500, "fp16"),
     r"cascade_mask_rcnn_dinat_large": (7.5e-5, 0.05, TABLES, 36, [27, 33], 500, "none"),
     r"cascade_mask_rcnn_dinat_s_large": (5e-5, 0.05, TABLES, 36, [27, 33], 500, "fp16"),
-    r"mask2former_dinat_large": (1e-4, 0.05, QUERIES, 100, [88.889, 96.296], 0, "none"),
+    r"mask2former_dinat_large": (1e-4, 0.05, DECAYED, 100, [88.889, 96.296], 0, "none"),
     r"(cascade_)?mask_rcnn_cswin_\w+": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
     r"mask_rcnn_1x_cswin_\w+": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
     r"mask_rcnn_biformer_\w+": (1e-4, 0.05, NORM, 12, [8, 11], 500, "fp16"),
@@ -328,7 +363,7 @@ COCO = {
     r"mask_rcnn_ppma_[tsb]": (1e-4, 0.05, NORM, 12, [8, 11], 500, "none"),
     r"mask_rcnn_3x_ppma_[tsb]": (1e-4, 0.05, NORM, 36, [27, 33], 500, "none"),
     r"cascade_mask_rcnn_vim_tiny": (1e-4, 0.1, OWN, 100, [88.889, 96.296], 250, "fp16"),
-    r"mask_rcnn_gc_vit_tiny": (1e-4, 0.05, NORM, 36, [27, 33], 2500, "none"),
+    r"mask_rcnn_gc_vit_tiny": (1e-4, 0.05, NORM, 36, [27, 33], 2500, "fp16"),
     r"cascade_mask_rcnn_gc_vit_\w+": (1e-4, 0.05, TABLES, 36, [27, 33], 2500, "none"),
     r"dino_gc_vit_large": (1e-4, 1e-4, FULL, 36, [27, 33], 0, "none"),
     r"mask_rcnn_litv2_\w+": (2e-4, 1e-4, NORM, 12, [8, 11], 500, "fp16"),
@@ -360,7 +395,7 @@ ADE = {
     r"upernet_160k": (6e-5, 0.01, OWN, *U160, 512, 512, None, "none"),
     r"semantic_fpn_80k": (1e-4, 1e-4, OWN, 80_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
     r"mask2former_160k": (1e-4, 0.05, QUERIES, 160_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
-    r"mask2former_dinat_large": (1e-4, 0.05, QUERIES, 160_000, 16, "poly", 0.9, 0.0, 0, None, 640, 640, None, "none"),
+    r"mask2former_dinat_large": (1e-4, 0.05, DECAYED, 160_000, 16, "poly", 0.9, 0.0, 0, None, 640, 640, None, "none"),
     r"upernet_(nat_\w+|dinat_(mini|tiny|small|base)|dinat_s_\w+)": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "fp16"),
     r"upernet_dinat_large": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
     r"upernet_cswin_(tiny|small|base)": (6e-5, 0.01, NORM, *U160, 512, 512, None, "none"),
@@ -380,7 +415,7 @@ ADE = {
     r"upernet_l2vit_\w+": (6e-5, 0.01, FULL, *U160, 512, 512, None, "none"),
     r"upernet_van_b[012356]": (6e-5, 0.01, NORM, *U160, 512, 512, 32, "none"),
     r"upernet_van_b4(_in22k)?": (6e-5, 0.01, NORM, 160_000, 32, *U160[2:], 512, 512, 32, "none"),
-    r"semantic_fpn_van_b[0-3]": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
+    r"semantic_fpn_van_b[0-4]": (2e-4, 1e-4, FULL, 40_000, 32, "poly", 0.9, 0.0, 0, None, 512, 512, 32, "none"),
     r"upernet_agent_swin_[tsb]": (6e-5, 0.01, AGENTS, *U160, 512, 512, None, "none"),
     r"semantic_fpn_agent_pvt_[tsml]": (2e-4, 1e-4, FULL, 40_000, 16, "poly", 0.9, 0.0, 0, None, 512, 512, None, "none"),
 }
@@ -411,7 +446,41 @@ def test_training_from_nothing_follows_the_paper(recipes):
             continue
         found = (optim.lr, optim.weight_decay, trainer.epochs, trainer.effective_batch_size)
         found += (augment.mixup, augment.cutmix, augment.re_prob, cfg.schedule.cooldown_epochs)
+        found += (trainer.amp,)
         assert found == _row(PAPERS, name), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "lr", "lowest", "images", "amp"),
+    [
+        ("litv2_base_ft384", 4e-5, 4e-7, 1024, "fp16"),
+        ("agent_swin_b_ft384", 1e-5, 1e-7, 256, None),
+        ("agent_cswin_b_ft384", 2.5e-6, 2.5e-7, 256, None),
+        ("cswin_base_ft384", 5e-6, 5e-7, 256, "fp16"),
+        ("cswin_large_ft224", 2.5e-4, 5e-7, 512, "fp16"),
+        ("dinat_large_ft224", 5e-5, 0.0, 512, "none"),
+    ],
+)
+def test_fine_tuning_follows_configurations_and_commands(recipe, lr, lowest, images, amp):
+    content = yaml.safe_load(_text(f"imagenet/{recipe}"))
+    assert (content["optim"]["lr"], content["schedule"]["min_lr"]) == (lr, lowest)
+    assert (content["trainer"]["effective_batch_size"], content["trainer"].get("amp")) == (images, amp)
+
+
+@pytest.mark.slow
+def test_heads_of_recipes_say_what_differs_from_the_sources(recipes):
+    """What the keys can't follow."""
+    heads = {name: re.sub(r"\n# ", " ", _text(name).partition("defaults:")[0]) for name in recipes}
+    said = {
+        "keeps the learning rate constant": r"imagenet/dinat_(s_)?large(_11x11)?_ft(224|384)",
+        "Its batch norms then see fewer images": r"coco/cascade_.*|[^/]*/(upernet|semantic_fpn)_.*",
+        "images without boxes, 1 % of COCO, which are left out": r"coco/dino_.*",
+        "In the official code, the batch norms between stages see the images of one GPU": r".*/semantic_fpn_litv2_.*",
+        "configurations of fine-tuning are for MaxViT-T": r"imagenet/maxvit_(small|base|large)_(384|512)",
+    }
+    for sentence, pattern in said.items():
+        found = {name for name, head in heads.items() if sentence in head}
+        assert found == {name for name in heads if re.fullmatch(pattern, name)}, sentence
 
 
 @pytest.mark.slow
@@ -464,6 +533,7 @@ def test_segmentation_follows_the_paper(recipes):
         assert (optim.opt, dense.photometric, dense.norm_eval) == ("adamw", True, False), name
         assert optim.layer_decay == LAYER_DECAY.get(name), name
         assert (cfg.data.num_classes, cfg.data.reduce_zero_label, dense.small) == (150, True, False), name
+        assert dense.cat_max_ratio == (1.0 if name == "ade20k/mask2former_dinat_large" else 0.75), name
         size = dense.crop[0]
         if dense.method == "mask2former":
             assert sorted(dense.scales) == [int(tenths * 0.1 * size) for tenths in range(5, 21)], name
