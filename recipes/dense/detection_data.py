@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.messages import UserError, nearest, similar_path
+from zoo.recipes import same_images
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
 from zoo.recipes.dense.data_checks import (
@@ -23,7 +24,6 @@ from zoo.recipes.dense.data_checks import (
     named_splits,
     read_size,
     shares,
-    warn_shared_images,
 )
 from zoo.recipes.files import SPLIT_FOLDERS, read_classes
 from zoo.recipes.subsets import evenly_spread, files_to_check
@@ -122,7 +122,7 @@ def open_detection(
         splits.insert(0, (cfg.train_split, "train", cfg.train_ann, cfg.train_images))
     classes = list(classes) if classes else read_classes(Path(cfg.class_map)) if cfg.class_map else None
     opened: list[DetectionSplit] = []
-    files: list[set[str]] = []
+    files: list[list[Path]] = []
     for split, key, given, images in splits:
         path = _annotation_file(base, split, key, given)
         content = load_annotations(path)
@@ -134,7 +134,7 @@ def open_detection(
         _check_image_files(path, folder, content["images"], cfg)
         learnt = key == "train"
         boxes = count_boxes(path, content, names, classes, learnt, masks)
-        files.append({os.path.join(os.path.realpath(folder), image["file_name"]) for image in content["images"]})
+        files.append([folder / str(image["file_name"]) for image in content["images"]])
         total = len(content["images"])
         used, empty = boxes.images if learnt else total, total - boxes.images
         opened.append(DetectionSplit(path, folder, list(classes), boxes.by_class, used, empty, boxes.has_masks))
@@ -142,7 +142,8 @@ def open_detection(
         raise UserError(
             f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
         )
-    warn_shared_images(files)
+    if training:
+        same_images.check(cfg, *files)
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
     return DetectionData(train, val, classes, all(split.has_masks for split in opened))
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from zoo.messages import UserError
+from zoo.recipes import same_images
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.annotations import some
@@ -26,7 +27,6 @@ from zoo.recipes.dense.data_checks import (
     named_splits,
     read_size,
     shares,
-    warn_shared_images,
 )
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, read_text, reason
 from zoo.recipes.images import ENDINGS
@@ -115,12 +115,12 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
     if training:
         splits.insert(0, (cfg.train_split, "train", cfg.train_images, cfg.train_labels))
     opened: list[SegmentationSplit] = []
-    files: list[set[str]] = []
+    files: list[list[Path]] = []
     for split, key, given_images, given_labels in splits:
         images = _split_folder(base, split, key, "images", given_images, ("images",))
         labels = _split_folder(base, split, key, "labels", given_labels, ("annotations", "labels"))
         found = pair_files(images, labels, strict=True)
-        files.append({os.path.join(os.path.realpath(images), image.relative_to(images)) for image, _ in found})
+        files.append([image for image, _ in found])
         chosen = files_to_check(found, cfg)
         counted = check_all(lambda pair: (pair[1], _count_labels(pair, cfg.max_pixels)), chosen, f"labels in {labels}")
         present = [counts for _, counts in counted]
@@ -132,7 +132,8 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
         opened.append(
             SegmentationSplit(images, labels, classes, cfg.ignore_index, reduce, len(found), pixels, len(present))
         )
-    warn_shared_images(files)
+    if training:
+        same_images.check(cfg, *files)
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
     return SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
 

@@ -202,11 +202,24 @@ def test_images_beside_a_json_of_ones_own_without_a_root(coco):
     assert data.val.images == coco.root / "val"
 
 
-def test_training_images_in_validation_are_counted(coco, caplog):
+def test_validation_on_training_images_is_refused_unless_asked_for(coco, caplog):
     (coco.root / "link").symlink_to(coco.root / "train")
     del coco.contents["train"]["images"][2]
-    coco.open(val_images="link")
-    assert "2 of the 3 validation images are training images too; the first is" in caplog.text
+    _refuse(
+        r"2 of the 3 validation images are training images too; the first is .*link/1\.jpg: give each split its own "
+        r"images, or allow this with data\.same_images=true",
+        lambda: coco.open(val_images="link"),
+    )
+    coco.open(val_images="link", same_images=True)
+    assert "the first is" in caplog.text
+
+
+def test_links_to_training_images_are_training_images(coco):
+    for number in (1, 3):
+        (coco.root / "val" / f"{number}.jpg").unlink()
+    (coco.root / "val" / "1.jpg").symlink_to(coco.root / "train" / "1.jpg")
+    (coco.root / "val" / "3.jpg").hardlink_to(coco.root / "train" / "3.jpg")
+    _refuse(r"2 of the 3 validation images are training images too; the first is .*val/1\.jpg", coco.open)
 
 
 @pytest.mark.slow
@@ -1038,8 +1051,10 @@ def test_lists_of_voc_are_not_read(masks):
     _refuse(r"the lists of VOC in .* are not read: each split needs folders", lambda: masks.open(val_split="vall"))
 
 
-def test_segmentation_on_the_images_of_the_training_is_pointed_out(masks, caplog):
-    masks.open(val_images="images/train", val_labels="annotations/train")
+def test_segmentation_of_training_images_is_refused_unless_asked_for(masks, caplog):
+    same = {"val_images": "images/train", "val_labels": "annotations/train"}
+    _refuse(r"2 of the 2 validation images are training images too; the first is", lambda: masks.open(**same))
+    masks.open(**same, same_images=True)
     assert "2 of the 2 validation images are training images too; the first is" in caplog.text
 
 
