@@ -350,18 +350,12 @@ def test_annotation_file_is_a_folder(coco):
     )
 
 
-@pytest.mark.parametrize(("name", "format"), [("labels", "YOLO"), ("Annotations", "VOC"), ("ImageSets", "VOC")])
-@pytest.mark.parametrize("given", [{"train_ann": "."}, {"train_split": "other"}], ids=["folder", "split"])
-def test_other_formats_are_named(coco, name, format, given):
-    (coco.root / name).mkdir()
-    _refuse(f"of {format}, which seem to be there, have to be converted to COCO JSON", lambda: coco.open(**given))
-
-
-@pytest.mark.parametrize("name", ["data.yaml", "1.txt", "1.xml"])
-def test_file_of_another_format(coco, name):
-    (coco.root / name).write_text("names: [cat, dog]")
+@pytest.mark.parametrize("name", ["data.yaml", "1.txt", "1.xml", "labels"])
+def test_annotations_of_another_format(coco, name):
+    _ = (coco.root / name).mkdir() if name == "labels" else (coco.root / name).write_text("names: [cat, dog]")
     _refuse(
-        f"{name} is not a COCO JSON: labels of YOLO and VOC have to be converted", lambda: coco.open(train_ann=name)
+        f"{name} is .*: give .*, or, for data of YOLO or Pascal VOC, only data.root=<folder>",
+        lambda: coco.open(train_ann=name),
     )
 
 
@@ -1044,11 +1038,6 @@ def test_missing_split(masks):
         r"folder with data\.val_images=<folder>",
         lambda: masks.open(val_split="vall"),
     )
-
-
-def test_lists_of_voc_are_not_read(masks):
-    (masks.root / "ImageSets" / "Segmentation").mkdir(parents=True)
-    _refuse(r"the lists of VOC in .* are not read: each split needs folders", lambda: masks.open(val_split="vall"))
 
 
 def test_segmentation_of_training_images_is_refused_unless_asked_for(masks, caplog):
