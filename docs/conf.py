@@ -37,7 +37,6 @@ SITE_ONLY = {
 :caption: Guides
 guides/fine-tune
 guides/coco
-guides/data
 guides/mm
 guides/onnx
 ```

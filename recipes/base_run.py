@@ -99,7 +99,7 @@ class BaseRun:
         raise NotImplementedError
 
     def is_complete(self) -> bool:
-        """Whether the training is complete."""
+        """Whether the training has its full length."""
         raise NotImplementedError
 
     def train(self) -> None:
@@ -223,7 +223,8 @@ class BaseRun:
                     f"{self.folder} holds a finished run that was not trained with {self.changed}: "
                     "choose another run=<folder>."
                 )
-            log.info("This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>.")
+            key = "trainer.patience" if self.stopped_early() else "trainer.epochs"
+            log.info("This run is finished: raise %s to continue it, or choose another run=<folder>.", key)
             return summary
         self.progress["finished"] = False
         if self.primary:
@@ -236,6 +237,8 @@ class BaseRun:
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.train()
+            if early := self.stopped_early():
+                log.info("%s", early)
             summary = self.finish()
             if self.stop_signal and self.resume_command:
                 # Prevent another run from following in this process.
@@ -254,7 +257,7 @@ class BaseRun:
 
     def _finished_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run with all its files; None if it still has to train or to write some of them."""
-        if not self.progress["finished"] or not self.is_complete():
+        if not self.progress["finished"] or not self.is_over():
             return None
         last = [name for name in _LAST if self.write_report or name != reading.REPORT]
         if not all((self.folder / name).is_file() for name in ("config.yaml", "start.json", *last)):
@@ -293,6 +296,27 @@ class BaseRun:
     def seconds(self) -> float:
         """The seconds that the run has taken, including the time before it was resumed."""
         return self.seconds_before + time.monotonic() - self.started
+
+    def out_of_patience(self) -> bool:
+        """Whether the last trainer.patience evaluations, of which the last one is of this update, were not the best."""
+        limit, best = self.cfg.trainer.patience, self.best.get("epoch")
+        evaluated = [record for record in self.history if any(key.startswith("val_") for key in record)]
+        if limit is None or not evaluated or evaluated[-1]["update"] != self.progress["update"]:
+            return False
+        return sum(best is None or record["epoch"] > best for record in evaluated) >= limit
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to train: the training has its full length, or was stopped early."""
+        return self.is_complete() or self.out_of_patience()
+
+    def stopped_early(self) -> str | None:
+        """Why the training ended before its full length, as a sentence; None if it did not."""
+        if self.is_complete() or not self.out_of_patience():
+            return None
+        limit, best = self.cfg.trainer.patience, self.best.get("epoch")
+        since = "" if best is None else f" since epoch {best:g}"
+        update = self.progress["update"]
+        return f"Stopped early, after update {update}: no better evaluation{since} (trainer.patience={limit})."
 
     def reached_max_updates(self) -> bool:
         """Whether trainer.max_updates is reached."""
@@ -355,6 +379,7 @@ class BaseRun:
             "metrics": metrics,
             "best": self.best,
             "updates": self.progress["update"],
+            "stopped_early": self.stopped_early(),
             **figures,
             "seconds": self.seconds(),
             "processes": distributed.world_size(),

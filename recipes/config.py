@@ -175,7 +175,6 @@ class DataConfig:
         "maximum number of pixels of an image: larger images count as corrupt; the default is Pillow's limit",
         Between(1, 2**40 - 1),
     )
-    same_images: bool = option(False, "same images: allow validation on images that are also training images")
     check_files: int = option(
         20000,
         "number of files that are checked before training for text saved as an image; 0 for none, -1 for all",
@@ -347,6 +346,12 @@ class TrainerConfig:
         20, "maximum number of non-finite losses in a row: the next one stops the run", Between(0)
     )
     max_updates: int | None = option(None, "maximum number of updates, to try a recipe out", COUNT)
+    patience: int | None = option(
+        None,
+        "patience: stop after this number of evaluations in a row that are not the best so far; null never stops early",
+        COUNT,
+        aliases=("early_stopping",),
+    )
     deterministic: bool = option(False, "deterministic kernels, where torch has them")
 
 
@@ -384,6 +389,10 @@ class DenseConfig:
     )
     frozen_stages: int = option(
         -1, "frozen stages: the stem and this number of stages are not trained; -1 for none", Between(-1, 100)
+    )
+    pretrained_heads: bool = option(
+        True,
+        "pretrained heads: of the weights of a detector or segmentor, load the neck and heads as well as the backbone",
     )
     norm_eval: bool = option(False, "norm evaluation: BatchNorm in the backbone keeps its statistics")
     scales: list[int] = option(
@@ -446,7 +455,9 @@ class Config:
     model: str = option("test_van", "model: any name that timm.create_model takes, with or without a tag")
     model_kwargs: dict[str, Any] = option(dict, "model keyword arguments, for example {drop_path_rate: 0.1}")
     pretrained: Any = option(
-        False, "pretrained weights: false, true (the published ones), a checkpoint or a run folder"
+        False,
+        "pretrained weights: false, true (the published ones), a checkpoint or a run folder; those of a detector or "
+        "segmentor have its neck and heads too",
     )
     run: str | None = option(None, "run folder; runs/<date>-<model> if null")
     resume: str = option(

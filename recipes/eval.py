@@ -7,6 +7,8 @@ zoo-eval model=van_b0 pretrained=true data=imagefolder data.root=/data/imagenet/
                                                    evaluate published weights
 zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/mine/test
                                                    evaluate a detector on other images
+zoo-eval recipe=coco/mask_rcnn_dinat_mini pretrained=<file> data.root=/data/coco
+                                                   evaluate the authors' detector
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from zoo.recipes import cli, config, early, reading, report, tasks
 
 # Keys and groups of training, which do not affect an evaluation.
 _OF_TRAINING = (
-    *("augment", "optim", "schedule", "log", "recipe", "resume", "trainer", "dense", "mm", "published"),
+    *("augment", "optim", "schedule", "log", "resume", "trainer", "dense", "mm", "published"),
     *("data.train_", "data.num_samples", "data.max_corrupt"),
 )
 _OF_BOTH = (

@@ -47,6 +47,7 @@ class Summary(TypedDict, total=False):
     val_images: int
     versions: dict[str, str]
     corrupt_images: list[str]
+    stopped_early: str | None
 
 
 class _Recipe(TypedDict):

@@ -329,6 +329,8 @@ def _notes(record: Record) -> list[str]:
         last = record.history[-1] if record.history else None
         where = f"the figures are those after update {last['update']}" if last else "it has not been evaluated yet"
         notes.append(f"This run has not ended: {where}.")
+    if early := (record.summary or {}).get("stopped_early"):
+        notes.append(early)
     if record.images and record.images < _FEW_IMAGES:
         one = f": one image is worth {100 / record.images:.2g} points" if record.task == "classify" else ""
         notes.append(

@@ -54,7 +54,7 @@ def load_weights(folder: Path, which: str) -> tuple[dict[str, torch.Tensor], lis
         state, path, damage = last_checkpoint(folder)
         if damage:
             log.warning("%s", damage)
-        training = state.get("training", state)  # detectors and segmentors have no averaged weights
+        training = state.get("training", state)  # a detector's state has its weights at the top
         reading.check(training, _Training, path)
         classes = reading.check(state["identity"].get("classes"), list[str], f"{path}: its list of classes")
         return training.get("ema") or training["model"], classes, path

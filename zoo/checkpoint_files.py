@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from zoo import tensorflow_files
 from zoo.messages import first_few, one_line
 
-__all__ = ["check_values", "first_names", "other_tensors", "read", "unwrap"]
+__all__ = ["check_values", "first_names", "other_tensors", "read", "unwrap", "unwrap_whole"]
 
 # Keys of a training checkpoint under which the weights are stored. Averaged weights come first.
 WRAPPINGS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_dict", "model", "net", "module")
 # Prefixes that averaging, data parallelism, torch.compile, Lightning modules and detectors put before names.
 PREFIXES = ("ema_model.", "model_ema.", "module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
+PARTS = ("encoder.", "backbone.")  # those that name a part of a detector
 MAX_PREFIXES = 8  # in a row
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -156,14 +157,23 @@ def other_tensors(checkpoint: Mapping[str, Any]) -> list[str]:
     return _split(checkpoint)[1]
 
 
-def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+def unwrap_whole(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`unwrap` for a whole detector or segmentor: the names keep `backbone.`, `neck.`, `encoder.`, ...
+
+    Raises:
+        ValueError: Nothing in the file is a tensor, or a tensor does not hold plain numbers.
+    """
+    return _split(checkpoint, tuple(prefix for prefix in PREFIXES if prefix not in PARTS))[0]
+
+
+def _split(checkpoint: Mapping[str, Any], prefixes: tuple[str, ...] = PREFIXES) -> tuple[dict[str, Tensor], list[str]]:
     """The model's tensors, and the names of the others."""
     state_dict = _tensors(_innermost(checkpoint))
     if any("/" in key for key in state_dict):
         state_dict = tensorflow_files.to_torch(state_dict)
     others: list[str] = []
     for _ in range(MAX_PREFIXES):
-        prefix = next((p for p in PREFIXES if any(_is_wrapped(key, p) for key in state_dict)), None)
+        prefix = next((p for p in prefixes if any(_is_wrapped(key, p) for key in state_dict)), None)
         if prefix is None:
             break
         others += [key for key in state_dict if not key.startswith(prefix)]

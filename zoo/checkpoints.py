@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.checkpoint_files import FLOATS, check_values, first_names, other_tensors, read, unwrap
+from zoo.checkpoint_files import FLOATS, check_values, first_names, other_tensors, read, unwrap, unwrap_whole
 from zoo.facts import default_cfgs
 from zoo.key_maps import (
     KeyMap,
@@ -49,6 +49,7 @@ __all__ = [
     "remap",
     "resize_table",
     "unwrap",
+    "unwrap_whole",
 ]
 
 

@@ -175,7 +175,7 @@ class ClassifyRun(BaseRun):
     # Lifecycle.
 
     def is_complete(self) -> bool:
-        """Whether the training is complete."""
+        """Whether the training has its full length."""
         return self.progress["epoch"] >= self.epochs
 
     def train(self) -> None:
@@ -185,7 +185,7 @@ class ClassifyRun(BaseRun):
         self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, every, done, last)
         with self.bar:
             # An epoch that trainer.max_updates cut short is closed again, to evaluate it.
-            while self.progress["epoch"] < self.epochs and (self.progress["samples"] or not self.reached_max_updates()):
+            while not self.is_over() and (self.progress["samples"] or not self.reached_max_updates()):
                 self._epoch()
 
     def log_plan(self) -> None:
@@ -340,7 +340,8 @@ class ClassifyRun(BaseRun):
         if improved:
             self.best = {"epoch": epoch, "top1": record["val_top1"]}
             self._write_weights("best.safetensors")
-        progress |= {"epoch": epoch, "samples": 0, "finished": last}
+        progress |= {"epoch": epoch, "samples": 0}
+        progress["finished"] = last or self.is_over()
         if not cut:
             self.save()
         self.write_history()

@@ -108,7 +108,7 @@ class TimmBackbone(BaseModule):
             # timm loads any file into a feature extractor, even if nothing in it fits; a classifier is strict.
             self.body = _build(model, kwargs)
             weights = _build(model, model_kwargs, pretrained).state_dict()
-            self.body.load_state_dict(self._by_own_names(weights, self.body.state_dict()))
+            self.body.load_state_dict(self.by_own_names(weights, self.body.state_dict()))
         else:
             self.body = _build(model, kwargs, pretrained)
         info = self.body.feature_info
@@ -161,11 +161,11 @@ class TimmBackbone(BaseModule):
 
     def _by_backbone_names(self, values: Mapping[str, T]) -> dict[str, T]:
         names = [name for name, _ in self.body.named_parameters()]
-        return {f"body.{name}": value for name, value in self._by_own_names(values, names).items()}
+        return {f"body.{name}": value for name, value in self.by_own_names(values, names).items()}
 
     @staticmethod
-    def _by_own_names(values: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
-        """`values` of the whole model by the corresponding `names` in the feature extractor."""
+    def by_own_names(values: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+        """Return `values` of the whole model by the corresponding `names` in the feature extractor."""
         # timm's extractors wrap the model in a module, or flatten "stages.0" into "stages_0".
         flat = {name.replace(".", "_"): value for name, value in values.items()}
         found = {}
@@ -185,7 +185,7 @@ class TimmBackbone(BaseModule):
             raise UserError(f"dense.frozen_stages={stages}: {name} does not say what its stages are. Leave it at -1.")
         groups = group_parameters(classifier, classifier.group_matcher(coarse=True), reverse=True)
         parameters = dict(self.body.named_parameters())
-        groups = self._by_own_names(groups, parameters)
+        groups = self.by_own_names(groups, parameters)
         last = max(groups.values())
         if stages > last:
             raise UserError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -13,6 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from mmengine.hooks import Hook
 from omegaconf import DictConfig
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +29,8 @@ from zoo.recipes.dense.coco import NamedCoco
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import open_data
 from zoo.recipes.dense.detection_data import DetectionSplit
-from zoo.recipes.dense.model import build_model
+from zoo.recipes.dense.model import build_model, memory_format
+from zoo.recipes.dense.pretrained import load_whole, open_whole
 from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
 from zoo.recipes.dense.scores import score_title, scores
 from zoo.recipes.dense.settings import check
@@ -38,7 +43,7 @@ from zoo.recipes.run_weights import load_model
 def evaluate(
     cfg: DictConfig, overridden: Sequence[str], write_report: Callable[[Path], Any] | None = None
 ) -> dict[str, Any]:
-    """Evaluate the run that `cfg` names, print the figures, write `eval.json` and pictures, and return the figures.
+    """Evaluate what `cfg` names, print the figures, write `eval.json` and pictures, and return the figures.
 
     Args:
         cfg: The composed configuration.
@@ -49,17 +54,30 @@ def evaluate(
         UserError: The user can correct the cause; the message says how.
     """
     logs.start_log(None, distributed.rank() == 0)
-    if not cfg.run:
-        raise UserError(f"nothing to evaluate: give run=<folder> of a run with task={cfg.task}.")
     if any(key.partition(".")[0] == "mm" for key in overridden):
         mm_keys.check(cfg.mm, cfg.task)
-    model, cfg, classes, weights = from_run(cfg, overridden)
+    if cfg.run:
+        model, cfg, classes, weights = from_run(cfg, overridden)
+    else:
+        check(cfg)
+        whole = open_whole(cfg, cfg.pretrained)
+        if whole is None:
+            raise UserError(
+                f"nothing to evaluate: give run=<folder> of a run with task={cfg.task}, or pretrained=<checkpoint> of "
+                "a whole detector or segmentor."
+            )
+        classes, weights = whole.classes, str(whole.path)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg, training=False, classes=classes)
+    if not cfg.run:
+        model = build_model(cfg, data.classes, torch.device("cpu"), pretrained=False)
+        log.info("%s", load_whole(whole, model, cfg, data.classes, complete=True))
+        classes = data.classes
     for line in data.summary():
         log.info("%s", line)
-    folder = Path(cfg.out) if cfg.out else Path(cfg.run) / "eval"
+    default = Path(cfg.run) / "eval" if cfg.run else None
+    folder = Path(cfg.out) if cfg.out else default or run_folder.default_folder("eval-", cfg.model)
     if distributed.rank() == 0:
         run_folder.warn_unwritable(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -71,7 +89,7 @@ def evaluate(
         "model": cfg.model,
         "method": cfg.dense.method,
         "weights": weights,
-        "data": {"name": cfg.data.name, "root": cfg.data.root, "format": data.source, "images": images},
+        "data": {"name": cfg.data.name, "root": cfg.data.root, "images": images},
         "metrics": scores(metrics),
         "corrupt_images": corrupt,
         "command": composition.command_line(),
@@ -127,7 +145,7 @@ def _evaluate(
     if cfg.task == "detect":
         settings.val_evaluator.outfile_prefix = str(folder / "results")
     with mm_errors(cfg), worker_errors(), Progress(distributed.rank() == 0) as bar:
-        runner = make_runner(settings, model.to(device))
+        runner = make_runner(settings, memory_format(cfg, model.to(device)))
         hook = _Bar(bar)
         runner.register_hook(hook, "VERY_LOW")
         metrics = runner.val()
@@ -161,8 +179,14 @@ def _detection_details(
     figure.suptitle(title, fontsize=10)
     palette = pictures.colors(len(split.classes))
     for (name, kind), axes in zip(kinds, np.atleast_1d(figure.subplots(1, len(kinds))), strict=True):
-        truth = NamedCoco(str(split.annotations), split.classes)
-        evaluation = truth.evaluated(json.loads(results[f"results.{kind}.json"]), kind, images)
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+            truth = NamedCoco(str(split.annotations), split.classes)
+            found = json.loads(results[f"results.{kind}.json"])
+            # pycocotools can't load an empty list.
+            evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), kind)
+            evaluation.params.imgIds = list(images)
+            evaluation.evaluate()
+            evaluation.accumulate()
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
         for suffix, part in (("AP", precision), ("AP50", precision[:1])):
             known = [part[:, :, label][part[:, :, label] > -1] for label in range(len(split.classes))]

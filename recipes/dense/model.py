@@ -87,6 +87,11 @@ def build_model(
     return model
 
 
+def memory_format(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module:
+    """`model` in the memory format that `trainer.channels_last` sets; its convolutions pass the format on."""
+    return model.to(memory_format=torch.channels_last) if cfg.trainer.channels_last else model
+
+
 def check_batchnorm(cfg: DictConfig, model: torch.nn.Module) -> None:
     """Refuse a batch of one image if it can't train BatchNorm; layers that need labels are not checked.
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config as MMConfig
+from mmengine.hooks import EarlyStoppingHook, EMAHook
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 
@@ -89,10 +91,22 @@ def runner_config(
             )
         )
     override_runner(result, OmegaConf.to_container(cfg.mm, resolve=True), SCOPES[cfg.task], masks)
+    if length is not None:
+        _refuse_hooks(result)
     if cfg.task == "segment":
         confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
         result.val_evaluator = [result.val_evaluator, confusion]
     return result
+
+
+def _refuse_hooks(settings: MMConfig) -> None:
+    """Refuse hooks that the run would not know of: it would save other weights than it evaluates, or train on."""
+    hooks = settings.get("custom_hooks")
+    for hook in hooks if isinstance(hooks, list) else ():
+        kind = HOOKS.get(str(hook.get("type"))) if isinstance(hook, dict) else None
+        for refused, key in ((EMAHook, "trainer.ema_decay"), (EarlyStoppingHook, "trainer.patience")):
+            if inspect.isclass(kind) and issubclass(kind, refused):
+                raise UserError(f"mm.custom_hooks has {hook['type']}, which a run does not know of: use {key}.")
 
 
 def _optimizer(cfg: DictConfig, length: RunLength, device: torch.device) -> dict[str, Any]:

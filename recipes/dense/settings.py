@@ -32,9 +32,6 @@ _UNUSED = (
     "optim.clip_mode",
     "schedule.cooldown_epochs",
     "schedule.warmup_epochs",
-    "trainer.channels_last",
-    "trainer.compile",
-    "trainer.ema_decay",
 )
 # Values of the demo's augmentation, which are not refused.
 _DEMO_VALUES = {"augment.scale": [1.0, 1.0], "augment.ratio": [1.0, 1.0], "augment.interpolation": "bicubic"}

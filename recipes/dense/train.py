@@ -18,6 +18,7 @@ from hydra import compose
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
+from timm.utils import ModelEmaV3
 
 from zoo.opening import check_name
 from zoo.recipes import atomic_files, distributed, logs, records, run_checkpoints, run_folder
@@ -28,7 +29,8 @@ from zoo.recipes.dense import mm_keys, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import open_data
 from zoo.recipes.dense.detection_data import DetectionData
-from zoo.recipes.dense.model import build_model, check_batchnorm
+from zoo.recipes.dense.model import check_batchnorm, memory_format
+from zoo.recipes.dense.pretrained import build_pretrained
 from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
 from zoo.recipes.dense.scores import SCORES, score_title, scores
 from zoo.recipes.dense.segmentation_data import SegmentationData
@@ -101,11 +103,14 @@ class DenseRun(BaseRun):
         seed_all(cfg.seed)
         # A resumed run loads its weights from its checkpoint.
         pretrained = False if self.checkpoint else cfg.pretrained
-        self.model = build_model(cfg, data.classes, device, pretrained)
+        model, loaded = build_pretrained(cfg, data.classes, device, pretrained)
+        self.model = memory_format(cfg, model)
+        self.notes += loaded
         if cfg.trainer.batch_size == 1:
             check_batchnorm(cfg, self.model)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.runner: Runner | None = None
+        self.ema: ModelEmaV3 | None = None  # averages the weights from the start of training
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt, (self.checkpoint or {}).get("corrupt", ()))
         self.val_corrupt: set[str] = set()  # images that the last evaluation could not read
         if self.checkpoint:
@@ -123,13 +128,15 @@ class DenseRun(BaseRun):
             "training images": self.data.train.num_images,
             "images per update": self.effective_batch,
             "parameters in optim.lr_factors": sorted(self.cfg.optim.lr_factors) or None,
+            "averaged weights": self.cfg.trainer.ema_decay is not None or None,
         }
 
     def state(self) -> dict[str, Any]:
         """The state to continue from."""
         runner = self.runner
         return {
-            "model": _bare(runner.model).state_dict(),
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": runner.optim_wrapper.state_dict(),
             "corrupt": sorted(self.corrupt.names),
         }
@@ -138,6 +145,11 @@ class DenseRun(BaseRun):
         """Load the checkpoint into `runner`, which is about to train."""
         self.runner = runner
         runner.optim_wrapper.times = self.times
+        trainer = self.cfg.trainer
+        if trainer.ema_decay is not None:
+            self.ema = ModelEmaV3(self.model, decay=trainer.ema_decay, use_warmup=trainer.ema_warmup)
+        if trainer.compile:
+            self.model.backbone.compile()
         if self.checkpoint:
             self._load(runner, self.checkpoint)
             update = self.progress["update"]
@@ -149,6 +161,7 @@ class DenseRun(BaseRun):
             evaluated = max((r["update"] for r in self.history if any(key.startswith("val_") for key in r)), default=0)
             if update > evaluated and self.evaluates(update):
                 runner.val_loop.run()  # the run ended between this update and its evaluation
+        runner.train_loop.stop_training = self.out_of_patience()
         self.seed()
 
     def _load(self, runner: Runner, state: dict[str, Any]) -> None:
@@ -156,7 +169,9 @@ class DenseRun(BaseRun):
             _advance(runner)
         rates = [group["lr"] for group in runner.optim_wrapper.param_groups]
         try:
-            _bare(runner.model).load_state_dict(state["model"])
+            self.model.load_state_dict(state["model"])
+            if self.ema:
+                self.ema.module.load_state_dict(state["ema"])
             runner.optim_wrapper.load_state_dict(state["optimizer"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise self.unfit(error) from error
@@ -188,6 +203,8 @@ class DenseRun(BaseRun):
             cfg.optim.opt,
             self.device,
         )
+        if cfg.trainer.compile:
+            log.info("The backbone is compiled in training; the neck and the heads are not.")
         if self.progress["update"]:
             log.info("Continues after update %d.", self.progress["update"])
         if self.changed:
@@ -195,7 +212,7 @@ class DenseRun(BaseRun):
         log.info("Run folder: %s", self.folder)
 
     def is_complete(self) -> bool:
-        """Whether the training is complete."""
+        """Whether the training has its full length."""
         return self.progress["update"] >= self.last
 
     def train(self) -> None:
@@ -258,7 +275,7 @@ class DenseRun(BaseRun):
         else:
             if self.primary:
                 self._write_classes(metrics)
-            self.progress["finished"] = update >= self.last
+            self.progress["finished"] = self.is_over()
             self.save()
             self.write_history()
         if self.wandb:
@@ -291,10 +308,16 @@ class DenseRun(BaseRun):
         """The name of the score that decides which epoch is the best; None if nothing could be scored."""
         return next((name for name in SCORES.values() if f"val_{name}" in record), None)
 
+    def evaluated(self) -> torch.nn.Module:
+        """The model that is evaluated, and whose weights are those of the run: with averaged weights if there are any.
+
+        It has no wrapper for several processes.
+        """
+        return self.ema.module if self.ema else self.model
+
     def _write_weights(self, name: str) -> None:
         if self.primary:
-            model = _bare(self.runner.model)
-            weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+            weights = {key: value.detach().cpu().contiguous() for key, value in self.evaluated().state_dict().items()}
             save_weights(self.folder / name, weights, self.cfg.model, self.data.classes)
 
     def finish(self) -> dict[str, Any]:
@@ -303,7 +326,7 @@ class DenseRun(BaseRun):
         self._write_weights("model.safetensors")
         if self.primary:
             path = self.folder / "predictions.png"
-            pictures.draw_samples(path, _bare(self.runner.model), self.runner.val_dataloader.dataset, self.data.classes)
+            pictures.draw_samples(path, self.evaluated(), self.runner.val_dataloader.dataset, self.data.classes)
             if self.wandb:
                 records.log_pictures(self.wandb, [path, self.folder / "curves.png"])
         summary = self.write_summary(
@@ -324,7 +347,7 @@ class DenseRun(BaseRun):
         main = next((name for name in SCORES.values() if name in self.best), None)
         self.log_next_steps(f"{score_title(main)} {self.best[main]:.1f}" if main else "")
         distributed.share(None)  # no process exits before the files are complete
-        self.refuse_nonfinite(_bare(self.runner.model).state_dict().values())
+        self.refuse_nonfinite(self.evaluated().state_dict().values())
         return summary
 
 
@@ -364,6 +387,8 @@ class _ProgressHook(Hook):
         _advance(runner)
         if runner.optim_wrapper.stepped:
             run.progress["nonfinite"] = 0
+            if run.ema:
+                run.ema.update(run.model, step=run.progress["update"])
         else:
             run.progress["skipped"] = run.progress.get("skipped", 0) + 1
             run.note_nonfinite()
@@ -378,7 +403,10 @@ class _ProgressHook(Hook):
 
     def before_val_epoch(self, runner: Runner) -> None:
         self.speed = self._speed()
-        distributed.average_batchnorm(_bare(runner.model))
+        distributed.average_batchnorm(self.run.model)
+        if self.run.ema:
+            distributed.average_batchnorm(self.run.ema.module)
+            self.trained, runner.model = runner.model, self.run.ema.module
         self.run.val_corrupt = set()
         self.run.bar.start_evaluation(len(runner.val_dataloader))
 
@@ -390,7 +418,10 @@ class _ProgressHook(Hook):
         self.run.stop_between_evaluations()
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
+        if self.run.ema:
+            runner.model = self.trained
         self._close(self.speed, metrics)
+        runner.train_loop.stop_training = self.run.out_of_patience()
         self.run.bar.start("training", self.run.progress["update"])
         self.run.times.restart()  # the evaluation is not part of the next update
 
@@ -411,8 +442,3 @@ def _advance(runner: Runner) -> None:
         warnings.simplefilter("ignore")  # the schedule is ahead of the optimizer after skipped updates
         for scheduler in runner.param_schedulers or []:
             scheduler.step()
-
-
-def _bare(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without the wrapper for several processes."""
-    return getattr(model, "module", model)

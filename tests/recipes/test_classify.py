@@ -521,6 +521,23 @@ def test_exported_weights_are_the_averaged_ones(fit, images, tmp_path, weights, 
 
 
 @pytest.mark.slow
+def test_early_stopping(fit, images, tmp_path, summary):
+    """Weights that hardly change have no better evaluation than the first."""
+    args = ("trainer.epochs=9", "optim.lr=1e-12")
+    found = fit(tmp_path, images, *args, "trainer.patience=2")
+    assert found["epochs"] == 3
+    assert found["stopped_early"] == (
+        "Stopped early, after update 9: no better evaluation since epoch 1 (trainer.patience=2)."
+    )
+    assert found["stopped_early"] in (tmp_path / "report.html").read_text()
+    assert fit(tmp_path, images, *args, "trainer.patience=2") == found == summary(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert fit(tmp_path, images, *args, "trainer.patience=2")["epochs"] == 3
+    whole = fit(tmp_path, images, *args, "trainer.patience=9")
+    assert (whole["epochs"], whole["stopped_early"]) == (9, None)
+
+
+@pytest.mark.slow
 def test_averaged_weights_follow_their_formula(fit, images, tmp_path):
     """timm's first average equals the weights, so the second one is the first that has two terms."""
     states = []

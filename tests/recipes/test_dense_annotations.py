@@ -198,10 +198,17 @@ def test_deeply_nested_json(tmp_path):
     _refuse("is not usable JSON: its lists are nested too deeply", lambda: load_annotations(path))
 
 
-def test_panoptic_annotations_are_named(count):
+@pytest.mark.parametrize(
+    ("kind", "change", "format"),
+    [
+        ("annotations", {"segments_info": []}, "panoptic"),
+        ("images", {"neg_category_ids": [], "coco_url": "http://x/1.jpg"}, "LVIS"),
+    ],
+)
+def test_other_formats_are_named(count, kind, change, format):
     content = _content()
-    content["annotations"][0] = {"segments_info": []}
-    _refuse("has COCO's panoptic annotations .*: use task=panoptic, or give COCO's", lambda: count(content=content))
+    content[kind][0] = change
+    _refuse(f"has .*{format}.*, which can't be used: give COCO's instances", lambda: count(content=content))
 
 
 # Masks.

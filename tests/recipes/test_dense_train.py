@@ -318,6 +318,79 @@ def test_accumulated_run_continues(fit_dense, tmp_path, same):
     assert same(_state(tmp_path / "whole")["model"], _state(tmp_path / "parts")["model"])
 
 
+# Averaged weights, early stopping, compilation.
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_evaluated_saved_and_resumed(fit_dense, tmp_path, command, weights, summary, same):
+    args = (*RANDOM, "optim.lr=1e-2", "trainer.ema_decay=0.5")
+    for folder, updates in (("whole", 3), ("parts", 1), ("parts", 3)):
+        fit_dense(tmp_path / folder, *args, f"trainer.max_updates={updates}", task="segment")
+    one, two = _state(tmp_path / "whole"), _state(tmp_path / "parts")
+    assert same(one["model"], two["model"])
+    assert same(one["ema"], two["ema"])
+    assert not same(one["ema"], one["model"])
+    assert same(weights(tmp_path / "whole"), dict(one["ema"]))
+    assert same(load_file(tmp_path / "whole" / "best.safetensors"), dict(one["ema"]))
+    code, output = command("eval", str(tmp_path / "whole"), "trainer.device=cpu")
+    assert code == 0, output
+    scored = json.loads((tmp_path / "whole" / "eval" / "eval.json").read_text())["metrics"]
+    assert scored == summary(tmp_path / "whole")["metrics"]
+
+
+def test_hooks_of_which_a_run_does_not_know_are_refused(fit_dense, tmp_path):
+    for hook, key in (("EMAHook", "trainer.ema_decay"), ("mmengine.EarlyStoppingHook", "trainer.patience")):
+        words = f"+mm.custom_hooks=[{{type: {hook}, monitor: mIoU}}]"
+        with pytest.raises(UserError, match=rf"mm.custom_hooks has {hook}, .*: use {key}\."):
+            fit_dense(tmp_path / "run", words, task="segment")
+
+
+@pytest.mark.slow
+def test_early_stopping(fit_dense, tmp_path, command, summary):
+    """Weights that hardly change have no better evaluation than the first."""
+    args = ("trainer.batch_size=16", "trainer.epochs=9", "trainer.eval_every=1", "trainer.max_updates=null")
+    args += ("optim.lr=1e-12", "dense.masks=false")
+    patient = (*args, "trainer.patience=1")
+    found = fit_dense(tmp_path, *patient)
+    assert found["updates"] == 2
+    assert found["stopped_early"] == (
+        "Stopped early, after update 2: no better evaluation since epoch 1 (trainer.patience=1)."
+    )
+    assert found["stopped_early"] in _log(tmp_path)
+    assert found["stopped_early"] in (tmp_path / "report.html").read_text()
+    assert fit_dense(tmp_path, *patient) == found
+    assert "This run is finished: raise trainer.patience to continue it" in _log(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert fit_dense(tmp_path, *patient)["updates"] == 2
+    code, output = command("eval", str(tmp_path), "trainer.device=cpu")
+    assert code == 0, output
+    assert fit_dense(tmp_path, *args, "trainer.patience=2")["updates"] == 3
+    assert len(_lines(tmp_path)) == 3
+
+
+@pytest.mark.slow
+def test_channels_last_trains_alike(fit_dense, tmp_path, weights, finished_dense):
+    """Both start from the same weights: new ones are drawn in the order in which they are stored."""
+    words = (f"pretrained={finished_dense['segment']}", "trainer.max_updates=1", "optim.lr=1e-4")
+    fit_dense(tmp_path / "plain", *words, task="segment")
+    fit_dense(tmp_path / "last", *words, "trainer.channels_last=true", task="segment")
+    (one,), (two,) = (_lines(tmp_path / name) for name in ("plain", "last"))
+    assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-4)
+    one, two = (weights(tmp_path / name) for name in ("plain", "last"))
+    assert all(torch.allclose(one[key].float(), two[key].float(), atol=3e-4) for key in one)
+    weight = _state(tmp_path / "last")["model"]["neck.fpn_convs.0.conv.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_compiled_backbone_trains_and_saves_plain_names(fit_dense, tmp_path, weights, finished_dense):
+    fit_dense(tmp_path, "trainer.compile=true", "trainer.max_updates=2", "trainer.ema_decay=0.5", task="segment")
+    assert "The backbone is compiled in training; the neck and the heads are not." in _log(tmp_path)
+    assert weights(tmp_path).keys() == weights(finished_dense["segment"]).keys()
+
+
 # Losses that are not finite.
 
 

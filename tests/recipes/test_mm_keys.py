@@ -48,7 +48,7 @@ ACCEPTED = [
     {"val_evaluator": {"classwise": False}},
     {"val_evaluator": {"metric": "bbox"}},
     {"val_evaluator": {"metric": ["bbox", "proposal"]}},
-    {"custom_hooks": [{"type": "EarlyStoppingHook"}], "default_hooks": {"timer": None}},
+    {"custom_hooks": [{"type": "SyncBuffersHook"}], "default_hooks": {"timer": None}},
 ]
 
 
