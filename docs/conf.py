@@ -37,6 +37,7 @@ SITE_ONLY = {
 :caption: Guides
 guides/fine-tune
 guides/coco
+guides/data
 guides/mm
 guides/onnx
 ```

@@ -175,6 +175,7 @@ class DataConfig:
         "maximum number of pixels of an image: larger images count as corrupt; the default is Pillow's limit",
         Between(1, 2**40 - 1),
     )
+    same_images: bool = option(False, "same images: allow validation on images that are also training images")
     check_files: int = option(
         20000,
         "number of files that are checked before training for text saved as an image; 0 for none, -1 for all",

@@ -11,6 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from zoo.messages import UserError, similar_path, unknown_model
+from zoo.recipes.dense.formats import look
 from zoo.recipes.tasks import TASKS
 
 # Keys that name a file or folder, absolute or below data.root.
@@ -18,6 +19,8 @@ _BELOW_ROOT = (
     *("data.class_map", "data.train_ann", "data.val_ann"),
     *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
 )
+# Keys that name the files of detection and segmentation, whose root is then not looked at.
+_FILES = ("train_ann", "val_ann", "train_images", "val_images", "train_labels", "val_labels")
 
 
 def check(cfg: DictConfig) -> None:
@@ -32,6 +35,8 @@ def check(cfg: DictConfig) -> None:
     root = Path(cfg.data.root) if cfg.data.root else None
     if cfg.data.name in ("", "coco", "masks"):  # other data sets are generated or downloaded if there is no folder
         check_root(cfg.data.root)
+    if cfg.task in ("detect", "segment") and root and root.exists() and not any(cfg.data[key] for key in _FILES):
+        look.refuse(cfg.task, root)
     for key in _BELOW_ROOT:
         value = cfg.data[key.partition(".")[2]]
         if value and not os.path.exists(value) and not (root and os.path.exists(root / value)):

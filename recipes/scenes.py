@@ -14,11 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import time
-import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +24,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from zoo.messages import UserError
+from zoo.recipes import cache as cached
 from zoo.recipes.digits import Digits
 from zoo.recipes.logs import log
 from zoo.recipes.progress import track
@@ -45,8 +42,7 @@ _INK = 0.4  # share of the full ink above which a pixel belongs to the digit
 
 def cache_folder() -> Path:
     """The default folder of the scenes, beside torch's cache."""
-    parent = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(parent) / "zoo" / VERSION.strip().replace(" scenes ", "_scenes-")
+    return cached.cache_folder() / VERSION.strip().replace(" scenes ", "_scenes-")
 
 
 def ensure(root: Path | None) -> Path:
@@ -64,14 +60,9 @@ def ensure(root: Path | None) -> Path:
     folder = Path(root if root is not None else cache_folder()).absolute().resolve()
     if _is_complete(folder):
         return folder
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}.tmp")
+    log.info("Writing %d digit scenes to %s (once).", sum(SCENES.values()), folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
-        temporary.mkdir()
-        log.info("Writing %d digit scenes to %s (once).", sum(SCENES.values()), folder)
-        _write(temporary)
-        os.rename(temporary, folder)  # replaces an empty folder, but never one with files
+        cached.publish(folder, _write)
     except OSError as error:
         if _is_complete(folder):  # another process was faster
             return folder
@@ -79,8 +70,6 @@ def ensure(root: Path | None) -> Path:
             f"the digit scenes can't be written to {folder} ({error.strerror or error}): "
             "choose another folder with data.root=<folder>."
         ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -103,14 +92,6 @@ def _is_complete(folder: Path) -> bool:
             "give a new or empty folder, or leave data.root out to use the cache."
         )
     return False
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left; folders of the last hour may still be in use."""
-    for path in folder.parent.glob(f".{folder.name}-????????.tmp"):
-        with suppress(FileNotFoundError):  # it may have been renamed just now
-            if time.time() - path.stat().st_mtime > 3600:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(folder: Path) -> None:

@@ -12,7 +12,11 @@ TASKS = {"classify": "zoo.recipes.classify", "detect": "zoo.recipes.dense", "seg
 # The titles of the scores, which are in percent. The first score that a run has decides which epoch is the best.
 SCORES = {
     "classify": {"top1": "top-1", "top5": "top-5"},
-    "detect": {"mask_AP": "mask AP", "mask_AP50": "mask AP50", "bbox_AP": "box AP", "bbox_AP50": "box AP50"},
+    "detect": {
+        **{"mask_AP": "mask AP", "mask_AP50": "mask AP50", "bbox_AP": "box AP", "bbox_AP50": "box AP50"},
+        # Of LVIS: rare, common and frequent categories.
+        **{f"{kind}_AP{f}": f"{title} AP{f}" for kind, title in (("mask", "mask"), ("bbox", "box")) for f in "rcf"},
+    },
     "segment": {"mIoU": "mIoU", "mAcc": "mean accuracy", "aAcc": "pixel accuracy"},
 }
 

@@ -12,11 +12,13 @@ zoo-train run=runs/<folder> ...                    continue where that run stopp
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from omegaconf import DictConfig
 
 from zoo.recipes import cli, config, early, report, tasks
+from zoo.recipes.dense.formats import look
 
 
 def main() -> None:
@@ -25,7 +27,7 @@ def main() -> None:
     cli.begin()
     origin = "which data=, task= and recipe= may change"
     cli.show_help(lambda: cli.print_help(__doc__, config.Config, origin), needs_words=False)
-    cli.run("zoo-train", "config", config.Config, _train)
+    cli.run("zoo-train", "config", config.Config, _train, look.with_option(sys.argv[1:]))
 
 
 def _train(cfg: DictConfig) -> dict[str, Any]:

@@ -25,6 +25,7 @@ README = ROOT / "README.md"
 OPERATORS = ROOT / "docs" / "operators.md"
 KERNELS = ROOT / "docs" / "results"
 RESULTS = ROOT / "docs" / "results" / "models-cpu.json"  # `make speed` writes it
+COMPILED = RESULTS.with_name("compiled-cpu.json")  # `make compiled` writes it
 SIZES = "sizes-cpu-{}.json"  # in docs/results, by the side of the images: `make sizes` writes them
 
 
@@ -139,7 +140,6 @@ def speed(results: dict) -> Iterator[str]:
     sentences = [
         f"Times of {' / '.join(kinds)}, in units of those of timm's `{against}` in {modes[0]}; lower is faster.",
         *(["bfloat16 is by autocast."] if "bfloat16" in modes else []),
-        *(["Compiled models were compiled by `torch.compile`."] if settings["compile"] else []),
         f"They are medians (turns: {', '.join(turns)}) of `{command}`",
         f"for {_count(settings['batch_size'], 'image')} of {size_text(settings['size'])} with {_cores(machine)},",
         f"torch {machine['torch'].partition('+')[0]} and timm {machine['timm']}.",
@@ -168,6 +168,37 @@ def shares(results: dict) -> Iterator[str]:
             f"{product[0]['features']} features in the same dtype, which reached {rates} with "
             f"{_cores(results['machine'])}. The operations are the multiply-adds of `zoo-models`; those of a training "
             "step are three times as many."
+        ),
+    ]
+
+
+def compiled(results: dict) -> Iterator[str]:
+    """The times of compiled models in units of those of the same model in eager mode, for the README."""
+    entries = [entry for entry in results["models"] if entry["compiled"]]
+    dtypes = list(dict.fromkeys(entry["dtype"] for entry in entries))
+    found = {(entry["name"], entry["dtype"]): entry for entry in entries}
+    columns = [f"{dtype}, / {what}" for dtype in dtypes for what in ("eager", "timm's compiled")]
+    yield f"| model | {' | '.join(columns)} |"
+    yield "|---" * (1 + len(columns)) + "|"
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = []
+        for dtype in dtypes:
+            entry = found[name, dtype]
+            for baseline in ("ratio_to_eager", "ratio_to_timm")[: 2 if entry["timm"] else 1]:
+                cells.append(_passes(entry, lambda measured, key=baseline: f"{measured[key]['median']:.2f}"))
+            cells += [""] * (not entry["timm"])
+        whose = "" if found[name, dtypes[0]]["ours"] else "timm's "
+        yield f"| {whose}`{name}` | {' | '.join(cells)} |"
+    machine, settings, first = results["machine"], results["settings"], entries[0]
+    kinds = [what for what in ("inference", "training") if what in first]
+    turns = (f"{len(first[what]['times_s'])} for {what}" for what in kinds)
+    yield from [
+        "",
+        *_wrapped(
+            f"Times of {' / '.join(kinds)} of models compiled by `torch.compile`, in units of those in eager mode and "
+            f"of those of timm's model of the family, compiled, too; medians (turns: {', '.join(turns)}) for "
+            f"{_count(settings['batch_size'], 'image')} of {size_text(settings['size'])} with {_cores(machine)}, torch "
+            f"{machine['torch'].partition('+')[0]} and timm {machine['timm']}. `make compiled` measures them."
         ),
     ]
 
@@ -292,6 +323,7 @@ def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
         (INDEX, "families"): index,
         (README, "speed"): lambda: speed(results()),
         (README, "shares"): lambda: shares(results()),
+        (README, "compiled"): lambda: compiled(json.loads(COMPILED.read_text())),
         (README, "sizes"): lambda: sizes(size_results()),
         (README, "digits"): digits,
         (OPERATORS, "instructions"): instructions,

@@ -103,8 +103,8 @@ def test_table_of_speed(results):
     assert max(map(len, lines[6:])) <= 120
     text = " ".join(lines[6:])
     assert text == (
-        "Times of inference / training, in units of those of timm's `swin` in float32; lower is faster. Compiled "
-        "models were compiled by `torch.compile`. They are medians (turns: 12 for inference, 12 for training) of "
+        "Times of inference / training, in units of those of timm's `swin` in float32; lower is faster. They are "
+        "medians (turns: 12 for inference, 12 for training) of "
         "`zoo-bench models --threads 2 --compile` for 4 images of 224x224 with 2 threads of an AMD EPYC, torch 2.15.0 "
         "and timm 1.0.31."
     )
@@ -133,6 +133,24 @@ def test_table_of_shares(results):
         "| timm's `gcvit_tiny` | 30% / 30% | 30% / 30% |",
     ]
     assert "which reached 511 GFLOP/s in float32 with 2 threads of an AMD EPYC." in " ".join(lines[6:])
+
+
+def test_table_of_compiled_models(results):
+    for model in results["models"]:
+        for what in ("inference", "training"):
+            model[what] |= {"ratio_to_eager": {"median": 0.91}, "ratio_to_timm": {"median": 0.85}}
+    for model in results["models"]:  # timm's models, which have no peer
+        model.setdefault("timm", None)
+    lines = list(tables.compiled(results))
+    assert lines[:6] == [
+        "| model | bfloat16, / eager | bfloat16, / timm's compiled |",
+        "|---|---|---|",
+        "| timm's `swin` | 0.91 / 0.91 |  |",
+        "| `gc_vit_tiny` | 0.91 / failed | 0.85 / failed |",
+        "| timm's `gcvit_tiny` | 0.91 / 0.91 |  |",
+        "",
+    ]
+    assert "(turns: 12 for inference, 12 for training) for 4 images of 224x224" in " ".join(lines)
 
 
 def test_table_of_sizes(results):

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from torchvision.transforms import Compose, Grayscale
 
 from zoo.messages import UserError, first_few, nearest
-from zoo.recipes import distributed, early
+from zoo.recipes import distributed, early, same_images
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
 from zoo.recipes.digits import Digits
@@ -84,6 +84,11 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
         return _open_folders(cfg, seed, training, classes)
     if cfg.class_map:
         classes = read_classes(Path(cfg.class_map))
+    if training and cfg.train_split == cfg.val_split and not cfg.same_images:
+        raise UserError(
+            f"data.train_split and data.val_split are both {cfg.val_split!r}: give each split its own images, or allow "
+            "this with data.same_images=true."
+        )
     class_map = {name: index for index, name in enumerate(classes)} if classes else None
     train = _create(cfg, cfg.train_split, True, class_map) if training else None
     names = _checked_number(list(classes), cfg) if classes else _class_names(train, cfg) if training else None
@@ -119,7 +124,9 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
             hint = f"; if its classes are the folders in {inside}, that is the root"
         raise UserError(f"{train_root} has a single class, {names[0]!r}: classification needs two or more{hint}.")
     if val_root:
-        return Data(train, _labelled(_class_folders(val_root, cfg), names, cfg, training=False), names)
+        val_folders = _class_folders(val_root, cfg)
+        same_images.check(cfg, folders.files(), val_folders.files())
+        return Data(train, _labelled(val_folders, names, cfg, training=False), names)
     train_indices, val_indices = _hold_out([target for _, target in folders.samples], cfg.val_fraction, seed)
     if not val_indices:
         raise UserError(

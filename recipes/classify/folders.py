@@ -56,6 +56,10 @@ class _ByClass(Reader):
         samples = [(path, labels[name]) for name, paths in self.images.items() if name in labels for path in paths]
         self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
 
+    def files(self) -> list[str]:
+        """The files that hold the images: the images themselves, or the tar file."""
+        return [path for paths in self.images.values() for path in paths]
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -132,6 +136,10 @@ class ClassTar(_ByClass):
         images = {name: images[name] for name in sorted(images, key=natural_key)}
         stray = ["/".join(parts) for parts in tops if len(parts) == around + 1]
         super().__init__(root, images, stray, sum(len(parts) > around + 2 for parts in tops))
+
+    def files(self) -> list[str]:
+        """The tar file."""
+        return [self.root]
 
     def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         path, label = self.samples[index]

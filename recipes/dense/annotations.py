@@ -18,16 +18,13 @@ from typing import Any
 import numpy as np
 
 from zoo.messages import UserError
+from zoo.recipes.dense.formats import lvis
 from zoo.recipes.files import read_json
 from zoo.recipes.logs import log
 
 _MAX_SIDE = 100_000  # pixels of an image's side
 _REACH = 10  # limit of a coordinate, in longer sides of its image: anything beyond is a mistake
 _RUNS_LIMIT = 2**31  # pixels of an image: COCO's tools count in 32 bits
-_FORMATS = {
-    "segments_info": "COCO's panoptic annotations",
-    "neg_category_ids": "LVIS annotations, whose images are only partly labelled and scored differently",
-}
 
 
 def _is_number(value: Any) -> bool:
@@ -90,11 +87,13 @@ def load_annotations(path: Path) -> dict[str, Any]:
     lacking = [kind for kind in kinds if not isinstance(content, dict) or not isinstance(content.get(kind), list)]
     if lacking:
         raise UserError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
-    for kind in ("annotations", "images"):
-        first = content[kind][0] if content[kind] else None
-        for key, format in _FORMATS.items():
-            if isinstance(first, dict) and key in first:
-                raise UserError(f"{path} has {format} ({key}), which can't be used: give COCO's instances.")
+    first = content["annotations"][0] if content["annotations"] else None
+    if isinstance(first, dict) and "segments_info" in first:
+        raise UserError(
+            f"{path} has COCO's panoptic annotations (segments_info): use task=panoptic, or give COCO's instances."
+        )
+    if lvis.is_lvis(content):
+        lvis.name_files(content)
     for kind, fields in _FIELDS.items():
         for place, item in enumerate(content[kind]):
             for key, (fine, allowed) in fields.items():
@@ -103,6 +102,8 @@ def load_annotations(path: Path) -> dict[str, Any]:
                     raise UserError(
                         f"{path}: number {place} of its {kind} has {key}={_short(value)}: it has to be {allowed}."
                     )
+    if lvis.is_lvis(content):
+        lvis.check(path, content)
     ids = [image["id"] for image in content["images"]]
     if len({type(number) for number in ids}) > 1:
         text = next(number for number in ids if isinstance(number, str))

@@ -69,19 +69,6 @@ def check_size(file: str, size: tuple[int, int], given: tuple[float, float], ann
         )
 
 
-def warn_shared_images(files: Sequence[set[str]]) -> None:
-    """Warn if validation images are also training images, for example because VOC's lists of splits are not read."""
-    shared = set.intersection(*files) if len(files) > 1 else None
-    if shared:
-        log.warning(
-            "%d of the %d validation images are training images too; the first is %s: scores on them say nothing about "
-            "other images.",
-            len(shared),
-            len(files[-1]),
-            min(shared),
-        )
-
-
 def check_all(check: Callable[[Any], Any], items: Sequence[Any], description: str) -> list[Any]:
     """Call `check` on the items, and return its results; corrupt files, which have none, are counted in a warning.
 

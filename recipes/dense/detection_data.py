@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.messages import UserError, nearest, similar_path
+from zoo.recipes import same_images
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense.annotations import category_names, count_boxes, load_annotations, some
 from zoo.recipes.dense.data_checks import (
@@ -23,10 +24,12 @@ from zoo.recipes.dense.data_checks import (
     named_splits,
     read_size,
     shares,
-    warn_shared_images,
 )
+from zoo.recipes.dense.formats import find, lvis
 from zoo.recipes.files import SPLIT_FOLDERS, read_classes
 from zoo.recipes.subsets import evenly_spread, files_to_check
+
+_OTHERS = ", or, for data of YOLO or Pascal VOC, only data.root=<folder>"
 
 
 @dataclass
@@ -88,10 +91,11 @@ class DetectionData:
     val: DetectionSplit
     classes: list[str]
     has_masks: bool
+    source: str = ""  # the format, if it is not COCO's
 
     def summary(self) -> list[str]:
-        """Describe each split in one line."""
-        lines = []
+        """Describe the format and each split in one line."""
+        lines = [f"data: {self.source}"] if self.source else []
         for name, split in named_splits(self.train, self.val):
             line = f"{name}: {split.num_boxes} boxes in {split.num_images} images"
             if split.num_empty:
@@ -116,17 +120,23 @@ def open_detection(
     Raises:
         UserError: The data can't be used; the message names the file and what is wrong with it.
     """
-    base = base_folder(cfg, cfg.val_ann)
+    found = find.detection(cfg, training, masks)
+    source = found.source if found else ""
+    base = Path() if found else base_folder(cfg, cfg.val_ann)
     splits = [(cfg.val_split, "val", cfg.val_ann, cfg.val_images)]
     if training:
         splits.insert(0, (cfg.train_split, "train", cfg.train_ann, cfg.train_images))
+    if found:
+        splits = [(split, key, str(found.splits[key]), str(found.images)) for split, key, _, _ in splits]
     classes = list(classes) if classes else read_classes(Path(cfg.class_map)) if cfg.class_map else None
     opened: list[DetectionSplit] = []
-    files: list[set[str]] = []
+    files: list[list[Path]] = []
     for split, key, given, images in splits:
         path = _annotation_file(base, split, key, given)
         content = load_annotations(path)
         names = category_names(path, content)
+        if lvis.is_lvis(content):
+            source = "LVIS"
         if classes is None:
             classes = list(names.values())
         _check_same_classes(path, list(names.values()), classes)
@@ -134,7 +144,7 @@ def open_detection(
         _check_image_files(path, folder, content["images"], cfg)
         learnt = key == "train"
         boxes = count_boxes(path, content, names, classes, learnt, masks)
-        files.append({os.path.join(os.path.realpath(folder), image["file_name"]) for image in content["images"]})
+        files.append([folder / str(image["file_name"]) for image in content["images"]])
         total = len(content["images"])
         used, empty = boxes.images if learnt else total, total - boxes.images
         opened.append(DetectionSplit(path, folder, list(classes), boxes.by_class, used, empty, boxes.has_masks))
@@ -142,9 +152,11 @@ def open_detection(
         raise UserError(
             f"data.num_classes={cfg.num_classes}, but {opened[0].annotations} has {len(classes)} classes: leave it out."
         )
-    warn_shared_images(files)
+    if training:
+        same_images.check(cfg, *files)
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
-    return DetectionData(train, val, classes, all(split.has_masks for split in opened))
+    has_masks = all(split.has_masks for split in opened)
+    return DetectionData(train, val, classes, has_masks, source)
 
 
 def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Path:
@@ -152,34 +164,24 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
         path = base / given
         if path.is_dir():
             files = sorted(file.name for file in path.glob("*.json"))
-            there = f"the file in it, for example {path / files[0]}" if files else "a COCO JSON"
-            raise UserError(f"data.{key}_ann={path} is a folder: give {there}{_other_format(path)}.")
+            there = f"the file in it, for example {path / files[0]}" if files else f"a COCO JSON{_OTHERS}"
+            raise UserError(f"data.{key}_ann={path} is a folder: give {there}.")
         if not path.is_file():
             raise UserError(f"data.{key}_ann={path} does not exist{similar_path(path)}")
         if path.suffix.lower() in (".txt", ".xml", ".yaml", ".yml"):
-            raise UserError(
-                f"data.{key}_ann={path} is not a COCO JSON: labels of YOLO and VOC have to be converted to one."
-            )
+            raise UserError(f"data.{key}_ann={path} is not a COCO JSON: give one{_OTHERS}.")
         return path
     names = SPLIT_FOLDERS.get(split, (split,))
     tried = [base / "annotations" / f"instances_{name}.json" for name in names]
     tried += [base / name / "_annotations.coco.json" for name in names]
+    tried += [parent / f"lvis_v1_{key}.json" for parent in (base / "annotations", base)]
     found = next((path for path in tried if path.is_file()), None)
     if found is None:
         raise UserError(
             f"{base} has no annotations of the split {split!r} ({tried[0]} or {tried[len(names)]}): "
-            f"name them with data.{key}_ann=<file>{_other_format(base)}."
+            f"name them with data.{key}_ann=<file>."
         )
     return found
-
-
-def _other_format(folder: Path) -> str:
-    """A hint at another format that the data set seems to have, to end a message."""
-    if any((folder / name).is_dir() for name in ("labels", "train/labels")) or (folder / "data.yaml").is_file():
-        return "; labels of YOLO, which seem to be there, have to be converted to COCO JSON"
-    if any((folder / name).is_dir() for name in ("Annotations", "ImageSets")) or next(folder.glob("*.xml"), None):
-        return "; annotations of VOC, which seem to be there, have to be converted to COCO JSON"
-    return ""
 
 
 def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:

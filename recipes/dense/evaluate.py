@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,8 +13,6 @@ import torch
 from matplotlib.figure import Figure
 from mmengine.hooks import Hook
 from omegaconf import DictConfig
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from rich.table import Table
 from rich.text import Text
 
@@ -89,7 +85,7 @@ def evaluate(
         "model": cfg.model,
         "method": cfg.dense.method,
         "weights": weights,
-        "data": {"name": cfg.data.name, "root": cfg.data.root, "images": images},
+        "data": {"name": cfg.data.name, "root": cfg.data.root, "format": data.source, "images": images},
         "metrics": scores(metrics),
         "corrupt_images": corrupt,
         "command": composition.command_line(),
@@ -179,14 +175,8 @@ def _detection_details(
     figure.suptitle(title, fontsize=10)
     palette = pictures.colors(len(split.classes))
     for (name, kind), axes in zip(kinds, np.atleast_1d(figure.subplots(1, len(kinds))), strict=True):
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-            truth = NamedCoco(str(split.annotations), split.classes)
-            found = json.loads(results[f"results.{kind}.json"])
-            # pycocotools can't load an empty list.
-            evaluation = COCOeval(truth, truth.loadRes(found) if found else COCO(), kind)
-            evaluation.params.imgIds = list(images)
-            evaluation.evaluate()
-            evaluation.accumulate()
+        truth = NamedCoco(str(split.annotations), split.classes)
+        evaluation = truth.evaluated(json.loads(results[f"results.{kind}.json"]), kind, images)
         precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
         for suffix, part in (("AP", precision), ("AP50", precision[:1])):
             known = [part[:, :, label][part[:, :, label] > -1] for label in range(len(split.classes))]

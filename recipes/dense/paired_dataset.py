@@ -10,7 +10,7 @@ from mmseg.datasets import BaseSegDataset, MultiImageMixDataset
 from mmseg.registry import DATASETS
 from PIL import Image
 
-from zoo.recipes.dense.segmentation_data import pair_files
+from zoo.recipes.dense.segmentation_data import pair_files, read_pairs
 from zoo.recipes.dense.transforms import MixesImages, SkipsCorrupt
 from zoo.recipes.files import DECODING_ERRORS
 
@@ -25,16 +25,14 @@ class PairedDataset(SkipsCorrupt, BaseSegDataset):
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """List the pairs."""
-        folders = (Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path"))
+        images, labels = (Path(self.data_prefix[key]) for key in ("img_path", "seg_map_path"))
         common = {
             "reduce_zero_label": self.reduce_zero_label,
             "ignore_index": self.ignore_index,
             "num_classes": len(self.metainfo["classes"]),
         }
-        return [
-            dict(img_path=str(image), seg_map_path=str(label), seg_fields=[], **common)
-            for image, label in pair_files(*folders)
-        ]
+        pairs = read_pairs(labels) if labels.is_file() else pair_files(images, labels)
+        return [dict(img_path=str(image), seg_map_path=str(label), seg_fields=[], **common) for image, label in pairs]
 
     def exclude(self, sample: Any, idx: int) -> None:
         """Set all labels to `ignore_index`."""

@@ -12,6 +12,8 @@ SCORES = {
     "coco/segm_mAP_50": "mask_AP50",
     "coco/bbox_mAP": "bbox_AP",
     "coco/bbox_mAP_50": "bbox_AP50",
+    # Of LVIS: rare, common and frequent categories.
+    **{f"coco/{kind}_mAP_{f}": f"{ours}_AP{f}" for kind, ours in (("segm", "mask"), ("bbox", "bbox")) for f in "rcf"},
     "mIoU": "mIoU",
     "mAcc": "mAcc",
     "aAcc": "aAcc",

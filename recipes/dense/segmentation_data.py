@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from zoo.messages import UserError
+from zoo.recipes import same_images
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.annotations import some
@@ -26,9 +27,9 @@ from zoo.recipes.dense.data_checks import (
     named_splits,
     read_size,
     shares,
-    warn_shared_images,
 )
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, read_text, reason
+from zoo.recipes.dense.formats import find
+from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, read_json, read_text, reason
 from zoo.recipes.images import ENDINGS
 from zoo.recipes.logs import log
 from zoo.recipes.subsets import files_to_check
@@ -43,7 +44,8 @@ class SegmentationSplit:
 
     Attributes:
         images: The folder of images.
-        labels: The folder of labels, with one channel of 8 or 16 bits, or palette indices.
+        labels: The folder of labels, with one channel of 8 or 16 bits, or palette indices; or, if the data were
+            converted, a JSON list of the images with their labels.
         classes: Names in the order of the labels.
         ignore_index: The label of ignored pixels.
         reduce_zero_label: Whether 0 in the files is ignored too, and the classes are 1, 2, ...
@@ -87,10 +89,12 @@ class SegmentationData:
     classes: list[str]
     ignore_index: int
     reduce_zero_label: bool
+    source: str = ""  # the format, if the data were converted
 
     def summary(self) -> list[str]:
-        """Describe each split in one line."""
-        return [
+        """Describe the format and each split in one line."""
+        lines = [f"data: {self.source}"] if self.source else []
+        return lines + [
             f"{name}: {split.num_images} images, pixels of {split.num_checked}: {shares(split.classes, split.pixels)}"
             for name, split in named_splits(self.train, self.val)
         ]
@@ -108,19 +112,24 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
     Raises:
         UserError: The data can't be used; the message names the file and what is wrong with it.
     """
-    base = base_folder(cfg, cfg.val_images)
-    classes = _segmentation_classes(cfg, base, classes)
+    converted = find.segmentation(cfg, training)
+    base = Path(cfg.root) if converted else base_folder(cfg, cfg.val_images)
+    classes = _segmentation_classes(cfg, base, classes, converted.classes if converted else None)
     _check_ignore_index(cfg, len(classes))
     splits = [(cfg.val_split, "val", cfg.val_images, cfg.val_labels)]
     if training:
         splits.insert(0, (cfg.train_split, "train", cfg.train_images, cfg.train_labels))
     opened: list[SegmentationSplit] = []
-    files: list[set[str]] = []
+    files: list[list[Path]] = []
     for split, key, given_images, given_labels in splits:
-        images = _split_folder(base, split, key, "images", given_images, ("images",))
-        labels = _split_folder(base, split, key, "labels", given_labels, ("annotations", "labels"))
-        found = pair_files(images, labels, strict=True)
-        files.append({os.path.join(os.path.realpath(images), image.relative_to(images)) for image, _ in found})
+        if converted:
+            images, labels = converted.images, converted.splits[key]
+            found = read_pairs(labels)
+        else:
+            images = _split_folder(base, split, key, "images", given_images, ("images",))
+            labels = _split_folder(base, split, key, "labels", given_labels, ("annotations", "labels"))
+            found = pair_files(images, labels, strict=True)
+        files.append([image for image, _ in found])
         chosen = files_to_check(found, cfg)
         counted = check_all(lambda pair: (pair[1], _count_labels(pair, cfg.max_pixels)), chosen, f"labels in {labels}")
         present = [counts for _, counts in counted]
@@ -132,9 +141,11 @@ def open_segmentation(cfg: DataConfig, training: bool = True, classes: Sequence[
         opened.append(
             SegmentationSplit(images, labels, classes, cfg.ignore_index, reduce, len(found), pixels, len(present))
         )
-    warn_shared_images(files)
+    if training:
+        same_images.check(cfg, *files)
     train, val = (opened[0], opened[1]) if training else (None, opened[0])
-    return SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label)
+    source = converted.source if converted else ""
+    return SegmentationData(train, val, classes, cfg.ignore_index, val.reduce_zero_label, source)
 
 
 def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
@@ -155,12 +166,16 @@ def _check_ignore_index(cfg: DataConfig, classes: int) -> None:
         )
 
 
-def _segmentation_classes(cfg: DataConfig, base: Path, given: Sequence[str] | None) -> list[str]:
-    """The classes of the data, which have to be `given` if that is not None."""
+def _segmentation_classes(
+    cfg: DataConfig, base: Path, given: Sequence[str] | None, usual: list[str] | None
+) -> list[str]:
+    """The classes of the data, which have to be `given` if that is not None; `usual` are those of the format."""
     source = Path(cfg.class_map) if cfg.class_map else base / "classes.txt"
     names = _class_file(source) if cfg.class_map or source.is_file() else None
     if names and cfg.num_classes and cfg.num_classes != len(names):
         raise UserError(f"data.num_classes={cfg.num_classes}, but {source} has {len(names)} classes: leave it out.")
+    if names is None and usual and cfg.num_classes in (None, len(usual)):
+        source, names = base, usual
     if given is not None:
         _check_trained_classes(cfg, source, names, given)
         return list(given)
@@ -217,15 +232,16 @@ def _split_folder(base: Path, split: str, key: str, kind: str, given: str | None
     found = next((folder for folder in tried if folder.is_dir()), None)
     if found is None:
         wanted = " or ".join(str(base / parent / split) for parent in parents)
-        lists = base / "ImageSets" / "Segmentation"
-        voc = (
-            f"; the lists of VOC in {lists} are not read: each split needs folders of its own" if lists.is_dir() else ""
-        )
         raise UserError(
             f"there are no {kind} of the split {split!r} in {wanted}: name the split with data.{key}_split=<name>, or "
-            f"the folder with data.{key}_{kind}=<folder>{voc}."
+            f"the folder with data.{key}_{kind}=<folder>."
         )
     return found
+
+
+def read_pairs(path: Path) -> list[tuple[Path, Path]]:
+    """The pairs of an image and its labels in a JSON list, which may name labels relative to its own folder."""
+    return [(Path(image), path.parent / label) for image, label in read_json(path)]
 
 
 def _listing(folder: Path) -> str:

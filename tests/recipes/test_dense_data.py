@@ -202,11 +202,24 @@ def test_images_beside_a_json_of_ones_own_without_a_root(coco):
     assert data.val.images == coco.root / "val"
 
 
-def test_training_images_in_validation_are_counted(coco, caplog):
+def test_validation_on_training_images_is_refused_unless_asked_for(coco, caplog):
     (coco.root / "link").symlink_to(coco.root / "train")
     del coco.contents["train"]["images"][2]
-    coco.open(val_images="link")
-    assert "2 of the 3 validation images are training images too; the first is" in caplog.text
+    _refuse(
+        r"2 of the 3 validation images are training images too; the first is .*link/1\.jpg: give each split its own "
+        r"images, or allow this with data\.same_images=true",
+        lambda: coco.open(val_images="link"),
+    )
+    coco.open(val_images="link", same_images=True)
+    assert "the first is" in caplog.text
+
+
+def test_links_to_training_images_are_training_images(coco):
+    for number in (1, 3):
+        (coco.root / "val" / f"{number}.jpg").unlink()
+    (coco.root / "val" / "1.jpg").symlink_to(coco.root / "train" / "1.jpg")
+    (coco.root / "val" / "3.jpg").hardlink_to(coco.root / "train" / "3.jpg")
+    _refuse(r"2 of the 3 validation images are training images too; the first is .*val/1\.jpg", coco.open)
 
 
 @pytest.mark.slow
@@ -337,18 +350,12 @@ def test_annotation_file_is_a_folder(coco):
     )
 
 
-@pytest.mark.parametrize(("name", "format"), [("labels", "YOLO"), ("Annotations", "VOC"), ("ImageSets", "VOC")])
-@pytest.mark.parametrize("given", [{"train_ann": "."}, {"train_split": "other"}], ids=["folder", "split"])
-def test_other_formats_are_named(coco, name, format, given):
-    (coco.root / name).mkdir()
-    _refuse(f"of {format}, which seem to be there, have to be converted to COCO JSON", lambda: coco.open(**given))
-
-
-@pytest.mark.parametrize("name", ["data.yaml", "1.txt", "1.xml"])
-def test_file_of_another_format(coco, name):
-    (coco.root / name).write_text("names: [cat, dog]")
+@pytest.mark.parametrize("name", ["data.yaml", "1.txt", "1.xml", "labels"])
+def test_annotations_of_another_format(coco, name):
+    _ = (coco.root / name).mkdir() if name == "labels" else (coco.root / name).write_text("names: [cat, dog]")
     _refuse(
-        f"{name} is not a COCO JSON: labels of YOLO and VOC have to be converted", lambda: coco.open(train_ann=name)
+        f"{name} is .*: give .*, or, for data of YOLO or Pascal VOC, only data.root=<folder>",
+        lambda: coco.open(train_ann=name),
     )
 
 
@@ -1033,13 +1040,10 @@ def test_missing_split(masks):
     )
 
 
-def test_lists_of_voc_are_not_read(masks):
-    (masks.root / "ImageSets" / "Segmentation").mkdir(parents=True)
-    _refuse(r"the lists of VOC in .* are not read: each split needs folders", lambda: masks.open(val_split="vall"))
-
-
-def test_segmentation_on_the_images_of_the_training_is_pointed_out(masks, caplog):
-    masks.open(val_images="images/train", val_labels="annotations/train")
+def test_segmentation_of_training_images_is_refused_unless_asked_for(masks, caplog):
+    same = {"val_images": "images/train", "val_labels": "annotations/train"}
+    _refuse(r"2 of the 2 validation images are training images too; the first is", lambda: masks.open(**same))
+    masks.open(**same, same_images=True)
     assert "2 of the 2 validation images are training images too; the first is" in caplog.text
 
 

@@ -136,6 +136,17 @@ def test_two_folders_of_one_class_are_refused(write):
         _open(root)
 
 
+def test_validation_on_training_images_is_refused_unless_asked_for(write, said):
+    root = write("train/cat/1.png", "train/dog/1.png", "val/cat/2.png")
+    (root / "val" / "dog").symlink_to(root / "train" / "dog")
+    with pytest.raises(
+        UserError, match=r"1 of the 2 validation images are training images too.*data\.same_images=true"
+    ):
+        _open(root)
+    _open(root, same_images=True)
+    assert "1 of the 2 validation images are training images too" in said.text
+
+
 def test_class_in_other_case_in_validation_is_named(write):
     root = write("train/X/1.png", "train/y/1.png", "val/x/1.png")
     with pytest.raises(UserError, match=r"that training does not have, 'x' \(did you mean 'X'\?\)"):

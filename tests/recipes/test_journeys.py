@@ -3,8 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
@@ -77,3 +79,42 @@ def test_classifier_of_a_recipe_is_exported(command, images, tmp_path):
     code, output = command("export", run, "--out", tmp_path / "model.pt2", "--size", "32", "32")
     assert code == 0, output
     assert (tmp_path / "model.pt2").exists()
+
+
+def test_three_hundred_classes(command, tmp_path):
+    """Stripes of the labels 299, 256 and 2, and of ignored pixels, in PNGs of 16 bits."""
+    stripes = np.tile(np.repeat(np.array([299, 256, 2, 65535], np.uint16), 16), (64, 1))
+    for split in ("train", "val"):
+        for number in range(2):
+            for kind, pixels in (("images", (stripes >> 1).astype(np.uint8)), ("annotations", stripes)):
+                (tmp_path / "data" / kind / split).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "data" / kind / split / f"{number}.png")
+    run, out = tmp_path / "run", tmp_path / "out"
+    data = (f"data.root={tmp_path / 'data'}", "data.num_classes=300", "data.ignore_index=65535")
+    length = ("trainer.max_updates=6", "optim.lr=3e-2", "trainer.batch_size=2", "trainer.effective_batch_size=2")
+    small = (
+        "dense.small=true",
+        "dense.scales=[64]",
+        "dense.max_size=64",
+        "dense.crop=[64,64]",
+        "dense.ratio_range=null",
+    )
+    settings = ("trainer.device=cpu", "log.wandb=disabled", "data.num_workers=0", "model=test_van", f"run={run}")
+    code, output = command("train", "task=segment", *data, *length, *small, *settings)
+    assert code == 0, output
+
+    code, output = command("eval", run)
+    assert code == 0, output
+    classes = json.loads((run / "eval" / "classes.json").read_text())
+    counted = {label: count for label, count in enumerate(classes["counts"]) if count}
+    assert counted == dict.fromkeys((2, 256, 299), 2 * 64 * 16)
+    assert {true for true, _, _ in classes["confusion"]} == counted.keys()
+
+    code, output = command("predict", f"run={run}", tmp_path / "data" / "images" / "val", out)
+    assert code == 0, output
+    found = [np.array(Image.open(path)) for path in sorted((out / "labels").iterdir())]
+    assert len(found) == 2
+    assert all(labels.dtype == np.uint16 for labels in found)
+    assert max(labels.max() for labels in found) > 255
+    scored = {found for _, found, _ in classes["confusion"]}
+    assert {int(label) for labels in found for label in np.unique(labels[:, :48])} == scored
