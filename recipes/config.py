@@ -426,6 +426,37 @@ class DenseConfig:
 
 
 @dataclass
+class InferenceConfig:
+    """How detectors and segmentors predict an image, in every evaluation and in `zoo-predict`."""
+
+    tta: str = option(
+        "none",
+        "test-time augmentation: none, flip (the image and its mirror image) or multi_scale (several sizes); scores of "
+        "segmentors are averaged, objects of detectors merged by NMS",
+        OneOf(("none", "flip", "multi_scale")),
+        aliases=("test_time_augmentation", "augmentation"),
+    )
+    scales: list[float] = option(
+        lambda: [0.5, 0.75, 1.0, 1.25, 1.5, 1.75],
+        "scales of multi_scale: factors of dense.scales and dense.max_size",
+        Between(0, 10, above=True, numbers="a list of numbers,"),
+    )
+    flip: bool = option(True, "flip: multi_scale also predicts the mirror image at every scale")
+    resize: bool = option(True, "resize images to dense.scales and dense.max_size; false keeps the size of each image")
+    window: list[int] | None = option(
+        None,
+        "window that slides over each resized image: height and width in pixels; the whole image at once if null",
+        Between(32, 1e5, numbers="two numbers,", lengths=(2,)),
+        aliases=("tile", "crop_size"),
+    )
+    stride: list[int] | None = option(
+        None,
+        "stride of the window: rows and columns from one to the next; two thirds of the window if null",
+        Between(1, 1e5, numbers="two numbers,", lengths=(2,)),
+    )
+
+
+@dataclass
 class PublishedConfig:
     """Published figures of a recipe. Training does not read them; reports show them beside those of a run."""
 
@@ -472,6 +503,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
+    eval: InferenceConfig = field(default_factory=InferenceConfig)
     mm: dict[str, Any] = option(dict, "MMEngine configuration: values that override those of the other keys")
     log: LogConfig = field(default_factory=LogConfig)
     published: PublishedConfig = field(default_factory=PublishedConfig)
@@ -511,6 +543,11 @@ def mappings(schema: type = Config) -> list[str]:
     return [name for name, item in _items(schema) if str(item.type).startswith("dict")]
 
 
+def default_of(item: Field) -> Any:
+    """The default of a field of a schema."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
 def nearest_key(key: str, schema: type = Config) -> str | None:
     """The key of `schema` that the user probably meant by `key`, judged by the keys' names and aliases."""
     best, score = None, 0.6
@@ -539,6 +576,13 @@ def check(cfg: Config) -> None:
             numbers = [value] if isinstance(value, int | float) else _numbers(value)
             absurd = f", and {high:,.0f} at most" if 100 < high < math.inf and any(n > high for n in numbers) else ""
             raise UserError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
+    if cfg.task == "classify":
+        for key, item in _items(InferenceConfig, "eval."):
+            value = OmegaConf.select(cfg, key)
+            if value != default_of(item):
+                raise UserError(
+                    f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it out."
+                )
     if cfg.data.name == "unset":
         raise UserError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
                        "for example hfds/cifar10.")  # fmt: skip

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
@@ -97,8 +98,20 @@ def load_model(
     return model, cfg, classes, str(path)
 
 
-def prediction_config(run: str, checkpoint: str) -> DictConfig:
-    """The configuration of an evaluation of `run`, of which `load_model` needs the folder and the checkpoint."""
-    cfg = OmegaConf.merge(OmegaConf.structured(config.EvalConfig), {"run": run})
-    cfg.checkpoint = checkpoint
-    return cfg
+def prediction_config(settings: Any) -> tuple[DictConfig, list[str]]:
+    """The configuration of an evaluation that `load_model` needs, and the keys that the user set.
+
+    Args:
+        settings: A `PredictConfig`.
+
+    Raises:
+        UserError: A value is of the wrong type.
+    """
+    cfg = OmegaConf.structured(config.EvalConfig)
+    cfg.run, cfg.checkpoint = settings.run, settings.checkpoint
+    for key, value in settings.overrides.items():
+        try:
+            OmegaConf.update(cfg, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{key}={value}: {str(error).splitlines()[0]}.") from error
+    return cfg, list(settings.overrides)

@@ -62,7 +62,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
             f"score={settings.score} is for detectors, but {settings.run} is a classifier's run: leave it out."
         )
     inputs.protect(out / name for name in NAMES)
-    model, cfg, classes, weights = from_run(prediction_config(settings.run, settings.checkpoint))
+    model, cfg, classes, weights = from_run(*prediction_config(settings))
     device = distributed.setup(settings.device)
     run_folder.make_folder(out, None)
     data_config = input_config(model, cfg.data)

@@ -46,9 +46,9 @@ def _register(task: str) -> None:
     from zoo.recipes.dense import confusion, optim, samplers, transforms  # noqa: F401
 
     if task == "detect":
-        from zoo.recipes.dense import coco  # noqa: F401
+        from zoo.recipes.dense import coco, detectors  # noqa: F401
     else:
-        from zoo.recipes.dense import paired_dataset  # noqa: F401
+        from zoo.recipes.dense import paired_dataset, segmentor  # noqa: F401
 
 
 def _refuse_foreign_code() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from mmengine.hooks import Hook
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 from rich.text import Text
 
@@ -20,7 +20,7 @@ from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, distributed, logs, plots, run_folder
 from zoo.recipes.classify.accuracy import percentage, plot_confusion
 from zoo.recipes.corrupt import worker_errors
-from zoo.recipes.dense import mm_keys, pictures
+from zoo.recipes.dense import mm_keys, pictures, views
 from zoo.recipes.dense.coco import NamedCoco
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.data import open_data
@@ -56,6 +56,7 @@ def evaluate(
         model, cfg, classes, weights = from_run(cfg, overridden)
     else:
         check(cfg)
+        views.check_effect(cfg, overridden)
         whole = open_whole(cfg, cfg.pretrained)
         if whole is None:
             raise UserError(
@@ -70,7 +71,7 @@ def evaluate(
         model = build_model(cfg, data.classes, torch.device("cpu"), pretrained=False)
         log.info("%s", load_whole(whole, model, cfg, data.classes, complete=True))
         classes = data.classes
-    for line in data.summary():
+    for line in [*data.summary(), *views.describe(cfg)]:
         log.info("%s", line)
     default = Path(cfg.run) / "eval" if cfg.run else None
     folder = Path(cfg.out) if cfg.out else default or run_folder.default_folder("eval-", cfg.model)
@@ -86,6 +87,7 @@ def evaluate(
         "method": cfg.dense.method,
         "weights": weights,
         "data": {"name": cfg.data.name, "root": cfg.data.root, "format": data.source, "images": images},
+        "eval": OmegaConf.to_container(cfg.eval),
         "metrics": scores(metrics),
         "corrupt_images": corrupt,
         "command": composition.command_line(),
@@ -130,7 +132,11 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[torch.nn.
     def build(cfg: DictConfig, classes: list[str]) -> torch.nn.Module:
         return build_model(cfg, classes, torch.device("cpu"), pretrained=False)
 
-    return load_model(cfg, overridden, check, build)
+    def check_all(cfg: DictConfig) -> None:
+        check(cfg)
+        views.check_effect(cfg, overridden)
+
+    return load_model(cfg, overridden, check_all, build)
 
 
 def _evaluate(

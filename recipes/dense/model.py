@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo import families
 from zoo.messages import UserError, one_line
 from zoo.recipes import batchnorm, distributed
+from zoo.recipes.dense import views
 from zoo.recipes.dense.backbone import TimmBackbone
 from zoo.recipes.dense.mm_keys import override, warn_misspelt
 from zoo.recipes.dense.settings import SCOPES, finds_masks
@@ -57,6 +58,7 @@ def model_config(cfg: DictConfig, classes: Sequence[str], device: torch.device, 
         _set_detector(model, cfg, channels, len(classes))
     else:
         _set_segmentor(model, cfg, channels, len(classes))
+    _set_views(model, cfg)
     _set_norm(model, "SyncBN" if _synchronised(device) else "BN")
     changes = OmegaConf.to_container(cfg.mm, resolve=True)
     warn_misspelt(model, changes.get("model", {}))
@@ -82,6 +84,8 @@ def build_model(
         raise UserError(
             f"dense.method={cfg.dense.method} can't be built on {cfg.model}: {one_line(error, 400)}."
         ) from error
+    if views.used(cfg) and not hasattr(model, "takes_views"):
+        raise UserError(f"eval.tta and eval.window can't be used with mm.model.type={settings.type}: leave out one.")
     if cfg.task == "segment" and _synchronised(device):
         model.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model.backbone)
     return model
@@ -264,6 +268,18 @@ def _set_segmentor(model: MMConfig, cfg: DictConfig, channels: list[int], classe
         if cfg.data.name == "digit_scenes":
             # Nine of ten pixels are background: without weights, a small model would predict nothing else for long.
             head.loss_decode.class_weight = [0.1] + [1.0] * (classes - 1)
+
+
+def _set_views(model: MMConfig, cfg: DictConfig) -> None:
+    """Take the classes that can predict an image in several parts and ways, and the window that they use."""
+    part = views.window(cfg)
+    if cfg.task == "detect":
+        model.type = f"{model.type}OfViews"
+        model.test_cfg.update(part)
+    elif cfg.task == "segment":
+        model.type = "Segmentor"
+        if part:
+            model.test_cfg = dict(mode="slide", crop_size=part["window"], stride=part["stride"])
 
 
 def _set_norm(part: Any, norm: str) -> None:

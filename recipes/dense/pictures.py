@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from matplotlib.font_manager import findfont  # ships DejaVu Sans
 from mmengine.dataset import pseudo_collate
 from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_segmentation_masks
 
 from zoo.recipes import images, sheet
+from zoo.recipes.dense import views
 from zoo.recipes.sheet import Tile
 from zoo.recipes.subsets import evenly_spread
 
@@ -41,7 +42,7 @@ def draw_objects(
     labels: torch.Tensor,
     classes: Sequence[str],
     scores: torch.Tensor | None = None,
-    masks: torch.Tensor | None = None,
+    masks: Iterable[torch.Tensor] | None = None,
     width: int | None = None,
 ) -> Image.Image:
     """Draw objects on an RGB image.
@@ -52,7 +53,7 @@ def draw_objects(
         labels: (N,), integers.
         classes: The names of the labels.
         scores: (N,), 0-1; not written if None.
-        masks: (N, H, W), bool; not drawn if None.
+        masks: N masks (H, W), bool; not drawn if None.
         width: The width of the result; None for the image's own, or a larger one for a small image.
     """
     palette = [colors(len(classes))[label] for label in labels.tolist()]
@@ -60,8 +61,13 @@ def draw_objects(
     if not len(labels):
         return to_pil_image(pixels)
     if masks is not None:
-        enlarged = torch.nn.functional.interpolate(masks[None].float(), size=pixels.shape[1:], mode="nearest")[0] > 0.5
-        pixels = draw_segmentation_masks(pixels, enlarged, alpha=0.4, colors=palette)
+        painted, taken = pixels.clone(), torch.zeros(pixels.shape[1:], dtype=torch.bool)
+        for mask, colour in zip(masks, palette, strict=True):  # one by one: all of a large photo's need gigabytes
+            enlarged = torch.nn.functional.interpolate(mask[None, None].float(), size=pixels.shape[1:])[0, 0] > 0.5
+            painted[:, enlarged] = torch.tensor(colour, dtype=torch.uint8)[:, None]
+            painted[:, enlarged & taken] = 0  # where objects overlap
+            taken |= enlarged
+        pixels = _blended(pixels, painted, 0.4)
     names = [classes[label] for label in labels.tolist()]
     if scores is not None:
         names = [f"{name} {100 * score:.0f} %" for name, score in zip(names, scores.tolist(), strict=True)]
@@ -120,10 +126,15 @@ def draw_labels(
     _, pixels = _resized(image, width)
     enlarged = torch.nn.functional.interpolate(labels[None, None].float(), size=pixels.shape[1:], mode="nearest")[0, 0]
     present = [i for i in labels.unique().tolist() if i < len(classes) and classes[i] != _BACKGROUND]
-    if not present:
-        return to_pil_image(pixels)
-    masks, palette = torch.stack([enlarged == i for i in present]), colors(len(classes))
-    return to_pil_image(draw_segmentation_masks(pixels, masks, alpha=0.6, colors=[palette[i] for i in present]))
+    painted, palette = pixels.clone(), colors(len(classes))
+    for label in present:
+        painted[:, enlarged == label] = torch.tensor(palette[label], dtype=torch.uint8)[:, None]
+    return to_pil_image(_blended(pixels, painted, 0.6))
+
+
+def _blended(below: torch.Tensor, above: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Two pictures (3, H, W), uint8, of which the upper one has the opacity `alpha`."""
+    return (below * (1 - alpha) + above * alpha).to(torch.uint8)
 
 
 def draw_sample(
@@ -134,8 +145,13 @@ def draw_sample(
         return draw_labels(image, sample.pred_sem_seg.data[0].cpu(), classes, width)
     found = sample.pred_instances
     found = found[found.scores >= score].cpu()
-    masks = torch.as_tensor(found.masks).bool() if "masks" in found else None
+    masks = map(as_mask, found.masks) if "masks" in found else None
     return draw_objects(image, found.bboxes, found.labels, classes, found.scores, masks, width)
+
+
+def as_mask(mask: Any) -> torch.Tensor:
+    """A mask (H, W), bool, from an array, or from the RLE code that merged objects have."""
+    return torch.as_tensor(coco_mask.decode(mask) if isinstance(mask, dict) else mask).bool()
 
 
 def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str], width: int | None = None) -> Image.Image:
@@ -157,9 +173,10 @@ def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequ
     for number in numbers:
         item = dataset[number]
         [result] = model.test_step(pseudo_collate([item]))
-        image = images.open_image(item["data_samples"].img_path, max_pixels=2**40)  # the data set has checked its size
+        sample = views.batches(pseudo_collate([item]))[0]["data_samples"][0]
+        image = images.open_image(sample.img_path, max_pixels=2**40)  # the data set has checked its size
         found = draw_sample(image, result, classes, width=_WIDTH)
-        true = draw_truth(image, item["data_samples"], classes, width=_WIDTH)
+        true = draw_truth(image, sample, classes, width=_WIDTH)
         pairs.append([Tile(found, "found"), Tile(true, "true")])
     title = f"{len(numbers)} of {len(dataset)} validation images: predictions, each beside its annotations."
     legend = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from zoo.recipes.dense import views
+
 
 def pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
     """The transforms of training and of test images; prediction omits those that load images and annotations."""
@@ -52,8 +54,8 @@ def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list
     else:
         train.append(several if len(dense.scales) > 1 else one)
     train.append(dict(type="PackDetInputs"))
-    keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
-    return train, [load, one, annotations, dict(type="PackDetInputs", meta_keys=keys)]
+    keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
+    return train, views.pipeline(cfg, load, [annotations, dict(type="PackDetInputs", meta_keys=keys)])
 
 
 def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
@@ -83,8 +85,7 @@ def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], l
         train.append(dict(type="RandomFlip", prob=cfg.augment.hflip))
     if dense.photometric:
         train.append(dict(type="PhotoMetricDistortion"))
-    test = [load, one]
+    test = [annotations, dict(type="PackSegInputs")]  # labels keep their size: predictions are resized to them
     if dense.test_divisor:
-        test.append(dict(type="ResizeToMultiple", size_divisor=dense.test_divisor))
-    # Labels keep their size: predictions are resized to them.
-    return [*train, dict(type="PackSegInputs")], [*test, annotations, dict(type="PackSegInputs")]
+        test.insert(0, dict(type="ResizeToMultiple", size_divisor=dense.test_divisor))
+    return [*train, dict(type="PackSegInputs")], views.pipeline(cfg, load, test)

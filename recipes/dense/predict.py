@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from zoo.recipes import atomic_files, distributed, run_folder
-from zoo.recipes.dense import evaluate, pictures
+from zoo.recipes.dense import evaluate, pictures, views
 from zoo.recipes.dense.pipelines import pipelines
 from zoo.recipes.inputs import Inputs, as_text, shown
 from zoo.recipes.logs import log
@@ -35,12 +35,13 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         UserError: The user can correct the cause; or, at the end, images were left out.
     """
     inputs.protect(target for item in inputs.found for target in (_picture(out, item.name), _labels(out, item.name)))
-    model, cfg, classes, _ = evaluate.from_run(prediction_config(settings.run, settings.checkpoint))
+    model, cfg, classes, _ = evaluate.from_run(*prediction_config(settings))
     device = distributed.setup(settings.device)
     model = model.to(device).eval()
     run_folder.make_folder(out, None)
-    steps = pipelines(cfg, False)[1]
-    pipeline = Compose([step for step in steps if not step["type"].startswith("Load")])
+    pipeline = Compose(views.without_loading(pipelines(cfg, False)[1]))
+    for line in views.describe(cfg):
+        log.info("%s", line)
     written = _Written(cfg, out, classes, pictures.SCORE if settings.score is None else settings.score)
     try:
         with Progress(True) as bar:
@@ -103,7 +104,9 @@ class _Written:
                 "score": float(objects.scores[i]),
             }
             if "masks" in objects:
-                code = coco_mask.encode(np.asfortranarray(objects.masks[i].numpy().astype(np.uint8)))
+                code = objects.masks[i]  # of merged objects, an RLE code
+                if not isinstance(code, dict):
+                    code = coco_mask.encode(np.asfortranarray(code.numpy().astype(np.uint8)))
                 item["area"] = float(coco_mask.area(code))
                 item["segmentation"] = {"size": list(map(int, code["size"])), "counts": code["counts"].decode()}
             self.objects.append(item)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoo.messages import UserError
 from zoo.recipes import config, distributed
+from zoo.recipes.dense import views
 
 METHODS = {"detect": config.DETECTORS, "segment": config.SEGMENTORS}
 # Where each task's models and transforms are registered.
@@ -86,6 +87,7 @@ def check(cfg: DictConfig) -> None:
     for key, (fine, allowed) in rules.items():
         if not fine:
             raise UserError(f"{key}={OmegaConf.select(cfg, key)} is not allowed: it has to be {allowed}.")
+    views.check(cfg)
 
 
 def finds_masks(cfg: DictConfig) -> bool:

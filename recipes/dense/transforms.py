@@ -12,6 +12,7 @@ from mmengine.registry import TRANSFORMS
 
 from zoo.messages import UserError
 from zoo.recipes.corrupt import CorruptFile
+from zoo.recipes.dense import views
 from zoo.recipes.dense.data_checks import check_size
 from zoo.recipes.dense.segmentation_data import read_labels
 from zoo.recipes.errors import of_the_system
@@ -110,9 +111,11 @@ class SkipsCorrupt:
             if corrupt and item is not None and "data_samples" not in item:
                 self.corrupt = [*self.corrupt, *corrupt]
             elif corrupt and item is not None:
-                item["data_samples"].set_metainfo({"corrupt": corrupt})
-                if self.test_mode:
-                    self.exclude(item["data_samples"], idx)
+                samples = item["data_samples"]
+                for sample in samples if isinstance(samples, list) else [samples]:  # one for each view
+                    sample.set_metainfo({"corrupt": corrupt})
+                    if self.test_mode:
+                        self.exclude(sample, idx)
             return item
         raise UserError(f"{len(corrupt)} corrupt images in a row; the first is {corrupt[0]}: check the data.")
 
@@ -138,4 +141,5 @@ class MixesImages:
 
 def corrupt_names(data_batch: dict[str, Any]) -> list[str]:
     """The names of the images of a batch that could not be read."""
-    return [name for sample in data_batch["data_samples"] for name in sample.get("corrupt", ())]
+    samples = views.batches(data_batch)[0]["data_samples"]
+    return [name for sample in samples for name in sample.get("corrupt", ())]

@@ -15,6 +15,7 @@ top1, box_ap, mask_ap, miou, miou_multi_scale
 published   where these were published
 remark      a sentence that follows the figures
 command     arguments of the command, besides recipe= and data.root=
+evaluation  arguments of zoo-eval that give miou_multi_scale, besides eval.tta=multi_scale
 run_folder  true if the command names the run folder, because another recipe starts from the weights in it
 data, augment, optim, ...
             settings as in recipes/config.py; a comment after a setting is copied with it
@@ -48,8 +49,8 @@ WIDTH = 120
 
 FIGURES = tuple(item.name for item in dataclasses.fields(config.PublishedConfig) if item.type == "float | None")
 WORDS = ("title", "paper", "source", "note", "model", "pretrained", "drop_path", *FIGURES, "published", "remark")
-WORDS += ("command", "run_folder", "options", "base", "table", "rows")
-SECTIONS = ("model_kwargs", "data", "augment", "optim", "schedule", "trainer", "dense", "mm")
+WORDS += ("command", "evaluation", "run_folder", "options", "base", "table", "rows")
+SECTIONS = ("model_kwargs", "data", "augment", "optim", "schedule", "trainer", "dense", "eval", "mm")
 # An option's settings in these sections are written out, so an option on the command line does not change them.
 WRITTEN_OUT = ("schedule", "trainer", "dense")
 METHODS = {
@@ -165,6 +166,10 @@ def recipe(name: str, row: str, table: str, layers: list[Entry], names: dict[str
     if figures:
         published = {"model": words["model"], **figures, "source": words["published"]}
         own |= {("published", key): value for key, value in published.items()}
+    if "miou_multi_scale" in figures:
+        # MMSegmentation's and, relative to the size, Mask2Former's; written out, because the figure depends on them.
+        for key in (("eval", "scales"), ("eval", "flip")):
+            own.setdefault(key, Setting(_spelt(_keys()[key])))
 
     chosen, given = _of_options(tuple(options.items()))
     method = ("dense", "method")  # that of dense=..., which another option changes
@@ -282,6 +287,9 @@ def _commands(name: str, words: Entry, settings: Settings, method: str | None) -
         hint += " Its batch norms then see fewer images, those of one pass, which can cost accuracy."
     saves = settings.get(("trainer", "amp"), "none") == "none"
     yield from _comment(hint + (" trainer.amp=bf16 saves time." if saves else ""))
+    if "miou_multi_scale" in words:
+        further = words.get("evaluation", "")
+        yield from _comment(f"Several scales: zoo-eval runs/<folder> eval.tta=multi_scale {further}")
     if "/" in words.get("pretrained", ""):
         instead = f"instead of {words['pretrained']}"
         yield from _comment(f"pretrained=<path> takes another run folder, or a checkpoint file, {instead}.")

@@ -467,7 +467,7 @@ def test_dinat_backbone(dinat):
 
 def test_dinat_heads(dinat):
     _, _, model, built = dinat
-    assert (model.type, model.neck.type, model.roi_head.type) == ("MaskRCNN", "FPN", "StandardRoIHead")
+    assert (model.type, model.neck.type, model.roi_head.type) == ("MaskRCNNOfViews", "FPN", "StandardRoIHead")
     assert built.roi_head.bbox_head.fc_cls.out_features == 81
     assert built.roi_head.mask_head.conv_logits.out_channels == 80
 

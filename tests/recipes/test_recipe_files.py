@@ -576,8 +576,20 @@ def test_vsa_on_cityscapes_follows_the_readme(recipe_config, thousands):
     ],
 )
 def test_images_are_evaluated_in_windows(recipe_config, recipe, size, stride):
-    windows = {"mode": "slide", "crop_size": [size, size], "stride": [stride, stride]}
-    assert recipe_config(recipe).mm == {"model": {"test_cfg": windows}}
+    chosen = recipe_config(recipe).eval
+    assert (chosen.window, chosen.stride, chosen.tta) == ([size, size], [stride, stride], "none")
+
+
+@pytest.mark.slow
+def test_figures_at_several_scales_have_their_settings(recipes):
+    # MMSegmentation 0.x: tools/test.py --aug-test. Mask2Former: short sides of 320, 480, ... 1120 where 640 is usual.
+    quoted = {name: cfg for name, cfg in recipes.items() if cfg.published.miou_multi_scale}
+    assert len(quoted) == 36
+    for name, cfg in quoted.items():
+        assert (cfg.eval.scales, cfg.eval.flip, cfg.eval.tta) == ([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], True, "none"), name
+    assert [int(640 * scale) for scale in quoted["ade20k/mask2former_dinat_large"].eval.scales] == [
+        *(320, 480, 640, 800, 960, 1120)
+    ]
 
 
 @pytest.mark.slow
