@@ -34,12 +34,16 @@ Export a model to a file that runs without zoo and timm: .pt2, which torch.expor
 Batch, height and width stay dynamic where the model allows it; the command prints which are fixed. The file is compared
 with the model on the CPU, at two sizes if it takes two, and kept only if they differ by at most 1e-4 (relative to the
 largest output, if that is above 1). The input is images in float32, normalised as printed. The file also holds these
-facts as JSON: under "zoo" in the metadata of an ONNX file, in the extra file "zoo.json" of a .pt2."""
+facts as JSON: under "zoo" in the metadata of an ONNX file, in the extra file "zoo.json" of a .pt2.
+
+A segmentor's file returns logits at the size of the images. A RetinaNet's returns the scores and boxes of all anchors;
+that of a Mask R-CNN or Cascade Mask R-CNN ends with the proposals. NMS and RoI heads are not part of a file."""
 EXAMPLES = """\
 examples:
   zoo-export van_b0 --pretrained                         published weights to van_b0.pt2
   zoo-export runs/mine -o mine.onnx                      the classifier in a run folder of zoo-train, with its last
                                                          weights; --checkpoint best takes its best weights
+  zoo-export runs/streets -o streets.onnx                the segmentor or detector in a run folder, in the same way
   zoo-export dinat_mini --pretrained mine.safetensors --format onnx
   zoo-export cswin_tiny --features --size 512 768        four feature maps; the size of the example image
   zoo-export resnet18 --static --size 224 224 -o resnet18.onnx
@@ -129,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 def _export(options: argparse.Namespace) -> None:
     form, out = _target(options)
     with _progress(f"loading {options.model}"):
-        loaded = _load(options)
+        loaded, names, facts = _load(options)
     model, config = loaded.model, loaded.config
     channels, *size = config["input_size"]
     size = tuple(options.size or size)
@@ -142,9 +146,8 @@ def _export(options: argparse.Namespace) -> None:
             ) from error
     if options.features:
         names = [f"features_{i}" for i in range(len(outputs))]
-    else:
-        names = ["embedding" if options.num_classes == 0 else "logits"]
-    facts = _facts(model, options, config)
+    preprocessing = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct") if name in config}
+    facts = {"model": options.model, "preprocessing": preprocessing, **facts}
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".zoo-export-") as folder:
@@ -199,7 +202,8 @@ def _first_that_works(
     options: argparse.Namespace,
 ) -> tuple[Exported, list[str]]:
     """Export with dynamic batch and size, else only the batch, else neither. Also returns why something is fixed."""
-    wider = (size[0] + 32, size[1] + 96)
+    step = facts.get("size_divisor") or 32
+    wider = (size[0] + step, size[1] + 3 * step)
     notes = []
     attempts = [((), (1, channels, *size))]  # dynamic dimensions, and the shape of the images of the second check
     if not options.static:
@@ -243,22 +247,52 @@ def _target(options: argparse.Namespace) -> tuple[str, Path]:
     return form, out
 
 
-def _load(options: argparse.Namespace) -> OpenModel:
+def _load(options: argparse.Namespace) -> tuple[OpenModel, list[str], dict[str, Any]]:
+    """The model, the names of its outputs (without those of `--features`), and what a user has to know about it."""
     from zoo.opening import open_model
 
+    if _is_dense_run(options.model):
+        return _load_dense(options)
     settings: dict[str, Any] = {}
     if options.features:
         settings["features_only"] = True
     elif options.num_classes is not None:
         settings["num_classes"] = options.num_classes
-    return open_model(options.model, options.pretrained, size=options.size, checkpoint=options.checkpoint, **settings)
+    loaded = open_model(options.model, options.pretrained, size=options.size, checkpoint=options.checkpoint, **settings)
+    classes = None if settings else loaded.model.pretrained_cfg.get("label_names")
+    return loaded, ["embedding" if options.num_classes == 0 else "logits"], {"classes": classes and list(classes)}
 
 
-def _facts(model: nn.Module, options: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
-    """What a user of the file has to know about the model."""
-    names = None if options.features or options.num_classes is not None else model.pretrained_cfg.get("label_names")
-    preprocessing = {name: config[name] for name in ("mean", "std", "interpolation", "crop_pct")}
-    return {"model": options.model, "preprocessing": preprocessing, "classes": names and list(names)}
+def _is_dense_run(name: str) -> bool:
+    """Whether `name` is the folder of a detector's or segmentor's run; those of finished classifiers have config.json.
+
+    Raises:
+        UserError: It is a run folder that can't be read.
+    """
+    folder = Path(name)
+    if not (folder / "config.yaml").is_file() or (folder / "config.json").exists():
+        return False
+    from zoo.recipes import reading
+
+    return reading.load_config(folder).get("task", "classify") != "classify"
+
+
+def _load_dense(options: argparse.Namespace) -> tuple[OpenModel, list[str], dict[str, Any]]:
+    from zoo.recipes import reading, tasks
+
+    given = {
+        "the pretrained weights": options.pretrained,
+        "the number of classes": options.num_classes is not None,
+        "--features": options.features,
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise OptionError(
+                f"{options.model} is the run folder of a detector or segmentor, which is exported as it is: leave out "
+                f"{option}."
+            )
+    folder = Path(options.model)
+    return tasks.load(reading.load_config(folder).task, "export").open_run(folder, options.checkpoint)
 
 
 def _attempt(
@@ -451,9 +485,13 @@ def _report(record: dict[str, Any]) -> None:
         print(f"  {note}")
     mean, std = (f"({', '.join(f'{value:.4g}' for value in preprocessing[name])})" for name in ("mean", "std"))
     print(f"  of pixels from 0 to 1, minus {mean}, divided by {std}")
+    if divisor := record.get("size_divisor"):
+        print(f"  padded with zeros on the right and below to a multiple of {divisor} pixels")
     for output in record["outputs"]:
         at = f", at {size_text(record['size'])} pixels" if is_open and len(output["shape"]) > 2 else ""
         print(f"output: {output['name']} ({', '.join(map(str, output['shape']))}){at}")
+    if record.get("outside"):
+        print(f"not in the file: {record['outside']}")
     checks = ", ".join(f"{check['difference']:.1e} at {size_text(check['shape'])}" for check in record["checks"])
     print(f"largest difference from the model: {checks} (limit {record['limit']:.0e})")
 

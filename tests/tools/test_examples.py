@@ -12,6 +12,8 @@ from http.server import HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import onnx
 import pytest
 import timm
 import torch
@@ -85,6 +87,31 @@ def test_grad_cam_draws(run, tmp_path):
     assert heat.min() >= 0
     assert heat.max() == pytest.approx(1, abs=1e-3)
     assert Image.open(tmp_path / "cam.png").size == (320, 224)
+
+
+def test_onnx_boxes_are_in_pixels_of_the_photo(run, tmp_path):
+    """The file returns four objects of a photo of 48 x 96 pixels, which it gets with 64 x 128."""
+    scores, boxes = np.zeros((1, 3, 2), np.float32), np.zeros((1, 3, 4), np.float32)
+    scores[0] = [[0.9, 0.6], [0.8, 0.1], [0.1, 0.7]]
+    boxes[0] = [[0, 0, 64, 32], [2, 0, 66, 32], [64, 32, 130, 64]]  # the first two overlap
+    outputs = {"scores": scores, "boxes": boxes}
+    nodes = [
+        onnx.helper.make_node("Constant", [], [k], value=onnx.numpy_helper.from_array(outputs[k])) for k in outputs
+    ]
+    describe, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    described = [describe(name, kind, value.shape) for name, value in outputs.items()]
+    graph = onnx.helper.make_graph(nodes, "boxes", [describe("images", kind, (1, 3, 64, 128))], described)
+    model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    facts = {"classes": ["cat", "dog"], "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3}, "short_side": 64}
+    facts |= {"max_size": 128, "size_divisor": 32, "iou_threshold": 0.5, "max_per_image": 100}
+    onnx.helper.set_model_props(model, {"zoo": json.dumps(facts)})
+    onnx.save(model, tmp_path / "model.onnx")
+    Image.new("RGB", (96, 48), "white").save(tmp_path / "photo.png")
+    found = run("onnx_boxes", "model.onnx", "photo.png", "found.png")["found"]
+    assert [name for name, _, _ in found] == ["cat", "dog", "dog"]
+    np.testing.assert_allclose([score for _, score, _ in found], [0.9, 0.7, 0.6])
+    np.testing.assert_allclose([box for _, _, box in found], [[0, 0, 48, 24], [48, 24, 96, 48], [0, 0, 48, 24]])
+    assert Image.open(tmp_path / "found.png").getpixel((48, 30)) == (255, 0, 0)
 
 
 @pytest.mark.slow
