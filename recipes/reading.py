@@ -41,6 +41,8 @@ class Summary(TypedDict, total=False):
 
     metrics: Required[dict[str, float | None]]
     params: float
+    multiply_adds: float | None
+    image_size: list[int]
     seconds: float | None
     processes: int
     train_images: int

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from zoo.messages import UserError
+from zoo.messages import UserError, size_text
 from zoo.recipes import cli, config, reading, sheet
 from zoo.recipes.atomic_files import write_text
 from zoo.recipes.composition import composed, flat
@@ -300,6 +300,9 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     params = summary.get("params") or record.facts.get("params")
     if params:
         tiles.append(("parameters", f"{params / 1e6:.2f} M", ""))
+    if summary.get("multiply_adds"):  # of detectors and segmentors
+        size = f"for an image of {size_text(summary['image_size'])}" if summary.get("image_size") else ""
+        tiles.append(("multiply-adds", f"{summary['multiply_adds'] / 1e9:.4g} G", size))
     seconds = summary.get("seconds") or (record.history[-1].get("seconds") if record.history else None)
     if seconds:
         tiles.append(("time", _duration(seconds), ""))

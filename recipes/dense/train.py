@@ -27,6 +27,7 @@ from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
 from zoo.recipes.dense import mm_keys, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
+from zoo.recipes.dense.cost import cost_of_evaluation
 from zoo.recipes.dense.data import open_data
 from zoo.recipes.dense.detection_data import DetectionData
 from zoo.recipes.dense.model import check_batchnorm, memory_format
@@ -322,17 +323,19 @@ class DenseRun(BaseRun):
 
     def finish(self) -> dict[str, Any]:
         """Write the final files and return the summary."""
-        record = self.history[-1]
+        record, cost = self.history[-1], {}
         self._write_weights("model.safetensors")
         if self.primary:
             path = self.folder / "predictions.png"
             pictures.draw_samples(path, self.evaluated(), self.runner.val_dataloader.dataset, self.data.classes)
             if self.wandb:
                 records.log_pictures(self.wandb, [path, self.folder / "curves.png"])
+            cost = cost_of_evaluation(self.evaluated(), self.runner.val_dataloader.dataset)
         summary = self.write_summary(
             {name: record[f"val_{name}"] for name in SCORES.values() if f"val_{name}" in record},
             method=self.cfg.dense.method,
             params=self.params,
+            **cost,
             epochs=record["epoch"],
             train_images=self.data.train.num_images,
             val_images=self.val_images(),
