@@ -1,5 +1,5 @@
-"""The values in `mm`, which a user gives to MMEngine: refused where they have no effect, completed where they can't be
-written in Hydra or are tedious to write.
+"""The values in `mm`, which a user gives to MMEngine: refused where zoo has a key for them or nothing reads them,
+completed where Hydra can't hold them or they are tedious to write.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from zoo.messages import UserError, did_you_mean, nearest
 from zoo.recipes.logs import log
 
-# Keys that a run sets itself, or that no command reads, and what has the effect that a user expects of them.
+# Keys that a run sets itself, or that no command reads, and what to use in their place.
 _REPLACED = {
     "cfg": "the keys below mm",
     "data_preprocessor": "mm.model.data_preprocessor",
@@ -48,7 +48,7 @@ _WITHOUT_MASKS = ("Mosaic", "MixUp")  # steps of mmdet that mix images and boxes
 
 
 def check(mm: Mapping[str, Any], task: str) -> None:
-    """Refuse what has no effect, or would leave a run without a score.
+    """Refuse what has no effect or a key of zoo, and what would leave a run without a score.
 
     Raises:
         UserError: The message names the key and what to use instead.
@@ -58,7 +58,7 @@ def check(mm: Mapping[str, Any], task: str) -> None:
         nested = {f"{key}.{name}" for name in value} if isinstance(value, Mapping) else set()
         for name in (key, *sorted(nested)):
             if name in _REPLACED:
-                raise UserError(f"mm.{name} has no effect: use {_REPLACED[name]} instead.")
+                raise UserError(f"mm.{name} can't be set: use {_REPLACED[name]} instead.")
         if key not in known:
             hint = did_you_mean(str(key), known, prefix="mm.") or f"it has to be one of {', '.join(known)}."
             raise UserError(f"mm.{key} has no effect, because MMEngine's Runner has no such argument: {hint}")
@@ -83,7 +83,7 @@ def warn_misspelt(settings: Any, changes: Any, path: str = "mm.model") -> None:
         if key in settings:
             warn_misspelt(settings[key], value, f"{path}.{key}")
         elif ".train_cfg" in path or ".test_cfg" in path:
-            meant = nearest(key, settings, cutoff=0.75)
+            meant = nearest(str(key), settings, cutoff=0.75)
             if meant:
                 log.warning("%s.%s is not in the configuration: did you mean %s?", path, key, meant[0])
 
