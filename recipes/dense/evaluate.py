@@ -50,8 +50,7 @@ def evaluate(
         UserError: The user can correct the cause; the message says how.
     """
     logs.start_log(None, distributed.rank() == 0)
-    if any(key.partition(".")[0] == "mm" for key in overridden):
-        mm_keys.check(cfg.mm, cfg.task)
+    typed = cfg.mm
     if cfg.run:
         model, cfg, classes, weights = from_run(cfg, overridden)
     else:
@@ -64,6 +63,7 @@ def evaluate(
                 "a whole detector or segmentor."
             )
         classes, weights = whole.classes, str(whole.path)
+    mm_keys.check(typed, cfg.task)
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg, training=False, classes=classes)
