@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from mmdet.models.dense_heads import AnchorHead, MaskFormerHead, RetinaHead, RPNHead
 from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.layers import pool_to_bins
 from zoo.messages import UserError
 from zoo.opening import OpenModel
+from zoo.recipes import config
 from zoo.recipes.dense import evaluate
-from zoo.recipes.run_weights import prediction_config
 
 
 def open_run(folder: Path, checkpoint: str) -> tuple[OpenModel, list[str], dict[str, Any]]:
@@ -33,14 +33,16 @@ def open_run(folder: Path, checkpoint: str) -> tuple[OpenModel, list[str], dict[
     Raises:
         UserError: The run can't be read, or its method can't be exported.
     """
-    model, cfg, classes, _ = evaluate.from_run(prediction_config(str(folder), checkpoint))
+    settings = OmegaConf.structured(config.EvalConfig)
+    settings.run, settings.checkpoint = str(folder), checkpoint
+    model, cfg, classes, _ = evaluate.from_run(settings)
     model.eval()
     exported = _exportable(model, cfg, folder)
     prepared, dense = model.data_preprocessor, cfg.dense
     divisor = dense.size_divisor
     short = min(dense.scales[-1], dense.max_size)
     side = -(-short // divisor) * divisor
-    config = {
+    opening = {
         "input_size": (3, side, side),
         **{name: tuple((getattr(prepared, name).flatten() / 255).tolist()) for name in ("mean", "std")},
         "interpolation": "bilinear",
@@ -57,7 +59,7 @@ def open_run(folder: Path, checkpoint: str) -> tuple[OpenModel, list[str], dict[
     }
     if cfg.task == "segment":
         facts |= {"ignore_index": cfg.data.ignore_index, "test_divisor": dense.test_divisor}
-    opened = OpenModel(exported, folder.resolve().name, f"its {checkpoint} weights", config, False)
+    opened = OpenModel(exported, folder.resolve().name, f"its {checkpoint} weights", opening, False)
     return opened, exported.outputs, facts
 
 

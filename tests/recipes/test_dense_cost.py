@@ -11,17 +11,15 @@ cost = tasks.load("segment", "cost")
 models = tasks.load("segment", "model")
 evaluate = tasks.load("detect", "evaluate")
 
-from zoo.recipes.run_weights import prediction_config  # noqa: E402
-
 pytestmark = pytest.mark.slow
 
 
-def test_summary_has_what_a_segmentor_does_for_an_image(finished_dense, summary):
+def test_summary_has_what_a_segmentor_does_for_an_image(finished_dense, summary, compose):
     """The same as for a forward pass that computes values."""
     folder = finished_dense["segment"]
     found = summary(folder)
     assert found["image_size"] == [128, 128]
-    model = evaluate.from_run(prediction_config(str(folder), "last"))[0].eval()
+    model = evaluate.from_run(compose(f"run={folder}", name="eval"))[0].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad(), implementation("reference"), FlopCounterMode(display=False) as counter:
         model(torch.rand(1, 3, 128, 128), mode="tensor")

@@ -15,7 +15,6 @@ from PIL import Image
 
 from zoo.messages import UserError
 from zoo.recipes import tasks
-from zoo.recipes.run_weights import prediction_config
 from zoo.tools import export as command
 
 export = tasks.load("segment", "export")
@@ -42,11 +41,11 @@ def exported(fit_dense, tmp_path, capsys):
 
 
 @pytest.fixture
-def opened(digit_scenes):
+def opened(digit_scenes, compose):
     """The model of a run, a photo, and the model's prediction for it as zoo-predict makes it."""
 
     def call(run, **test):
-        model, cfg, _, _ = evaluate.from_run(prediction_config(str(run), "last"))
+        model, cfg, _, _ = evaluate.from_run(compose(f"run={run}", name="eval"))
         if test:
             model.bbox_head.test_cfg.update(test)
         photo = next((digit_scenes / "images" / "val").glob("*.png"))
@@ -110,7 +109,7 @@ def test_segmentor_labels_pixels_as_in_mmseg(exported, opened, method, form):
 
 
 @pytest.mark.long
-def test_two_stages_end_with_the_proposals(exported):
+def test_two_stages_end_with_the_proposals(exported, compose):
     said, run, file = exported("detect", "mask_rcnn", "--static", form="pt2")
     names = ["objectness", "proposals", *(f"features_{i}" for i in range(4))]
     assert [output["name"] for output in said["outputs"]] == names
@@ -119,7 +118,7 @@ def test_two_stages_end_with_the_proposals(exported):
     objectness, proposals, *features = torch.export.load(file).module()(images)
     assert [x.shape[2] for x in features] == [32, 16, 8, 4]
     assert proposals.shape == (*objectness.shape, 4)
-    model = evaluate.from_run(prediction_config(str(run), "last"))[0].eval()
+    model = evaluate.from_run(compose(f"run={run}", name="eval"))[0].eval()
     with torch.no_grad():
         sample = DetDataSample(metainfo={"img_shape": (128, 128)})
         [kept] = model.rpn_head.predict(model.extract_feat(images), [sample])
