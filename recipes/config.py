@@ -349,7 +349,7 @@ class TrainerConfig:
     max_updates: int | None = option(None, "maximum number of updates, to try a recipe out", COUNT)
     patience: int | None = option(
         None,
-        "patience: stop after this number of evaluations in a row that are not the best so far; null never stops early",
+        "patience: stop after so many evaluations without a new best; never if null",
         COUNT,
         aliases=("early_stopping",),
     )
@@ -393,7 +393,7 @@ class DenseConfig:
     )
     pretrained_heads: bool = option(
         True,
-        "pretrained heads: of the weights of a detector or segmentor, load the neck and heads as well as the backbone",
+        "pretrained heads: from a detector or segmentor, load the neck and heads too",
     )
     norm_eval: bool = option(False, "norm evaluation: BatchNorm in the backbone keeps its statistics")
     scales: list[int] = option(
@@ -488,8 +488,7 @@ class Config:
     model_kwargs: dict[str, Any] = option(dict, "model keyword arguments, for example {drop_path_rate: 0.1}")
     pretrained: Any = option(
         False,
-        "pretrained weights: false, true (the published ones), a checkpoint or a run folder; those of a detector or "
-        "segmentor have its neck and heads too",
+        "pretrained weights: false, true (the published ones), a checkpoint or a run folder",
     )
     run: str | None = option(None, "run folder; runs/<date>-<model> if null")
     resume: str = option(
