@@ -89,7 +89,8 @@ def _is_complete(folder: Path) -> bool:
         names = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
         raise UserError(
             f"data.root={folder} has other content ({names}) than these digit scenes: "
-            "give a new or empty folder, or leave data.root out to use the cache."
+            "give a new or empty folder, or leave data.root out to use the cache; for data of your own, add data=coco "
+            "(task=detect) or data=masks (task=segment)."
         )
     return False
 

@@ -171,6 +171,7 @@ def test_cityscapes(streets, cache):
     made = [label.is_relative_to(cache) for split in (data.train, data.val) for _, label in read_pairs(split.labels)]
     assert made == [True, True, False]  # the validation image has labelTrainIds
     assert _files(streets) == before
+    assert _segment(streets, training=False).val.labels == data.val.labels  # converted once for both
 
 
 def test_train_ids_of_cityscapes():

@@ -7,6 +7,7 @@ The 19 classes, their order and the ids in the label files are those of the data
 from __future__ import annotations
 
 import json
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from zoo.messages import UserError
 from zoo.recipes import atomic_files, distributed
-from zoo.recipes.dense.formats.converted import Converted, convert, split_name
+from zoo.recipes.dense.formats.converted import DATA, Converted, convert, split_name
 from zoo.recipes.files import DECODING_ERRORS, reason
 from zoo.recipes.progress import track
 
@@ -42,7 +43,7 @@ IDS = {
     "bicycle": 33,
 }
 IGNORED = 255
-_IMAGE, _LABEL = "_leftImg8bit.png", "_gtFine_"
+_IMAGE, _TRAIN_IDS, _IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
 
 
 def read_segmentation(root: Path, splits: dict[str, str]) -> Converted:
@@ -56,32 +57,25 @@ def read_segmentation(root: Path, splits: dict[str, str]) -> Converted:
         UserError: A split is missing, or an image has no labels.
     """
     known = [path.name for path in (root / "leftImg8bit").iterdir() if path.is_dir()]
-    found = {key: _pairs(root, split_name(split, known, str(root / "leftImg8bit"))) for key, split in splits.items()}
-    labels = [label for pairs in found.values() for _, label in pairs]
+    files = {}
+    for key, split in splits.items():
+        name = split_name(split, known, str(root / "leftImg8bit"))
+        pairs = _pairs(root, name)
+        labels = [label for _, label in pairs]
+        files[key] = convert(f"cityscapes-{name}", root, labels, partial(_write, root, pairs)) / DATA
+    return Converted("Cityscapes", files, root, classes=list(IDS))
 
-    def write(folder: Path) -> None:
-        made = [label for label in labels if label.name.endswith("_labelIds.png")]
-        for label in made:
-            (folder / "labels" / label.parent.relative_to(root)).mkdir(parents=True, exist_ok=True)
-        with ThreadPool(min(8, distributed.cores())) as pool:  # decoding releases the GIL
-            for _ in track(
-                pool.imap(lambda label: _write_train_ids(label, folder / "labels" / label.relative_to(root)), made),
-                len(made),
-                "labels of Cityscapes",
-            ):
-                pass
-        for key, pairs in found.items():
-            content = [
-                (
-                    str(image),
-                    f"labels/{label.relative_to(root)}" if label.name.endswith("_labelIds.png") else str(label),
-                )
-                for image, label in pairs
-            ]
-            atomic_files.write_text(folder / f"{key}.json", json.dumps(content))
 
-    folder = convert("cityscapes", root, labels, write)
-    return Converted("Cityscapes", {key: folder / f"{key}.json" for key in found}, root, classes=list(IDS))
+def _write(root: Path, pairs: list[tuple[Path, Path]], folder: Path) -> None:
+    made = {label: Path("labels") / label.relative_to(root) for _, label in pairs if label.name.endswith(_IDS)}
+    for path in made.values():
+        (folder / path.parent).mkdir(parents=True, exist_ok=True)
+    with ThreadPool(min(8, distributed.cores())) as pool:  # decoding releases the GIL
+        written = pool.imap(lambda label: _write_train_ids(label, folder / made[label]), made)
+        for _ in track(written, len(made), "labels of Cityscapes"):
+            pass
+    content = [(str(image), str(made.get(label, label))) for image, label in pairs]
+    atomic_files.write_text(folder / DATA, json.dumps(content))
 
 
 def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
@@ -92,7 +86,7 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     pairs, without = [], []
     for image in images:
         start = root / "gtFine" / split / image.parent.name / image.name.removesuffix(_IMAGE)
-        files = (start.with_name(f"{start.name}{_LABEL}{kind}.png") for kind in ("labelTrainIds", "labelIds"))
+        files = (start.with_name(f"{start.name}{ending}") for ending in (_TRAIN_IDS, _IDS))
         label = next((file for file in files if file.is_file()), None)
         if label:
             pairs.append((image.absolute(), label.absolute()))
@@ -101,7 +95,7 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
     if without:
         raise UserError(
             f"{len(without)} of the {len(images)} images in {root / 'leftImg8bit' / split} have no "
-            f"*{_LABEL}labelTrainIds.png or *{_LABEL}labelIds.png in {root / 'gtFine' / split}; the first is "
+            f"*{_TRAIN_IDS} or *{_IDS} in {root / 'gtFine' / split}; the first is "
             f"{without[0].name}: unpack gtFine_trainvaltest.zip."
         )
     return pairs

@@ -12,6 +12,7 @@ from zoo.messages import UserError
 from zoo.recipes import cache
 from zoo.recipes.logs import log
 
+DATA = "data.json"  # the converted file of a split
 _VERSION = 1  # increase it when anything in the converted files changes
 _USUAL = {"train2017": "train", "training": "train", "val2017": "val", "validation": "val"}  # of data=coco, data=ade20k
 

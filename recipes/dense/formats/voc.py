@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,7 @@ from zoo.messages import UserError
 from zoo.recipes import atomic_files
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.data_checks import read_size
-from zoo.recipes.dense.formats.converted import Converted, convert, split_name
+from zoo.recipes.dense.formats.converted import DATA, Converted, convert, split_name
 from zoo.recipes.files import read_lines
 from zoo.recipes.images import ENDINGS
 from zoo.recipes.progress import track
@@ -50,20 +51,25 @@ def read_detection(root: Path, splits: dict[str, str], max_pixels: int) -> Conve
     _refuse_missing(used, images, root / "JPEGImages", "image")
     _refuse_missing(used, {name: path for name, path in files.items() if path.is_file()}, root / "Annotations", "XML")
 
-    def write(folder: Path) -> None:
-        present = [name for name in everything if files[name].is_file()]
-        parsed = {name: _objects(files[name]) for name in track(present, len(present), "annotations of VOC")}
-        names = {item["name"] for _, objects in parsed.values() for item in objects}
-        classes = list(CLASSES) if names <= set(CLASSES) else sorted(names)
-        for key in wanted:
-            content = _coco([(images[name], *parsed[name]) for name in wanted[key]], classes, max_pixels)
-            atomic_files.write_text(folder / f"{key}.json", json.dumps(content))
+    present = [name for name in everything if files[name].is_file()]
 
-    kept = [files[name] for name in everything if files[name].is_file()]
-    kind = "voc-" + "-".join(f"{key}_{path.stem}" for key, path in lists.items())
-    folder = convert(kind, root, [*lists.values(), root / "JPEGImages", *kept], write)
+    @cache  # for both splits
+    def parsed() -> dict[str, tuple[tuple[int, int] | None, list[dict[str, Any]]]]:
+        return {name: _objects(files[name]) for name in track(present, len(present), "annotations of VOC")}
+
+    def write(names: list[str], folder: Path) -> None:
+        found = {item["name"] for _, objects in parsed().values() for item in objects}
+        classes = list(CLASSES) if found <= set(CLASSES) else sorted(found)
+        content = _coco([(images[name], *parsed()[name]) for name in names], classes, max_pixels)
+        atomic_files.write_text(folder / DATA, json.dumps(content))
+
+    sources = [root / "JPEGImages", *(files[name] for name in present)]
+    converted = {
+        key: convert(f"voc-{path.stem}", root, [path, *sources], partial(write, wanted[key])) / DATA
+        for key, path in lists.items()
+    }
     source = f"Pascal VOC ({', '.join(f'ImageSets/Main/{path.name}' for path in lists.values())})"
-    return Converted(source, {key: folder / f"{key}.json" for key in wanted}, root / "JPEGImages")
+    return Converted(source, converted, root / "JPEGImages")
 
 
 def read_segmentation(root: Path, splits: dict[str, str]) -> Converted:
@@ -84,15 +90,17 @@ def read_segmentation(root: Path, splits: dict[str, str]) -> Converted:
     _refuse_missing(used, images, root / "JPEGImages", "image")
     _refuse_missing(used, labels, root / "SegmentationClass", "label")
 
-    def write(folder: Path) -> None:
-        for key, names in wanted.items():
-            pairs = [(str(images[name]), str(labels[name])) for name in names]
-            atomic_files.write_text(folder / f"{key}.json", json.dumps(pairs))
+    def write(names: list[str], folder: Path) -> None:
+        pairs = [(str(images[name]), str(labels[name])) for name in names]
+        atomic_files.write_text(folder / DATA, json.dumps(pairs))
 
-    kind = "voc-labels-" + "-".join(f"{key}_{path.stem}" for key, path in lists.items())
-    folder = convert(kind, root, [*lists.values(), root / "JPEGImages", root / "SegmentationClass"], write)
+    sources = [root / "JPEGImages", root / "SegmentationClass"]
+    converted = {
+        key: convert(f"voc-labels-{path.stem}", root, [path, *sources], partial(write, wanted[key])) / DATA
+        for key, path in lists.items()
+    }
     source = f"Pascal VOC ({', '.join(f'ImageSets/Segmentation/{path.name}' for path in lists.values())})"
-    return Converted(source, {key: folder / f"{key}.json" for key in wanted}, root, classes=["background", *CLASSES])
+    return Converted(source, converted, root, classes=["background", *CLASSES])
 
 
 def _list(root: Path, kind: str, split: str) -> Path:

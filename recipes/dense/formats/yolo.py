@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from zoo.messages import UserError, one_line, similar_path
 from zoo.recipes import atomic_files
 from zoo.recipes.dense.annotations import find_twice
 from zoo.recipes.dense.data_checks import check_all, read_size
-from zoo.recipes.dense.formats.converted import Converted, convert, split_name
+from zoo.recipes.dense.formats.converted import DATA, Converted, convert, split_name
 from zoo.recipes.dense.formats.look import load_yaml
 from zoo.recipes.files import is_hidden, read_json, read_lines
 from zoo.recipes.images import ENDINGS
@@ -52,7 +53,6 @@ def read_detection(file: Path, splits: dict[str, str], max_pixels: int) -> Conve
         key: (_images(file, content, split_name(split, map(str, known), str(file)))) for key, split in splits.items()
     }
     labels = {image: _label_file(image) for paths in images.values() for image in paths}
-    written = [path for path in labels.values() if path.is_file()]
     for key, paths in images.items():
         if not any(labels[image].is_file() for image in paths):
             raise UserError(
@@ -60,26 +60,26 @@ def read_detection(file: Path, splits: dict[str, str], max_pixels: int) -> Conve
                 f"be in {labels[paths[0]]}: add the folder of labels."
             )
 
-    def write(folder: Path) -> None:
-        boxes = 0
-        left_out: list[str] = []
-        for key, paths in images.items():
-            # Images that can't be read are named, and left out.
-            found = check_all(lambda image: (image, read_size(image, max_pixels)), paths, f"images of {splits[key]}")
-            items = [(image, size, _objects(labels[image], len(names))) for image, size in found]
-            atomic_files.write_text(folder / f"{key}.json", json.dumps(_coco(items, names)))
-            boxes += sum(len(values) == 4 for _, _, objects in items for _, values in objects)
-            left_out += sorted(map(str, set(paths) - {image for image, _ in found}))
-        if not boxes:
-            (folder / _MASKS).touch()
+    def write(paths: list[Path], folder: Path) -> None:
+        # Images that can't be read are named, and left out.
+        found = check_all(lambda image: (image, read_size(image, max_pixels)), paths, f"images of {file}")
+        items = [(image, size, _objects(labels[image], len(names))) for image, size in found]
+        left_out = sorted(map(str, set(paths) - {image for image, _ in found}))
         atomic_files.write_text(folder / _LEFT_OUT, json.dumps(left_out))
+        if all(len(values) > 4 for _, _, objects in items for _, values in objects):
+            (folder / _MASKS).touch()
+        atomic_files.write_text(folder / DATA, json.dumps(_coco(items, names)))
 
-    folder = convert("yolo-" + "-".join(images), file.parent, [file, *labels, *written], write)
-    left_out = read_json(folder / _LEFT_OUT)
-    if left_out:
-        log.warning("%d images of %s can't be read; the first is %s.", len(left_out), file, left_out[0])
-    files = {key: folder / f"{key}.json" for key in images}
-    return Converted(f"YOLO ({file.name})", files, file.parent, has_masks=(folder / _MASKS).exists())
+    folders = {}
+    for key, paths in images.items():
+        sources = [file, *paths, *(labels[image] for image in paths if labels[image].is_file())]
+        folders[key] = convert(f"yolo-{key}", file.parent, sources, partial(write, paths))
+        left_out = read_json(folders[key] / _LEFT_OUT)
+        if left_out:
+            log.warning("%d images of %s can't be read; the first is %s.", len(left_out), file, left_out[0])
+    has_masks = all((folder / _MASKS).exists() for folder in folders.values())
+    converted = {key: folder / DATA for key, folder in folders.items()}
+    return Converted(f"YOLO ({file.name})", converted, file.parent, has_masks=has_masks)
 
 
 def _class_names(file: Path, content: Mapping[str, Any]) -> list[str]:
