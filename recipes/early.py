@@ -33,7 +33,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"task={cfg.task} is not allowed: it has to be {', '.join(TASKS)}.")
     check_model(cfg.model)
     root = Path(cfg.data.root) if cfg.data.root else None
-    if cfg.data.name in ("", "coco", "masks"):  # other data sets are generated or downloaded if there is no folder
+    given = {"coco": cfg.data.val_ann, "masks": cfg.data.val_images}.get(cfg.data.name)
+    rootless = not cfg.data.root and given and os.path.exists(given)
+    # Other data sets are generated or downloaded if there is no folder.
+    if cfg.data.name in ("", "coco", "masks") and not rootless:
         check_root(cfg.data.root)
     if cfg.task in ("detect", "segment") and root and root.exists() and not any(cfg.data[key] for key in _FILES):
         look.refuse(cfg.task, root)

@@ -38,7 +38,7 @@ def base_folder(cfg: DataConfig, path: str | None) -> Path:
 
     Args:
         cfg: The configuration.
-        path: A path that needs no folder if it is absolute.
+        path: A path of the data: if it exists without a root, all are absolute or relative to the current folder.
 
     Raises:
         UserError: `data.root` is not set, or is not a folder.
@@ -46,7 +46,7 @@ def base_folder(cfg: DataConfig, path: str | None) -> Path:
     if cfg.name == "digit_scenes":
         return scenes.ensure(Path(cfg.root) if cfg.root else None)
     if cfg.root is None:
-        if path and os.path.isabs(path):
+        if path and (os.path.isabs(path) or os.path.exists(path)):
             return Path()
         raise UserError("data.root is not set: give the folder of the data, data.root=<folder>.")
     check_folder("data.root", Path(cfg.root))

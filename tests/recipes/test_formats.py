@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from zoo.messages import UserError
-from zoo.recipes import tasks
+from zoo.recipes import early, tasks
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense.formats import cityscapes, converted, find, look
 
@@ -494,6 +494,15 @@ def test_killed_conversion_leaves_nothing_that_counts(yolo, cache):
 def test_cache_that_cannot_be_written(yolo, cache):
     _write(cache, "")
     _refuse("can't be converted in the cache, .*: set XDG_CACHE_HOME to a folder with room", lambda: _detect(yolo))
+
+
+def test_files_need_no_root(lvis, compose, monkeypatch):
+    monkeypatch.chdir(lvis)
+    files = {f"{split}_ann": f"annotations/lvis_v1_{split}.json" for split in ("train", "val")}
+    words = [f"data.{key}={value}" for key, value in files.items()]
+    early.check(compose("task=detect", "data=coco", *words, "data.train_images=.", "data.val_images=."))
+    cfg = DataConfig(name="coco", train_images=".", val_images=".", **files)
+    assert open_detection(cfg).train.images.samefile(lvis)
 
 
 def test_images_of_yolo_are_those_that_it_names(yolo):
