@@ -38,6 +38,7 @@ SITE_ONLY = {
 guides/fine-tune
 guides/coco
 guides/data
+guides/panoptic
 guides/large-photos
 guides/mm
 guides/onnx

@@ -20,6 +20,7 @@ from zoo.messages import UserError, similarity
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet", "dino", "mask2former")
 SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
+PANOPTIC_METHODS = ("mask2former",)
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,11 @@ class DataConfig:
         None, "number of worker processes that load images; if null, it depends on the CPU cores", Between(0, 1024)
     )
     max_corrupt: int = option(
-        100, "maximum number of corrupt images: they are skipped and logged; one more stops the run", Between(0)
+        100, "maximum number of corrupt images: they are skipped and logged; one more ends the run", Between(0)
     )
     max_pixels: int = option(
         178_956_970,
-        "maximum number of pixels of an image: larger images count as corrupt; the default is Pillow's limit",
+        "maximum number of pixels: larger images count as corrupt; default: Pillow's limit",
         Between(1, 2**40 - 1),
     )
     same_images: bool = option(False, "same images: allow validation on images that are also training images")
@@ -182,20 +183,22 @@ class DataConfig:
         Between(-1),
     )
     train_ann: str | None = option(
-        None, "training annotations (detect): COCO JSON, absolute or below data.root", aliases=("training_annotations",)
+        None,
+        "training annotations (detect, panoptic): COCO JSON, absolute or below data.root",
+        aliases=("training_annotations",),
     )
     val_ann: str | None = option(
         None,
-        "validation annotations (detect): COCO JSON, absolute or below data.root",
+        "validation annotations (detect, panoptic): COCO JSON, absolute or below data.root",
         aliases=("validation_annotations",),
     )
     train_images: str | None = option(None, "folder of the training images, absolute or below data.root; found if null")
     val_images: str | None = option(None, "folder of the validation images, absolute or below data.root; found if null")
     train_labels: str | None = option(
-        None, "folder of the training labels (segment), PNGs, absolute or below data.root"
+        None, "training labels (segment, panoptic): folder of PNGs, absolute or below data.root"
     )
     val_labels: str | None = option(
-        None, "folder of the validation labels (segment), PNGs, absolute or below data.root"
+        None, "validation labels (segment, panoptic): folder of PNGs, absolute or below data.root"
     )
     ignore_index: int = option(255, "ignore index (segment): label of pixels that do not count", Between(-255, 65535))
     reduce_zero_label: bool | None = option(
@@ -255,7 +258,7 @@ class OptimConfig:
     opt: str = option("adamw", "optimizer: any name of timm.optim.list_optimizers()", aliases=("optimizer",))
     lr: float | None = option(
         None,
-        "learning rate for the effective batch size; null: 1e-3, or 2e-4 for pretrained weights",
+        "learning rate for the effective batch size; null: 1e-3, 2e-4 for pretrained weights",
         Between(0, 1e4, above=True),
         aliases=("learning_rate",),
     )
@@ -360,11 +363,18 @@ class TrainerConfig:
 class DenseConfig:
     """Settings of detection and segmentation, which MMDetection and MMSegmentation run."""
 
-    method: str = option("", f"method: {', '.join(DETECTORS)} (detect); {', '.join(SEGMENTORS)} (segment)")
+    method: str = option(
+        "",
+        f"method: {', '.join(DETECTORS)} (detect); {', '.join(SEGMENTORS)} (segment); "
+        f"{', '.join(PANOPTIC_METHODS)} (panoptic)",
+    )
     digits_first: bool = option(
         False, "digits first: without pretrained weights, train the backbone on single digits first"
     )
     small: bool = option(False, "small necks, heads and anchors, for images of about 128 pixels")
+    num_things: int | None = option(
+        None, "number of things (panoptic), the first of the classes; that of the data if null", COUNT
+    )
     masks: bool = option(True, "masks: predict instance masks as well as boxes, if the data and the method have them")
     updates: int | None = option(None, "updates: length of training, in place of trainer.epochs", COUNT)
     warmup_updates: int = option(0, "warm-up updates, linear", Between(0))
@@ -386,7 +396,7 @@ class DenseConfig:
         Between(-100, 100, numbers="a list of numbers,"),
     )
     output_norm: bool | None = option(
-        None, "output norm: LayerNorm on each feature; as in the family's dense-prediction code if null"
+        None, "output norm: LayerNorm on each feature; that of the family's dense code if null"
     )
     frozen_stages: int = option(
         -1, "frozen stages: the stem and this number of stages are not trained; -1 for none", Between(-1, 100)
@@ -420,7 +430,7 @@ class DenseConfig:
     size_divisor: int = option(32, "size divisor: images of a batch are padded to a multiple of it", Between(1, 1e4))
     test_divisor: int | None = option(
         None,
-        "test divisor: images are resized to a multiple of it in evaluation (segment); not resized if null",
+        "test divisor (segment): images are resized to a multiple of it in evaluation, if set",
         Between(1, 1e4),
     )
 
@@ -462,9 +472,10 @@ class PublishedConfig:
 
     model: str | None = option(None, "model of the published figures")
     top1: float | None = option(None, "top-1 accuracy on ImageNet-1k in percent, as published", PERCENT)
-    box_ap: float | None = option(None, "box AP on COCO, as published", PERCENT)
-    mask_ap: float | None = option(None, "mask AP on COCO, as published", PERCENT)
-    miou: float | None = option(None, "mIoU on ADE20K or Cityscapes at one scale, as published", PERCENT)
+    box_ap: float | None = option(None, "box AP, as published", PERCENT)
+    mask_ap: float | None = option(None, "mask AP, as published", PERCENT)
+    pq: float | None = option(None, "panoptic quality at one scale, as published", PERCENT)
+    miou: float | None = option(None, "mIoU at one scale, as published", PERCENT)
     miou_multi_scale: float | None = option(None, "mIoU there at several scales with flips, as published", PERCENT)
     source: str | None = option(None, "source of the published figures, such as README or paper")
 
@@ -495,7 +506,7 @@ class Config:
         "auto", "resume: auto (if the run folder has a checkpoint), never, or must", OneOf(("auto", "never", "must"))
     )
     seed: int = option(0, "seed of all random numbers", Between(0, 2**32 - 1))
-    task: str = option("classify", "task: classify, detect or segment")
+    task: str = option("classify", "task: classify, detect, segment or panoptic")
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -11,7 +11,7 @@ For a classifier, it prints a table and writes three files to the output folder:
 (the five most probable classes of each image, with their probabilities) and predictions.png (a sheet of the images with
 their classes). For a detector or a segmentor, it writes a picture for each image. A detector's objects are written to
 predictions.json, in COCO's format. A segmentor's labels are written to labels/, as a PNG for each image, with 16 bits
-if there are more than 256 classes.
+if there are more than 256 classes. For task=panoptic, both are written, in COCO's panoptic format.
 
 Files that can't be read as images are logged and left out; the command then ends with exit code 1.
 """

@@ -37,8 +37,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _GENERATOR = '<meta name="generator" content="zoo-report">'
-_CLASS_SCORES = {"top1": "top-1", "IoU": "IoU", "accuracy": "accuracy", **SCORES["detect"]}
-_TASKS = {"classify": "classification", "detect": "detection", "segment": "segmentation"}
+_CLASS_SCORES = {
+    **{"top1": "top-1", "PQ": "PQ", "SQ": "SQ", "RQ": "RQ", "IoU": "IoU", "accuracy": "accuracy"},
+    **SCORES["detect"],
+}
+_TASKS = {
+    "classify": "classification",
+    "detect": "detection",
+    "segment": "segmentation",
+    "panoptic": "panoptic segmentation",
+}
 _PICTURES = {  # file -> title and note
     "precision_recall.png": ("Precision over recall", "For each class, at an IoU of 0.5."),
     "predictions.png": ("Sample predictions", ""),
@@ -46,6 +54,7 @@ _PICTURES = {  # file -> title and note
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
 _PUBLISHED = {  # keys of `published` -> titles
     "top1": "top-1",
+    "pq": "PQ",
     "mask_ap": "mask AP",
     "box_ap": "box AP",
     "miou": "mIoU",
@@ -67,7 +76,7 @@ class Record:
 
     Attributes:
         path: The folder.
-        task: `classify`, `detect` or `segment`.
+        task: `classify`, `detect`, `segment` or `panoptic`.
         evaluation: Whether zoo-eval wrote it.
         settings: Values by dotted key.
         recipe: The settings before the user's changes; empty if they are not known.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ SIZE = 128
 SCENES = {"train": 600, "val": 150, "test": 150}
 CLASSES = ("background", *"0123456789")
 VERSION = "digit scenes 1\n"  # increase the number when anything in the files changes
+PANOPTIC = "panoptic digit scenes 1\n"  # the same for zoo.recipes.panoptic_scenes
 
 _MAX_DIGITS = 5
 _HEIGHTS = (16, 48)
@@ -40,31 +41,38 @@ _MAX_OVERLAP = 0.15  # of the smaller box
 _INK = 0.4  # share of the full ink above which a pixel belongs to the digit
 
 
-def cache_folder() -> Path:
-    """The default folder of the scenes, beside torch's cache."""
-    return cached.cache_folder() / VERSION.strip().replace(" scenes ", "_scenes-")
+def cache_folder(version: str = VERSION) -> Path:
+    """The default folder of the scenes of this version, beside torch's cache."""
+    return cached.cache_folder() / version.strip().replace(" scenes ", "_scenes-").replace(" ", "_")
 
 
-def ensure(root: Path | None) -> Path:
+def ensure(root: Path | None, version: str = VERSION, write: Callable[[Path], None] | None = None) -> Path:
     """Write the scenes unless they exist, and return their folder.
 
     The bytes are the same every time. The folder appears complete, in one step: several processes may call this at the
     same time, and one that is killed leaves nothing behind that would be used.
 
     Args:
-        root: The folder: a new one, an empty one, or one with the scenes; None for `cache_folder()`.
+        root: The folder: a new one, an empty one, or one with the scenes; None for `cache_folder(version)`.
+        version: The kind of scenes.
+        write: Writes all files but VERSION into a folder; None for those of this module.
 
     Raises:
         UserError: The folder has other content, or can't be written to.
     """
-    folder = Path(root if root is not None else cache_folder()).absolute().resolve()
-    if _is_complete(folder):
+    folder = Path(root if root is not None else cache_folder(version)).absolute().resolve()
+    if _is_complete(folder, version):
         return folder
     log.info("Writing %d digit scenes to %s (once).", sum(SCENES.values()), folder)
+
+    def complete(temporary: Path) -> None:
+        (write or _write)(temporary)
+        (temporary / "VERSION").write_text(version)
+
     try:
-        cached.publish(folder, _write)
+        cached.publish(folder, complete)
     except OSError as error:
-        if _is_complete(folder):  # another process was faster
+        if _is_complete(folder, version):  # another process was faster
             return folder
         raise UserError(
             f"the digit scenes can't be written to {folder} ({error.strerror or error}): "
@@ -73,7 +81,7 @@ def ensure(root: Path | None) -> Path:
     return folder
 
 
-def _is_complete(folder: Path) -> bool:
+def _is_complete(folder: Path, wanted: str) -> bool:
     try:
         content = sorted(os.listdir(folder))
     except FileNotFoundError:
@@ -82,8 +90,7 @@ def _is_complete(folder: Path) -> bool:
         raise UserError(
             f"data.root={folder} can't be used for the digit scenes ({error.strerror}): give a new folder."
         ) from error
-    version = folder / "VERSION"
-    if version.is_file() and version.read_bytes() == VERSION.encode():
+    if _has_version(folder, wanted):
         return True
     if content:
         names = ", ".join(content[:3]) + (", ..." if len(content) > 3 else "")
@@ -93,6 +100,11 @@ def _is_complete(folder: Path) -> bool:
             "(task=detect) or data=masks (task=segment)."
         )
     return False
+
+
+def _has_version(folder: Path, version: str) -> bool:
+    file = folder / "VERSION"
+    return file.is_file() and file.read_bytes() == version.encode()
 
 
 def _write(folder: Path) -> None:
@@ -114,16 +126,15 @@ def _write(folder: Path) -> None:
         content["images"].append({"id": number + 1, "file_name": name, "width": SIZE, "height": SIZE})
         for digit, mask in zip(digits, masks, strict=True):
             identity = {"id": len(content["annotations"]) + 1, "image_id": number + 1, "category_id": digit + 1}
-            content["annotations"].append({**identity, **_describe(mask)})
+            content["annotations"].append({**identity, **describe(mask)})
     (folder / "annotations").mkdir()
     for split, content in files.items():
         content["categories"] = [{"id": digit + 1, "name": str(digit)} for digit in range(10)]
         (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    (folder / "VERSION").write_text(VERSION)
 
 
-def _describe(mask: np.ndarray) -> dict[str, Any]:
+def describe(mask: np.ndarray) -> dict[str, Any]:
     """Box, area and segmentation of a mask (H, W), bool, in COCO's format; polygons if they give exactly the mask."""
     from pycocotools import mask as coco
 
@@ -197,6 +208,26 @@ def draw(split: str, number: int) -> tuple[np.ndarray, list[int], list[np.ndarra
     """
     rng = np.random.default_rng([tuple(SCENES).index(split), number])
     image, lightness = _background(rng)
+    digits, masks = place_digits(rng, image, lightness, pools()[split], _HEIGHTS)
+    return np.clip(image, 0, 255).astype(np.uint8), digits, masks
+
+
+def place_digits(
+    rng: np.random.Generator,
+    image: np.ndarray,
+    lightness: float,
+    pool: Sequence[tuple[Image.Image, int]],
+    heights: tuple[int, int],
+) -> tuple[list[int], list[np.ndarray]]:
+    """Draw random digits from `pool` on `image`, float (128, 128, 3), of a mean `lightness`; see `draw` for the result.
+
+    Args:
+        rng: The source of all random numbers.
+        image: The background, which is changed.
+        lightness: Its mean lightness, from which the colours of the digits differ.
+        pool: Digits and their labels.
+        heights: The smallest and the largest height of a digit in pixels.
+    """
     digits: list[int] = []
     masks: list[np.ndarray] = []
     boxes: list[tuple[int, int, int, int]] = []
@@ -205,8 +236,8 @@ def draw(split: str, number: int) -> tuple[np.ndarray, list[int], list[np.ndarra
     for _ in range(20 * wanted):
         if len(digits) == wanted:
             break
-        source, digit = pools()[split][rng.integers(len(pools()[split]))]
-        ink = _scale(source, int(rng.integers(_HEIGHTS[0], _HEIGHTS[1] + 1)))
+        source, digit = pool[rng.integers(len(pool))]
+        ink = _scale(source, int(rng.integers(heights[0], heights[1] + 1)))
         height, width = ink.shape
         x, y = (int(rng.integers(0, SIZE - extent + 1)) for extent in (width, height))
         box = (x, y, x + width, y + height)
@@ -222,7 +253,7 @@ def draw(split: str, number: int) -> tuple[np.ndarray, list[int], list[np.ndarra
         digits.append(digit)
         boxes.append(box)
         colours.append(colour)
-    return np.clip(image, 0, 255).astype(np.uint8), digits, masks
+    return digits, masks
 
 
 def _scale(source: Image.Image, height: int) -> np.ndarray:
@@ -244,17 +275,23 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> floa
 
 def _background(rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """A texture, float (128, 128, 3), of clouds, stripes and grain in two colours, and its mean lightness."""
-    clouds = np.zeros((SIZE, SIZE))
-    for cells in (2, 5, 12):
-        noise = Image.fromarray(rng.random((cells, cells), np.float32))
-        clouds += np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float64) / 3
+    clouds = draw_clouds(rng)
     across, down = rng.uniform(-0.5, 0.5, 2)
     stripes = np.sin(across * np.arange(SIZE) + down * np.arange(SIZE)[:, None] + 4 * clouds)
     mix = np.clip(clouds + rng.uniform(0, 0.25) * stripes, 0, 1)[..., None]
     base = rng.uniform(40, 215, 3)
     other = np.clip(base + rng.uniform(-60, 60, 3), 0, 255)
     image = base * (1 - mix) + other * mix + rng.normal(0, rng.uniform(1, 7), (SIZE, SIZE, 1))
-    return image, _lightness(image.mean((0, 1)))
+    return image, lightness_of(image.mean((0, 1)))
+
+
+def draw_clouds(rng: np.random.Generator) -> np.ndarray:
+    """Smooth noise of about 0 to 1, float (128, 128)."""
+    clouds = np.zeros((SIZE, SIZE))
+    for cells in (2, 5, 12):
+        noise = Image.fromarray(rng.random((cells, cells), np.float32))
+        clouds += np.asarray(noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float64) / 3
+    return clouds
 
 
 def _colour(rng: np.random.Generator, background: float, others: list[np.ndarray]) -> np.ndarray:
@@ -266,7 +303,8 @@ def _colour(rng: np.random.Generator, background: float, others: list[np.ndarray
     return max(choices, key=lambda c: min((float(abs(c - other).sum()) for other in others), default=0))
 
 
-def _lightness(colour: np.ndarray) -> float:
+def lightness_of(colour: np.ndarray) -> float:
+    """The lightness of a colour (3,), 0 to 255."""
     return float((colour * (0.299, 0.587, 0.114)).sum())
 
 
@@ -274,7 +312,7 @@ class DigitCrops(Dataset):
     """Crops of the single digits of the digit scenes; for training, also the plain digits.
 
     Args:
-        root: The folder of the scenes, which are written there if necessary; None for the cache.
+        root: The folder of the scenes, which are written there if necessary, or of panoptic ones; None for the cache.
         training: Whether to use the split train; otherwise val.
     """
 
@@ -282,7 +320,7 @@ class DigitCrops(Dataset):
 
     def __init__(self, root: str | None, training: bool):
         split = "train" if training else "val"
-        folder = ensure(Path(root) if root else None)
+        folder = Path(root) if root and _has_version(Path(root), PANOPTIC) else ensure(Path(root) if root else None)
         content = json.loads((folder / "annotations" / f"instances_{split}.json").read_text())
         images = {
             image["id"]: Image.open(folder / "images" / split / image["file_name"]) for image in content["images"]

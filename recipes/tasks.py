@@ -1,4 +1,4 @@
-"""The three tasks of the commands: the packages that hold their code, and their scores."""
+"""The four tasks of the commands: the packages that hold their code, and their scores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from types import ModuleType
 from zoo.messages import UserError
 
 # Each package has modules `train`, `evaluate` and `predict` with functions of these names.
-TASKS = {"classify": "zoo.recipes.classify", "detect": "zoo.recipes.dense", "segment": "zoo.recipes.dense"}
+TASKS = {
+    "classify": "zoo.recipes.classify",
+    "detect": "zoo.recipes.dense",
+    "segment": "zoo.recipes.dense",
+    "panoptic": "zoo.recipes.dense",
+}
 # The titles of the scores, which are in percent. The first score that a run has decides which epoch is the best.
 SCORES = {
     "classify": {"top1": "top-1", "top5": "top-5"},
@@ -18,6 +23,20 @@ SCORES = {
         **{f"{kind}_AP{f}": f"{title} AP{f}" for kind, title in (("mask", "mask"), ("bbox", "box")) for f in "rcf"},
     },
     "segment": {"mIoU": "mIoU", "mAcc": "mean accuracy", "aAcc": "pixel accuracy"},
+    "panoptic": {
+        **{
+            f"{name}{part}": f"{name}{part.replace('_', ' of ')}"
+            for part in ("", "_things", "_stuff")
+            for name in ("PQ", "SQ", "RQ")
+        },
+        **{
+            "mask_AP": "mask AP",
+            "mask_AP50": "mask AP50",
+            "bbox_AP": "box AP",
+            "bbox_AP50": "box AP50",
+            "mIoU": "mIoU",
+        },
+    },
 }
 
 

@@ -3,7 +3,7 @@
 zoo-train                                          train test_van on handwritten digits
 zoo-train model=van_b0 data=imagefolder data.root=/data/pets pretrained=true
                                                    fine-tune on a folder of images
-zoo-train task=detect                              detect digits in images; task=segment labels each pixel
+zoo-train task=detect                              detect digits in images; also task=segment and task=panoptic
 zoo-train recipe=coco/mask_rcnn_1x model=dinat_tiny data.root=/data/coco
 torchrun --nproc-per-node 8 -m zoo.recipes.train recipe=imagenet/van_b0 data.root=/data/imagenet
                                                    run a published recipe on eight GPUs

@@ -20,7 +20,7 @@ TOGETHER = {
     "tests/zoo/test_families.py::test_fsdp_": "parallel",
 }
 # Models for tests, recipes for dense prediction and operators. A test of less than MANY is about these, not about all.
-SHARED = re.compile(rf"test_[a-z0-9_]+|(coco|ade20k|cityscapes)/\w+|{'|'.join(OPERATORS)}")
+SHARED = re.compile(rf"test_[a-z0-9_]+|(coco|ade20k|cityscapes)(_panoptic|_instance)?/\w+|{'|'.join(OPERATORS)}")
 # Published models. Tests of them are shared, too, except those of what defines a model.
 PUBLISHED = {name.partition(".")[0] for name in manifest.counts() if not name.startswith("test_")}
 WHOLE = {

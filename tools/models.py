@@ -291,13 +291,13 @@ def _print_dense(rows: list[dict[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("model", "recipe"):
         table.add_column(column, no_wrap=True)
-    for column in ("box AP", "mask AP", "mIoU", "several scales"):
+    for column in ("box AP", "mask AP", "PQ", "mIoU", "several scales"):
         table.add_column(column, justify="right")
     table.add_column("figures of")
     table.title, table.title_justify = "detection and segmentation, as published", "left"
     for row in rows:
         for recipe in row["dense"]:
-            figures = (recipe.get(key) for key in ("box_ap", "mask_ap", "miou", "miou_multi_scale"))
+            figures = (recipe.get(key) for key in ("box_ap", "mask_ap", "pq", "miou", "miou_multi_scale"))
             table.add_row(row["name"], recipe["recipe"], *(f"{x:.1f}" if x else "" for x in figures), recipe["source"])
     cli.console().print(table if table.row_count else "No recipe for detection or segmentation is for one of these.")
 

@@ -118,13 +118,12 @@ def published_figures(figures: Mapping[str, float | None], source: str | None) -
     """Published figures in words, such as "49.8 mIoU at one scale, 50.8 at several with flips, the README's figures".
 
     Args:
-        figures: Any of `top1`, `box_ap`, `mask_ap`, `miou` and `miou_multi_scale`; None if it is not published.
+        figures: Any of `top1`, `pq`, `box_ap`, `mask_ap`, `miou` and `miou_multi_scale`; None if it is not published.
         source: Where they are from, such as "README" or "paper (quoted from memory)".
     """
-    top1, box, mask, one, several = (
-        figures.get(key) for key in ("top1", "box_ap", "mask_ap", "miou", "miou_multi_scale")
-    )
-    words = [f"{value} {unit}" for value, unit in ((top1, "% top-1"), (box, "box AP"), (mask, "mask AP")) if value]
+    one, several = figures.get("miou"), figures.get("miou_multi_scale")
+    units = {"top1": "% top-1", "pq": "PQ", "box_ap": "box AP", "mask_ap": "mask AP"}
+    words = [f"{figures[key]} {unit}" for key, unit in units.items() if figures.get(key)]
     if one and several:
         words += [f"{one} mIoU at one scale", f"{several} at several with flips"]
     elif one or several:

@@ -173,8 +173,13 @@ def _short(name: str, length: int = 14) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, limit: int = 40) -> None:
-    """Plot the confusion matrix in percent of each row; of many classes, the `limit` with the most mistakes."""
+def plot_confusion(
+    path: Path, confusion: np.ndarray, classes: Sequence[str], title: str, limit: int = 40, unit: str = "images"
+) -> None:
+    """Plot the confusion matrix in percent of each row; of many classes, the `limit` with the most mistakes.
+
+    `unit` is what the matrix counts.
+    """
     images = confusion.sum(1)
     shown = np.arange(len(classes))
     if len(classes) > limit:
@@ -199,7 +204,7 @@ def plot_confusion(path: Path, confusion: np.ndarray, classes: Sequence[str], ti
         range(len(shown)), [f"{name} ({images[i]})" for i, name in zip(shown, names, strict=True)], fontsize=8
     )
     axes.set_xlabel("predicted")
-    axes.set_ylabel("true (images)")
+    axes.set_ylabel(f"true ({unit})")
     axes.set_title(title, fontsize=9)
     figure.colorbar(drawn, label="% of the true class", shrink=0.8)
     with atomic(path) as file:

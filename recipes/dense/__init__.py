@@ -1,4 +1,4 @@
-"""Object detection and semantic segmentation with MMDetection and MMSegmentation."""
+"""Object detection, semantic and panoptic segmentation with MMDetection and MMSegmentation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def prepare(task: str) -> None:
     3. MMEngine loads no checkpoint that runs code, and builds nothing that is not registered.
 
     Args:
-        task: `detect` or `segment`.
+        task: `detect`, `segment` or `panoptic`.
 
     Raises:
         UserError: The packages are not installed.
@@ -39,7 +39,7 @@ def _replace_compiled_operators() -> None:
 
 def _register(task: str) -> None:
     # mmseg's Mask2Former is mmdet's.
-    for package in ("mmdet",) if task == "detect" else ("mmdet", "mmseg"):
+    for package in ("mmdet", "mmseg") if task == "segment" else ("mmdet",):
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # they print what they lack
             warnings.simplefilter("ignore")
             importlib.import_module(f"{package}.utils").register_all_modules(init_default_scope=False)
@@ -47,6 +47,8 @@ def _register(task: str) -> None:
 
     if task == "detect":
         from zoo.recipes.dense import coco, detectors  # noqa: F401
+    elif task == "panoptic":
+        from zoo.recipes.dense import panoptic  # noqa: F401
     else:
         from zoo.recipes.dense import paired_dataset, segmentor  # noqa: F401
 

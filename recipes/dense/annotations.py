@@ -44,16 +44,20 @@ def _is_side(value: Any) -> bool:
     return type(value) in (int, float) and 1 <= value <= _MAX_SIDE and value % 1 == 0
 
 
+_Field = tuple[Callable[[Any], bool], str]
+_Fields = Mapping[str, Mapping[str, _Field]]
+ID: _Field = (_is_id, "a whole number or a string")
+TEXT: _Field = (_is_text, "a string")
 # The fields that COCO's tools need.
-_FIELDS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
-    "images": {
-        "id": (_is_id, "a whole number or a string"),
-        "file_name": (_is_text, "a string"),
-        "width": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
-        "height": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
-    },
+_IMAGES: Mapping[str, _Field] = {
+    "id": ID,
+    "file_name": TEXT,
+    "width": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
+    "height": (_is_side, f"a whole number of pixels, 1 to {_MAX_SIDE}"),
+}
+_FIELDS: _Fields = {
     "annotations": {
-        "image_id": (_is_id, "a whole number or a string"),
+        "image_id": ID,
         "category_id": (_is_number, "a whole number"),
         "bbox": (lambda value: isinstance(value, list), "a list"),
     },
@@ -83,27 +87,43 @@ def load_annotations(path: Path) -> dict[str, Any]:
         UserError: It can't be read, is not a COCO JSON, or a field is missing or of the wrong type.
     """
     content = read_json(path)
-    kinds = tuple(_FIELDS)
-    lacking = [kind for kind in kinds if not isinstance(content, dict) or not isinstance(content.get(kind), list)]
-    if lacking:
-        raise UserError(f"{path} has no list of {' or '.join(lacking)}: COCO annotations have {', '.join(kinds)}.")
-    first = content["annotations"][0] if content["annotations"] else None
-    if isinstance(first, dict) and "segments_info" in first:
+    items = content.get("annotations") if isinstance(content, dict) else None
+    if isinstance(items, list) and items and isinstance(items[0], dict) and "segments_info" in items[0]:
         raise UserError(
             f"{path} has COCO's panoptic annotations (segments_info): use task=panoptic, or give COCO's instances."
         )
-    if lvis.is_lvis(content):
+    if isinstance(content, dict) and isinstance(content.get("images"), list) and lvis.is_lvis(content):
         lvis.name_files(content)
-    for kind, fields in _FIELDS.items():
+    check_fields(path, content, _FIELDS, "COCO annotations")
+    if lvis.is_lvis(content):
+        lvis.check(path, content)
+    return content
+
+
+def check_fields(path: Path, content: Any, fields: _Fields, format: str) -> None:
+    """Check that `content`, of the file `path`, has these fields besides those of images.
+
+    Args:
+        path: The file, for messages.
+        content: Its content.
+        fields: For each list, the check and the description of the values of each key.
+        format: The name of the format, for messages.
+
+    Raises:
+        UserError: A list or a field is missing or of the wrong type, or ids of images can't be used.
+    """
+    fields = {"images": _IMAGES, **fields}
+    lacking = [kind for kind in fields if not isinstance(content, dict) or not isinstance(content.get(kind), list)]
+    if lacking:
+        raise UserError(f"{path} has no list of {' or '.join(lacking)}: {format} have {', '.join(fields)}.")
+    for kind, keys in fields.items():
         for place, item in enumerate(content[kind]):
-            for key, (fine, allowed) in fields.items():
+            for key, (fine, allowed) in keys.items():
                 value = item.get(key) if isinstance(item, dict) else None
                 if not fine(value):
                     raise UserError(
                         f"{path}: number {place} of its {kind} has {key}={_short(value)}: it has to be {allowed}."
                     )
-    if lvis.is_lvis(content):
-        lvis.check(path, content)
     ids = [image["id"] for image in content["images"]]
     if len({type(number) for number in ids}) > 1:
         text = next(number for number in ids if isinstance(number, str))
@@ -119,7 +139,6 @@ def load_annotations(path: Path) -> dict[str, Any]:
             f"{path}: image {large['id']} has {large['width']}x{large['height']} pixels, but COCO's tools can't "
             f"count {_RUNS_LIMIT} or more: cut it into parts."
         )
-    return content
 
 
 def find_twice(items: Iterable[Any]) -> list[Any]:

@@ -27,20 +27,41 @@ class Confusion(BaseMetric):
     def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
         """Count the pixels of a batch; only pairs of classes that occur in an image are stored."""
         for sample in data_samples:
-            found = sample["pred_sem_seg"]["data"].flatten().cpu()
-            true = sample["gt_sem_seg"]["data"].flatten().cpu()
-            counted = true != self.ignore_index
-            pairs = true[counted].long() * self.classes + found[counted].long()
-            counts = torch.bincount(pairs, minlength=self.classes**2)
-            present = counts.nonzero().flatten()
-            self.results.append((present.numpy(), counts[present].numpy()))
+            found, true = sample["pred_sem_seg"]["data"].cpu(), sample["gt_sem_seg"]["data"].cpu()
+            self.results.append(count_pairs(true, found, self.classes, self.ignore_index))
 
     def compute_metrics(self, results: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
         """Sum the counts of all images."""
-        total = np.zeros(self.classes**2, dtype=np.int64)
-        for present, counts in results:
-            total[present] += counts
-        return {"confusion": total.reshape(self.classes, self.classes)}
+        return {"confusion": sum_pairs(results, self.classes)}
+
+
+def count_pairs(
+    true: torch.Tensor, found: torch.Tensor, classes: int, ignore_index: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count the pixels of an image by their true and their predicted class.
+
+    Args:
+        true: The true labels, of any shape.
+        found: The predicted ones, of the same size.
+        classes: The number of classes K.
+        ignore_index: The label of ignored pixels.
+
+    Returns:
+        The pairs that occur, as true * K + found, and their counts: int64 (N,) each.
+    """
+    true, found = true.flatten(), found.flatten()
+    counted = true != ignore_index
+    counts = torch.bincount(true[counted].long() * classes + found[counted].long(), minlength=classes**2)
+    present = counts.nonzero().flatten()
+    return present.numpy(), counts[present].numpy()
+
+
+def sum_pairs(results: Sequence[tuple[np.ndarray, np.ndarray]], classes: int) -> np.ndarray:
+    """The confusion matrix (K, K) from what `count_pairs` returned for each image."""
+    total = np.zeros(classes**2, dtype=np.int64)
+    for present, counts in results:
+        total[present] += counts
+    return total.reshape(classes, classes)
 
 
 def class_scores(confusion: np.ndarray) -> dict[str, list[float | None]]:

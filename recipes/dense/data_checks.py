@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo.messages import UserError, similar_path
-from zoo.recipes import distributed, scenes
+from zoo.recipes import distributed, panoptic_scenes, scenes
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.files import DECODING_ERRORS, is_text, reason
@@ -43,8 +43,9 @@ def base_folder(cfg: DataConfig, path: str | None) -> Path:
     Raises:
         UserError: `data.root` is not set, or is not a folder.
     """
-    if cfg.name == "digit_scenes":
-        return scenes.ensure(Path(cfg.root) if cfg.root else None)
+    own = {"digit_scenes": scenes.ensure, "panoptic_digit_scenes": panoptic_scenes.ensure}
+    if cfg.name in own:
+        return own[cfg.name](Path(cfg.root) if cfg.root else None)
     if cfg.root is None:
         if path and (os.path.isabs(path) or os.path.exists(path)):
             return Path()

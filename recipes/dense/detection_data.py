@@ -139,8 +139,8 @@ def open_detection(
             source = "LVIS"
         if classes is None:
             classes = list(names.values())
-        _check_same_classes(path, list(names.values()), classes)
-        folder = _image_folder(base, split, key, images, path, [str(image["file_name"]) for image in content["images"]])
+        check_same_classes(path, list(names.values()), classes)
+        folder = image_folder(base, split, key, images, path, [str(image["file_name"]) for image in content["images"]])
         _check_image_files(path, folder, content["images"], cfg)
         learnt = key == "train"
         boxes = count_boxes(path, content, names, classes, learnt, masks)
@@ -184,7 +184,8 @@ def _annotation_file(base: Path, split: str, key: str, given: str | None) -> Pat
     return found
 
 
-def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:
+def check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]) -> None:
+    """Refuse the `names` of a file that are not the `classes` of the training, in any order."""
     missing = [name for name in classes if name not in set(names)]
     unknown = [name for name in names if name not in set(classes)]
     if missing or unknown:
@@ -198,7 +199,20 @@ def _check_same_classes(path: Path, names: Sequence[str], classes: Sequence[str]
         )
 
 
-def _image_folder(base: Path, split: str, key: str, given: str | None, annotations: Path, names: Sequence[str]) -> Path:
+def image_folder(base: Path, split: str, key: str, given: str | None, annotations: Path, names: Sequence[str]) -> Path:
+    """The folder of the images of a split, which `given` or the usual places below `base` tell.
+
+    Args:
+        base: The root of the data.
+        split: The name of the split.
+        key: `train` or `val`, for the keys in messages.
+        given: The folder that the user gave, if any.
+        annotations: The JSON.
+        names: The file names of its images.
+
+    Raises:
+        UserError: There are no images, or not in these places.
+    """
     if not names:
         raise UserError(f"{annotations} has no images: there is nothing to do.")
     if given:
@@ -211,6 +225,7 @@ def _image_folder(base: Path, split: str, key: str, given: str | None, annotatio
         parent / name for parent in (base / "images", base, annotations.parent, annotations.parent / "images")
         for name in folders
     ]  # fmt: skip
+    tried += [base / "leftImg8bit" / name for name in folders]  # Cityscapes
     tried += [annotations.parent, base / "images", base]
     tried = [folder for folder in dict.fromkeys(tried) if folder.is_dir()]
     sample = evenly_spread(names, 20)

@@ -28,7 +28,7 @@ from zoo.recipes.dense.detection_data import DetectionSplit
 from zoo.recipes.dense.model import build_model, memory_format
 from zoo.recipes.dense.pretrained import load_whole, open_whole
 from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
-from zoo.recipes.dense.scores import score_title, scores
+from zoo.recipes.dense.scores import panoptic_table, score_title, scores
 from zoo.recipes.dense.settings import check
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.logs import log
@@ -68,6 +68,8 @@ def evaluate(
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg, training=False, classes=classes)
     if not cfg.run:
+        if cfg.task == "panoptic":
+            cfg.dense.num_things = data.num_things
         model = build_model(cfg, data.classes, torch.device("cpu"), pretrained=False)
         log.info("%s", load_whole(whole, model, cfg, data.classes, complete=True))
         classes = data.classes
@@ -94,7 +96,9 @@ def evaluate(
     }
     if distributed.rank() == 0:
         title = f"{cfg.dense.method} on {cfg.model}, {images} images"
-        if cfg.task == "detect":
+        if cfg.task == "panoptic":
+            table = panoptic_table(metrics)
+        elif cfg.task == "detect":
             table, figure = _detection_details(found, data.val, title, runner.val_evaluator.metrics[0].img_ids)
         else:
             table = class_scores(metrics["confusion"])
@@ -114,9 +118,12 @@ def evaluate(
             with atomic_files.atomic(folder / "precision_recall.png") as file:
                 figure.savefig(file, format="png")
             run_folder.write_classes(folder, classes, table, data.val.boxes, "objects")
+        elif cfg.task == "panoptic":
+            plot_confusion(folder / "confusion.png", metrics["panoptic/confusion"], classes, title, unit="pixels")
+            run_folder.write_classes(folder, classes, table, data.val.segments, "segments")
         else:
             confusion = metrics["confusion"]
-            plot_confusion(folder / "confusion.png", confusion, classes, title)
+            plot_confusion(folder / "confusion.png", confusion, classes, title, unit="pixels")
             run_folder.write_classes(folder, classes, table, confusion.sum(1).tolist(), "pixels", pairs(confusion))
         pictures.draw_samples(folder / "predictions.png", model, runner.val_dataloader.dataset, classes)
         if write_report:

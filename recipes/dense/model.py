@@ -1,4 +1,4 @@
-"""Detectors and segmentors: the configurations of mmdet and mmseg with a backbone from timm.
+"""Detectors and segmentors, panoptic ones too: the configurations of mmdet and mmseg with a backbone from timm.
 
 Models start from the configurations that ship inside the packages. The differences (backbone, channels, classes) are
 set here.
@@ -34,6 +34,7 @@ _DETECTORS = {
     "dino": "dino/dino-4scale_r50_8xb2-12e_coco.py",
     "mask2former": "mask2former/mask2former_r50_8xb2-lsj-50e_coco.py",
 }
+_PANOPTIC = {"mask2former": "mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py"}
 _SEGMENTORS = {
     "upernet": "_base_/models/upernet_r50.py",
     "semantic_fpn": "_base_/models/fpn_r50.py",
@@ -44,7 +45,7 @@ _SEGMENTORS = {
 def model_config(cfg: DictConfig, classes: Sequence[str], device: torch.device, pretrained: bool | str) -> MMConfig:
     """The model of `cfg` for `classes`; its backbone starts from `pretrained`."""
     dense, task = cfg.dense, cfg.task
-    file = (_DETECTORS if task == "detect" else _SEGMENTORS)[dense.method]
+    file = {"detect": _DETECTORS, "segment": _SEGMENTORS, "panoptic": _PANOPTIC}[task][dense.method]
     path = _package(SCOPES[task]) / ".mim" / "configs" / file
     model = MMConfig.fromfile(path, import_custom_modules=False).model
     model.pop("pretrained", None)
@@ -54,10 +55,10 @@ def model_config(cfg: DictConfig, classes: Sequence[str], device: torch.device, 
     model.backbone = dict(arguments, type="mmengine.TimmBackbone", pretrained=pretrained)
     for name in ("mean", "std"):
         model.data_preprocessor[name] = [255 * value for value in cfg.data[name] or getattr(backbone, name)]
-    if task == "detect":
-        _set_detector(model, cfg, channels, len(classes))
-    else:
+    if task == "segment":
         _set_segmentor(model, cfg, channels, len(classes))
+    else:
+        _set_detector(model, cfg, channels, len(classes))
     _set_views(model, cfg)
     _set_norm(model, "SyncBN" if _synchronised(device) else "BN")
     changes = OmegaConf.to_container(cfg.mm, resolve=True)
@@ -124,7 +125,8 @@ def backbone_arguments(cfg: DictConfig) -> dict[str, Any]:
     dense = cfg.dense
     return dict(
         model=cfg.model,
-        model_kwargs=families.dense_kwargs(cfg.model, cfg.task)
+        # The official code has the same backbones for panoptic segmentation as for detection.
+        model_kwargs=families.dense_kwargs(cfg.model, "segment" if cfg.task == "segment" else "detect")
         | OmegaConf.to_container(cfg.model_kwargs, resolve=True),
         out_indices=_out_indices(cfg),
         output_norm=dense.output_norm,
@@ -148,10 +150,15 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
     dense = cfg.dense
     model.data_preprocessor.pad_size_divisor = dense.size_divisor
     if dense.method == "mask2former":
-        head = model.panoptic_head
-        head.update(in_channels=channels, strides=[4, 8, 16, 32], num_things_classes=classes, num_stuff_classes=0)
+        panoptic, head = cfg.task == "panoptic", model.panoptic_head
+        things = cfg.dense.num_things if panoptic else classes
+        numbers = dict(num_things_classes=things, num_stuff_classes=classes - things)
+        head.update(in_channels=channels, strides=[4, 8, 16, 32], **numbers)
         head.loss_cls.class_weight = [1.0] * classes + [0.1]
-        model.panoptic_fusion_head.update(num_things_classes=classes, num_stuff_classes=0)
+        model.panoptic_fusion_head.update(numbers)
+        if panoptic:
+            model.panoptic_fusion_head.type = "PanopticFusionHead"
+            model.data_preprocessor.seg_pad_value = classes  # the label of pixels without a segment
         # Images that are smaller than the crop are padded to its size; for others this changes nothing.
         model.data_preprocessor.batch_augments = (
             [
@@ -161,7 +168,8 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
                     img_pad_value=0,
                     pad_mask=True,
                     mask_pad_value=0,
-                    pad_seg=False,
+                    pad_seg=panoptic,
+                    seg_pad_value=classes,
                 )
             ]
             if dense.crop
@@ -170,6 +178,10 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
         if dense.small:
             _shrink_mask2former(head)
             model.train_cfg.num_points = 1024
+            if panoptic:
+                _narrow_mask2former(head, 64)
+                model.train_cfg.num_points = 512
+                model.test_cfg.object_mask_thr = 0.5
         return
     model.neck.in_channels = channels
     if not finds_masks(cfg) and "roi_head" in model:
@@ -233,6 +245,18 @@ def _shrink_mask2former(head: MMConfig) -> None:
     head.num_queries = 40
     head.pixel_decoder.encoder.num_layers = 1
     head.transformer_decoder.num_layers = 3
+
+
+def _narrow_mask2former(head: MMConfig, width: int) -> None:
+    """Set the channels of all layers, and half as many queries as a small head has."""
+    head.update(feat_channels=width, out_channels=width, num_queries=20)
+    for part in (head.pixel_decoder, head):
+        part.positional_encoding.num_feats = width // 2
+    for layer in (head.pixel_decoder.encoder.layer_cfg, head.transformer_decoder.layer_cfg):
+        for name in ("self_attn_cfg", "cross_attn_cfg", "ffn_cfg"):
+            if name in layer:
+                layer[name].embed_dims = width
+        layer.ffn_cfg.feedforward_channels = 2 * width
 
 
 def _set_segmentor(model: MMConfig, cfg: DictConfig, channels: list[int], classes: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from matplotlib.font_manager import findfont  # ships DejaVu Sans
 from mmengine.dataset import pseudo_collate
@@ -16,6 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from zoo.recipes import images, sheet
 from zoo.recipes.dense import views
+from zoo.recipes.dense.panoptic_quality import found_segments
 from zoo.recipes.sheet import Tile
 from zoo.recipes.subsets import evenly_spread
 
@@ -137,10 +140,50 @@ def _blended(below: torch.Tensor, above: torch.Tensor, alpha: float) -> torch.Te
     return (below * (1 - alpha) + above * alpha).to(torch.uint8)
 
 
+def draw_segments(
+    image: Image.Image, ids: np.ndarray, labels: Mapping[int, int], classes: Sequence[str], width: int | None = None
+) -> Image.Image:
+    """Draw segments on an RGB image: each in the colour of its class, with its border and its name.
+
+    Args:
+        image: An image of width W and height H.
+        ids: The ids of the segments, integers (H, W).
+        labels: The label of each segment by id; pixels with other ids are not drawn over.
+        classes: The names of the labels.
+        width: As in `draw_objects`.
+    """
+    _, pixels = _resized(image, width)
+    if not labels:
+        return to_pil_image(pixels)
+    enlarged = cv2.resize(ids, pixels.shape[:0:-1], interpolation=cv2.INTER_NEAREST)
+    masks = [enlarged == number for number in labels]
+    palette = [colors(len(classes))[label] for label in labels.values()]
+    painted = pixels.clone()
+    for mask, colour in zip(masks, palette, strict=True):
+        painted[:, torch.from_numpy(mask)] = torch.tensor(colour, dtype=torch.uint8)[:, None]
+    drawn = _blended(pixels, painted, 0.45)
+    border = np.zeros(enlarged.shape, bool)
+    border[1:] |= enlarged[1:] != enlarged[:-1]
+    border[:, 1:] |= enlarged[:, 1:] != enlarged[:, :-1]
+    drawn[:, torch.from_numpy(border)] = 255
+    picture = to_pil_image(drawn)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.truetype(findfont("DejaVu Sans:bold"), max(14, round(min(picture.size) / 40)))
+    for mask, label, colour in zip(masks, labels.values(), palette, strict=True):
+        inside = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
+        y, x = np.unravel_index(inside.argmax(), inside.shape)  # the point that is farthest from the border
+        wide, high = font.getlength(classes[label]) + 6, sum(font.getmetrics()) + 2
+        _label(draw, (x - wide / 2, y + high / 2, x, y), classes[label], colour, font)
+    return picture
+
+
 def draw_sample(
     image: Image.Image, sample: Any, classes: Sequence[str], score: float = SCORE, width: int | None = None
 ) -> Image.Image:
     """Draw predictions: `sample` is the result of mmdet or mmseg for `image`."""
+    if "pred_panoptic_seg" in sample:
+        ids, segments = found_segments(sample.pred_panoptic_seg.sem_seg[0].cpu().numpy(), len(classes))
+        return draw_segments(image, ids, {key: segment.label for key, segment in segments.items()}, classes, width)
     if "pred_sem_seg" in sample:
         return draw_labels(image, sample.pred_sem_seg.data[0].cpu(), classes, width)
     found = sample.pred_instances
@@ -156,6 +199,9 @@ def as_mask(mask: Any) -> torch.Tensor:
 
 def draw_truth(image: Image.Image, sample: Any, classes: Sequence[str], width: int | None = None) -> Image.Image:
     """Draw the annotations in `sample`."""
+    if "gt_panoptic_seg" in sample:
+        labels = {number: label for number, label, _ in sample.segments}
+        return draw_segments(image, sample.gt_panoptic_seg.sem_seg[0].numpy(), labels, classes, width)
     if "gt_sem_seg" in sample:
         return draw_labels(image, sample.gt_sem_seg.data[0], classes, width)
     there = sample.gt_instances

@@ -9,13 +9,16 @@ from zoo.recipes.dense import views
 
 def pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
     """The transforms of training and of test images; prediction omits those that load images and annotations."""
-    return (_detection_pipelines if cfg.task == "detect" else _segmentation_pipelines)(cfg, masks)
+    return (_segmentation_pipelines if cfg.task == "segment" else _detection_pipelines)(cfg, masks)
 
 
 def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:
     dense = cfg.dense
     load = dict(type="LoadImage", max_pixels=cfg.data.max_pixels)
+    panoptic = cfg.task == "panoptic"
     annotations = dict(type="LoadAnnotations", with_bbox=True, with_mask=masks)
+    if panoptic:
+        annotations = dict(type="LoadSegments")
     several = dict(type="RandomChoiceResize", scales=[(dense.max_size, s) for s in dense.scales], keep_ratio=True)
     one = dict(type="Resize", scale=(dense.max_size, dense.scales[-1]), keep_ratio=True)
     train = [load, annotations]
@@ -25,14 +28,15 @@ def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list
         train.append(dict(type="PhotoMetricDistortion"))
     if dense.crop:
         size = (dense.crop[1], dense.crop[0])
+        resize = dict(
+            type="RandomResize",
+            scale=size,
+            ratio_range=tuple(dense.ratio_range or (1, 1)),
+            resize_type="Resize",
+            keep_ratio=True,
+        )
         train += [
-            dict(
-                type="RandomResize",
-                scale=size,
-                ratio_range=tuple(dense.ratio_range or (1, 1)),
-                resize_type="Resize",
-                keep_ratio=True,
-            ),
+            several if len(dense.scales) > 1 else resize,
             dict(
                 type="RandomCrop",
                 crop_size=tuple(dense.crop),
@@ -40,7 +44,8 @@ def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list
                 recompute_bbox=masks,
                 allow_negative_crop=True,
             ),
-            dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-5, 1e-5), by_mask=masks),
+            # An image of stuff alone is no reason to draw another one.
+            dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-5, 1e-5), by_mask=masks, keep_empty=not panoptic),
         ]
     elif dense.detr_crop:
         # DETR (arXiv 2005.12872, section 4): short sides of 400 to 600, crops of 384 to 600, then resized as usual.
@@ -55,7 +60,10 @@ def _detection_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list
         train.append(several if len(dense.scales) > 1 else one)
     train.append(dict(type="PackDetInputs"))
     keys = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", "flip", "flip_direction")
-    return train, views.pipeline(cfg, load, [annotations, dict(type="PackDetInputs", meta_keys=keys)])
+    pack = dict(type="PackDetInputs", meta_keys=keys)
+    if panoptic:
+        pack = dict(type="PackSegments", meta_keys=(*keys, "segments"))
+    return train, views.pipeline(cfg, load, [annotations, pack])
 
 
 def _segmentation_pipelines(cfg: DictConfig, masks: bool) -> tuple[list[dict], list[dict]]:

@@ -16,11 +16,13 @@ from pycocotools import mask as coco_mask
 
 from zoo.recipes import atomic_files, distributed, run_folder
 from zoo.recipes.dense import evaluate, pictures, views
+from zoo.recipes.dense.panoptic_quality import extent, found_segments
 from zoo.recipes.dense.pipelines import pipelines
 from zoo.recipes.inputs import Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 from zoo.recipes.run_weights import prediction_config
+from zoo.recipes.segment_ids import to_rgb
 
 
 def predict(settings: Any, inputs: Inputs, out: Path) -> None:
@@ -77,6 +79,7 @@ class _Written:
 
     def __init__(self, cfg: DictConfig, out: Path, classes: Sequence[str], score: float):
         self.out, self.classes, self.task, self.score = out, classes, cfg.task, score
+        self.num_things = cfg.dense.num_things if cfg.task == "panoptic" else 0
         self.images: list[dict[str, Any]] = []
         self.objects: list[dict[str, Any]] = []
 
@@ -85,6 +88,9 @@ class _Written:
         number = len(self.images)
         self.images.append({"id": number, "file_name": as_text(name), "width": image.width, "height": image.height})
         self._save(_picture(self.out, name), picture)
+        if self.task == "panoptic":
+            self._add_segments(number, name, found)
+            return
         if self.task == "segment":
             labels = found.pred_sem_seg.data[0].cpu().numpy()
             bits = np.uint8 if len(self.classes) <= 256 else np.uint16
@@ -111,6 +117,25 @@ class _Written:
                 item["segmentation"] = {"size": list(map(int, code["size"])), "counts": code["counts"].decode()}
             self.objects.append(item)
 
+    def _add_segments(self, number: int, name: Path, found: Any) -> None:
+        """Write the PNG of the segments of an image in COCO's panoptic format, and describe them."""
+        ids, segments = found_segments(found.pred_panoptic_seg.sem_seg[0].cpu().numpy(), len(self.classes))
+        path = _labels(self.out, name)
+        self._save(path, Image.fromarray(to_rgb(ids)))
+        info = [
+            {
+                "id": key,
+                "category_id": segment.label + 1,
+                "iscrowd": 0,
+                "bbox": [left, top, right - left, bottom - top],
+                "area": int((ids == key).sum()),
+            }
+            for key, segment in segments.items()
+            for left, top, right, bottom in [extent(ids == key)]
+        ]
+        file = as_text(path.relative_to(self.out / "labels"))
+        self.objects.append({"image_id": number, "file_name": file, "segments_info": info})
+
     def _save(self, path: Path, picture: Image.Image) -> None:
         if not path.parent.is_dir():
             run_folder.make_folder(path.parent, None)
@@ -119,8 +144,10 @@ class _Written:
 
     def close(self) -> None:
         """Write the files on all images."""
-        if self.task == "detect":
-            categories = [{"id": i, "name": name} for i, name in enumerate(self.classes, start=1)]
+        if self.task != "segment":
+            categories: list[dict[str, Any]] = [{"id": i, "name": name} for i, name in enumerate(self.classes, start=1)]
+            for category in categories if self.task == "panoptic" else []:
+                category["isthing"] = int(category["id"] <= self.num_things)
             content = {"images": self.images, "annotations": self.objects, "categories": categories}
             atomic_files.write_json(self.out / "predictions.json", content)
         else:
@@ -128,4 +155,6 @@ class _Written:
 
     def summary(self) -> str:
         """A summary of the predictions for the log."""
+        if self.task == "panoptic":
+            return f"{sum(len(item['segments_info']) for item in self.objects)} segments"
         return f"{len(self.objects)} objects" if self.task == "detect" else "labels of all pixels"

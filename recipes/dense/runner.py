@@ -22,16 +22,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed, lr_factors
-from zoo.recipes.dense.detection_data import DetectionData
+from zoo.recipes.dense.data import Data
 from zoo.recipes.dense.mm_keys import override_runner
 from zoo.recipes.dense.pipelines import pipelines
-from zoo.recipes.dense.segmentation_data import SegmentationData
 from zoo.recipes.dense.settings import SCOPES, RunLength, finds_masks, learning_rate
 
 
 def runner_config(
     cfg: DictConfig,
-    data: DetectionData | SegmentationData,
+    data: Data,
     length: RunLength | None,
     work_dir: Path,
     device: torch.device,
@@ -43,7 +42,7 @@ def runner_config(
     Raises:
         UserError: `mm` does not fit.
     """
-    masks = cfg.task == "detect" and finds_masks(cfg)
+    masks = cfg.task != "segment" and finds_masks(cfg)
     train, test = pipelines(cfg, masks)
     batch, workers = cfg.trainer.batch_size, distributed.check_open_files(_workers(cfg))
     loading = dict(batch_size=batch, num_workers=workers, persistent_workers=workers > 0)

@@ -10,9 +10,9 @@ from zoo.messages import UserError
 from zoo.recipes import config, distributed
 from zoo.recipes.dense import views
 
-METHODS = {"detect": config.DETECTORS, "segment": config.SEGMENTORS}
+METHODS = {"detect": config.DETECTORS, "segment": config.SEGMENTORS, "panoptic": config.PANOPTIC_METHODS}
 # Where each task's models and transforms are registered.
-SCOPES = {"detect": "mmdet", "segment": "mmseg"}
+SCOPES = {"detect": "mmdet", "segment": "mmseg", "panoptic": "mmdet"}
 
 # Settings of classification that have no effect here: refused, so that a value is not ignored silently.
 _UNUSED = (
@@ -76,7 +76,7 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense).")
     rules = {
         "dense.max_size": (dense.max_size >= max(dense.scales, default=0), "no less than the largest of dense.scales"),
-        "dense.detr_crop": (not dense.detr_crop or cfg.task == "detect", "false for task=segment"),
+        "dense.detr_crop": (not dense.detr_crop or cfg.task == "detect", f"false for task={cfg.task}"),
         "schedule.sched": (
             cfg.schedule.sched in ("cosine", "multistep", "poly", "constant"),
             "cosine, multistep, poly or constant",

@@ -1,4 +1,4 @@
-"""Training a detector or segmentor: `zoo-train task=detect` and `task=segment`.
+"""Training a detector or segmentor: `zoo-train task=detect`, `task=segment` and `task=panoptic`.
 
 MMEngine's Runner trains; a hook saves its state in the run folder, as in classification.
 """
@@ -28,13 +28,13 @@ from zoo.recipes.corrupt import CorruptImages, worker_errors
 from zoo.recipes.dense import mm_keys, pictures
 from zoo.recipes.dense.confusion import class_scores, pairs
 from zoo.recipes.dense.cost import cost_of_evaluation
-from zoo.recipes.dense.data import open_data
-from zoo.recipes.dense.detection_data import DetectionData
+from zoo.recipes.dense.data import Data, open_data
+from zoo.recipes.dense.data_checks import base_folder
 from zoo.recipes.dense.model import check_batchnorm, memory_format
+from zoo.recipes.dense.panoptic_data import PanopticData
 from zoo.recipes.dense.pretrained import build_pretrained
 from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
-from zoo.recipes.dense.scores import SCORES, score_title, scores
-from zoo.recipes.dense.segmentation_data import SegmentationData
+from zoo.recipes.dense.scores import SCORES, panoptic_table, score_title, scores
 from zoo.recipes.dense.settings import check, learning_rate, run_length
 from zoo.recipes.dense.transforms import corrupt_names
 from zoo.recipes.logs import log
@@ -60,6 +60,8 @@ def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) ->
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg)
+    if isinstance(data, PanopticData):  # an evaluation of the run builds the model before it opens data
+        cfg = OmegaConf.merge(cfg, {"dense": {"num_things": data.num_things}})
     with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
         if cfg.dense.digits_first and not cfg.pretrained:
             cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder, write_report)})
@@ -74,6 +76,8 @@ def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], 
     first = compose("config", ["data=digit_crops"])
     for key in ("model", "model_kwargs", "resume", "seed", "data.root", "trainer.device", "trainer.max_updates"):
         OmegaConf.update(first, key, OmegaConf.select(cfg, key), force_add=True)
+    if cfg.task == "panoptic":
+        first.data.root = str(base_folder(cfg.data, None))
     OmegaConf.update(first, "run", str(backbone))
     OmegaConf.update(first, "log", cfg.log)
     OmegaConf.update(first, "log.wandb", "disabled")
@@ -88,7 +92,7 @@ class DenseRun(BaseRun):
     def __init__(
         self,
         cfg: DictConfig,
-        data: DetectionData | SegmentationData,
+        data: Data,
         device: torch.device,
         folder: Path,
         write_report: Callable[[Path], Any] | None = None,
@@ -295,7 +299,10 @@ class DenseRun(BaseRun):
 
     def _write_classes(self, metrics: dict[str, Any]) -> None:
         classes = self.data.classes
-        if "confusion" in metrics:
+        if "panoptic/counts" in metrics:
+            table = panoptic_table(metrics)
+            run_folder.write_classes(self.folder, classes, table, self.data.val.segments, "segments")
+        elif "confusion" in metrics:
             confused = metrics["confusion"]
             counts = confused.sum(1).tolist()
             run_folder.write_classes(self.folder, classes, class_scores(confused), counts, "pixels", pairs(confused))

@@ -10,7 +10,7 @@ title, paper, source, note
             for the head comment; {name}, {method}, {epochs} and {updates} in a title are filled in
 model       a timm name; if missing, the longest of `names` that the recipe's name ends in
 drop_path   model_kwargs.drop_path_rate
-top1, box_ap, mask_ap, miou, miou_multi_scale
+top1, box_ap, mask_ap, pq, miou, miou_multi_scale
             published figures
 published   where these were published
 remark      a sentence that follows the figures
@@ -69,6 +69,10 @@ ROOTS = {
     "ade20k": "/data/ade",
     "cityscapes": "/data/cityscapes",
     "coco_stuff": "/data/coco_stuff",
+    "coco_panoptic": "/data/coco",
+    "ade20k_panoptic": "/data/ade",
+    "ade20k_instance": "/data/ade",
+    "cityscapes_panoptic": "/data/cityscapes",
 }
 
 Entry = dict[str, Any]  # a base, a recipe, a row or a part of one, as in its table

@@ -215,6 +215,16 @@ def digit_scenes(tmp_path_factory):
         return scenes.ensure(tmp_path_factory.mktemp("scenes") / "digits")
 
 
+@pytest.fixture(scope="session")
+def panoptic_digit_scenes(tmp_path_factory):
+    """A folder with 16 panoptic scenes for training, 4 for validation and 4 for test; read only."""
+    from zoo.recipes import panoptic_scenes
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(panoptic_scenes, "SCENES", {"train": 16, "val": 4, "test": 4})
+        return panoptic_scenes.ensure(tmp_path_factory.mktemp("scenes") / "panoptic")
+
+
 # A second or two of training on the few scenes.
 DENSE = (
     "dense.digits_first=false",

@@ -17,7 +17,7 @@ import zoo
 from zoo.messages import UserError
 from zoo.recipes import cli, config, tasks
 
-for task in ("detect", "segment"):  # each registers its own data sets
+for task in ("detect", "segment", "panoptic"):  # each registers its own data sets
     settings = tasks.load(task, "settings")
 
 from mmengine.dataset import pseudo_collate  # noqa: E402  after mmcv's operators are there
@@ -27,12 +27,13 @@ from mmengine.registry import DATASETS, PARAM_SCHEDULERS  # noqa: E402
 from zoo.recipes.dense import model as models  # noqa: E402
 from zoo.recipes.dense import runner  # noqa: E402
 from zoo.recipes.dense.backbone import param_groups  # noqa: E402
-from zoo.recipes.dense.detection_data import DetectionData, DetectionSplit, open_detection  # noqa: E402
+from zoo.recipes.dense.data import open_data  # noqa: E402
+from zoo.recipes.dense.detection_data import DetectionData, DetectionSplit  # noqa: E402
 from zoo.recipes.dense.optim import SkipBadLossAmpOptimWrapper, SkipBadLossOptimWrapper  # noqa: E402
+from zoo.recipes.dense.panoptic_data import PanopticData, PanopticSplit  # noqa: E402
 from zoo.recipes.dense.segmentation_data import (  # noqa: E402
     SegmentationData,
     SegmentationSplit,
-    open_segmentation,
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -148,6 +149,12 @@ def _ade(classes=150, images=20_210):
     names = [f"class {i}" for i in range(classes)]
     split = SegmentationSplit(Path("images"), Path("labels"), names, 255, True, images, [1] * classes, 10)
     return SegmentationData(split, split, names, 255, True)
+
+
+def _panoptic(classes=133, things=80, images=118_287):
+    names = [f"class {i}" for i in range(classes)]
+    split = PanopticSplit(Path("ann.json"), Path("labels"), Path("images"), names, things, [1] * classes, images)
+    return PanopticData(split, split, names, things)
 
 
 def _settings(cfg, data, device=GPU):
@@ -576,7 +583,9 @@ def test_recipe_builds_its_model(compose, recipe):
     cfg = compose(f"recipe={recipe}")
     config.check(cfg)
     settings.check(cfg)
-    data = _coco() if cfg.task == "detect" else _ade()
+    data = {"detect": _coco, "segment": _ade, "panoptic": _panoptic}[cfg.task]()
+    if cfg.task == "panoptic":
+        cfg.dense.num_things = data.num_things
     model = _meta(cfg, data.classes)
     assert _settings(cfg, data).train_cfg.max_iters > 10_000
     heads = [module for name, module in model.named_modules() if re.search("(bbox|mask|decode)_head", name)]
@@ -586,13 +595,13 @@ def test_recipe_builds_its_model(compose, recipe):
 
 
 @pytest.fixture(scope="module")
-def scenes_data(compose, digit_scenes):
-    """The digit scenes as data of either task."""
+def scenes_data(compose, digit_scenes, panoptic_digit_scenes):
+    """The digit scenes as data of a task."""
 
     @functools.cache
     def get(task):
-        cfg = compose(f"task={task}", f"data.root={digit_scenes}").data
-        return open_detection(cfg, masks=True) if task == "detect" else open_segmentation(cfg)
+        root = panoptic_digit_scenes if task == "panoptic" else digit_scenes
+        return open_data(compose(f"task={task}", f"data.root={root}"))
 
     return get
 
@@ -630,6 +639,8 @@ def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
     if full.dense.crop:
         words.append("dense.crop=[64,64]")
     cfg, data = compose(*words), scenes_data(full.task)
+    if cfg.task == "panoptic":
+        cfg.dense.num_things = data.num_things
     cfg.model_kwargs = {key: rate for key, rate in full.model_kwargs.items() if key == "drop_path_rate"}  # of any depth
     configuration = _settings(cfg, data, CPU)
     model = models.build_model(cfg, data.classes, CPU, False)
@@ -651,4 +662,5 @@ def test_recipe_trains_and_predicts(compose, scenes_data, recipe, tmp_path):
         assert found.pred_sem_seg.data.max() < 11
     else:
         assert found.pred_instances.scores.isfinite().all()
+        assert ("pred_panoptic_seg" in found) == (cfg.task == "panoptic")
         assert ("masks" in found.pred_instances) == settings.finds_masks(cfg)

@@ -103,8 +103,12 @@ def test_every_recipe_composes_for_its_task_with_the_keys_of_the_schema(recipes)
         if folder == "imagenet":
             assert (cfg.task, cfg.data.name, cfg.dense.method) == ("classify", "", ""), name
             continue
-        assert (cfg.task, cfg.data.name) == (("detect", "coco") if folder == "coco" else ("segment", "masks")), name
-        methods = config.DETECTORS if folder == "coco" else config.SEGMENTORS
+        if folder.endswith("_panoptic"):
+            assert (cfg.task, cfg.data.name) == ("panoptic", folder), name
+        else:
+            detects = folder in ("coco", "ade20k_instance")
+            assert (cfg.task, cfg.data.name) == (("detect", "coco") if detects else ("segment", "masks")), name
+        methods = (*config.DETECTORS, *config.SEGMENTORS)
         assert cfg.dense.method == next(method for method in methods if short.startswith(method)), name
         assert cfg.augment.hflip == 0.5, name
         assert cfg.augment.mixup == cfg.augment.cutmix == cfg.augment.smoothing == 0, name
@@ -136,7 +140,8 @@ def test_every_recipe_states_its_source_and_its_command():
             assert re.search(r"\(arXiv \d{4}\.\d{5}\)\. Expected: [\d.]+ ", re.sub(r"\n# ", " ", text)), name
 
 
-# What was published. Drop path and the figures; of COCO box and mask AP, of ADE20K at one scale and at several.
+# What was published. Drop path and the figures; of COCO box and mask AP, of ADE20K at one scale and at several, of
+# panoptic models the quality, and mask AP and mIoU beside it.
 
 REPORTED = {
     "imagenet/litv2_medium": (0.3, {"top1": 83.3}),
@@ -172,6 +177,11 @@ REPORTED = {
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
     "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
     "coco/mask2former_dinat_large": (0.3, {"mask_ap": 50.8}),
+    "coco_panoptic/mask2former_dinat_large": (0.3, {"pq": 58.5, "mask_ap": 49.2, "miou": 68.3}),
+    "ade20k_panoptic/mask2former_dinat_large": (0.3, {"pq": 49.4, "mask_ap": 35.0, "miou": 56.3}),
+    "cityscapes_panoptic/mask2former_dinat_large": (0.3, {"pq": 67.2, "mask_ap": 44.5, "miou": 83.4}),
+    "ade20k_instance/mask2former_dinat_large": (0.3, {"mask_ap": 35.4}),
+    "cityscapes/mask2former_dinat_large": (0.3, {"miou_multi_scale": 84.5}),
     "coco/mask_rcnn_1x_cswin_tiny": (0.2, {"box_ap": 46.7, "mask_ap": 42.2}),
     "coco/cascade_mask_rcnn_cswin_small": (0.4, {"box_ap": 53.7, "mask_ap": 46.4}),
     "coco/retinanet_biformer_base": (0.3, {"box_ap": 47.1}),
@@ -543,6 +553,37 @@ def test_segmentation_follows_the_paper(recipes):
             wanted = (size, 4 * size, [0.5, 2.0], 0.1 if "segman" in name else 1.0, None)
         ratio_range = _optional(dense.ratio_range)
         assert (dense.crop[1], dense.max_size, ratio_range, dense.backbone_lr, optim.clip_grad) == wanted, name
+
+
+# Of Mask2Former's own configurations: updates, size of the smaller side in evaluation, crop and queries.
+MASK2FORMER = {
+    "ade20k_panoptic": (160_000, 640, [640, 640], 200),
+    "ade20k_instance": (160_000, 640, [640, 640], 200),
+    "cityscapes_panoptic": (90_000, 1024, [512, 1024], 200),
+    "cityscapes": (90_000, 1024, [512, 1024], None),  # its default, 100
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", MASK2FORMER)
+def test_mask2former_on_other_data_follows_its_configuration(recipe_config, folder):
+    cfg = recipe_config(f"{folder}/mask2former_dinat_large")
+    optim, schedule, dense = cfg.optim, cfg.schedule, cfg.dense
+    assert (optim.opt, optim.lr, optim.weight_decay, optim.clip_grad) == ("adamw", 1e-4, 0.05, 0.01)
+    assert (schedule.sched, schedule.decay_rate, schedule.min_lr, dense.warmup_updates) == ("poly", 0.9, 0.0, 0)
+    assert (list(dense.no_decay), dense.backbone_lr, cfg.trainer.effective_batch_size) == (QUERIES, 0.1, 16)
+    updates, size, crop, queries = MASK2FORMER[folder]
+    assert (dense.updates, dense.scales[-1], list(dense.crop), dense.photometric) == (updates, size, crop, True)
+    assert sorted(dense.scales) == [int(tenths * 0.1 * size) for tenths in range(5, 21)]
+    assert dense.max_size == 4 * size
+    assert OmegaConf.select(cfg, "mm.model.panoptic_head.num_queries") == queries
+
+
+@pytest.mark.slow
+def test_panoptic_coco_has_the_settings_of_its_instances(recipe_config):
+    cfg, instances = (recipe_config(f"{folder}/mask2former_dinat_large") for folder in ("coco_panoptic", "coco"))
+    for section in ("optim", "schedule", "trainer", "dense", "mm", "augment", "model_kwargs"):
+        assert cfg[section] == instances[section], section
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_hole_is_an_outline_too():
 def test_ring_becomes_rle():
     ring = np.ones((9, 9), bool)
     ring[3:6, 3:6] = False
-    described = scenes._describe(ring)
+    described = scenes.describe(ring)
     np.testing.assert_array_equal(coco_mask.decode(described["segmentation"]), ring)
 
 
