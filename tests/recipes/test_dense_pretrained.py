@@ -205,7 +205,7 @@ def _coco_classes():
 RECIPE = ("recipe=coco/mask_rcnn_dinat_mini",)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_official_file_is_scored(command, official, digit_scenes, tmp_path):
     path, tensors = official
     names = _coco_classes()
@@ -227,7 +227,7 @@ def test_official_file_is_scored(command, official, digit_scenes, tmp_path):
     assert list(found["per_class"]) == list(names)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_official_file_is_loaded_strictly(compose, official, tmp_path):
     path, tensors = official
     cfg, names = compose(*RECIPE, "data.root=."), list(_coco_classes())
