@@ -51,8 +51,9 @@ recipes: $(VENV)/dev.stamp  ## write the recipes of recipes/conf/recipe from rec
 docs: $(VENV)/dev.stamp  ## the documentation as a site, build/docs/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -c docs . build/docs
 
-tables: $(VENV)/dev.stamp  ## write counts.json and the tables of README and docs
+tables: $(VENV)/dev.stamp  ## write counts.json, dense_counts.json and the tables of README and docs
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/tools/test_models.py::test_all_counts_are_right
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/recipes/test_dense_counts.py::test_all_counts_are_right
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
 
 lint: types  ## ruff and mypy

@@ -5,7 +5,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["about", "counts", "examples", "families", "manifest", "recipes"]
+__all__ = ["about", "counts", "dense_counts", "examples", "families", "manifest", "recipes"]
 
 # The fields that describe the family itself, not its checkpoints.
 _OF_THE_FAMILY = ("names", "attends_to", "examples", "measured")
@@ -41,6 +41,12 @@ def counts() -> dict[str, dict[str, Any]]:
     They are counted for a classifier of 1000 classes and one image of `input_size`, (channels, height, width).
     """
     return _content("counts.json")
+
+
+@cache
+def dense_counts() -> dict[str, dict[str, Any]]:
+    """By recipe: `method`, `size` (height, width), and the `parameters` and `multiply_adds` of the whole model."""
+    return _content("dense_counts.json")
 
 
 @cache

@@ -13,20 +13,24 @@ from urllib.parse import urlsplit
 
 import zoo
 from zoo import manifest
-from zoo.messages import UserError, did_you_mean, published_figures, size_text
+from zoo.messages import OptionError, UserError, did_you_mean, published_figures, size_text
 from zoo.tools import cli
 
 DESCRIPTION = """\
 List the models of zoo and their published weights, or show everything about one model.
 
 Parameters and multiply-adds are counted for a classifier with 1000 classes and an image of the size in the table.
-Accuracies are those that the authors published; licences are those of the weights."""
+Accuracies are those that the authors published; licences are those of the weights.
+
+With --task, list the recipes for detection or segmentation, with the parameters and multiply-adds of the whole model
+beside the published figures."""
 EXAMPLES = """\
 examples:
   zoo-models                                            all models
   zoo-models 'dinat*' --max-params 30M --sort top1      models with up to 30 million parameters, the best first
   zoo-models --min-top1 85 --licence mit apache-2.0 --sort macs
   zoo-models 'van*' --dense                             with published figures for detection and segmentation
+  zoo-models 'van*' --task segment --sort macs           recipes with the costs of the whole segmentor
   zoo-models dinat_mini                                 everything about one model, with commands to copy"""
 
 # Option of --sort -> field of a row, and whether the largest comes first.
@@ -37,6 +41,19 @@ SORTS = {
     "top1": ("top1", True),
     "input": ("input_size", False),
 }
+DENSE_SORTS = {
+    "name": ("recipe", False),
+    "params": ("parameters", False),
+    "macs": ("multiply_adds", False),
+    "input": ("size", False),
+    "score": ("score", True),
+}
+# The published figures of each task with their titles; the first that a recipe has is its score.
+FIGURES = {
+    "panoptic": {"pq": "PQ", "mask_ap": "mask AP", "miou": "mIoU"},
+    "detect": {"box_ap": "box AP", "mask_ap": "mask AP"},
+    "segment": {"miou": "mIoU", "miou_multi_scale": "several scales"},
+}
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -46,7 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     with cli.friendly_errors("zoo-models"):
         entries = _entries()
         names = _chosen(options, entries)
-        if isinstance(names, str):
+        if options.task:
+            report = _dense_rows(options, [entry for entry in entries if entry["name"] in names])
+            show = _print_dense_table
+        elif isinstance(names, str):
             with cli.progress(f"zoo-models: loading {names}"):
                 report = about(names)
             show = _print_one
@@ -55,10 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
             show = _print_table
         if options.json:
             print(json.dumps(report, indent=2))
-        elif isinstance(report, list):
-            show(report, options.dense)
         else:
-            show(report)
+            show(report, options)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -73,11 +91,15 @@ def parser() -> argparse.ArgumentParser:
     add("--licence", nargs="+", metavar="NAME", help="licences of the weights, such as mit")
     add(
         "--sort",
-        choices=SORTS,
+        choices=[*SORTS, "score"],
         default="name",
-        help="order of the rows (name); top1 puts the highest first, the others the lowest",
+        help="order of the rows (name); top1, and score with --task, put the highest first, the others the lowest",
     )
-    add("--dense", action="store_true", help="add the published figures of recipes for detection and segmentation")
+    dense = parser.add_mutually_exclusive_group()
+    dense.add_argument(
+        "--dense", action="store_true", help="add the published figures of recipes for detection and segmentation"
+    )
+    dense.add_argument("--task", choices=FIGURES, help="list recipes for this task, with the costs of the whole model")
     add("--json", action="store_true", help="print the results as JSON")
     return parser
 
@@ -107,7 +129,7 @@ def _chosen(options: argparse.Namespace, entries: list[dict[str, Any]]) -> str |
         UserError: Nothing matches a pattern.
     """
     names, models = [entry["name"] for entry in entries], {entry["model"] for entry in entries}
-    if len(options.names) == 1 and options.names[0] in {*names, *models}:
+    if len(options.names) == 1 and options.names[0] in {*names, *models} and not options.task:
         return options.names[0]
     families = sorted({entry["family"] for entry in entries})
     for family in options.family or ():
@@ -138,25 +160,71 @@ def _rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[di
         UserError: No row passes.
     """
     licences = sorted({entry["licence"] for entry in entries if "licence" in entry})
-    entries = [
+    rows = _cheap_enough(options, [_row(entry) for entry in _licensed(options, entries)])
+    if not rows:
+        raise UserError(f"no model passes all of these filters; licences among those named are {', '.join(licences)}.")
+    return _sorted(options, rows, SORTS)
+
+
+def _licensed(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries that pass the filters of the weights."""
+    return [
         entry
         for entry in entries
         if (not options.licence or entry.get("licence") in options.licence)
         and (options.min_top1 is None or entry.get("top1", {}).get("value", 0) >= options.min_top1)
     ]
-    rows = [_row(entry) for entry in entries]
-    rows = [
+
+
+def _cheap_enough(options: argparse.Namespace, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that pass the filters of the costs; those that are not counted pass none."""
+    limits = {"parameters": options.max_params, "multiply_adds": options.max_macs}
+    return [
         row
         for row in rows
-        if (options.max_params is None or row["parameters"] <= options.max_params)
-        and (options.max_macs is None or row["multiply_adds"] <= options.max_macs)
+        if all(limit is None or (row[key] is not None and row[key] <= limit) for key, limit in limits.items())
     ]
-    if not rows:
-        raise UserError(f"no model passes all of these filters; licences among those named are {', '.join(licences)}.")
-    field, falling = SORTS[options.sort]
+
+
+def _sorted(
+    options: argparse.Namespace, rows: list[dict[str, Any]], sorts: dict[str, tuple[str, bool]]
+) -> list[dict[str, Any]]:
+    """The rows in the order of `--sort`, those without the figure last.
+
+    Raises:
+        OptionError: These rows have no such figure.
+    """
+    if options.sort not in sorts:
+        what = f"with --task {options.task}" if options.task else "without --task"
+        raise OptionError(f"got --sort {options.sort}: {what}, the rows can be sorted by {', '.join(sorts)}.")
+    field, falling = sorts[options.sort]
     have = [row for row in rows if row[field] is not None]
     have.sort(key=lambda row: row[field], reverse=falling)
     return have + [row for row in rows if row[field] is None]
+
+
+def _dense_rows(options: argparse.Namespace, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The recipes for `options.task` that start from these weights and pass the filters, sorted.
+
+    Raises:
+        UserError: There is none.
+        OptionError: They can't be sorted like this.
+    """
+    figures, rows = FIGURES[options.task], []
+    for entry in _licensed(options, entries):
+        for recipe in (recipe for recipe in recipes() if _is_for(recipe, entry)):
+            if _task(recipe) == options.task:
+                found = [recipe[key] for key in figures if key in recipe]
+                count = manifest.dense_counts().get(recipe["recipe"], {})
+                counted = {key: count.get(key) for key in ("method", "parameters", "multiply_adds", "size")}
+                rows.append({**recipe, "task": options.task, "weights": entry["name"], **counted, "score": found[0]})
+    rows = _cheap_enough(options, rows)
+    if not rows:
+        raise UserError(
+            f"no recipe for task={options.task} is for one of these models and passes all filters: "
+            f"zoo-models --task {options.task} lists all."
+        )
+    return _sorted(options, rows, DENSE_SORTS)
 
 
 def _row(entry: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +319,41 @@ def _commands(row: dict[str, Any]) -> list[str]:
     return commands
 
 
-def _print_table(rows: list[dict[str, Any]], dense: bool) -> None:
+def _task(recipe: dict[str, Any]) -> str | None:
+    """The task of a recipe by its published figures; None for ImageNet's."""
+    if "pq" in recipe:
+        return "panoptic"
+    if recipe.keys() & {"box_ap", "mask_ap"}:
+        return "detect"
+    return "segment" if recipe.keys() & FIGURES["segment"].keys() else None
+
+
+def _print_dense_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    from rich import box
+    from rich.table import Table
+
+    figures = FIGURES[options.task]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("recipe", "weights"):
+        table.add_column(column, no_wrap=True)
+    for column in ("params (M)", "mult-adds (G)", "size", *figures.values()):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("figures of", overflow="fold")
+    for row in rows:
+        counted = ("", "", "")
+        if row["parameters"]:
+            counted = (f"{row['parameters'] / 1e6:.1f}", f"{row['multiply_adds'] / 1e9:.0f}", size_text(row["size"]))
+        scores = (f"{row[key]:.1f}" if row.get(key) else "" for key in figures)
+        table.add_row(row["recipe"], row["weights"], *counted, *scores, row["source"])
+    console = cli.console()
+    console.print(table)
+    console.print(
+        "Parameters and multiply-adds are those of the whole model for an image of this height and width.",
+        markup=False,
+    )
+
+
+def _print_table(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     from rich import box
     from rich.table import Table
 
@@ -280,7 +382,7 @@ def _print_table(rows: list[dict[str, Any]], dense: bool) -> None:
         console.print("f  the file has no classifier")
     if any(row["note"] for row in rows):
         console.print("*  read its note first: zoo-models NAME")
-    if dense:
+    if options.dense:
         _print_dense(rows)
 
 
@@ -302,7 +404,7 @@ def _print_dense(rows: list[dict[str, Any]]) -> None:
     cli.console().print(table if table.row_count else "No recipe for detection or segmentation is for one of these.")
 
 
-def _print_one(report: dict[str, Any]) -> None:
+def _print_one(report: dict[str, Any], options: argparse.Namespace) -> None:
     console = cli.console()
     console.print(f"{report['model']}: {report['summary']}", style="bold", markup=False)
     shown = report["preprocessing"]

@@ -292,6 +292,53 @@ def test_bad_number(capsys):
     assert "--max-params: got 'many'; give a number such as 30M or 4.5G; --help lists" in errors
 
 
+# ---- recipes with the costs of the whole model
+
+
+def test_recipes_of_a_task_have_costs_and_scores(capsys):
+    found = rows(capsys, "nat_mini", "--task", "detect")
+    assert [row["recipe"] for row in found] == ["coco/cascade_mask_rcnn_nat_mini", "coco/mask_rcnn_nat_mini"]
+    assert [row["method"] for row in found] == ["cascade_mask_rcnn", "mask_rcnn"]
+    assert [round(row["multiply_adds"] / 1e9) for row in found] == [703, 225]
+    assert [round(row["parameters"] / 1e6) for row in found] == [77, 40]
+    assert {tuple(row["size"]) for row in found} == {(800, 1280)}
+    assert all(row["score"] == row["box_ap"] > 40 for row in found)
+    assert rows(capsys, "nat_mini", "--task", "detect", "--max-macs", "300G") == found[1:]
+
+
+def test_recipes_are_sorted_by_their_scores(capsys):
+    found = [row["score"] for row in rows(capsys, "--family", "van", "--task", "segment", "--sort", "score")]
+    assert len(found) > 5
+    assert found == sorted(found, reverse=True)
+
+
+def test_every_dense_recipe_is_of_one_task(capsys):
+    named = [row["recipe"] for task in tool.FIGURES for row in rows(capsys, "--task", task)]
+    assert len(named) == len(set(named))
+    assert set(named) == {recipe["recipe"] for recipe in tool.recipes() if recipe["task"] != "imagenet"}
+
+
+def test_table_of_recipes(capsys):
+    code, out, _ = run(capsys, "nat_mini", "--task", "detect")
+    assert code == 0
+    assert re.search(r"coco/mask_rcnn_nat_mini +nat_mini.in1k +39.6 +225 +800x1280 +\d\d.\d +\d\d.\d +README", out)
+    assert "of the whole model for an image of this height and width" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--sort", "top1"], 2, "got --sort top1: with --task detect, the rows can be sorted by name, params, macs, "),
+        (["test_van"], 1, "no recipe for task=detect is for one of these models and passes all filters: "),
+        (["--dense"], 2, "argument --dense: not allowed with argument --task"),
+    ],
+)
+def test_mistakes_with_a_task(arguments, code, message, capsys):
+    found, out, errors = run(capsys, "--task", "detect", *arguments)
+    assert (found, out) == (code, "")
+    assert message in errors
+
+
 # ---- what is printed
 
 
