@@ -571,7 +571,7 @@ def test_mask2former_on_other_data_follows_its_configuration(recipe_config, fold
     optim, schedule, dense = cfg.optim, cfg.schedule, cfg.dense
     assert (optim.opt, optim.lr, optim.weight_decay, optim.clip_grad) == ("adamw", 1e-4, 0.05, 0.01)
     assert (schedule.sched, schedule.decay_rate, schedule.min_lr, dense.warmup_updates) == ("poly", 0.9, 0.0, 0)
-    assert (list(dense.no_decay), dense.backbone_lr, cfg.trainer.effective_batch_size) == (QUERIES, 0.1, 16)
+    assert (list(dense.no_decay), dense.backbone_lr, cfg.trainer.effective_batch_size) == (DECAYED, 0.1, 16)
     updates, size, crop, queries = MASK2FORMER[folder]
     assert (dense.updates, dense.scales[-1], list(dense.crop), dense.photometric) == (updates, size, crop, True)
     assert sorted(dense.scales) == [int(tenths * 0.1 * size) for tenths in range(5, 21)]
@@ -625,7 +625,7 @@ def test_images_are_evaluated_in_windows(recipe_config, recipe, size, stride):
 def test_figures_at_several_scales_have_their_settings(recipes):
     # MMSegmentation 0.x: tools/test.py --aug-test. Mask2Former: short sides of 320, 480, ... 1120 where 640 is usual.
     quoted = {name: cfg for name, cfg in recipes.items() if cfg.published.miou_multi_scale}
-    assert len(quoted) == 36
+    assert len(quoted) == 37
     for name, cfg in quoted.items():
         assert (cfg.eval.scales, cfg.eval.flip, cfg.eval.tta) == ([0.5, 0.75, 1.0, 1.25, 1.5, 1.75], True, "none"), name
     assert [int(640 * scale) for scale in quoted["ade20k/mask2former_dinat_large"].eval.scales] == [
