@@ -435,6 +435,8 @@ def dot_product_attention(
     # Of a batch without images, PyTorch's operator gives the bias no gradient.
     if use_fused_attn() and (bias is None or not certain(sizes(query)[0] == 0)):
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        if torch.compiler.is_exporting():  # the strides depend on the machine and on gradients
+            return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2)
     else:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         logits = scale * query @ key.transpose(-2, -1)
