@@ -137,11 +137,21 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
+def pixel_limit(pixels: int) -> Iterator[None]:
+    """Within this context, Pillow refuses images of more than twice as many pixels, also while it decodes."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = pixels
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+@contextmanager
 def _opened(file: str | Path | BinaryIO, max_pixels: int) -> Iterator[Image.Image]:
     """Pillow's image; an error about the content of the file becomes an ImageError."""
-    Image.MAX_IMAGE_PIXELS = max_pixels  # Pillow itself refuses more than twice as many, also while it decodes
     try:
-        with Image.open(file) as image:
+        with pixel_limit(max_pixels), Image.open(file) as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
             yield image

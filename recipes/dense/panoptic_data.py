@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from zoo.recipes.dense.detection_data import check_same_classes, image_folder
 from zoo.recipes.dense.panoptic_annotations import Panoptic, Picture, load_panoptic
 from zoo.recipes.dense.panoptic_quality import OFFSET
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, reason
+from zoo.recipes.images import MAX_PIXELS, pixel_limit
 from zoo.recipes.logs import log
 from zoo.recipes.segment_ids import VOID, from_rgb
 from zoo.recipes.subsets import files_to_check
@@ -291,7 +293,7 @@ def read_ids(label: str | Path, image: str | Path, size: tuple[int, int]) -> np.
         UserError: It has no colours, or its size differs from the image's.
     """
     try:
-        with Image.open(label) as opened:
+        with pixel_limit(max(MAX_PIXELS, math.prod(size))), Image.open(label) as opened:
             mode = opened.mode
             pixels = np.array(opened)
     except DECODING_ERRORS as error:

@@ -5,6 +5,7 @@ Labels that would silently teach wrong classes are refused.
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from zoo.recipes.dense.data_checks import (
 )
 from zoo.recipes.dense.formats import find
 from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, read_json, read_text, reason
-from zoo.recipes.images import ENDINGS
+from zoo.recipes.images import ENDINGS, MAX_PIXELS, pixel_limit
 from zoo.recipes.logs import log
 from zoo.recipes.subsets import files_to_check
 
@@ -317,7 +318,7 @@ def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> 
         UserError: It is not a label, or its size differs from the image's.
     """
     try:
-        with Image.open(label) as opened:
+        with pixel_limit(max(MAX_PIXELS, math.prod(size))), Image.open(label) as opened:
             mode = opened.mode
             pixels = np.array(opened)
     except DECODING_ERRORS as error:

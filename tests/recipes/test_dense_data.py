@@ -16,7 +16,7 @@ from zoo.recipes.config import DataConfig
 from zoo.recipes.dense import prepare
 from zoo.recipes.dense.annotations import normalise
 from zoo.recipes.dense.detection_data import open_detection
-from zoo.recipes.dense.segmentation_data import open_segmentation, pair_files
+from zoo.recipes.dense.segmentation_data import open_segmentation, pair_files, read_labels
 
 for task in ("detect", "segment"):
     prepare(task)
@@ -1270,3 +1270,12 @@ def test_unchecked_image_of_another_size_ends_in_a_sentence(coco):
     split = coco.open(check_files=0).train
     dataset = DATASETS.build(split.dataset([{"type": "LoadImage"}], training=True))
     _refuse(r"1\.jpg is 30x40 pixels .*, but the annotation file gives 40x30: the boxes would lie", lambda: dataset[0])
+
+
+def test_labels_may_have_as_many_pixels_as_their_images(tmp_path, monkeypatch):
+    """data.max_pixels, which images of more than Pillow's limit need, is for their labels, too."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    Image.new("L", (30, 20), 7).save(tmp_path / "label.png")
+    labels = read_labels(tmp_path / "label.png", tmp_path / "image.png", (30, 20))
+    assert labels.shape == (20, 30)
+    assert (labels == 7).all()

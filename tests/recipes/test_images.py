@@ -183,6 +183,7 @@ def test_images_above_the_limit_are_refused_by_its_key(read, most):
 def test_the_limit_can_be_raised(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert open_image(_file(GREY, "PNG"), max_pixels=600).size == (30, 20)
+    assert Image.MAX_IMAGE_PIXELS == 10  # what else the process opens has the limit that it had
 
 
 def test_a_missing_file_is_no_damaged_one(tmp_path):
