@@ -203,8 +203,8 @@ class ThingsMetric(CocoMetric):
             return {}
         if not any(len(found["labels"]) for _, found in results):
             return {f"{kind}_{name}": 0.0 for kind in self.metrics for name in ("mAP", "mAP_50")}
-        self._coco_api = self.cat_ids = self.img_ids = None  # of an earlier evaluation
         with contextlib.redirect_stdout(io.StringIO()):
             scores = super().compute_metrics(results)
+        self._coco_api = self.cat_ids = self.img_ids = None  # with them, the next evaluation would not store its truth
         classes = self.dataset_meta["classes"]
         return scores | {"per_class": [scores.get(f"{name}_precision", math.nan) for name in classes]}

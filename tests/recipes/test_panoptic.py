@@ -304,11 +304,12 @@ def test_panoptic_json_is_refused_by_detection(folder):
 
 @pytest.fixture(scope="module")
 def finished(fit_dense, panoptic_digit_scenes, tmp_path_factory):
-    """The folder of a finished run of three updates; read only."""
+    """The folder of a finished run of three updates and two evaluations; read only."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     words = (
+        "trainer.eval_every=1",
         "trainer.max_updates=3",
-        "trainer.batch_size=2",
+        "trainer.batch_size=8",
         "optim.lr=1e-5",
         "++mm.model.test_cfg.object_mask_thr=0.0",
     )
@@ -328,6 +329,8 @@ def test_run_writes_its_scores_and_pictures(finished):
     assert table["unit"] == "segments"
     assert [*table["scores"]] == ["PQ", "SQ", "RQ", "IoU", "mask_AP"]
     assert "panoptic segmentation" in (finished / "report.html").read_text()
+    records = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
+    assert sum("val_PQ" in record and "val_mask_AP" in record for record in records) == 2
 
 
 @pytest.mark.slow
