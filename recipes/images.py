@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
@@ -35,6 +36,9 @@ ENDINGS = frozenset({".bmp", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".
 # Pillow's mode for each number of channels.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 MAX_PIXELS = 178_956_970  # Pillow's limit for errors
+_lock = Lock()
+_needed: list[int] = []  # the limits of the contexts of `pixel_limit` that are open
+_usual: int | None = None  # Pillow's limit outside of them
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is the only limit
 
@@ -138,13 +142,22 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def pixel_limit(pixels: int) -> Iterator[None]:
-    """Within this context, Pillow refuses images of more than twice as many pixels, also while it decodes."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = pixels
+    """Within this context, Pillow refuses images of more than twice as many pixels, also while it decodes.
+
+    Pillow has one limit for all threads: it is the largest of those that are needed at a time.
+    """
+    global _usual
+    with _lock:
+        if not _needed:
+            _usual = Image.MAX_IMAGE_PIXELS
+        _needed.append(pixels)
+        Image.MAX_IMAGE_PIXELS = max(_needed)
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        with _lock:
+            _needed.remove(pixels)
+            Image.MAX_IMAGE_PIXELS = max(_needed, default=_usual)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from zoo.recipes import images
-from zoo.recipes.images import ImageError, image_size, open_image
+from zoo.recipes.images import ImageError, image_size, open_image, pixel_limit
 
 DEEP = np.linspace(0, 65535, 20 * 30).reshape(20, 30).astype(np.uint16)
 GREY = (DEEP >> 8).astype(np.uint8)
@@ -184,6 +184,18 @@ def test_the_limit_can_be_raised(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert open_image(_file(GREY, "PNG"), max_pixels=600).size == (30, 20)
     assert Image.MAX_IMAGE_PIXELS == 10  # what else the process opens has the limit that it had
+
+
+def test_a_limit_holds_until_the_last_thread_that_needs_it_is_done(monkeypatch):
+    """Files are checked in threads, whose contexts overlap."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    first, second = pixel_limit(600), pixel_limit(500)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 500
+    second.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS == 10
 
 
 def test_a_missing_file_is_no_damaged_one(tmp_path):
