@@ -61,6 +61,23 @@ def check_folder(key: str, folder: Path) -> None:
         raise UserError(f"{key}={folder} {wrong}")
 
 
+def check_exist(folder: Path, names: Sequence[str], what: str, annotations: Path) -> None:
+    """Refuse `annotations` of files that are not in `folder`; `what` is their kind in the message."""
+    present: dict[Path, set[str]] = {}
+    missing = []
+    for name in names:
+        file = folder / name
+        if file.parent not in present:
+            present[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
+        if file.name not in present[file.parent]:
+            missing.append(file)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(names)} {what} of {annotations} do not exist; the first is {missing[0]}: "
+            "add them, or remove them from the annotations."
+        )
+
+
 def check_size(file: str, size: tuple[int, int], given: tuple[float, float], annotations: str | Path) -> None:
     """Refuse an image whose width and height differ from those in its annotations."""
     if size != given:

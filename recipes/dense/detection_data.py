@@ -19,6 +19,7 @@ from zoo.recipes.dense.annotations import category_names, count_boxes, load_anno
 from zoo.recipes.dense.data_checks import (
     base_folder,
     check_all,
+    check_exist,
     check_folder,
     check_size,
     named_splits,
@@ -239,19 +240,7 @@ def image_folder(base: Path, split: str, key: str, given: str | None, annotation
 
 
 def _check_image_files(path: Path, folder: Path, images: Sequence[Mapping[str, Any]], cfg: DataConfig) -> None:
-    present: dict[Path, set[str]] = {}
-    missing = []
-    for image in images:
-        file = folder / str(image["file_name"])
-        if file.parent not in present:
-            present[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
-        if file.name not in present[file.parent]:
-            missing.append(file)
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(images)} images of {path} do not exist; the first is {missing[0]}: "
-            "add them, or remove them from the annotations."
-        )
+    check_exist(folder, [str(image["file_name"]) for image in images], "images", path)
     chosen = {str(folder / str(image["file_name"])): image for image in files_to_check(images, cfg)}
 
     def check(file: str) -> None:

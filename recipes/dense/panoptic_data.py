@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from zoo.recipes.dense.annotations import some
 from zoo.recipes.dense.data_checks import (
     base_folder,
     check_all,
+    check_exist,
     check_folder,
     check_size,
     named_splits,
@@ -226,23 +226,8 @@ def _labels_folder(base: Path, key: str, given: str | None, annotations: Path) -
 
 def _check_files(path: Path, images: Path, labels: Path, pictures: Sequence[Picture], cfg: DataConfig) -> None:
     """Check that all files exist, and look into `data.check_files` of them."""
-    for what, folder, files in (
-        ("images", images, [picture.image for picture in pictures]),
-        ("PNGs", labels, [picture.labels for picture in pictures]),
-    ):
-        present: dict[Path, set[str]] = {}
-        missing = []
-        for name in files:
-            file = folder / name
-            if file.parent not in present:
-                present[file.parent] = set(os.listdir(file.parent)) if file.parent.is_dir() else set()
-            if file.name not in present[file.parent]:
-                missing.append(file)
-        if missing:
-            raise UserError(
-                f"{len(missing)} of the {len(files)} {what} of {path} do not exist; the first is {missing[0]}: add "
-                "them, or remove them from the annotations."
-            )
+    check_exist(images, [picture.image for picture in pictures], "images", path)
+    check_exist(labels, [picture.labels for picture in pictures], "PNGs", path)
     chosen = {str(images / picture.image): picture for picture in files_to_check(pictures, cfg)}
     absent = check_all(
         lambda file: _check_picture(path, file, labels, chosen[file], cfg.max_pixels),
