@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from zoo.messages import UserError, similar_path
 from zoo.recipes import distributed, panoptic_scenes, scenes
 from zoo.recipes.config import DataConfig
 from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.files import DECODING_ERRORS, is_text, reason
-from zoo.recipes.images import image_size
+from zoo.recipes.images import MAX_PIXELS, image_size, pixel_limit
 from zoo.recipes.logs import log
 from zoo.recipes.progress import track
 
@@ -131,3 +135,25 @@ def read_size(path: str | Path, max_pixels: int) -> tuple[int, int]:
         return image_size(path, max_pixels)
     except DECODING_ERRORS as error:
         raise CorruptFile(path, reason(error)) from error
+
+
+def read_png(label: str | Path, size: tuple[int, int]) -> tuple[str, np.ndarray]:
+    """Pillow's mode and the pixels, (H, W) or (H, W, channels), of the PNG of an image of width and height `size`.
+
+    Raises:
+        CorruptFile: It can't be read.
+    """
+    try:
+        with pixel_limit(max(MAX_PIXELS, math.prod(size))), Image.open(label) as opened:
+            return opened.mode, np.array(opened)
+    except DECODING_ERRORS as error:
+        raise CorruptFile(label, reason(error)) from error
+
+
+def check_png_size(label: str | Path, pixels: np.ndarray, image: str | Path, size: tuple[int, int]) -> None:
+    """Refuse the pixels (H, W, ...) of the PNG of an image that has another width and height."""
+    if pixels.shape[:2] != size[::-1]:
+        raise UserError(
+            f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (rotated by "
+            "its EXIF data): they have to be of the same size."
+        )

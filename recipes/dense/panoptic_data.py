@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,28 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from zoo.messages import UserError, similar_path
 from zoo.recipes import same_images
 from zoo.recipes.config import DataConfig
-from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.annotations import some
 from zoo.recipes.dense.data_checks import (
     base_folder,
     check_all,
     check_exist,
     check_folder,
+    check_png_size,
     check_size,
     named_splits,
+    read_png,
     read_size,
     shares,
 )
 from zoo.recipes.dense.detection_data import check_same_classes, image_folder
 from zoo.recipes.dense.panoptic_annotations import Panoptic, Picture, load_panoptic
 from zoo.recipes.dense.panoptic_quality import OFFSET
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, reason
-from zoo.recipes.images import MAX_PIXELS, pixel_limit
+from zoo.recipes.files import SPLIT_FOLDERS, read_classes
 from zoo.recipes.logs import log
 from zoo.recipes.segment_ids import VOID, from_rgb
 from zoo.recipes.subsets import files_to_check
@@ -277,20 +275,11 @@ def read_ids(label: str | Path, image: str | Path, size: tuple[int, int]) -> np.
         CorruptFile: The PNG can't be read.
         UserError: It has no colours, or its size differs from the image's.
     """
-    try:
-        with pixel_limit(max(MAX_PIXELS, math.prod(size))), Image.open(label) as opened:
-            mode = opened.mode
-            pixels = np.array(opened)
-    except DECODING_ERRORS as error:
-        raise CorruptFile(label, reason(error)) from error
+    mode, pixels = read_png(label, size)
     if mode not in ("RGB", "RGBA"):
         raise UserError(
             f"{label} has the mode {mode}, but a panoptic PNG is RGB, with the segment's id as red + 256 green + 65536 "
             "blue; task=segment uses PNGs of classes."
         )
-    if pixels.shape[:2] != size[::-1]:
-        raise UserError(
-            f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (rotated by "
-            "its EXIF data): they have to be of the same size."
-        )
+    check_png_size(label, pixels, image, size)
     return from_rgb(pixels)

@@ -5,7 +5,6 @@ Labels that would silently teach wrong classes are refused.
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,24 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from zoo.messages import UserError
 from zoo.recipes import same_images
 from zoo.recipes.config import DataConfig
-from zoo.recipes.corrupt import CorruptFile
 from zoo.recipes.dense.annotations import some
 from zoo.recipes.dense.data_checks import (
     base_folder,
     check_all,
     check_folder,
+    check_png_size,
     named_splits,
+    read_png,
     read_size,
     shares,
 )
 from zoo.recipes.dense.formats import find
-from zoo.recipes.files import DECODING_ERRORS, SPLIT_FOLDERS, read_classes, read_json, read_text, reason
-from zoo.recipes.images import ENDINGS, MAX_PIXELS, pixel_limit
+from zoo.recipes.files import SPLIT_FOLDERS, read_classes, read_json, read_text
+from zoo.recipes.images import ENDINGS
 from zoo.recipes.logs import log
 from zoo.recipes.subsets import files_to_check
 
@@ -317,22 +316,13 @@ def read_labels(label: str | Path, image: str | Path, size: tuple[int, int]) -> 
         CorruptFile: The label can't be read.
         UserError: It is not a label, or its size differs from the image's.
     """
-    try:
-        with pixel_limit(max(MAX_PIXELS, math.prod(size))), Image.open(label) as opened:
-            mode = opened.mode
-            pixels = np.array(opened)
-    except DECODING_ERRORS as error:
-        raise CorruptFile(label, reason(error)) from error
+    mode, pixels = read_png(label, size)
     if pixels.ndim != 2 or pixels.dtype.kind not in "bui":
         raise UserError(
             f"{label} has the mode {mode}, but a label has one channel of numbers, or a palette: "
             "write each pixel's class as a number (mode L)."
         )
-    if pixels.shape != size[::-1]:
-        raise UserError(
-            f"{label} is {pixels.shape[1]}x{pixels.shape[0]} pixels, but {image} is {size[0]}x{size[1]} (rotated by "
-            "its EXIF data): they have to be of the same size."
-        )
+    check_png_size(label, pixels, image, size)
     return pixels.astype(np.uint8 if pixels.dtype.itemsize == 1 else np.int32, copy=False)
 
 
