@@ -7,7 +7,9 @@ import shutil
 import pytest
 
 from zoo.messages import UserError
-from zoo.recipes.dense.evaluate import evaluate
+from zoo.recipes import tasks
+
+evaluate = tasks.load("segment", "evaluate").evaluate
 
 
 @pytest.fixture
