@@ -1,6 +1,7 @@
 """Training recipes: the commands `zoo-train`, `zoo-eval`, `zoo-predict` and `zoo-report`, and what they share.
 
-train, eval, predict, report         the commands
+commands/, report                    the commands
+train, eval, predict                 `python -m zoo.recipes.train`, also under torchrun
 cli, sweep, early, errors            their command lines, sweeps, first checks and errors
 config, conf/, composition           the schema, the settings, and the starting point of a run
 tasks, classify/, dense/             the tasks: dense/ is detection and segmentation

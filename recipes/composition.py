@@ -20,8 +20,8 @@ from zoo.recipes import cli, config
 def command_line() -> str:
     """The command line of this process, quoted for a shell."""
     name = Path(sys.argv[0]).name
-    if name == "train.py":
-        name = "python -m zoo.recipes.train"
+    if name in ("train.py", "eval.py", "predict.py"):
+        name = f"python -m zoo.recipes.{Path(name).stem}"
     return shlex.join([*shlex.split(name), *sys.argv[1:]])
 
 

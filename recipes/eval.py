@@ -1,71 +1,8 @@
-"""zoo-eval: evaluate the model of a run, or a classifier by name.
+"""`python -m zoo.recipes.eval`, also under torchrun: the command `zoo-eval`, from `zoo.recipes.commands`."""
 
-zoo-eval runs/<folder>                             evaluate a run on its validation images
-zoo-eval runs/<folder> checkpoint=best data=imagefolder data.root=/data/pets/test per_class=true
-                                                   evaluate its best epoch on other images
-zoo-eval model=van_b0 pretrained=true data=imagefolder data.root=/data/imagenet/val
-                                                   evaluate published weights
-zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/mine/test
-                                                   evaluate a detector on other images
-zoo-eval recipe=coco/mask_rcnn_dinat_mini pretrained=<file> data.root=/data/coco
-                                                   evaluate the authors' detector
-"""
+from zoo.recipes.commands.eval import main
 
-from __future__ import annotations
-
-import os
-import sys
-from pathlib import Path
-from typing import Any
-
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from zoo.recipes import cli, config, early, reading, report, tasks
-
-# Keys and groups of training, which do not affect an evaluation.
-_OF_TRAINING = (
-    *("augment", "optim", "schedule", "log", "resume", "trainer", "dense", "mm", "published"),
-    *("data.train_", "data.num_samples", "data.max_corrupt"),
-)
-_OF_BOTH = (
-    *("trainer.batch_size", "trainer.device", "trainer.amp", "trainer.channels_last"),
-    *("dense.scales", "dense.max_size", "dense.size_divisor", "dense.test_divisor"),
-)
-
-
-def main() -> None:
-    """Compose and check the configuration, and evaluate. `zoo-eval <folder>` is short for `zoo-eval run=<folder>`."""
-    config.register()
-    cli.begin()
-    origin = "which a run replaces with its own"
-    cli.show_help(lambda: cli.print_help(__doc__, config.EvalConfig, origin, _matters), needs_words=True)
-    cli.run("zoo-eval", "eval", config.EvalConfig, _evaluate, _with_run_key(sys.argv[1:]))
-
-
-def _with_run_key(words: list[str]) -> list[str]:
-    """`words`, with run= added to a folder that comes first."""
-    place = next((i for i, word in enumerate(words) if word not in ("-m", "--multirun")), 0)
-    first = words[place] if words else "-"
-    if first.startswith("-") or ("=" in first and not os.path.isdir(first)):
-        return words
-    return [*words[:place], f"run={first}", *words[place + 1 :]]
-
-
-def _matters(name: str) -> bool:
-    return name in _OF_BOTH or not name.startswith(_OF_TRAINING)
-
-
-def _evaluate(cfg: DictConfig) -> dict[str, Any]:
-    early.check(cfg)
-    if cfg.run:
-        early.check_run(Path(cfg.run))
-    if cfg.out:
-        early.check_folder(Path(cfg.out), "out")
-    name = reading.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
-    overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
-    return tasks.load(name, "evaluate").evaluate(cfg, overridden, report.write_or_warn)
-
+__all__ = ["main"]
 
 if __name__ == "__main__":
     main()

@@ -73,7 +73,7 @@ def check_command(command: list[str], folder: Path) -> None:
         importlib.import_module(f"zoo.{PARSERS[command[0]]}").parser().parse_args(command[1:])
         return
     if command[0] == "zoo-predict":
-        from zoo.recipes.predict import parse
+        from zoo.recipes.commands.predict import parse
 
         parse(command[1:])
         return

@@ -243,7 +243,7 @@ def test_sweeper_of_another_kind_chooses_keys_too():
 @pytest.fixture
 def trained(monkeypatch):
     """Runs of a sweep that end immediately; the seed 2 fails."""
-    import zoo.recipes.train as command
+    import zoo.recipes.commands.train as command
 
     def train(cfg):
         if cfg.seed == 2:
@@ -287,7 +287,7 @@ def test_names_of_folders_are_safe(called, trained, tmp_path):
 
 @pytest.mark.slow
 def test_sweep_of_evaluations_names_its_folders(called, monkeypatch):
-    import zoo.recipes.eval as command
+    import zoo.recipes.commands.eval as command
 
     seen = []
     monkeypatch.setattr(command, "_evaluate", lambda cfg: seen.append(cfg.out) or {"task": "classify", "metrics": {}})
@@ -297,7 +297,7 @@ def test_sweep_of_evaluations_names_its_folders(called, monkeypatch):
 
 @pytest.mark.slow
 def test_command_of_a_run_of_a_sweep_is_its_own(called, monkeypatch, tmp_path):
-    import zoo.recipes.train as command
+    import zoo.recipes.commands.train as command
     from zoo.recipes import composition
 
     seen = []
@@ -310,7 +310,7 @@ def test_command_of_a_run_of_a_sweep_is_its_own(called, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_recorded_command_is_the_one_that_was_typed(called, monkeypatch, tmp_path):
-    import zoo.recipes.train as command
+    import zoo.recipes.commands.train as command
     from zoo.recipes import composition
 
     seen = []

@@ -15,8 +15,8 @@ from pycocotools.coco import COCO
 from safetensors.torch import load_file
 
 from zoo.messages import UserError
-from zoo.recipes import predict as command
 from zoo.recipes import report, tasks
+from zoo.recipes.commands import predict as command
 from zoo.recipes.inputs import Inputs
 from zoo.recipes.run_weights import save_weights
 

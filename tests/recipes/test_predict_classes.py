@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from zoo.messages import UserError
-from zoo.recipes import predict as command
 from zoo.recipes.classify import predict
 from zoo.recipes.classify.evaluate import evaluate
+from zoo.recipes.commands import predict as command
 from zoo.recipes.inputs import Inputs
 
 CLASSES = ["apple", "banana", "cherry"]

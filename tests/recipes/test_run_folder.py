@@ -90,6 +90,7 @@ def test_make_folder_below_a_file(tmp_path):
     [
         (["/x/bin/zoo-train", "seed=1"], "zoo-train seed=1"),
         (["/x/recipes/train.py", "run=a b"], "python -m zoo.recipes.train 'run=a b'"),
+        (["/x/recipes/eval.py", "runs/a"], "python -m zoo.recipes.eval runs/a"),
         (["zoo-train", "model_kwargs={a: 1}"], "zoo-train 'model_kwargs={a: 1}'"),
     ],
 )

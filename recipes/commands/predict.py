@@ -1,0 +1,162 @@
+"""zoo-predict: predict the content of images with the model of a run.
+
+zoo-predict run=runs/<folder> image.jpg out/       predict one image, or several
+zoo-predict run=runs/<folder> photos/ out/         predict the images in a folder and its subfolders
+zoo-predict run=runs/<folder> photos/ out/ checkpoint=best score=0.3
+                                                   use the best epoch; keep objects with scores of 30 % or more
+zoo-predict run=runs/<folder> photos/ out/ eval.resize=false eval.window=[512,512]
+                                                   predict large photos in windows, at their own size
+
+For a classifier, it prints a table and writes three files to the output folder: predictions.csv and predictions.json
+(the five most probable classes of each image, with their probabilities) and predictions.png (a sheet of the images with
+their classes). For a detector or a segmentor, it writes a picture for each image. A detector's objects are written to
+predictions.json, in COCO's format. A segmentor's labels are written to labels/, as a PNG for each image, with 16 bits
+if there are more than 256 classes. For task=panoptic, both are written, in COCO's panoptic format.
+
+Files that can't be read as images are logged and left out; the command then ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from zoo.commands import discard_output
+from zoo.messages import UserError, did_you_mean
+from zoo.recipes import cli, early, reading, tasks
+from zoo.recipes.config import EvalConfig, InferenceConfig, option
+
+
+@dataclass
+class PredictConfig:
+    """The settings of `zoo-predict`."""
+
+    run: str = option("", "run folder")
+    checkpoint: str = option("last", "checkpoint of the run: last or best")
+    score: float | None = option(
+        None, "lowest score of the objects that are drawn and written, 0-1 (detectors only); 0.5 if null"
+    )
+    device: str = option("auto", "device: auto, cpu, cuda, cuda:N, mps or xpu")
+    overrides: dict[str, Any] = option(dict, "")  # other keys with the values that replace those of the run
+
+
+_KEYS = [item.name for item in fields(PredictConfig) if item.name != "overrides"]
+# Keys of zoo-eval that affect predictions, by the kind of the run.
+_OF_CLASSIFIERS = (
+    *("data.max_pixels", "data.img_size", "data.mean", "data.std", "data.interpolation", "data.crop_pct"),
+    *("trainer.batch_size", "trainer.amp", "trainer.channels_last"),
+)
+_OF_DETECTORS = (
+    *("data.max_pixels", "data.mean", "data.std", "mm"),
+    *("dense.scales", "dense.max_size", "dense.size_divisor", "dense.test_divisor"),
+    *(f"eval.{item.name}" for item in fields(InferenceConfig)),
+)
+
+
+def main() -> None:
+    """Parse the command line and predict."""
+    words = sys.argv[1:]
+    cli.begin()
+    cli.show_help(_print_help, needs_words=True)
+    cli.refuse_flags("zoo-predict", words, _KEYS, ())
+    with cli.friendly_errors("zoo-predict"):
+        cfg, paths, out = parse(words)
+        early.check_run(Path(cfg.run))
+        early.check_folder(out, "the output folder")
+        from zoo.recipes.inputs import Inputs
+
+        inputs = Inputs(paths, out)
+        from zoo.recipes import logs
+
+        logs.start_log(None, True)
+        logs.console.on_broken_pipe = discard_output  # the files are written even if nothing reads the output
+        name = reading.load_config(Path(cfg.run)).get("task", "classify")
+        _check_effect(cfg.overrides, name)
+        tasks.load(name, "predict").predict(cfg, inputs, out)
+
+
+def _print_help() -> None:
+    print(__doc__.strip(), "\n\nKeys with their defaults (key=value):")
+    for name, help, default in cli.defaults(PredictConfig):
+        if name in _KEYS:
+            cli.print_entry(f"{name}={default}", help, 34)
+    print("\nKeys with the defaults of zoo-train, which the run replaces with its own:")
+    section = ""
+    for name, help, default in cli.defaults(EvalConfig):
+        if name in (*_OF_CLASSIFIERS, *_OF_DETECTORS):
+            if name.rpartition(".")[0] != section:
+                section = name.rpartition(".")[0]
+                print()
+            cli.print_entry(f"{name}={default}", help, 34)
+
+
+def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
+    """Parse the arguments of a command line into settings, images (files and folders) and the output folder.
+
+    Raises:
+        UserError: An argument can't be used; the message says why.
+    """
+    cfg, paths = OmegaConf.structured(PredictConfig), []
+    for word in words:
+        key, _, value = word.partition("=")
+        if "=" not in word or os.path.lexists(word) or not all(part.isidentifier() for part in key.split(".")):
+            paths.append(Path(word))
+        elif "." in key or key == "mm":
+            cfg.overrides[key] = _value(word)
+        elif key in _KEYS:
+            try:
+                cfg[key] = None if value == "null" else cli.home(value)
+            except OmegaConfBaseException as error:
+                raise UserError(f"{word}: {str(error).splitlines()[0]}.") from error
+        else:
+            hint = did_you_mean(key, _KEYS, cutoff=0.5)
+            hint = f": {hint}" if hint else "."
+            raise UserError(
+                f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}, and those with a dot that --help lists; "
+                f"for a file, write ./{word}."
+            )
+    if not cfg.run:
+        raise UserError("run is not set: give the folder of a run, run=runs/<folder>.")
+    if len(paths) < 2:
+        raise UserError("give the images (files or folders) and then the output folder.")
+    if cfg.score is not None and not 0 <= cfg.score <= 1:
+        raise UserError(f"score={cfg.score} is not allowed: it has to be between 0 and 1.")
+    if cfg.checkpoint not in ("last", "best"):
+        raise UserError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
+    return cfg, paths[:-1], paths[-1]
+
+
+def _value(word: str) -> Any:
+    """The value of an argument such as eval.window=[512,512], which is checked as by `zoo-eval`."""
+    with suppress(OverrideParseException):  # reported below
+        [override] = OverridesParser.create().parse_overrides([word])
+        if override.is_sweep_override():
+            key, _, value = word.partition("=")
+            raise UserError(f"{word} gives several values: for a list, write {key}=[{value}].")
+    cli.check_overrides("zoo-predict", EvalConfig, [word])
+    return override.value()
+
+
+def _check_effect(overrides: Iterable[str], task: str) -> None:
+    """Refuse keys that do not affect predictions.
+
+    Raises:
+        UserError: The message names the key and those that do.
+    """
+    keys = _OF_CLASSIFIERS if task == "classify" else _OF_DETECTORS
+    for key in overrides:
+        if key not in keys and key.partition(".")[0] not in keys:
+            raise UserError(
+                f"{key} does not affect the predictions of a run with task={task}: leave it out. "
+                f"These keys do: {', '.join(keys)}."
+            )
