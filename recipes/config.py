@@ -20,7 +20,7 @@ from zoo.messages import UserError, similarity
 
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet", "dino", "mask2former")
 SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
-PANOPTIC_METHODS = ("mask2former",)
+PANOPTIC_METHODS = ("mask2former", "panoptic_fpn")
 
 
 @dataclass(frozen=True)

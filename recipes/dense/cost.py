@@ -42,6 +42,8 @@ def multiply_adds(model: nn.Module, size: Sequence[int]) -> int:
         elif isinstance(model, TwoStageDetector):
             model.rpn_head(features)
             _run_roi_heads(model)
+            if hasattr(model, "semantic_head"):
+                model.semantic_head(features)
         else:
             model.bbox_head(features)
     return counter.get_total_flops() // 2

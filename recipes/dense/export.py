@@ -73,7 +73,8 @@ def _exportable(model: nn.Module, cfg: DictConfig, folder: Path) -> Segmentor | 
         return Proposals(model)
     raise UserError(
         f"{folder} is a run of {cfg.dense.method}, whose deformable attention the exporters can't follow: upernet, "
-        "semantic_fpn and retinanet can be exported, and mask_rcnn and cascade_mask_rcnn up to their proposals."
+        "semantic_fpn and retinanet can be exported, and mask_rcnn, cascade_mask_rcnn and panoptic_fpn up to their "
+        "proposals."
     )
 
 

@@ -34,7 +34,10 @@ _DETECTORS = {
     "dino": "dino/dino-4scale_r50_8xb2-12e_coco.py",
     "mask2former": "mask2former/mask2former_r50_8xb2-lsj-50e_coco.py",
 }
-_PANOPTIC = {"mask2former": "mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py"}
+_PANOPTIC = {
+    "mask2former": "mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py",
+    "panoptic_fpn": "panoptic_fpn/panoptic-fpn_r50_fpn_1x_coco.py",
+}
 _SEGMENTORS = {
     "upernet": "_base_/models/upernet_r50.py",
     "semantic_fpn": "_base_/models/fpn_r50.py",
@@ -147,12 +150,12 @@ def _out_indices(cfg: DictConfig) -> list[int] | None:
 
 
 def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes: int) -> None:
-    dense = cfg.dense
+    dense, panoptic = cfg.dense, cfg.task == "panoptic"
     model.data_preprocessor.pad_size_divisor = dense.size_divisor
+    things = dense.num_things if panoptic else classes
+    numbers = dict(num_things_classes=things, num_stuff_classes=classes - things)
     if dense.method == "mask2former":
-        panoptic, head = cfg.task == "panoptic", model.panoptic_head
-        things = cfg.dense.num_things if panoptic else classes
-        numbers = dict(num_things_classes=things, num_stuff_classes=classes - things)
+        head = model.panoptic_head
         head.update(in_channels=channels, strides=[4, 8, 16, 32], **numbers)
         head.loss_cls.class_weight = [1.0] * classes + [0.1]
         model.panoptic_fusion_head.update(numbers)
@@ -178,18 +181,22 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
         if dense.small:
             _shrink_mask2former(head)
             model.train_cfg.num_points = 1024
-            if panoptic:
-                _narrow_mask2former(head, 64)
-                model.train_cfg.num_points = 512
-                model.test_cfg.object_mask_thr = 0.5
         return
     model.neck.in_channels = channels
+    if dense.method == "panoptic_fpn":
+        model.type = "PanopticFPNWithInstances"
+        model.semantic_head.update(numbers)
+        model.semantic_head.loss_seg.ignore_index = classes
+        model.panoptic_fusion_head.update(numbers, type="FusionByScore")
+        model.data_preprocessor.seg_pad_value = classes  # the label of pixels without a segment
+        model.test_cfg.panoptic.score_thr = model.test_cfg.rcnn.score_thr
+        model.test_cfg.rcnn.score_thr = 0.05  # COCO's AP counts objects of low scores, too
     if not finds_masks(cfg) and "roi_head" in model:
         for name in ("mask_head", "mask_roi_extractor"):
             model.roi_head.pop(name)
         model.data_preprocessor.pad_mask = False
     for head in _heads(model):
-        head.num_classes = classes
+        head.num_classes = things
     if dense.method == "dino":
         if dense.small:
             model.num_queries = 100
@@ -215,6 +222,9 @@ def _shrink_detector(model: MMConfig) -> None:
     """Shrink a detector for images of some 128 pixels: 64 channels, strides of 4 to 32, anchors of 16 to 128 pixels."""
     width = 64
     model.neck.update(out_channels=width, num_outs=4, start_level=0, add_extra_convs=False)
+    if "semantic_head" in model:
+        model.semantic_head.update(in_channels=width, inner_channels=width)
+        model.test_cfg.panoptic.stuff_area_limit = 64
     if "rpn_head" not in model:
         model.bbox_head.update(in_channels=width, feat_channels=width, stacked_convs=2)
         model.bbox_head.anchor_generator.update(strides=[4, 8, 16, 32])
@@ -245,18 +255,6 @@ def _shrink_mask2former(head: MMConfig) -> None:
     head.num_queries = 40
     head.pixel_decoder.encoder.num_layers = 1
     head.transformer_decoder.num_layers = 3
-
-
-def _narrow_mask2former(head: MMConfig, width: int) -> None:
-    """Set the channels of all layers, and half as many queries as a small head has."""
-    head.update(feat_channels=width, out_channels=width, num_queries=20)
-    for part in (head.pixel_decoder, head):
-        part.positional_encoding.num_feats = width // 2
-    for layer in (head.pixel_decoder.encoder.layer_cfg, head.transformer_decoder.layer_cfg):
-        for name in ("self_attn_cfg", "cross_attn_cfg", "ffn_cfg"):
-            if name in layer:
-                layer[name].embed_dims = width
-        layer.ffn_cfg.feedforward_channels = 2 * width
 
 
 def _set_segmentor(model: MMConfig, cfg: DictConfig, channels: list[int], classes: int) -> None:

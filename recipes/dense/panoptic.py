@@ -15,12 +15,14 @@ from mmcv.transforms import BaseTransform
 from mmdet.datasets.base_det_dataset import BaseDetDataset
 from mmdet.datasets.transforms import PackDetInputs
 from mmdet.evaluation.metrics import CocoMetric
-from mmdet.models.seg_heads import MaskFormerFusionHead
+from mmdet.models import PanopticFPN
+from mmdet.models.seg_heads import HeuristicFusionHead, MaskFormerFusionHead
 from mmdet.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+from mmdet.structures import INSTANCE_OFFSET, SampleList
 from mmdet.structures.bbox import HorizontalBoxes
 from mmdet.structures.mask import BitmapMasks
 from mmengine.evaluator import BaseMetric
-from mmengine.structures import PixelData
+from mmengine.structures import InstanceData, PixelData
 from pycocotools import mask as coco_mask
 
 from zoo.recipes.dense.confusion import class_scores, count_pairs, sum_pairs
@@ -133,6 +135,39 @@ class PanopticFusionHead(MaskFormerFusionHead):
         scores, masks = mask_cls.softmax(-1)[:, :-1], mask_pred.sigmoid()
         found.semantic = torch.einsum("qc,qhw->chw", scores, masks).argmax(0, keepdim=True)
         return found
+
+
+@MODELS.register_module()
+class FusionByScore(HeuristicFusionHead):
+    """mmdet's HeuristicFusionHead, which uses objects of a higher score than `test_cfg.score_thr`.
+
+    It also predicts the class of each pixel as `semantic` (1, H, W): that of its segment, or the most likely stuff.
+    """
+
+    def _predict_single(self, mask_results: InstanceData, seg_preds: torch.Tensor, **options: Any) -> PixelData:
+        used = mask_results[mask_results.scores > self.test_cfg.score_thr]
+        found = super()._predict_single(used, seg_preds, **options)
+        labels = found.sem_seg % INSTANCE_OFFSET
+        if self.num_stuff_classes:
+            stuff = self.num_things_classes + seg_preds[:-1].argmax(0, keepdim=True)
+            labels = torch.where(labels < self.num_classes, labels, stuff)
+        found.semantic = labels
+        return found
+
+
+@MODELS.register_module()
+class PanopticFPNWithInstances(PanopticFPN):
+    """mmdet's PanopticFPN (arXiv 1901.02446), which also returns the objects of all scores, as `pred_instances`."""
+
+    def predict(self, batch_inputs: torch.Tensor, batch_data_samples: SampleList, rescale: bool = True) -> SampleList:
+        """Add `pred_instances` and `pred_panoptic_seg` to the samples of a batch (B, 3, H, W)."""
+        features = self.extract_feat(batch_inputs)
+        proposals = self.rpn_head.predict(features, batch_data_samples, rescale=False)
+        objects = self.roi_head.predict(features, proposals, batch_data_samples, rescale=rescale)
+        stuff = self.semantic_head.predict(features, [sample.metainfo for sample in batch_data_samples], rescale)
+        for sample, found in zip(batch_data_samples, objects, strict=True):
+            sample.pred_instances = found
+        return self.add_pred_to_datasample(batch_data_samples, self.panoptic_fusion_head.predict(objects, stuff))
 
 
 @METRICS.register_module()

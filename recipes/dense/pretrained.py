@@ -30,6 +30,7 @@ from zoo.recipes.files import parse_json
 
 # The methods by the tensors that only they have, the first that fits; the task is any of the first element.
 _METHODS = (
+    (("panoptic",), "panoptic_fpn", r"semantic_head\.conv_logits\."),
     (("detect",), "cascade_mask_rcnn", r"roi_head\.bbox_head\.0\."),
     (("detect",), "mask_rcnn", r"roi_head\.bbox_head\.fc_cls\."),
     (("detect",), "retinanet", r"bbox_head\.retina_cls\."),
@@ -241,16 +242,19 @@ def _match_classes(
     layers = [key for key in given if key in want and _class_layer(key)]
     if not layers:
         return dict(given), "", ""
-    if theirs is None:
-        same = all(given[key].shape == want[key].shape for key in layers)
-        places = [(i, i) for i in range(len(ours) if same else 0)]
-    else:
-        places = [(label, theirs.index(name)) for label, name in enumerate(ours) if name in theirs]
-    moved = {
-        key: _move_classes(key, want[key], given[key], places, len(ours), theirs and len(theirs)) for key in layers
-    }
+    same = theirs is None and all(given[key].shape == want[key].shape for key in layers)
+    moved, kept_names = {}, set()
+    for key in layers:
+        mine = _names_of(key, want, ours)
+        other = theirs and _names_of(key, given, theirs)
+        if other:
+            places = [(label, other.index(name)) for label, name in enumerate(mine) if name in other]
+        else:
+            places = [(i, i) for i in range(len(mine) if same else 0)]
+        kept_names.update(mine[label] for label, _ in places)
+        moved[key] = _move_classes(key, want[key], given[key], places, len(mine), other and len(other))
     given = dict(given) | {key: value for key, value in moved.items() if value is not None}
-    new = [name for label, name in enumerate(ours) if label not in dict(places)]
+    new = [name for name in ours if name not in kept_names]
     kept = outputs = ""
     if theirs is None:
         kept = "it does not name its classes" + ("" if new else ", which are taken to be these in the same order")
@@ -260,6 +264,18 @@ def _match_classes(
         known = f"; the file has {first_few(theirs, 3)}" if theirs else ""
         outputs = f"the outputs for {len(new)} of {len(ours)} classes ({first_few(new, 3)}{known})"
     return given, kept, outputs
+
+
+def _names_of(key: str, tensors: Mapping[str, Tensor], names: list[str]) -> list[str]:
+    """Those of the `names` of all classes that a layer of the model with `tensors` has outputs for.
+
+    In a Panoptic FPN, the heads of objects have the things, and the semantic head has the stuff.
+    """
+    stuff = tensors.get("semantic_head.conv_logits.bias")
+    if stuff is None:
+        return names
+    things = len(names) - (len(stuff) - 1)  # the last output is for all things
+    return names[things:] if key.startswith("semantic_head.") else names[:things]
 
 
 def _class_layer(key: str) -> str | None:
@@ -284,7 +300,7 @@ def _move_classes(
         None if the rows are not those of classes, for example the box that all classes share.
     """
     layer = _class_layer(key)
-    none = _CLASS_OUTPUTS[layer]
+    none = 1 if key.startswith("semantic_head.") else _CLASS_OUTPUTS[layer]
     after = 4 if layer == "fc_reg" else 1  # the four sides of the box of each class
     before, left = divmod(mine.shape[0] - none, count * after)  # RetinaNet has a row for each class of each anchor
     if left or not before:

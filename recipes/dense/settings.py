@@ -96,8 +96,8 @@ def finds_masks(cfg: DictConfig) -> bool:
     Raises:
         UserError: dense.masks=false with a method that predicts only masks.
     """
-    if cfg.dense.method == "mask2former" and not cfg.dense.masks:
-        raise UserError("dense.masks=false can't be used with dense.method=mask2former: it finds only masks.")
+    if cfg.dense.method in config.PANOPTIC_METHODS and not cfg.dense.masks:
+        raise UserError(f"dense.masks=false can't be used with dense.method={cfg.dense.method}: it needs masks.")
     return cfg.dense.masks and cfg.dense.method not in ("retinanet", "dino")
 
 

@@ -108,9 +108,10 @@ def test_methods_that_find_masks(compose, words, found):
     assert settings.finds_masks(compose("task=detect", *words)) is found
 
 
-def test_mask2former_needs_masks(compose):
-    with pytest.raises(UserError, match=r"dense.masks=false can't be used with dense.method=mask2former"):
-        settings.finds_masks(compose("task=detect", "dense=mask2former", "dense.masks=false"))
+@pytest.mark.parametrize(("task", "method"), [("detect", "mask2former"), ("panoptic", "panoptic_fpn")])
+def test_methods_that_need_masks(compose, task, method):
+    with pytest.raises(UserError, match=rf"dense.masks=false can't be used with dense.method={method}: it needs masks"):
+        settings.finds_masks(compose(f"task={task}", f"dense={method}", "dense.masks=false"))
 
 
 @pytest.mark.slow

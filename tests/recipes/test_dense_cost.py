@@ -78,3 +78,19 @@ def test_heads_that_read_sizes_from_tensors_are_counted(compose, task, method):
     small, large = (cost.multiply_adds(model, (side, side)) for side in (128, 256))
     assert 2 < large / small < 4.5
     assert model.training
+
+
+def test_semantic_head_of_panoptic_fpn_is_counted(compose):
+    """Beside the heads of Mask R-CNN; each of its convolutions counts at the size of its own output."""
+    counts = {}
+    for task, method in (("detect", "mask_rcnn"), ("panoptic", "panoptic_fpn")):
+        tasks.load(task, "model")
+        cfg = compose(f"task={task}", "model=test_van")
+        cfg.dense.num_things = 2
+        with torch.device("meta"):
+            model = models.build_model(cfg, ["a", "b", "c"][: 2 + (task == "panoptic")], torch.device("cpu"), False)
+        counts[method] = cost.multiply_adds(model, (128, 128))
+    # The maps of 32, 16, 8 and 4 pixels a side are raised to 32: one 3x3 convolution before each step, then 1x1.
+    width, sides = 64, (32, 16, 8, 16, 4, 8, 16)
+    expected = sum(9 * width**2 * side**2 for side in sides) + 2 * width * 32**2
+    assert counts["panoptic_fpn"] - counts["mask_rcnn"] == expected

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from zoo.messages import UserError
@@ -299,6 +300,35 @@ def test_panoptic_json_is_refused_by_detection(folder):
         load_annotations(folder.root / "annotations" / "panoptic_train.json")
 
 
+# The model.
+
+
+def test_panoptic_fpn_uses_objects_of_high_scores_and_labels_every_pixel():
+    tasks.load("panoptic", "model")
+    from mmengine.config import ConfigDict
+    from mmengine.structures import InstanceData
+
+    from zoo.recipes.dense.panoptic import FusionByScore
+
+    settings = ConfigDict(mask_overlap=0.5, stuff_area_limit=2, score_thr=0.5)
+    head = FusionByScore(num_things_classes=2, num_stuff_classes=2, test_cfg=settings)
+    masks = torch.from_numpy(np.stack([_rows("1100", "1100"), _rows("0011", "0000"), _rows("0111", "0000")]) > 0)
+    scores = torch.tensor([0.9, 0.4, 0.8])
+    found = InstanceData(bboxes=torch.zeros(3, 4), labels=torch.tensor([1, 0, 0]), scores=scores, masks=masks)
+    # The outputs of the semantic head: stuff of the labels 2 and 3, and all things.
+    likely = torch.from_numpy(np.stack([_rows("0000", "0021"), _rows("0000", "0010"), _rows("9999", "0000")]))
+    (segments,) = head.predict([found], [likely.float()])
+    numbers = segments.sem_seg[0].numpy()
+    ids, described = found_segments(numbers, classes=4)
+    # The second object's score is too low; the third has what the first one leaves of it.
+    assert [[described[i].label if i else None for i in row] for row in ids.tolist()] == [[1, 1, 0, 0], [1, 1, 2, 2]]
+    assert segments.semantic.tolist() == [[[1, 1, 0, 0], [1, 1, 2, 2]]]
+    settings.stuff_area_limit = 3  # the two pixels of stuff have no segment, but a class
+    (segments,) = head.predict([found], [likely.float()])
+    assert found_segments(segments.sem_seg[0].numpy(), classes=4)[0].tolist()[1][2:] == [0, 0]
+    assert segments.semantic.tolist() == [[[1, 1, 0, 0], [1, 1, 2, 2]]]
+
+
 # A run.
 
 
@@ -311,7 +341,8 @@ def finished(fit_dense, panoptic_digit_scenes, tmp_path_factory):
         "trainer.max_updates=3",
         "trainer.batch_size=8",
         "optim.lr=1e-5",
-        "++mm.model.test_cfg.object_mask_thr=0.0",
+        "++mm.model.test_cfg.rcnn.score_thr=0.0",
+        "++mm.model.test_cfg.panoptic.score_thr=0.0",
     )
     fit_dense(folder, f"data.root={panoptic_digit_scenes}", *words, task="panoptic", pictures=True)
     return folder
@@ -358,3 +389,21 @@ def test_predictions_are_in_coco_format(finished, panoptic_digit_scenes, tmp_pat
         ids = read_ids(out / "labels" / picture.labels, picture.image, (128, 128))
         assert set(np.unique(ids).tolist()) - {0} == {number for number, _, _ in picture.segments}
         assert (out / picture.image).exists()
+
+
+@pytest.mark.slow
+def test_outputs_of_things_and_of_stuff_follow_the_names_of_classes(finished, compose, weights):
+    cfg = compose("task=panoptic")
+    cfg.dense.num_things = 2
+    theirs = weights(finished)
+    model, (note,) = tasks.load("panoptic", "pretrained").build_pretrained(
+        cfg, ["3", "cat", "dots", "sky", "plain"], torch.device("cpu"), str(finished)
+    )
+    ours = model.state_dict()
+    head, stuff = "roi_head.bbox_head.fc_cls.weight", "semantic_head.conv_logits.weight"
+    assert torch.equal(ours[head][[0, 2]], theirs[head][[3, 10]])
+    places = [panoptic_scenes.PATTERNS.index(name) for name in ("dots", "plain")]
+    assert torch.equal(ours[stuff][[0, 2, 3]], theirs[stuff][[*places, 4]])
+    assert len(ours[head]) == 3
+    assert len(ours[stuff]) == 4
+    assert "new: the outputs for 2 of 5 classes (cat, sky; the file has 0, 1, 2, ...)" in note
