@@ -12,6 +12,7 @@ run_folder, run_checkpoints,         the run folder: its lock and its files
   lock, logs, atomic_files
 images, inputs, files, corrupt       reading images and text files, and handling corrupt ones
 digits, scenes, subsets              the data of the demos, and subsets of any data
+features, npy_rows, cache            features of frozen models, and the cache
 plots, sheet                         pictures
 """
 

@@ -417,7 +417,7 @@ class Samples(Dataset):
             except DECODING_ERRORS as error:
                 if of_the_system(error):  # the image is not the cause
                     raise
-                corrupt.append(f"{self._name(position)} ({reason(error)})")
+                corrupt.append(f"{self.name(position)} ({reason(error)})")
                 continue
             if self.training:
                 seed_all(self.seed, epoch, position, *repetition)
@@ -445,7 +445,8 @@ class Samples(Dataset):
         """Transform an image that has the right number of channels."""
         return torch.as_tensor(self.transform(image))
 
-    def _name(self, position: int) -> str:
+    def name(self, position: int) -> str:
+        """The file of an image, or its number if it has none of its own."""
         for name in (getattr(self.dataset, "filename", None), getattr(self.dataset, "samples", None)):
             try:
                 return str(name(position, absolute=True) if callable(name) else name[position][0])
