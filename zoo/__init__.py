@@ -20,7 +20,10 @@ FAMILIES = _families()
 # Modules that the families' modules import.
 _SHARED = tuple(
     f"zoo.{name}"
-    for name in ("backbone", "checkpoints", "facts", "layers", "mbconv", "pretrained", "recognition", "rmt", "stripes")
+    for name in (
+        *("backbone", "checkpoints", "efficient_probing", "facts", "layers", "mbconv", "pretrained", "recognition"),
+        *("rmt", "stripes"),
+    )
 )
 
 

@@ -374,7 +374,7 @@ class AgentPVT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
         agent_grid: Side of the grid of agents in each stage.
         table_grid: The same for the tables of the biases, if the two differ: they are interpolated.
@@ -455,7 +455,7 @@ class AgentSwin(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
         agent_depths: The number of blocks with agent attention in each stage, the first ones. The others have windows,
             and those with an odd index shift them.
@@ -565,7 +565,7 @@ class AgentCSWin(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
         agent_depths: The number of blocks with agent attention in each stage, the first ones. The others have stripes,
             those of the last stage attention of all tokens to all.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
@@ -16,6 +17,7 @@ __all__ = [
     "check_halved",
     "check_name",
     "check_stages",
+    "is_ep",
     "is_list",
     "is_number",
     "shown",
@@ -63,14 +65,15 @@ REAL = {
 }
 OPTIONAL = ("layer_scale", "kernel_size")  # may be None
 ONE_FOR_ALL = ("mlp_ratio", "window_size")  # may be a single number for all stages
-CHOICES = {"global_pool": ("avg", ""), "output_norm": (True, False)}
+CHOICES = {"global_pool": ("avg", "ep", ""), "output_norm": (True, False)}
 
 
 def check(**settings: Any) -> None:
     """Raise ValueError unless each argument is a number or choice that WHOLE, REAL or CHOICES allow."""
     for name, value in settings.items():
         if name in CHOICES:
-            check_choice(name, value, CHOICES[name])
+            if not (name == "global_pool" and is_ep(value)):
+                check_choice(name, value, CHOICES[name])
         elif not (value is None and name in OPTIONAL) and not _fits(name, value):
             kind = "a whole number" if name in WHOLE else "a number"
             raise ValueError(f"Got {name}={shown(value)}; it has to be {kind} {_range(name)}.")
@@ -126,6 +129,11 @@ def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"Got {name}={shown(value)}; it has to be one of {', '.join(map(repr, choices))}.")
+
+
+def is_ep(global_pool: Any) -> bool:
+    """Whether a value of `global_pool` is "ep" (efficient probing), or "ep" with a number of queries, such as "ep8"."""
+    return isinstance(global_pool, str) and re.fullmatch("ep([1-9][0-9]{0,4})?", global_pool) is not None
 
 
 def check_name(name: str, value: Any, known: Iterable[str], owner: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from zoo import arguments
 from zoo.cpu import channels_last
+from zoo.efficient_probing import EfficientProbing, queries_of
 from zoo.layers import init_transformer
 from zoo.pretrained import FilterFn, resolve_num_classes, with_checked_file
 
@@ -78,7 +79,8 @@ class Backbone(nn.Module):
         dims: Channels of each stage's output.
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling; "ep" for efficient probing (`zoo.efficient_probing`), or "ep8" for it
+            with 8 queries; or "" for none.
         drop_rate: Dropout before the classifier.
         strides: Pixels per feature, for each stage; 4, 8, 16, ... if None.
         norm: Applied to the output of the last stage, NCHW; left out if there is an `output_norm`.
@@ -148,7 +150,11 @@ class Backbone(nn.Module):
 
     def init_weights(self) -> None:
         """Initialise every parameter and buffer, as the official code does."""
-        self.apply(self.init_module)
+        probing: set[nn.Module] = set()
+        if isinstance(self.head, EfficientProbing):
+            self.head.init_weights()
+            probing.update(self.head.modules())
+        self.apply(lambda module: None if module in probing else self.init_module(module))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -177,19 +183,29 @@ class Backbone(nn.Module):
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The linear classifier, or an identity if there is none."""
-        return self.head
+        return self.head[-1] if isinstance(self.head, EfficientProbing) else self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier with a new one (none if `num_classes` is 0), and the pooling unless it is None."""
+        """Replace the classifier with a new one (none if `num_classes` is 0), and the pooling unless it is None.
+
+        Efficient probing keeps its queries and values if `global_pool` is None.
+        """
         arguments.check(num_classes=num_classes)
         if global_pool is not None:
             arguments.check(global_pool=global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
         dd = get_device_dtype(self)
-        head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self.head: nn.Module = head
-        self.head.apply(self.init_module).train(self.training)
+        self.head: nn.Module
+        if arguments.is_ep(self.global_pool):
+            if global_pool is None and isinstance(self.head, EfficientProbing):
+                self.head.reset_classifier(num_classes)
+            else:
+                self.head = EfficientProbing(self.num_features, num_classes, queries_of(self.global_pool), **dd)
+        else:
+            self.head = nn.Linear(self.head_hidden_size, num_classes, **dd) if num_classes > 0 else nn.Identity()
+            self.head.apply(self.init_module)
+        self.head.train(self.training)
 
     def feature(self, x: Any) -> Tensor:
         """The feature (B, C, H, W) in what a stage returns: all of it, except in a family with a class token."""
@@ -269,6 +285,9 @@ class Backbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, and classify unless `pre_logits`: (B, num_features, H, W) -> (B, num_classes or head_hidden_size)."""
+        if isinstance(self.head, EfficientProbing):
+            x = self.head_drop(self.pre_logits(self.head.pool.tokens(x)))
+            return self.head.forward_pooled(x) if pre_logits else self.head(x)
         if self.global_pool == "avg":
             x = self.pre_logits(x.mean(dim=(2, 3)))
         elif self.num_classes > 0 and not pre_logits:

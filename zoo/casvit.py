@@ -239,8 +239,8 @@ class CASViT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the classifiers; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none: without a classifier, the model then returns its last
-            feature map.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none: without a classifier, the
+            model then returns its last feature map.
         embed_dims: Channels of each stage.
         depths: Blocks of each stage.
         mlp_ratio: Hidden channels of the MLPs, as a multiple of `embed_dims`.
@@ -312,7 +312,7 @@ class CASViT(Backbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace both classifiers with new ones (none if `num_classes` is 0), and the pooling unless it is None."""
         super().reset_classifier(num_classes, global_pool)
-        if self.distillation and num_classes > 0:
+        if self.distillation and isinstance(self.head, nn.Linear):
             head = TwoClassifiers(self.head_hidden_size, num_classes, **get_device_dtype(self))
             head.both = self.distilled_training
             self.head = head.apply(self.init_module).train(self.training)

@@ -61,7 +61,7 @@ class CSWin(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
         split_sizes: Columns or rows of a stripe in each stage. The last value has no effect, since the last stage
             attends to the whole map; in the paper's table it stands for the map of 7 x 7.

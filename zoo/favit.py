@@ -259,7 +259,7 @@ class FaViT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths: Channels and blocks of each stage.
         num_heads: Heads of each stage's local groups.
         mlp_ratios: Hidden channels of each stage's MLPs, as multiples of `embed_dims`.

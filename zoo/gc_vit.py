@@ -238,7 +238,7 @@ class GCViT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage. Every second block is global.
         mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
         window_size: Side of the windows, in tokens; one number, or one per stage. It also decides whether the global

@@ -108,11 +108,11 @@ def adapt_shape(key: str, value: Tensor, shape: torch.Size, mode: str) -> Tensor
 
 
 def classifier_weight(tensors: Mapping[str, Tensor], cfg_classifier: str | Sequence[str] | None) -> Tensor | None:
-    """The weight (classes, channels) of the classifier, or of the first linear layer inside it; see `is_classifier`."""
+    """The weight (classes, channels) of the classifier, or of the last linear layer inside it; see `is_classifier`."""
     classifier = next(iter(_classifier_modules(cfg_classifier)), "")
-    inside = (key for key, value in tensors.items() if is_part(key, classifier) and value.ndim == 2)
+    inside = sorted(key for key, value in tensors.items() if is_part(key, classifier) and value.ndim == 2)
     name = f"{classifier}.weight"
-    return tensors.get(name if name in tensors else next(inside, ""))
+    return tensors.get(name if name in tensors else (inside or [""])[-1])
 
 
 def first_weights(first_conv: str | Sequence[str] | None) -> list[str]:

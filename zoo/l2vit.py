@@ -235,7 +235,7 @@ class L2ViT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage. The first block of a stage has
             windows, the second one linear attention, and so on in turns.
         window_size: Side of the windows, in tokens.

@@ -233,7 +233,7 @@ class LITv2(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths: Channels and blocks of each stage. The first two stages have no attention, the last one has
             ordinary attention, and those between have HiLo.
         head_dim: Channels of an attention head.

@@ -172,7 +172,7 @@ class MaxViT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths: Channels and blocks of each stage.
         stem_dim: Channels of the stem.
         head_dim: Channels of an attention head.

@@ -489,7 +489,7 @@ class MoHViT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
         shared_heads: The number of heads of each stage that all tokens use.
         routed_heads: How many of the other heads a token uses, in each stage; 0 if all heads are shared.

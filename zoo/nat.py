@@ -226,7 +226,7 @@ class NAT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage.
         mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels.
         kernel_size: Neighbours of a token along each axis; None for attention to all tokens.

@@ -12,6 +12,9 @@ from timm.data import resolve_model_data_config
 from timm.models import split_model_name_tag
 from torch import nn
 
+from zoo.arguments import is_ep, is_number
+from zoo.checkpoint_files import read, unwrap
+from zoo.efficient_probing import attach, queries_of
 from zoo.messages import OptionError, UserError, one_line, similar_path, unknown_model
 from zoo.pretrained import check_network, file_overlay
 
@@ -62,13 +65,16 @@ def open_model(
     """
     folder, given = Path(name), dict(kwargs)
     source, label, weights = name, name.rpartition("/")[2], "random weights"
+    probing: _Probing | None = None
     if folder.is_dir() and not timm.is_model(name):
         given |= _run_weights(folder, checkpoint)
         for option, text in ((pretrained, "pretrained weights"), ("num_classes" in kwargs, "number of classes")):
             if option:
                 raise OptionError(f"{name} is a run folder, with its own weights and classes: leave out the {text}.")
         source, label, weights = f"local-dir:{name}", folder.resolve().name, f"its {checkpoint} weights"
-        one_size = _read_config(folder / "config.json").get("fixed_input_size", False)
+        config = _read_config(folder / "config.json")
+        one_size = config["pretrained_cfg"].get("fixed_input_size", False)
+        probing = None if kwargs.get("features_only") else _probing_of_run(folder, config, checkpoint)
     elif checkpoint != "last":
         raise OptionError(f"{name} is not a run folder, so it has no {checkpoint} weights: leave out the checkpoint.")
     else:
@@ -84,9 +90,12 @@ def open_model(
         weights = f"weights of {Path(pretrained).name}"
     if one_size and size:
         given.setdefault("img_size", size)
+    if is_ep(given.get("global_pool")) and not _is_ours(source):
+        own = weights_file(Path(pretrained)) if isinstance(pretrained, str) else None
+        probing = _Probing(given.get("num_classes"), queries_of(given["global_pool"]), own)
     try:
         check_network(source, pretrained is True)
-        model = timm.create_model(source, **given).eval()
+        model = (probing.create(source, given) if probing else timm.create_model(source, **given)).eval()
     except MemoryError:
         raise
     except Exception as error:  # timm, a download or a file can raise anything
@@ -161,8 +170,57 @@ def _run_weights(folder: Path, checkpoint: str) -> dict[str, Any]:
     return {"pretrained": True, "pretrained_cfg_overlay": overlay}
 
 
+@dataclass
+class _Probing:
+    """Efficient probing on one of timm's models, which do not have it themselves as those of the zoo do.
+
+    Attributes:
+        num_classes: Number of classes; that of the published weights if None.
+        num_queries: Number of queries; None for the default.
+        file: A checkpoint that may have the head's weights, too; or None.
+        whole: Whether the file is a run's, whose weights are all loaded here.
+    """
+
+    num_classes: int | None
+    num_queries: int | None
+    file: Path | None
+    whole: bool = False
+
+    def create(self, source: str, given: Mapping[str, Any]) -> nn.Module:
+        """`timm.create_model(source, **given)` with a head of efficient probing."""
+        left_out = ("num_classes", "global_pool", *(("pretrained", "pretrained_cfg_overlay") if self.whole else ()))
+        kwargs = {name: value for name, value in given.items() if name not in left_out}
+        model: Any = timm.create_model(source, num_classes=0, **kwargs)
+        classes = model.pretrained_cfg["num_classes"] if self.num_classes is None else self.num_classes
+        attach(model, classes, self.num_queries)
+        if self.file:
+            weights, place = read(self.file), model.pretrained_cfg["classifier"]
+            weights = weights if self.whole else unwrap(weights)
+            head = {key: value for key, value in weights.items() if key.startswith(f"{place}.")}
+            if self.whole or (f"{place}.0.cls_token" in head and len(head.get(f"{place}.2.bias", ())) == classes):
+                model.load_state_dict(weights if self.whole else {**model.state_dict(), **head})
+        return model
+
+
+def _is_ours(source: str) -> bool:
+    """Whether timm's name of a model, without a source such as "hf-hub:", is one of the zoo's."""
+    name = split_model_name_tag(source)[0]
+    return timm.is_model(name) and timm.model_entrypoint(name).__module__.startswith(f"{__package__}.")
+
+
+def _probing_of_run(folder: Path, config: Mapping[str, Any], checkpoint: str) -> _Probing | None:
+    """The head of efficient probing that a run gave to one of timm's models; None if it did not."""
+    queries = config.get("efficient_probing")
+    if queries is None:
+        return None
+    if not is_number(queries, 1, 2**14) or not is_number(config.get("num_classes"), 1, 10**7):
+        raise UserError(f"{folder / 'config.json'} does not describe a model: its efficient_probing is {queries!r}.")
+    file = folder / ("model.safetensors" if checkpoint == "last" else "best.safetensors")
+    return _Probing(config["num_classes"], queries, file, whole=True)
+
+
 def _read_config(path: Path) -> Mapping[str, Any]:
-    """The `pretrained_cfg` in a run's config.json."""
+    """The content of a run's config.json."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -170,4 +228,4 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     config = content.get("pretrained_cfg") if isinstance(content, dict) else None
     if not isinstance(config, dict) or not isinstance(content.get("architecture"), str):
         raise UserError(f"{path} does not describe a model: it has no architecture and pretrained_cfg.")
-    return config
+    return content

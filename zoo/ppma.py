@@ -322,7 +322,7 @@ class PPMA(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage. Heads have an even number of channels.
         mlp_ratios: Hidden channels of each stage's MLPs, as multiples of `embed_dims`.
         by_lines: For each stage, whether tokens attend by rows and columns, or to all tokens at once, whose cost grows

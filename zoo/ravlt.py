@@ -137,7 +137,7 @@ class RAVLT(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage. Heads have a multiple of 4 channels.
         mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels; one for all stages or for each.
         linear_attn: The linear attention of the first two stages: "rala" as in RAVLT, or "mala" as in MAViT.

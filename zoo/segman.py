@@ -328,7 +328,7 @@ class SegMAN(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage. Heads have a multiple of 4 channels.
         window_size: Neighbours of a token along each axis, an odd number; one for all stages or for each.
         mlp_ratio: Hidden channels of the MLPs, as a multiple of the stage's channels; one for all stages or for each.

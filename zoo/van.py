@@ -176,8 +176,8 @@ class VAN(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none: without a classifier, the model then returns its last
-            feature map.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none: without a classifier, the
+            model then returns its last feature map.
         embed_dims: Channels of each stage.
         depths: Blocks of each stage.
         mlp_ratios: Hidden channels of each stage's MLPs, as multiples of `embed_dims`.

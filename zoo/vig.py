@@ -247,7 +247,7 @@ class ViG(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none.
         embed_dims, depths, num_heads: Channels, blocks and heads of each stage. Heads have an even number of channels.
         layout: "hierarchical" for ViG-H, or "isotropic" for ViG, with patches of 16 pixels, a position embedding,
             RMSNorm and no downsampling.

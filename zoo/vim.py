@@ -93,12 +93,17 @@ def class_token_of(tokens: Tensor) -> Tensor:
 
 
 @register_notrace_function
+def patches_of(tokens: Tensor, count: int) -> Tensor:
+    """A sequence (B, 1, count + 1, C) without its class token: (B, count, C)."""
+    place = torch.arange(count, device=tokens.device)
+    return tokens[:, 0].index_select(1, place + (place >= count // 2))
+
+
+@register_notrace_function
 def map_of(tokens: Tensor, like: Tensor) -> Tensor:
     """The map of a sequence (B, 1, H W + 1, C): (B, C, H, W), of the size of `like`."""
     _, _, height, width = sizes(like)
-    place = torch.arange(height * width, device=tokens.device)
-    x = tokens[:, 0].index_select(1, place + (place >= height * width // 2))
-    return x.transpose(1, 2).unflatten(2, (height, width))
+    return patches_of(tokens, height * width).transpose(1, 2).unflatten(2, (height, width))
 
 
 @register_notrace_module
@@ -316,8 +321,8 @@ class Vim(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for the class token, or the mean of all tokens in a model without one; "" for neither:
-            without a classifier, the model then returns its last feature map.
+        global_pool: "avg" for the class token, or the mean of all tokens in a model without one; "ep" for efficient
+            probing of the patches; "" for neither: without a classifier, the model then returns its last feature map.
         embed_dims, depths: Channels and blocks of each stage. The channels are the same in all stages.
         patch_size, stride: The side of a patch, and the distance between patches, in pixels.
         state_dim: States of each channel.
@@ -440,7 +445,9 @@ class Vim(Backbone):
 
     def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
         """Read the class token or the mean, and classify unless `pre_logits`: (B, num_classes or head_hidden_size)."""
-        if not self.class_token or self.global_pool == "":
+        if self.class_token and arguments.is_ep(self.global_pool):
+            x = patches_of(x[:, None], sizes(x)[1] - 1)
+        if not self.class_token or self.global_pool != "avg":
             return super().forward_head(x, pre_logits)
         token = self.head_drop(self.pre_logits(class_token_of(x[:, None])[:, 0]))
         return token if pre_logits else self.head(token)

@@ -432,8 +432,8 @@ class ViTAEVSA(Backbone):
     Args:
         in_chans: Channels of the images.
         num_classes: Classes of the linear classifier; 0 for none.
-        global_pool: "avg" for average pooling, or "" for none: without a classifier, the model then returns its last
-            feature map.
+        global_pool: "avg" for average pooling, "ep" for efficient probing, or "" for none: without a classifier, the
+            model then returns its last feature map.
         embed_dims, depths, num_heads: Channels, normal cells and their heads of each stage.
         reduction_heads: Heads of the reduction cell that begins each stage.
         wide: Whether the parallel convolutions of the reduction cells have twice the channels of their stage inside.

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from timm.data import resolve_model_data_config
+from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
 from torch import nn
 
+from zoo.backbone import Backbone
+from zoo.efficient_probing import probing_head
 from zoo.messages import UserError, one_line
 from zoo.opening import open_model
+from zoo.recipes.atomic_files import atomic
 from zoo.recipes.config import Config, DataConfig
 
 
@@ -55,6 +62,30 @@ def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:
     if cfg.img_size is not None:
         _check_size(model, config["input_size"])
     return config
+
+
+def write_description(
+    folder: Path, model: nn.Module, cfg: Config, classes: Sequence[str], data_config: dict[str, Any]
+) -> None:
+    """Write `config.json`: what `timm.create_model("local-dir:<folder>")` needs besides the weights.
+
+    Efficient probing on one of timm's models is not an argument of timm: its number of queries is written beside those,
+    for `open_model`.
+    """
+    head = None if isinstance(model, Backbone) else probing_head(model)
+    arguments = OmegaConf.to_container(cfg.model_kwargs)
+    if head:
+        arguments.pop("global_pool")
+    about = {"label_names": list(classes)} | ({"efficient_probing": head.pool.num_queries} if head else {})
+    names = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    with atomic(folder / "config.json") as file:
+        save_config_for_hf(
+            model,
+            file.name,
+            model_config=about,
+            model_args=arguments,
+            data_config={name: data_config[name] for name in names},
+        )
 
 
 def _check_size(model: nn.Module, input_size: tuple[int, int, int]) -> None:

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from timm.models._hub import save_config_for_hf  # its public sibling, save_for_hf, also writes the weights
 from torch.utils.data import Dataset
 
 from zoo.messages import UserError
 from zoo.opening import check_name
-from zoo.recipes import atomic_files, config, distributed, logs, records, run_folder
+from zoo.recipes import config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
 from zoo.recipes.batchnorm import check_batchnorm
 from zoo.recipes.classify.accuracy import Normalize, measure, percentage, plot_predictions, write_classes
@@ -36,7 +35,7 @@ from zoo.recipes.classify.data import (
     next_batch,
     open_data,
 )
-from zoo.recipes.classify.model import build_model, input_config
+from zoo.recipes.classify.model import build_model, input_config, write_description
 from zoo.recipes.classify.train_state import TrainState, autocast
 from zoo.recipes.corrupt import CorruptImages
 from zoo.recipes.logs import log
@@ -395,15 +394,7 @@ class ClassifyRun(BaseRun):
 
     def _describe(self, weights: dict[str, torch.Tensor]) -> None:
         """Write what `timm.create_model("local-dir:<folder>")` needs besides the weights, and draw predictions."""
-        names = ("input_size", "mean", "std", "interpolation", "crop_pct")
-        with atomic_files.atomic(self.folder / "config.json") as file:
-            save_config_for_hf(
-                self.description,
-                file.name,
-                model_config={"label_names": list(self.data.classes)},
-                model_args=OmegaConf.to_container(self.cfg.model_kwargs),
-                data_config={name: self.data_config[name] for name in names},
-            )
+        write_description(self.folder, self.description, self.cfg, self.data.classes, self.data_config)
         if self.data.val_indices is None:
             return
         model = build_model(OmegaConf.merge(self.cfg, {"pretrained": False}), len(self.data.classes))

@@ -92,7 +92,7 @@ def test_a_ratio_for_each_stage_is_taken_or_refused(name):
         ({"in_chans": 0}, "Got in_chans=0; it has to be a whole number from 1 to 16,384."),
         ({"num_classes": -1}, "Got num_classes=-1; it has to be a whole number from 0 to 10,000,000."),
         ({"num_classes": True}, "Got num_classes=True; it has to be a whole number"),
-        ({"global_pool": "max"}, "Got global_pool='max'; it has to be one of 'avg', ''."),
+        ({"global_pool": "max"}, "Got global_pool='max'; it has to be one of 'avg', 'ep', ''."),
         ({"drop_path_rate": float("nan")}, "Got drop_path_rate=nan; it has to be a number from 0 to 1."),
         ({"drop_rate": "0.1"}, "Got drop_rate='0.1'; it has to be a number from 0 to 1."),
         ({"depths": "2222"}, "Got depths='2222'; give a list with one value per stage."),
