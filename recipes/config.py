@@ -47,6 +47,8 @@ class Between:
 
     def allows(self, value: Any) -> bool:
         """Whether `value`, a number, a list or a mapping, is allowed."""
+        if isinstance(value, str | bool):  # where a key takes values of any type
+            return False
         if not isinstance(value, int | float):
             numbers = _numbers(value)
             right = len(numbers) in self.lengths if self.lengths else bool(numbers) or isinstance(value, Mapping)
@@ -129,7 +131,7 @@ class DataConfig:
 
     name: str = option(
         "",
-        "name of the data set: `digits`, or what timm.data.create_dataset reads: empty (image folders), `tar`, "
+        "name of the data set: `digits`, `csv`, or what timm.data.create_dataset reads: empty (image folders), `tar`, "
         "`hfds/...`, `hfids/...`, `tfds/...`, `wds/...`, `torch/...`",
     )
     root: str | None = option(None, "root folder of the data; image folders may be in its subfolders train/ and val/")
@@ -137,15 +139,31 @@ class DataConfig:
     val_split: str = option("val", "validation split: its name, or its folder below the root")
     val_fraction: float = option(
         0.1,
-        "validation fraction: share of each class that is held out if an image folder has no validation split",
+        "validation fraction: share of each class that is held out if nothing is for validation",
         Between(0, 1, above=True, below=True),
     )
     num_classes: int | None = option(None, "number of classes, if the data set does not provide it", Between(1, 1e6))
     class_map: str | None = option(None, "class map: file with one class name per line, in the order of the labels")
+    csv: str | None = option(None, "CSV file (data=csv): paths of images, below data.root or beside it, and labels")
+    file_column: str = option("file", "file column (csv): header of the paths of images")
+    label_column: str | None = option(None, "label column (csv): header of the labels; `label` or `labels` if null")
+    split_column: str | None = option("split", "split column (csv): header of the splits, if there is such a column")
+    multi_label: bool | None = option(
+        None, "multi-label (csv): any number of labels per image; if null, for `labels`", aliases=("multilabel",)
+    )
+    label_separator: str | None = option(
+        None, "label separator (csv): between the labels in a cell; |, ; or a comma if null"
+    )
     input_key: str | None = option(None, "input key: field of the image (hfds, wds), or file extensions (folders)")
     target_key: str | None = option(None, "target key: field of the label (hfds, wds)")
     num_samples: int | None = option(
         None, "number of training samples, if a stream (hfids, wds) does not provide it", Between(1, 1e12)
+    )
+    sampling: str = option(
+        "uniform",
+        "sampling of training images: uniform, or balanced (as many of each class)",
+        OneOf(("uniform", "balanced")),
+        aliases=("sampler", "weighted_sampler", "balanced_sampling"),
     )
     val_num_samples: int | None = option(
         None, "number of validation samples, if a stream does not provide it", Between(1, 1e12)
@@ -235,7 +253,7 @@ class AugmentConfig:
     smoothing: float = option(0.0, "label smoothing", Between(0, 1, below=True))
     repeats: int = option(
         1,
-        "repeated augmentation: an epoch uses each of its images this often, in other forms, and so fewer images",
+        "repeated augmentation: an epoch has fewer images, each this often, in other forms",
         Between(1, 100),
         aliases=("aug_repeats", "num_aug_repeats", "repeated_augmentation", "repeated_aug"),
     )
@@ -248,6 +266,29 @@ class AugmentConfig:
     )
     re_count: int = option(
         1, "random erasing count: largest number of areas per image", Between(1, 100), aliases=("random_erasing_count",)
+    )
+
+
+@dataclass
+class LossConfig:
+    """The loss of a classifier in training. Evaluations report plain (binary) cross-entropy."""
+
+    name: str | None = option(
+        None,
+        "name: ce (cross-entropy), bce (binary) or focal; if null, ce, or bce if multi-label",
+        OneOf(("ce", "bce", "focal")),
+        aliases=("loss", "criterion"),
+    )
+    gamma: float = option(
+        2.0,
+        "gamma of focal: how much less right predictions count",
+        Between(0, 10),
+        aliases=("focal_gamma",),
+    )
+    weights: Any = option(
+        None,
+        "weights of classes: balanced, a list, or by class, such as {cat: 2, dog: 0.5}",
+        aliases=("class_weights", "class_weight", "pos_weight"),
     )
 
 
@@ -437,8 +478,13 @@ class DenseConfig:
 
 @dataclass
 class InferenceConfig:
-    """How detectors and segmentors predict an image, in every evaluation and in `zoo-predict`."""
+    """How models predict an image, in every evaluation and in `zoo-predict`. Classifiers have `threshold` only."""
 
+    threshold: Any = option(
+        0.5,
+        "threshold (multi-label): least probability of a label; or by class, {cat: 0.3}",
+        Between(0, 1, above=True, below=True, numbers="a number, or numbers by class,"),
+    )
     tta: str = option(
         "none",
         "test-time augmentation: none, flip (the image and its mirror image) or multi_scale (several sizes); scores of "
@@ -509,6 +555,7 @@ class Config:
     task: str = option("classify", "task: classify, detect, segment or panoptic")
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -589,9 +636,16 @@ def check(cfg: Config) -> None:
     if cfg.task == "classify":
         for key, item in _items(InferenceConfig, "eval."):
             value = OmegaConf.select(cfg, key)
-            if value != default_of(item):
+            if value != default_of(item) and key != "eval.threshold":  # which needs the data
                 raise UserError(
                     f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it out."
+                )
+    else:
+        of_classifiers = {"eval.threshold", "data.sampling", *(name for name, _ in _items(LossConfig, "loss."))}
+        for key, item in _items(Config):
+            if key in of_classifiers and (value := OmegaConf.select(cfg, key)) != default_of(item):
+                raise UserError(
+                    f"{key}={value} has no effect with task={cfg.task}: it is for classifiers; leave it out."
                 )
     if cfg.data.name == "unset":
         raise UserError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
@@ -617,7 +671,8 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
         if key.partition(".")[0] in own:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
     # data=<option> sets the whole section, but the model keeps its input.
-    for name in ("img_size", "mean", "std", "interpolation", "crop_pct"):
+    data["multi_label"] = bool(data["multi_label"])
+    for name in ("img_size", "mean", "std", "interpolation", "crop_pct", "multi_label"):
         if f"data.{name}" not in overridden:
             OmegaConf.update(merged, f"data.{name}", data[name])
     return merged

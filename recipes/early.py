@@ -38,6 +38,10 @@ def check(cfg: DictConfig) -> None:
     # Other data sets are generated or downloaded if there is no folder.
     if cfg.data.name in ("", "coco", "masks") and not rootless:
         check_root(cfg.data.root)
+    if cfg.data.name == "csv":
+        if cfg.task != "classify":
+            raise UserError(f"task={cfg.task} can't read data=csv, which is for task=classify: choose other data.")
+        check_csv(cfg.data.csv)
     if cfg.task in ("detect", "segment") and root and root.exists() and not any(cfg.data[key] for key in _FILES):
         look.refuse(cfg.task, root)
     for key in _BELOW_ROOT:
@@ -61,6 +65,18 @@ def check_root(root: str | None) -> None:
         raise UserError("data.root is not set: give the folder of the images, data.root=<folder>.")
     if not os.path.exists(root):
         raise UserError(f"data.root={root} does not exist{similar_path(Path(root))}")
+
+
+def check_csv(path: str | None) -> None:
+    """Refuse a `data.csv` that is not set or does not exist.
+
+    Raises:
+        UserError: The message says what may have been meant.
+    """
+    if not path:
+        raise UserError("data.csv is not set: give the CSV file with the images and their labels, data.csv=<file>.")
+    if not os.path.exists(path):
+        raise UserError(f"data.csv={path} does not exist{similar_path(Path(path))}")
 
 
 def check_run(folder: Path) -> None:

@@ -179,6 +179,11 @@ def split_features(cfg: DictConfig, model: nn.Module, data: Data, split: str, ki
     Raises:
         UserError: There are no such features, too many images can't be read, or the cache can't be written to.
     """
+    if data.multi_label:
+        raise UserError(
+            f"{cfg.data.csv} has several labels per image, but features are kept with one: name a column of single "
+            "labels with data.label_column=<name> data.multi_label=false."
+        )
     dataset, indices = (data.train, data.train_indices) if split == "train" else (data.val, data.val_indices)
     if split == "train" and is_stream(dataset):
         dataset = _training_stream(cfg)

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _GENERATOR = '<meta name="generator" content="zoo-report">'
 _CLASS_SCORES = {
+    **{"AP": "AP", "F1": "F1"},
     **{"top1": "top-1", "PQ": "PQ", "SQ": "SQ", "RQ": "RQ", "IoU": "IoU", "accuracy": "accuracy"},
     **SCORES["detect"],
 }
@@ -65,7 +66,7 @@ _MOST_CELLS = 40  # classes in a confusion matrix
 _MOST_ROWS = 20  # classes in the order of the data; if there are more, the worst come first
 _FEW_IMAGES, _FEW_OF_A_CLASS = 100, 10  # a score on fewer says little
 _VALIDATION = (  # settings that identify the validation images
-    *("data.name", "data.root", "data.val_split", "data.val_ann", "data.val_images", "data.val_labels"),
+    *("data.name", "data.root", "data.csv", "data.val_split", "data.val_ann", "data.val_images", "data.val_labels"),
     *("data.class_map", "data.val_num_samples", "data.reduce_zero_label"),
 )
 
@@ -344,7 +345,7 @@ def _notes(record: Record) -> list[str]:
     if early := (record.summary or {}).get("stopped_early"):
         notes.append(early)
     if record.images and record.images < _FEW_IMAGES:
-        one = f": one image is worth {100 / record.images:.2g} points" if record.task == "classify" else ""
+        one = f": one image is worth {100 / record.images:.2g} points" if "top1" in record.scores else ""
         notes.append(
             f"The scores are from only {_counted(record.images, 'image')}{one}. Small differences may be due to chance."
         )
@@ -366,7 +367,11 @@ def _data(record: Record) -> list[str]:
         if record.facts["metrics"].get("images"):
             lines.append(f"images: {record.facts['metrics']['images']}")
     else:
-        names = [f"{key}: {record.settings[key]}" for key in ("data.name", "data.root") if record.settings.get(key)]
+        names = [
+            f"{key}: {record.settings[key]}"
+            for key in ("data.name", "data.csv", "data.root")
+            if record.settings.get(key)
+        ]
         summary = record.summary or {}
         counts = [("training", "train_images"), ("validation", "val_images")]
         plain = [f"{label}: {summary[key]} images" for label, key in counts if key in summary]
@@ -651,7 +656,7 @@ def _charts(records: Sequence[Record]) -> list[dict[str, Any]]:
         record = records[0]
         parts = [key for key in (record.history or [{}])[-1] if key.startswith("train_") and "loss" in key]
         wanted = [("loss", [("training", "train_loss"), ("validation", "val_loss")])]
-        if task == "classify":
+        if task == "classify" and "mAP" not in scores:
             wanted.append(("top-1", [("training", "train_top1"), ("validation", "val_top1")]))
         else:
             wanted.append(("scores (validation)", [(SCORES[task][name], f"val_{name}") for name in scores]))

@@ -16,7 +16,10 @@ TASKS = {
 }
 # The titles of the scores, which are in percent. The first score that a run has decides which epoch is the best.
 SCORES = {
-    "classify": {"top1": "top-1", "top5": "top-5"},
+    "classify": {
+        **{"top1": "top-1", "top5": "top-5", "balanced_accuracy": "balanced accuracy"},
+        **{"mAP": "mAP", "F1": "F1", "F1_micro": "micro F1"},  # of several labels per image
+    },
     "detect": {
         **{"mask_AP": "mask AP", "mask_AP50": "mask AP50", "bbox_AP": "box AP", "bbox_AP50": "box AP50"},
         # Of LVIS: rare, common and frequent categories.

@@ -260,7 +260,19 @@ def _load(options: argparse.Namespace) -> tuple[OpenModel, list[str], dict[str, 
         settings["num_classes"] = options.num_classes
     loaded = open_model(options.model, options.pretrained, size=options.size, checkpoint=options.checkpoint, **settings)
     classes = None if settings else loaded.model.pretrained_cfg.get("label_names")
-    return loaded, ["embedding" if options.num_classes == 0 else "logits"], {"classes": classes and list(classes)}
+    facts: dict[str, Any] = {"classes": classes and list(classes)}
+    if classes and _has_several_labels(Path(options.model)):
+        facts["multi_label"] = True
+    return loaded, ["embedding" if options.num_classes == 0 else "logits"], facts
+
+
+def _has_several_labels(folder: Path) -> bool:
+    """Whether `folder` is that of a run of images with several labels, each with a probability of its own."""
+    if not (folder / "config.yaml").is_file():
+        return False
+    from zoo.recipes import reading
+
+    return bool(reading.load_config(folder).get("data", {}).get("multi_label"))
 
 
 def _is_dense_run(name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,9 @@ from zoo.recipes.sheet import Tile
 class Evaluation:
     """The result of a pass over a data set.
 
-    `metrics` are mean cross-entropy `loss`, `top1` and `top5` in percent, and the number of `images`; `targets` and
-    `predictions` are the labels, in no particular order if several processes share the work.
+    `metrics` are mean cross-entropy `loss`; `top1`, `top5` and `balanced_accuracy`, the mean of the accuracies of the
+    classes, in percent; and the number of `images`. `targets` and `predictions` are the labels, in no particular order
+    if several processes share the work.
     """
 
     metrics: dict[str, float]
@@ -50,6 +51,12 @@ class Evaluation:
         right = np.bincount(self.targets[self.targets == self.predictions], minlength=num_classes)
         images = np.bincount(self.targets, minlength=num_classes)
         return [100 * r / n if n else None for r, n in zip(right.tolist(), images.tolist(), strict=True)]
+
+    def write_classes(self, folder: Path, classes: Sequence[str]) -> None:
+        """Write `classes.json`."""
+        number = len(classes)
+        counts, scores = np.bincount(self.targets, minlength=number).tolist(), {"top1": self.per_class(number)}
+        run_folder.write_classes(folder, classes, scores, counts, "images", self.pairs(number))
 
 
 class Normalize:
@@ -88,8 +95,39 @@ def measure(
         UserError: No image can be read.
     """
     evaluator = ClassificationEvaluator(device=normalize.device)
-    left = evaluation_sample_limit(loader)
     targets, predictions, corrupt = [], [], []
+    for logits, labels, names in outputs(model, loader, normalize, autocast, on_batch):
+        if len(labels):
+            evaluator.update(logits, labels)
+        targets.append(labels.cpu())
+        predictions.append(logits.argmax(1).cpu())
+        corrupt += names
+    parts = gather_images((torch.cat(targets), torch.cat(predictions), corrupt) if targets else ([], [], []))
+    metrics = dict(evaluator.compute(distributed=distributed.world_size() > 1))
+    all_targets = np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts])
+    result = Evaluation(
+        metrics={**metrics, "images": len(all_targets)},
+        targets=all_targets,
+        predictions=np.concatenate([np.asarray(part[1], dtype=np.int64) for part in parts]),
+        corrupt=sorted({name for part in parts for name in part[2]}),
+    )
+    recalls = [value for value in result.per_class(logits.shape[1]) if value is not None]
+    result.metrics["balanced_accuracy"] = sum(recalls) / len(recalls)
+    return result
+
+
+def outputs(
+    model: nn.Module,
+    loader: DataLoader,
+    normalize: Normalize,
+    autocast: AbstractContextManager,
+    on_batch: Callable[[], None] | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+    """Yield logits (B, classes), labels and names of corrupt images for each batch of this process's share.
+
+    The arguments are those of `measure`. Images that do not count are left out.
+    """
+    left = evaluation_sample_limit(loader)
     model.eval()
     for images, labels, names in loader:
         count = len(labels) if left is None else min(left, len(labels))
@@ -97,29 +135,25 @@ def measure(
         with autocast:
             logits = model(normalize(images)).float()
         labels = labels.to(logits.device, non_blocking=True)[:count]
-        good = labels >= 0
-        logits, labels = logits[:count][good], labels[good]
-        if len(labels):
-            evaluator.update(logits, labels)
-        targets.append(labels.cpu())
-        predictions.append(logits.argmax(1).cpu())
-        corrupt += names if count else []
+        good = (labels if labels.ndim == 1 else labels[:, 0]) >= 0
+        yield logits[:count][good], labels[good], names if count else []
         if on_batch:
             on_batch()
-    parts = distributed.gather((torch.cat(targets), torch.cat(predictions), corrupt) if targets else ([], [], []))
+
+
+def gather_images(part: tuple[Any, Any, list[str]]) -> list[tuple[Any, Any, list[str]]]:
+    """Gather labels, predictions and names of corrupt images from all processes.
+
+    Raises:
+        UserError: No image could be read.
+    """
+    parts = distributed.gather(part)
     if not any(len(part[0]) for part in parts):
         names = sorted({name for part in parts for name in part[2]})
         raise UserError(
             f"no image could be read for evaluation: the first of {len(names)} corrupt ones is {names[:1]}."
         )
-    metrics = dict(evaluator.compute(distributed=distributed.world_size() > 1))
-    all_targets = np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts])
-    return Evaluation(
-        metrics={**metrics, "images": len(all_targets)},
-        targets=all_targets,
-        predictions=np.concatenate([np.asarray(part[1], dtype=np.int64) for part in parts]),
-        corrupt=sorted({name for part in parts for name in part[2]}),
-    )
+    return parts
 
 
 @torch.no_grad()
@@ -209,13 +243,6 @@ def plot_confusion(
     figure.colorbar(drawn, label="% of the true class", shrink=0.8)
     with atomic(path) as file:
         figure.savefig(file, format="png")
-
-
-def write_classes(folder: Path, result: Evaluation, classes: Sequence[str]) -> None:
-    """Write `classes.json` for the result."""
-    counts = np.bincount(result.targets, minlength=len(classes)).tolist()
-    scores = {"top1": result.per_class(len(classes))}
-    run_folder.write_classes(folder, classes, scores, counts, "images", result.pairs(len(classes)))
 
 
 def percentage(value: float) -> str:

@@ -24,6 +24,8 @@ from torchvision.transforms import Compose, Grayscale
 
 from zoo.messages import UserError, first_few, nearest
 from zoo.recipes import distributed, early, same_images
+from zoo.recipes.classify import csv_table
+from zoo.recipes.classify.csv_table import CsvImages
 from zoo.recipes.classify.folders import ClassFolders, ClassTar, class_name, folders_in
 from zoo.recipes.config import AugmentConfig, DataConfig
 from zoo.recipes.digits import Digits
@@ -47,7 +49,7 @@ class Data:
     """The two splits (indexable, or streams) with the names of their classes.
 
     `train` is None if the data are only for evaluation. The indices select the items of a split; by default all items.
-    A stream has no indices.
+    A stream has no indices. The label of an item is the index of a class or, with `multi_label`, a tuple of them.
     """
 
     train: Dataset | None
@@ -55,6 +57,7 @@ class Data:
     classes: list[str]
     train_indices: Sequence[int] | None = None
     val_indices: Sequence[int] | None = None
+    multi_label: bool = False
 
     def __post_init__(self):
         if self.train_indices is None and self.train is not None and not is_stream(self.train):
@@ -75,6 +78,14 @@ def open_data(cfg: DataConfig, seed: int, training: bool = True, classes: Sequen
     Raises:
         UserError: The data can't be used; the message names the path.
     """
+    if cfg.name == "csv":
+        return _open_csv(cfg, seed, training, classes)
+    if cfg.csv:
+        raise UserError(f"data.csv={cfg.csv} has no effect with data.name={cfg.name!r}: give data=csv, too.")
+    if cfg.multi_label:
+        raise UserError(
+            f"data.multi_label=true, but data.name={cfg.name!r} has one label per image: for several, give data=csv."
+        )
     if cfg.name == "digits":
         return Data(Digits(True) if training else None, Digits(False), list(Digits.classes))
     if cfg.name == "digit_crops":
@@ -141,6 +152,86 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
         cfg.val_fraction,
     )
     return Data(train, train, names, train_indices, val_indices)
+
+
+def _open_csv(cfg: DataConfig, seed: int, training: bool, classes: Sequence[str] | None) -> Data:
+    table = csv_table.read_table(cfg)
+    if cfg.class_map:
+        classes = read_classes(Path(cfg.class_map))
+    train_rows, val_rows = csv_table.rows_of_splits(table, cfg)
+    if not training:
+        # A table without splits is evaluated itself.
+        rows = val_rows if table.has_splits else table.rows
+        if not rows:
+            raise csv_table.no_rows(table, cfg.val_split, "val_split")
+        names = _checked_number(list(classes or csv_table.class_names(rows)), cfg)
+        return Data(None, _listed(table, rows, names, cfg, training=False), names, multi_label=table.multi_label)
+    if not train_rows:
+        raise csv_table.no_rows(table, cfg.train_split, "train_split")
+    names = _checked_number(list(classes or csv_table.class_names(train_rows)), cfg)
+    train = _listed(table, train_rows, names, cfg, training=True)
+    labels = {label for _, label in train.reader.samples}
+    if len(labels) < 2:
+        what = f"the same label, {names[0]!r}" if names and labels != {()} else "no label"
+        raise UserError(f"{table.path}: all training images have {what}: classification needs two or more classes.")
+    if val_rows:
+        val = _listed(table, val_rows, names, cfg, training=False)
+        same_images.check(cfg, *(split.reader.filenames(absolute=True) for split in (train, val)))
+        return Data(train, val, names, multi_label=table.multi_label)
+    targets = [label for _, label in train.reader.samples]
+    hold_out = _hold_out_several if table.multi_label else _hold_out
+    train_indices, val_indices = hold_out(targets, cfg.val_fraction, seed)
+    if not val_indices:
+        raise UserError(
+            f"{table.path} has too few images to hold out {cfg.val_fraction:.0%} of a class for validation: add "
+            f"images, raise data.val_fraction, or write {cfg.val_split} into a column 'split'."
+        )
+    log.info(
+        "%s has no validation split: %d of %d images are held out (data.val_fraction=%g).",
+        table.path,
+        len(val_indices),
+        len(targets),
+        cfg.val_fraction,
+    )
+    return Data(train, train, names, train_indices, val_indices, multi_label=table.multi_label)
+
+
+def _listed(
+    table: csv_table.Table, rows: Sequence[csv_table.Row], names: Sequence[str], cfg: DataConfig, training: bool
+) -> ImageDataset:
+    """The images of rows, labelled by `names`; other labels are refused, unless a class map leaves them out."""
+    found, known = csv_table.class_names(rows), {class_name(name) for name in names}
+    unknown = [name for name in found if name not in known]
+    if not cfg.class_map:
+        csv_table.check_known(table, rows, names)
+    elif found and len(unknown) == len(found):
+        raise UserError(
+            f"{table.path} has none of the {len(names)} classes of data.class_map={cfg.class_map}: it has "
+            f"{first_few(map(repr, found))}{_meant(unknown[0], names)}."
+        )
+    if unknown and training:
+        log.warning(
+            "data.class_map=%s leaves out %d of the %d labels in %s: %s.",
+            cfg.class_map,
+            len(unknown),
+            len(found),
+            table.path,
+            first_few(unknown),
+        )
+    missing = [name for name in names if class_name(name) not in found]
+    if missing:
+        split = "training" if training else "validation"
+        log.warning(
+            "%s has no %s images of %d of the %d classes: %s.",
+            table.path,
+            split,
+            len(missing),
+            len(names),
+            first_few(missing),
+        )
+    reader = CsvImages(table, rows, names)
+    _check_files(reader, cfg)
+    return ImageDataset(reader.root, reader=reader)
 
 
 def _class_folders(root: Path, cfg: DataConfig) -> ClassFolders | ClassTar:
@@ -283,7 +374,7 @@ def _split(root: Path, split: str, cfg: DataConfig) -> Path | None:
     return None
 
 
-def _check_files(reader: ClassFolders, cfg: DataConfig) -> None:
+def _check_files(reader: ClassFolders | CsvImages, cfg: DataConfig) -> None:
     """Refuse text files named like images: error pages or lists, saved by mistake, spoil a whole data set.
 
     Damaged images are not refused: training skips and logs them.
@@ -306,6 +397,43 @@ def _hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int]
         held += rng.permutation(positions)[:count].tolist()
     chosen = set(held)
     return [i for i in range(len(targets)) if i not in chosen], sorted(held)
+
+
+def _hold_out_several(targets: list[tuple[int, ...]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """`_hold_out` for images with several labels each: close to `fraction` of every label.
+
+    Labels take turns, the rarest first, because only few images can give them their share: the iterative
+    stratification of Sechidis, Tsoumakas and Vlahavas, https://doi.org/10.1007/978-3-642-23808-6_10.
+    """
+    rng = np.random.default_rng(seed)
+    having: dict[int, list[int]] = {}
+    for i, labels in enumerate(targets):
+        for label in labels:
+            having.setdefault(label, []).append(i)
+    held: set[int] = set()
+    open_ = set(range(len(targets)))
+    for label in sorted(having, key=lambda label: (len(having[label]), label)):
+        images = having[label]
+        wanted = max(round(fraction * len(images)), 1) if len(images) > 1 else 0
+        free = [i for i in images if i in open_]
+        missing = max(wanted - len(held.intersection(images)), 0)
+        held.update(rng.permutation(free)[:missing].tolist())
+        open_.difference_update(free)
+    rest = sorted(open_)  # images without labels
+    held.update(rng.permutation(rest)[: round(fraction * len(rest))].tolist())
+    return [i for i in range(len(targets)) if i not in held], sorted(held)
+
+
+def train_labels(data: Data) -> list[Any] | None:
+    """The labels of `data.train` at `data.train_indices`; None if the data set does not list them."""
+    reader = getattr(data.train, "reader", None)
+    if isinstance(reader, ClassFolders | ClassTar | CsvImages):
+        labels = [label for _, label in reader.samples]
+    elif hasattr(data.train, "targets"):  # of torchvision, and the digits
+        labels = np.asarray(data.train.targets).tolist()
+    else:
+        return None
+    return [labels[i] for i in data.train_indices]
 
 
 def is_stream(dataset: Dataset) -> bool:
@@ -369,16 +497,19 @@ def _middle(image: Image.Image) -> Image.Image:
     return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
 
 
-Sample = tuple[torch.Tensor, int, list[str]]
+Sample = tuple[torch.Tensor, int | torch.Tensor, list[str]]
 
 
 class Samples(Dataset):
     """Transformed images: uint8 (C, H, W), label, and the names of images that could not be read.
 
+    The label is the index of a class or, if `classes` is not 0, float32 (classes,): 1 for each label of the image and 0
+    for the others.
+
     The random transform of an item depends only on the seed and on the item's key, which is the epoch and the index,
     and with repeated augmentation the number of the repetition. So it does not matter which process makes it, or when.
     In training, a corrupt image is replaced by the next good one of `indices` (None: of all images); in evaluation, it
-    gets the label -1.
+    gets the label -1, or -1 for every class.
     """
 
     def __init__(
@@ -390,6 +521,7 @@ class Samples(Dataset):
         input_size: tuple[int, int, int],
         indices: Sequence[int] | None = None,
         max_pixels: int = MAX_PIXELS,
+        classes: int = 0,
     ):
         self.channels, self.max_pixels = input_size[0], max_pixels
         if self.channels not in MODES:
@@ -400,7 +532,7 @@ class Samples(Dataset):
         if hasattr(dataset, "loader"):  # torchvision's folders
             dataset.loader = self._open
         self.dataset, self.transform, self.seed, self.training = dataset, transform, seed, training
-        self.input_size, self.indices = input_size, indices
+        self.input_size, self.indices, self.classes = input_size, indices, classes
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -421,10 +553,19 @@ class Samples(Dataset):
                 continue
             if self.training:
                 seed_all(self.seed, epoch, position, *repetition)
-            return self.finish(image), int(target), corrupt
+            return self.finish(image), self.label(target), corrupt
         if self.training:
             raise UserError(f"{len(corrupt)} corrupt images in a row; the first is {corrupt[0]}: check the data.")
-        return torch.zeros(self.input_size, dtype=torch.uint8), -1, corrupt
+        bad = torch.full((self.classes,), -1.0) if self.classes else -1
+        return torch.zeros(self.input_size, dtype=torch.uint8), bad, corrupt
+
+    def label(self, target: Any) -> int | torch.Tensor:
+        """The label of an image whose data set has `target`."""
+        if not self.classes:
+            return int(target)
+        label = torch.zeros(self.classes)
+        label[list(target)] = 1
+        return label
 
     def _open(self, file: Any) -> Image.Image:
         return open_image(file, self.channels, self.max_pixels)
@@ -493,11 +634,22 @@ class EpochSampler(Sampler):
     With `repeats` above 1, an epoch is as long as otherwise, but has `repeats` forms of each of its images, one after
     the other, so that several processes share them: the order of timm's RepeatAugSampler, which can't start in the
     middle.
+
+    With `labels`, the class of each index, an epoch is as long as otherwise, but has the same number of images of every
+    class. Each time that an image occurs in it, it has another form.
     """
 
     def __init__(
-        self, indices: Sequence[int], effective_batch: int, seed: int, rank: int, world_size: int, repeats: int = 1
+        self,
+        indices: Sequence[int],
+        effective_batch: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        repeats: int = 1,
+        labels: Sequence[int] | None = None,
     ):
+        self.labels = None if labels is None else np.asarray(labels)
         self.indices, self.effective_batch, self.seed = indices, effective_batch, seed
         self.rank, self.world_size, self.repeats = rank, world_size, repeats
         self.epoch, self.start = 0, 0
@@ -506,11 +658,39 @@ class EpochSampler(Sampler):
         return (len(self.indices) // self.effective_batch * self.effective_batch - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.indices))
+        rng = np.random.default_rng([self.seed, self.epoch])
+        occurrence = None
+        if self.labels is None:
+            order = rng.permutation(len(self.indices))
+        else:
+            order, occurrence = _balanced_order(self.labels, rng)
         stop = len(order) // self.effective_batch * self.effective_batch
         for number in range(self.start, stop)[self.rank :: self.world_size]:
-            repetition = (number % self.repeats,) if self.repeats > 1 else ()
-            yield self.epoch, self.indices[order[number // self.repeats]], *repetition
+            place = number // self.repeats
+            repetition = () if occurrence is None else (int(occurrence[place]),)
+            repetition += (number % self.repeats,) if self.repeats > 1 else ()
+            yield self.epoch, self.indices[order[place]], *repetition
+
+
+def _balanced_order(labels: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of `labels` in random order, as many as there are labels, with the same number of every class.
+
+    A class takes all of its images before it takes one again.
+
+    Returns:
+        The positions, and for each of them how often it occurs before.
+    """
+    by_class = np.argsort(labels, kind="stable")
+    groups = np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1)
+    counts = np.full(len(groups), len(labels) // len(groups))
+    counts[rng.permutation(len(groups))[: len(labels) % len(groups)]] += 1
+    order, occurrence = [], []
+    for group, count in zip(groups, counts.tolist(), strict=True):
+        rounds = -(-count // len(group))
+        order.append(np.concatenate([rng.permutation(group) for _ in range(rounds)] or [group])[:count])
+        occurrence.append(np.arange(count) // len(group))
+    mixed = rng.permutation(len(labels))
+    return np.concatenate(order)[mixed], np.concatenate(occurrence)[mixed]
 
 
 class EvalSampler(OrderedDistributedSampler):
@@ -528,9 +708,10 @@ class EvalSampler(OrderedDistributedSampler):
 
 
 def collate(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Stack samples: uint8 (B, C, H, W), int64 (B,), and the names of corrupt images."""
+    """Stack samples: uint8 (B, C, H, W), labels as int64 (B,) or float32 (B, classes), and names of corrupt images."""
     images, targets, corrupt = zip(*samples, strict=True)
-    return torch.stack(images), torch.tensor(targets), [name for names in corrupt for name in names]
+    labels = torch.stack(targets) if isinstance(targets[0], torch.Tensor) else torch.tensor(targets)
+    return torch.stack(images), labels, [name for names in corrupt for name in names]
 
 
 def next_batch(batches: Iterator[Any]) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
@@ -14,15 +15,9 @@ from torch import nn
 
 from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, config, distributed, logs, run_folder
-from zoo.recipes.classify.accuracy import (
-    Evaluation,
-    Normalize,
-    measure,
-    percentage,
-    plot_confusion,
-    write_classes,
-)
-from zoo.recipes.classify.data import Samples, build_transform, build_val_loader, open_data
+from zoo.recipes.classify import multi_label
+from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_confusion
+from zoo.recipes.classify.data import Data, Samples, build_transform, build_val_loader, open_data
 from zoo.recipes.classify.model import build_model, input_config
 from zoo.recipes.classify.train_state import autocast
 from zoo.recipes.logs import log
@@ -33,7 +28,9 @@ from zoo.recipes.run_weights import load_model
 def evaluate(
     cfg: DictConfig, overridden: Sequence[str], write_report: Callable[[Path], Any] | None = None
 ) -> dict[str, Any]:
-    """Evaluate what `cfg` names, print the figures, write `eval.json` and `confusion.png`, and return the figures.
+    """Evaluate what `cfg` names, print and write the figures, and return them.
+
+    It writes `eval.json`, `classes.json` and, if each image has one label, `confusion.png`.
 
     Args:
         cfg: The composed configuration.
@@ -61,22 +58,30 @@ def evaluate(
             f"{cfg.model} has {model.num_classes} classes, but the data has {len(data.classes)}: "
             "evaluate on the classes that it was trained on (data.class_map=<file> lists them in order)."
         )
+    limits = multi_label.thresholds(cfg, data.classes) if data.multi_label else None
+    if limits is None:
+        multi_label.refuse_threshold(cfg)
     folder = Path(cfg.out) if cfg.out else _folder(cfg)
     if distributed.rank() == 0:
         run_folder.warn_unwritable(folder)
-    result = _evaluate(cfg, model.to(device), data, device)
+    result = _evaluate(cfg, model.to(device), data, device, limits)
     summary = {
         "task": cfg.task,
         "model": cfg.model,
         "weights": weights,
-        "data": {"name": cfg.data.name, "root": cfg.data.root},
+        "data": {name: cfg.data[name] for name in ("name", "csv", "root")},
         "metrics": result.metrics,
         "corrupt_images": result.corrupt,
-        "per_class": dict(zip(data.classes, result.per_class(len(data.classes)), strict=True)),
+        "per_class": dict(zip(data.classes, result.per_class(len(data.classes)), strict=True))
+        if isinstance(result, Evaluation)
+        else {name: dict(zip(data.classes, values, strict=True)) for name, values in result.per_class().items()},
         "command": composition.command_line(),
     }
     if distributed.rank() == 0:
-        _report(folder, summary, result, data.classes, cfg.per_class)
+        if isinstance(result, Evaluation):
+            _report(folder, summary, result, data.classes, cfg.per_class)
+        else:
+            _report_labels(folder, summary, result, data.classes, cfg.per_class)
         if write_report:
             write_report(folder)
         log.info("Written to %s", folder)
@@ -92,17 +97,23 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[nn.Module
     return load_model(cfg, overridden, config.check, build)
 
 
-def _evaluate(cfg: DictConfig, model: nn.Module, data: Any, device: torch.device) -> Evaluation:
+def _evaluate(
+    cfg: DictConfig, model: nn.Module, data: Data, device: torch.device, limits: np.ndarray | None
+) -> Evaluation | multi_label.Evaluation:
     data_config = input_config(model, cfg.data)
     transform, size = build_transform(None, data_config), data_config["input_size"]
-    samples = Samples(data.val, transform, cfg.seed, False, size, max_pixels=cfg.data.max_pixels)
+    number = len(data.classes) if data.multi_label else 0
+    samples = Samples(data.val, transform, cfg.seed, False, size, max_pixels=cfg.data.max_pixels, classes=number)
     loader = build_val_loader(data, samples, cfg.trainer.batch_size, cfg.data, device)
     if cfg.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
     normalize = Normalize(data_config, device, cfg.trainer.channels_last)
     with Progress(distributed.rank() == 0) as bar:
         bar.start_evaluation(None if data.val_indices is None else len(loader))
-        return measure(model, loader, normalize, autocast(cfg.trainer.amp, device), bar.advance_evaluation)
+        context = autocast(cfg.trainer.amp, device)
+        if limits is not None:
+            return multi_label.measure(model, loader, normalize, context, limits, bar.advance_evaluation)
+        return measure(model, loader, normalize, context, bar.advance_evaluation)
 
 
 def _folder(cfg: DictConfig) -> Path:
@@ -120,6 +131,7 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
     for name in result.corrupt:
         log.warning("A corrupt image does not count: %s", name)
     names = {"top1": "top-1"} | ({"top5": "top-5"} if len(classes) > 5 else {})  # otherwise it is 100 %
+    names |= {"balanced_accuracy": "balanced accuracy"}
     log.info(
         "%s (%s): %s, loss %.4f on %d images",
         summary["model"],
@@ -132,5 +144,31 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
     run_folder.make_folder(folder, "out")
     atomic_files.write_json(folder / "eval.json", summary)
     title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
-    write_classes(folder, result, classes)
+    result.write_classes(folder, classes)
     plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)
+
+
+def _report_labels(
+    folder: Path, summary: dict[str, Any], result: multi_label.Evaluation, classes: list[str], per_class: bool
+) -> None:
+    """`_report` for images with several labels, which have no confusion matrix."""
+    metrics = summary["metrics"]
+    if per_class:
+        table = Table("class", "images", "AP", "F1")
+        counts = result.targets.sum(0).tolist()
+        for i, (name, count) in enumerate(zip(classes, counts, strict=True)):
+            table.add_row(Text(name), str(count), *(percentage(values[i]) for values in result.per_class().values()))
+        logs.console.print(table)
+    for name in result.corrupt:
+        log.warning("A corrupt image does not count: %s", name)
+    log.info(
+        "%s (%s): %s, loss %.4f on %d images",
+        summary["model"],
+        summary["weights"],
+        ", ".join(f"{text} {percentage(metrics[name])}" for name, text in multi_label.TITLES.items()),
+        metrics["loss"],
+        metrics["images"],
+    )
+    run_folder.make_folder(folder, "out")
+    atomic_files.write_json(folder / "eval.json", summary)
+    result.write_classes(folder, classes)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.cells import cell_len
@@ -19,6 +20,7 @@ from rich.text import Text
 
 from zoo.messages import UserError
 from zoo.recipes import atomic_files, distributed, logs, run_folder
+from zoo.recipes.classify import multi_label
 from zoo.recipes.classify.accuracy import Normalize
 from zoo.recipes.classify.data import build_transform
 from zoo.recipes.classify.evaluate import from_run
@@ -43,6 +45,7 @@ Guesses = list[tuple[str, float]]  # classes with their probabilities, the most 
 class _Prediction:
     path: Path
     guesses: Guesses
+    labels: Guesses | None  # of a model of several labels per image
     thumbnail: Image.Image | None
 
 
@@ -72,11 +75,16 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     if cfg.trainer.channels_last:
         model = model.to(memory_format=torch.channels_last)
 
+    limits = multi_label.thresholds(cfg, classes) if cfg.data.multi_label else None
+    if limits is None:
+        multi_label.refuse_threshold(cfg)
+
     @torch.no_grad()
     def run(batch: list[torch.Tensor]) -> torch.Tensor:
         """The probabilities (B, classes) of images (C, H, W), uint8."""
         with autocast(cfg.trainer.amp, device):
-            return model(normalize(torch.stack(batch))).float().softmax(1).cpu()
+            logits = model(normalize(torch.stack(batch))).float()
+        return (logits.softmax(1) if limits is None else logits.sigmoid()).cpu()
 
     pictured = set(evenly_spread(inputs.found, _MOST_PICTURES))
     predictions: list[_Prediction] = []
@@ -85,7 +93,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
             bar.start_evaluation(len(inputs.found))
             read = inputs.read(data_config["input_size"][0], cfg.data.max_pixels, bar.advance_evaluation)
             for batch in _batches(_prepared(read, transform, pictured, inputs), cfg.trainer.batch_size):
-                predictions += _classify(batch, run, classes, inputs)
+                predictions += _classify(batch, run, classes, limits, inputs)
     finally:
         _write(out, predictions, inputs, classes, {"run": settings.run, "model": cfg.model, "weights": weights})
     _print(predictions)
@@ -122,7 +130,11 @@ def _batches(items: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
 
 
 def _classify(
-    batch: list[Prepared], run: Callable[[list[torch.Tensor]], torch.Tensor], classes: Sequence[str], inputs: Inputs
+    batch: list[Prepared],
+    run: Callable[[list[torch.Tensor]], torch.Tensor],
+    classes: Sequence[str],
+    limits: np.ndarray | None,
+    inputs: Inputs,
 ) -> Iterator[_Prediction]:
     try:
         probabilities = run([pixels for _, pixels, _ in batch])
@@ -131,15 +143,18 @@ def _classify(
             inputs.fail(batch[0][0], error)
         else:  # one image is the cause, or the batch does not fit in memory
             for one in batch:
-                yield from _classify([one], run, classes, inputs)
+                yield from _classify([one], run, classes, limits, inputs)
         return
     for (item, _, thumbnail), row in zip(batch, probabilities, strict=True):
         if not row.isfinite().all():
             inputs.fail(item, ValueError("its scores are not finite"))
             continue
-        values, labels = row.topk(min(_TOP, len(classes)))
-        guesses = [(as_text(classes[i]), round(p, 6)) for i, p in zip(labels.tolist(), values.tolist(), strict=True)]
-        yield _Prediction(item.path, guesses, thumbnail)
+        values, order = row.sort(descending=True, stable=True)
+        named = [(as_text(classes[i]), round(p, 6)) for i, p in zip(order.tolist(), values.tolist(), strict=True)]
+        labels = None
+        if limits is not None:
+            labels = [guess for guess, i in zip(named, order.tolist(), strict=True) if row[i] >= limits[i]]
+        yield _Prediction(item.path, named[:_TOP], labels, thumbnail)
 
 
 # Output.
@@ -151,15 +166,18 @@ def _write(
     columns = [f"{what}_{i}" for i in range(1, min(_TOP, len(classes)) + 1) for what in ("class", "probability")]
     table = io.StringIO(newline="")
     writer = csv.writer(table)
-    writer.writerow(["image", *columns])
+    several = any(item.labels is not None for item in predictions)
+    writer.writerow(["image", *["labels"][:several], *columns])
     for item in predictions:
-        writer.writerow([as_text(item.path), *(value for guess in item.guesses for value in guess)])
+        labels = ["|".join(name for name, _ in item.labels)] if item.labels is not None else []
+        writer.writerow([as_text(item.path), *labels, *(value for guess in item.guesses for value in guess)])
     atomic_files.write_text(out / "predictions.csv", table.getvalue())
     content = {
         **about,
         "images": [
             {
                 "image": as_text(item.path),
+                **({} if item.labels is None else {"labels": [name for name, _ in item.labels]}),
                 "predictions": [{"class": name, "probability": probability} for name, probability in item.guesses],
             }
             for item in predictions
@@ -180,6 +198,9 @@ def _print(predictions: list[_Prediction]) -> None:
     """Print a table of the first images, with as many classes as leave room for the paths."""
     if not predictions:
         return
+    if predictions[0].labels is not None:
+        _print_labels(predictions)
+        return
     cells = [
         [cell for name, p in item.guesses for cell in (_cut(shown(name), 24), f"{100 * p:.1f}")]
         for item in predictions[:_MOST_ROWS]
@@ -197,16 +218,32 @@ def _print(predictions: list[_Prediction]) -> None:
         path = shown(item.path)
         table.add_row(*map(Text, (path if len(path) <= room else f"…{path[1 - room :]}", *row[:count])))
     logs.console.print(table)
+    _print_rest(predictions)
+
+
+def _print_labels(predictions: list[_Prediction]) -> None:
+    """Print a table of the first images with all their labels."""
+    table = Table("image", "labels (%)", box=None, header_style="bold", pad_edge=False)
+    for item in predictions[:_MOST_ROWS]:
+        path = shown(item.path)
+        labels = ", ".join(f"{shown(name)} {100 * p:.1f}" for name, p in item.labels or ()) or "-"
+        table.add_row(Text(path if len(path) <= 2 * _LEAST_ROOM else f"…{path[1 - 2 * _LEAST_ROOM :]}"), Text(labels))
+    logs.console.print(table)
+    _print_rest(predictions)
+
+
+def _print_rest(predictions: list[_Prediction]) -> None:
     if len(predictions) > _MOST_ROWS:
         logs.console.print(f"and {len(predictions) - _MOST_ROWS} more, all in predictions.csv", highlight=False)
 
 
 def _summary(predictions: list[_Prediction]) -> str:
-    """How often the most frequent classes are the first prediction."""
-    counts = Counter(item.guesses[0][0] for item in predictions)
+    """How often the most frequent classes are the first prediction, or are among the labels."""
+    firsts = ([item.guesses[0]] if item.labels is None else item.labels for item in predictions)
+    counts = Counter(name for guesses in firsts for name, _ in guesses)
     parts = [f"{shown(name)} ({count})" for name, count in counts.most_common(5)]
     if len(counts) > len(parts):
-        parts.append(f"others ({len(predictions) - sum(count for _, count in counts.most_common(5))})")
+        parts.append(f"others ({sum(counts.values()) - sum(count for _, count in counts.most_common(5))})")
     return f": {', '.join(parts)}" if parts else ""
 
 
@@ -229,7 +266,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
 
 
 def _sheet(predictions: Sequence[_Prediction], title: str) -> Image.Image:
-    """A picture of the images, each with its first three classes and its file name below."""
+    """A picture of the images, each with its first three classes and its file name below; predicted ones are bold."""
     from matplotlib.font_manager import findfont  # ships DejaVu Sans
 
     plain = ImageFont.truetype(findfont("DejaVu Sans"), 13)
@@ -248,7 +285,8 @@ def _sheet(predictions: Sequence[_Prediction], title: str) -> Image.Image:
         sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_PICTURE - picture.height) // 2))
         y += _PICTURE + _GAP // 2
         for place, (name, probability) in enumerate(item.guesses[:3]):
-            font, color = (plain, "#606060") if place else (bold, "black")
+            chosen = not place if item.labels is None else (name, probability) in item.labels
+            font, color = (bold, "black") if chosen else (plain, "#606060")
             figure = f"{100 * probability:.0f} %" if probability >= 0.01 else "<1 %"
             draw.text((x, y), _fitting(shown(name), font, _CELL - 60), color, font)
             draw.text((x + _CELL, y), figure, color, font, anchor="ra")

@@ -23,7 +23,8 @@ from zoo.opening import check_name
 from zoo.recipes import config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
 from zoo.recipes.batchnorm import check_batchnorm
-from zoo.recipes.classify.accuracy import Normalize, measure, percentage, plot_predictions, write_classes
+from zoo.recipes.classify import losses, multi_label
+from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_predictions
 from zoo.recipes.classify.data import (
     Data,
     EpochSampler,
@@ -34,6 +35,7 @@ from zoo.recipes.classify.data import (
     build_val_loader,
     next_batch,
     open_data,
+    train_labels,
 )
 from zoo.recipes.classify.model import build_model, input_config, write_description
 from zoo.recipes.classify.train_state import TrainState, autocast
@@ -63,6 +65,8 @@ def train(
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     data = open_data(cfg.data, cfg.seed)
+    if cfg.data.name == "csv":
+        cfg.data.multi_label = data.multi_label  # for other commands, which may read other files
     with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
         return ClassifyRun(cfg, data, device, folder, write_report, resume_command).run()
 
@@ -83,6 +87,12 @@ class ClassifyRun(BaseRun):
         super().__init__(cfg, device, folder, write_report, resume_command)
         self.notes += lowered
         self.data = data
+        if data.multi_label:
+            self.main, self.main_title, self.limits = "mAP", "mAP", multi_label.thresholds(cfg, data.classes)
+        else:
+            self.main, self.main_title = "top1", "top-1"
+            multi_label.refuse_threshold(cfg)
+        self._weigh_classes()
         self.accumulate, self.effective_batch = distributed.batches(cfg.trainer)
         if cfg.trainer.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -99,25 +109,43 @@ class ClassifyRun(BaseRun):
         # The position in the run; `samples` counts the images of this epoch over all processes.
         self.progress |= {"epoch": 0, "samples": 0}
         self.tallies = _new_tallies()
-        self.best = {"epoch": None, "top1": -1.0}
+        self.best = {"epoch": None, self.main: -1.0}
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt)
         state = self.find_checkpoint()
-        self.train_state = TrainState(cfg, model, len(data.classes), self.updates_per_epoch, device)
+        number, loss = len(data.classes), losses.make_loss(cfg, self.weights, data.multi_label)
+        self.train_state = TrainState(cfg, model, number, self.updates_per_epoch, device, data.multi_label, loss)
         self.epochs = self.train_state.epochs
         if state:
             self.load_state(state)
 
     # Data.
 
+    def _weigh_classes(self) -> None:
+        """Count the images of each class, and determine the weights of the classes and how images are drawn."""
+        cfg, data = self.cfg, self.data
+        self.labels = train_labels(data)
+        number, several = len(data.classes), data.multi_label
+        self.counts = None if self.labels is None else losses.count_classes(self.labels, number)
+        images = _count(data.train, data.train_indices)
+        self.weights = losses.class_weights(cfg, data.classes, self.counts, images, several)
+        if cfg.data.sampling == "balanced":
+            if several:
+                raise UserError(
+                    "data.sampling=balanced needs one label per image, but the data has several: use "
+                    "loss.weights=balanced."
+                )
+            if self.labels is None:
+                raise losses.unknown_labels("data.sampling=balanced", cfg)
+
     def _build_loaders(self) -> None:
         cfg, data, seed = self.cfg, self.data, self.cfg.seed
         rank, world = distributed.rank(), distributed.world_size()
         size = self.data_config["input_size"]
         transform = build_transform(cfg.augment, self.data_config)
-        most = cfg.data.max_pixels
-        samples = Samples(data.train, transform, seed, True, size, data.train_indices, max_pixels=most)
+        settings = {"max_pixels": cfg.data.max_pixels, "classes": len(data.classes) if data.multi_label else 0}
+        samples = Samples(data.train, transform, seed, True, size, data.train_indices, **settings)
         evaluation = build_transform(None, self.data_config)
-        self.val_samples = Samples(data.val, evaluation, seed, False, size, max_pixels=most)
+        self.val_samples = Samples(data.val, evaluation, seed, False, size, **settings)
         self.train_images = _count(data.train, data.train_indices)
         self.val_images = _count(data.val, data.val_indices)
         if data.train_indices is None:
@@ -129,7 +157,8 @@ class ClassifyRun(BaseRun):
             samples, self.sampler = Stream(data.train, samples), None
         else:
             repeats = cfg.augment.repeats
-            self.sampler = EpochSampler(data.train_indices, self.effective_batch, seed, rank, world, repeats)
+            labels = self.labels if cfg.data.sampling == "balanced" else None
+            self.sampler = EpochSampler(data.train_indices, self.effective_batch, seed, rank, world, repeats, labels)
         self.updates_per_epoch = self.train_images // self.effective_batch
         batch = cfg.trainer.batch_size
         self.loader = build_loader(samples, self.sampler, batch, cfg.data, self.device, training=True)
@@ -142,6 +171,7 @@ class ClassifyRun(BaseRun):
         return {
             "model": self.cfg.model,
             "classes": list(self.data.classes),
+            "several labels per image": self.data.multi_label or None,
             "parameters": self.params,
             "training images": self.train_images,
             "images per update": self.effective_batch,
@@ -205,10 +235,17 @@ class ClassifyRun(BaseRun):
             self.device,
             self.loader.num_workers,
         )
+        loss = losses.describe(cfg, self.data.classes, self.weights, self.data.multi_label)
+        if cfg.loss.name or self.weights is not None:
+            log.info("Loss: %s.", loss)
+        if self.counts and max(self.counts) >= 2 * min(self.counts):
+            log.info("Training images by class: %s", losses.shares(self.data.classes, self.counts, self.train_images))
+        if cfg.data.sampling == "balanced":
+            log.info("An epoch has as many images of each class, some of them several times (data.sampling=balanced).")
         if (repeats := cfg.augment.repeats) > 1:
             used = -(-self.updates_per_epoch * self.effective_batch // repeats)
             log.info("An epoch uses %d of the training images, each %d times (augment.repeats).", used, repeats)
-        elif left := self.train_images % self.effective_batch:
+        elif (left := self.train_images % self.effective_batch) and cfg.data.sampling != "balanced":
             others = "" if self.sampler is None else ", different ones each time"
             log.info("%d training images are left out in every epoch%s: they do not fill an update.", left, others)
         if self.progress["update"]:
@@ -219,7 +256,12 @@ class ClassifyRun(BaseRun):
 
     def describe_data(self) -> list[str]:
         """Describe each split in one line."""
-        return [f"training: {self.train_images} images", f"validation: {self.val_images} images"]
+        lines = [f"training: {self.train_images} images", f"validation: {self.val_images} images"]
+        if self.counts:
+            what = "with each label" if self.data.multi_label else "of each class"
+            lines.append(f"training images {what}: {losses.shares(self.data.classes, self.counts, self.train_images)}")
+            lines.append(f"sampling: {self.cfg.data.sampling}")
+        return [*lines, f"loss: {losses.describe(self.cfg, self.data.classes, self.weights, self.data.multi_label)}"]
 
     def _epoch(self) -> None:
         progress = self.progress
@@ -282,7 +324,8 @@ class ClassifyRun(BaseRun):
                     training.backward(result["loss"] / self.accumulate)
                     self.times.lap("backward")
                     tallies["loss"] += loss * len(labels)
-                    tallies["right"] += int((result["output"].detach().argmax(1) == labels).sum())
+                    if not self.data.multi_label:
+                        tallies["right"] += int((result["output"].detach().argmax(1) == labels).sum())
                     tallies["images"] += len(labels)
         progress["update"] += 1
         progress["samples"] += self.effective_batch
@@ -298,7 +341,9 @@ class ClassifyRun(BaseRun):
         training.end_update(progress["update"], stepped=finite)
         self.times.lap("optimizer")
         images = max(tallies["images"], 1)
-        note = f"loss {tallies['loss'] / images:.3f}  top-1 {100 * tallies['right'] / images:.1f} %"
+        note = f"loss {tallies['loss'] / images:.3f}"
+        if not self.data.multi_label:
+            note += f"  top-1 {100 * tallies['right'] / images:.1f} %"
         lr = max(group["lr"] for group in training.optimizer.param_groups)
         self.bar.advance(note, lr, self.effective_batch)
         self.times.lap("rest")
@@ -318,7 +363,7 @@ class ClassifyRun(BaseRun):
             "lr": max(group["lr"] for group in self.train_state.optimizer.param_groups),
             "train_loss": loss / max(images, 1),
             # Mixed images have no single correct class.
-            "train_top1": None if self.train_state.mixup else 100 * right / max(images, 1),
+            "train_top1": None if self.train_state.mixup or self.data.multi_label else 100 * right / max(images, 1),
             "skipped_updates": int(skipped) // distributed.world_size(),
             "images_per_second": speed,
             "step_seconds": self.times.take(),
@@ -327,17 +372,22 @@ class ClassifyRun(BaseRun):
             self.bar.start_evaluation(None if self.data.val_indices is None else len(self.val_loader))
             precision = autocast(cfg.trainer.amp, self.device)
             model = self.train_state.eval_model()
-            result = measure(model, self.val_loader, self.normalize, precision, self._after_evaluating_batch)
-            record |= {f"val_{name}": result.metrics[name] for name in ("loss", "top1", "top5")}
+            given = (model, self.val_loader, self.normalize, precision)
+            result: Evaluation | multi_label.Evaluation
+            if self.data.multi_label:
+                result = multi_label.measure(*given, self.limits, self._after_evaluating_batch)
+            else:
+                result = measure(*given, self._after_evaluating_batch)
+            record |= {f"val_{name}": value for name, value in result.metrics.items() if name != "images"}
             self.corrupt.note(result.corrupt)
             if self.primary:
-                write_classes(self.folder, result, self.data.classes)
+                result.write_classes(self.folder, self.data.classes)
         self.corrupt.share()
         record |= {"corrupt_images": len(self.corrupt.names), "seconds": self.seconds()}
         self.history.append(record)
-        improved = record.get("val_top1", -1.0) > self.best["top1"]
+        improved = record.get(f"val_{self.main}", -1.0) > self.best[self.main]
         if improved:
-            self.best = {"epoch": epoch, "top1": record["val_top1"]}
+            self.best = {"epoch": epoch, self.main: record[f"val_{self.main}"]}
             self._write_weights("best.safetensors")
         progress |= {"epoch": epoch, "samples": 0}
         progress["finished"] = last or self.is_over()
@@ -346,11 +396,21 @@ class ClassifyRun(BaseRun):
         self.write_history()
         if self.wandb:
             self.wandb.log({key: value for key, value in record.items() if value is not None})
-        log.info("%s | %s | %.0f images/s", self.bar.title, _line(record, improved, self.val_images), speed)
+        log.info("%s | %s | %.0f images/s", self.bar.title, self._line(record, improved), speed)
+
+    def _line(self, record: dict[str, Any], improved: bool) -> str:
+        """The log line for an epoch."""
+        text = f"training loss {record['train_loss']:.4f}"
+        if record["train_top1"] is not None:
+            text += f" top-1 {record['train_top1']:.2f} %"
+        if f"val_{self.main}" in record:
+            text += f" | validation loss {record['val_loss']:.4f} {self.main_title} {record[f'val_{self.main}']:.2f} %"
+            text += of_few(self.val_images)
+        return text + (" (best)" if improved else "")
 
     def curves(self) -> tuple[str, dict[str, str]]:
         """The title of the plotted curves, and the titles of the plotted scores by name."""
-        return f"{self.cfg.model}, {self.folder.name}", {"top1": "top-1"}
+        return f"{self.cfg.model}, {self.folder.name}", {self.main: self.main_title}
 
     def _after_evaluating_batch(self) -> None:
         self.bar.advance_evaluation()
@@ -369,7 +429,7 @@ class ClassifyRun(BaseRun):
         if self.primary:
             self._describe(weights)
         summary = self.write_summary(
-            {name: record[f"val_{name}"] for name in ("top1", "top5", "loss")},
+            {key.removeprefix("val_"): value for key, value in record.items() if key.startswith("val_")},
             params=self.params,
             epochs=record["epoch"],
             train_images=self.train_images,
@@ -379,15 +439,16 @@ class ClassifyRun(BaseRun):
             corrupt_images=sorted(self.corrupt.names),
         )
         log.info(
-            "Top-1 %s on %d validation images (best: %s in epoch %d) after %.0f s",
-            percentage(summary["metrics"]["top1"]),
+            "%s %s on %d validation images (best: %s in epoch %d) after %.0f s",
+            "Top-1" if self.main == "top1" else self.main_title,
+            percentage(summary["metrics"][self.main]),
             self.val_images,
-            percentage(self.best["top1"]),
+            percentage(self.best[self.main]),
             self.best["epoch"],
             summary["seconds"],
         )
         log.info("Run folder: %s", self.folder)
-        self.log_next_steps(f"top-1 {percentage(self.best['top1'])}")
+        self.log_next_steps(f"{self.main_title} {percentage(self.best[self.main])}")
         distributed.share(None)  # no process exits before the files are complete
         self.refuse_nonfinite(weights.values())
         return summary
@@ -400,20 +461,13 @@ class ClassifyRun(BaseRun):
         model = build_model(OmegaConf.merge(self.cfg, {"pretrained": False}), len(self.data.classes))
         model.load_state_dict(weights)
         model, path = model.to(self.device), self.folder / "predictions.png"
-        plot_predictions(path, model, self.val_samples, self.data.val_indices, self.normalize, self.data.classes)
+        shown = (path, model, self.val_samples, self.data.val_indices, self.normalize, self.data.classes)
+        if self.data.multi_label:
+            multi_label.plot_predictions(*shown, self.limits)
+        else:
+            plot_predictions(*shown)
         if self.wandb:
             records.log_pictures(self.wandb, [path, self.folder / "curves.png"])
-
-
-def _line(record: dict[str, Any], improved: bool, val_images: int) -> str:
-    """The log line for an epoch."""
-    text = f"training loss {record['train_loss']:.4f}"
-    if record["train_top1"] is not None:
-        text += f" top-1 {record['train_top1']:.2f} %"
-    if "val_top1" in record:
-        text += f" | validation loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} %"
-        text += of_few(val_images)
-    return text + (" (best)" if improved else "")
 
 
 def _count(dataset: Dataset, indices: Sequence[int] | None) -> int:

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, MultiLabelClassificationTask
 from timm.utils import ModelEmaV3, dispatch_clip_grad, unwrap_model
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded_state
@@ -35,10 +35,19 @@ class TrainState:
         num_classes: The number of classes.
         updates_per_epoch: The updates in an epoch, the unit of the schedule.
         device: Where to train.
+        multi_label: Whether labels are float (B, num_classes) and not int (B,).
+        loss: Maps logits and labels to the loss; None for that of timm.
     """
 
     def __init__(
-        self, cfg: DictConfig, model: nn.Module, num_classes: int, updates_per_epoch: int, device: torch.device
+        self,
+        cfg: DictConfig,
+        model: nn.Module,
+        num_classes: int,
+        updates_per_epoch: int,
+        device: torch.device,
+        multi_label: bool = False,
+        loss: nn.Module | None = None,
     ):
         self.cfg, self.device = cfg, device
         mixing = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
@@ -50,6 +59,7 @@ class TrainState:
             mode=cfg.augment.mixup_mode,
             label_smoothing=cfg.augment.smoothing,
             num_classes=num_classes,
+            multi_label=multi_label,
         )
         self.erase = cfg.augment.re_prob > 0 and RandomErasing(
             cfg.augment.re_prob, mode=cfg.augment.re_mode, max_count=cfg.augment.re_count, device=device
@@ -69,7 +79,9 @@ class TrainState:
             if ema:
                 shard(ema.module)
         criterion = {"smoothing": cfg.augment.smoothing, "soft_targets": bool(mixing)}
-        self.task = ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+        make_task = MultiLabelClassificationTask if multi_label else ClassificationTask
+        chosen = {"criterion_kwargs": criterion} if loss is None else {"criterion": loss}
+        self.task = make_task(model, **chosen, device=device, verbose=False)
         if ema:
             self.task.trainable_module_ema = ema
         self.optimizer = self._create_optimizer(model)
@@ -120,7 +132,7 @@ class TrainState:
             raise UserError(f"the optimizer can't be created from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Mix and erase normalized images (B, C, H, W) with labels (B,), and return the task's `loss` and `output`.
+        """Mix and erase normalized images (B, C, H, W) with labels, and return the task's `loss` and `output`.
 
         A model that needs a further loss has a method `auxiliary_loss()`, which returns that of its last forward pass.
         """

@@ -25,8 +25,8 @@ from zoo.recipes import cli, config, early, reading, report, tasks
 
 # Keys and groups of training, which do not affect an evaluation.
 _OF_TRAINING = (
-    *("augment", "optim", "schedule", "log", "resume", "trainer", "dense", "mm", "published"),
-    *("data.train_", "data.num_samples", "data.max_corrupt"),
+    *("augment", "loss", "optim", "schedule", "log", "resume", "trainer", "dense", "mm", "published"),
+    *("data.train_", "data.sampling", "data.num_samples", "data.max_corrupt"),
 )
 _OF_BOTH = (
     *("trainer.batch_size", "trainer.device", "trainer.amp", "trainer.channels_last"),

@@ -6,12 +6,15 @@ zoo-predict run=runs/<folder> photos/ out/ checkpoint=best score=0.3
                                                    use the best epoch; keep objects with scores of 30 % or more
 zoo-predict run=runs/<folder> photos/ out/ eval.resize=false eval.window=[512,512]
                                                    predict large photos in windows, at their own size
+zoo-predict run=runs/<folder> photos/ out/ eval.threshold=0.3
+                                                   give an image all labels whose probability is 30 % or more
 
 For a classifier, it prints a table and writes three files to the output folder: predictions.csv and predictions.json
 (the five most probable classes of each image, with their probabilities) and predictions.png (a sheet of the images with
-their classes). For a detector or a segmentor, it writes a picture for each image. A detector's objects are written to
-predictions.json, in COCO's format. A segmentor's labels are written to labels/, as a PNG for each image, with 16 bits
-if there are more than 256 classes. For task=panoptic, both are written, in COCO's panoptic format.
+their classes). If images have several labels, the column `labels` has those that are predicted. For a detector or a
+segmentor, it writes a picture for each image. A detector's objects are written to predictions.json, in COCO's format. A
+segmentor's labels are written to labels/, as a PNG for each image, with 16 bits if there are more than 256 classes. For
+task=panoptic, both are written, in COCO's panoptic format.
 
 Files that can't be read as images are logged and left out; the command then ends with exit code 1.
 """
@@ -54,12 +57,12 @@ _KEYS = [item.name for item in fields(PredictConfig) if item.name != "overrides"
 # Keys of zoo-eval that affect predictions, by the kind of the run.
 _OF_CLASSIFIERS = (
     *("data.max_pixels", "data.img_size", "data.mean", "data.std", "data.interpolation", "data.crop_pct"),
-    *("trainer.batch_size", "trainer.amp", "trainer.channels_last"),
+    *("trainer.batch_size", "trainer.amp", "trainer.channels_last", "eval.threshold"),
 )
 _OF_DETECTORS = (
     *("data.max_pixels", "data.mean", "data.std", "mm"),
     *("dense.scales", "dense.max_size", "dense.size_divisor", "dense.test_divisor"),
-    *(f"eval.{item.name}" for item in fields(InferenceConfig)),
+    *(f"eval.{item.name}" for item in fields(InferenceConfig) if item.name != "threshold"),
 )
 
 

@@ -216,6 +216,12 @@ REFUSED = [
     ("data.val_fraction=0", "between 0 and 1"),
     ("data.val_fraction=1", "between 0 and 1"),
     ("data.img_size=0", "1 or more, or null"),
+    ("data.sampling=even", "uniform or balanced"),
+    ("loss.name=hinge", "ce, bce or focal, or null"),
+    ("loss.gamma=-1", "0 or more, at most 10"),
+    ("eval.threshold=1.5", "a number, or numbers by class, between 0 and 1"),
+    ("eval.threshold={cat:0}", "a number, or numbers by class, between 0 and 1"),
+    ("eval.threshold=low", "a number, or numbers by class, between 0 and 1"),
     ("augment.smoothing=1", "0 or more and below 1"),
     ("augment.scale=[1,0.5]", "two rising numbers above 0"),
     ("augment.scale=[0.5]", "two rising numbers above 0"),
@@ -231,6 +237,7 @@ RANGES = {name: field.metadata.get("allowed") for name, field in _leaves(config.
 NUMBERS = [name for name, field in _leaves(config.EvalConfig) if re.search("int|float", str(field.type))]
 # Strings that name something of the user, or that only other packages can check.
 FREE = """
+data.csv data.file_column data.label_column data.split_column data.label_separator
 data.name data.root data.train_split data.val_split data.class_map data.input_key data.target_key data.train_ann
 data.val_ann data.train_images data.val_images data.train_labels data.val_labels augment.auto_augment optim.opt
 dense.method dense.no_decay log.project model published.model published.source run out task
