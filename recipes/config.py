@@ -377,6 +377,12 @@ class TrainerConfig:
     compile: bool = option(False, "compile the model with torch.compile")
     parallel: str = option("ddp", "parallel training under torchrun: ddp or fsdp (FSDP2)", OneOf(("ddp", "fsdp")))
     grad_checkpointing: bool = option(False, "gradient checkpointing: less memory, more time")
+    freeze: str | None = option(
+        None,
+        "freeze the stem and this number of stages (classify), or `backbone`: all but the head; null: train everything",
+        Like("backbone|[0-9]{1,3}", "a number of stages, or backbone (all but the head)"),
+        aliases=("frozen_stages", "freeze_backbone", "linear_probe"),
+    )
     ema_decay: float | None = option(
         None,
         "EMA decay of the averaged weights, which are then evaluated",
@@ -640,6 +646,10 @@ def check(cfg: Config) -> None:
                 raise UserError(
                     f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it out."
                 )
+        if (stages := cfg.dense.frozen_stages) >= 0:
+            raise UserError(
+                f"dense.frozen_stages={stages} has no effect with task=classify: use trainer.freeze={stages}."
+            )
     else:
         of_classifiers = {"eval.threshold", "data.sampling", *(name for name, _ in _items(LossConfig, "loss."))}
         for key, item in _items(Config):

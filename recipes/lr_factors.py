@@ -30,6 +30,11 @@ def checked(cfg: DictConfig, lr: float) -> dict[str, float]:
     return factors
 
 
+def trained_names(model: nn.Module) -> list[str]:
+    """The names of the parameters of `model` that are not frozen."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def by_name(names: Iterable[str], factors: Mapping[str, float]) -> dict[str, float]:
     """The factor of each of `names` that contains a key of `factors`. Of several keys, the longest one counts.
 
@@ -41,7 +46,7 @@ def by_name(names: Iterable[str], factors: Mapping[str, float]) -> dict[str, flo
         if not any(key in name for name in names):
             parts = dict.fromkeys(part for name in names for part in _parts(name, key.count(".") + 1))
             hint = did_you_mean(key, parts, count=3, cutoff=0.4) or f"names are {first_few(names, 3)}"
-            raise UserError(f"optim.lr_factors has {key!r}, but no parameter has that in its name: {hint}")
+            raise UserError(f"optim.lr_factors has {key!r}, but no trained parameter has that in its name: {hint}")
     found = {}
     for name in names:
         keys = [key for key in factors if key in name]
@@ -63,7 +68,7 @@ def split(
     groups: Iterable[dict[str, Any]], model: nn.Module, lr: float, factors: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """`groups` of the parameters of `model`, split by their factors of `lr`; those without a factor get no `lr`."""
-    names = by_name((name for name, _ in model.named_parameters()), factors)
+    names = by_name(trained_names(model), factors)
     of = {id(parameter): names.get(name) for name, parameter in model.named_parameters()}
     result = []
     for group in groups:

@@ -41,6 +41,7 @@ class Summary(TypedDict, total=False):
 
     metrics: Required[dict[str, float | None]]
     params: float
+    trained_params: float
     multiply_adds: float | None
     image_size: list[int]
     seconds: float | None

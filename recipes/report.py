@@ -309,7 +309,9 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     summary = record.summary or {}
     params = summary.get("params") or record.facts.get("params")
     if params:
-        tiles.append(("parameters", f"{params / 1e6:.2f} M", ""))
+        trained = summary.get("trained_params", params)
+        note = f"{trained / 1e6:.2f} M trained, the others frozen" if trained < params else ""
+        tiles.append(("parameters", f"{params / 1e6:.2f} M", note))
     if summary.get("multiply_adds"):  # of detectors and segmentors
         size = f"for an image of {size_text(summary['image_size'])}" if summary.get("image_size") else ""
         tiles.append(("multiply-adds", f"{summary['multiply_adds'] / 1e9:.4g} G", size))

@@ -18,6 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import Dataset
 
+from zoo import freezing
 from zoo.messages import UserError
 from zoo.opening import check_name
 from zoo.recipes import config, distributed, logs, records, run_folder
@@ -101,9 +102,12 @@ class ClassifyRun(BaseRun):
         model = build_model(cfg, len(data.classes))
         self.description = copy.copy(model)  # has timm's configuration of the model, even if the model is wrapped
         self.params = sum(p.numel() for p in model.parameters())
+        self.frozen = freezing.freeze(model, cfg.model, cfg.trainer.freeze) if cfg.trainer.freeze else ""
+        self.trained_params = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.data_config = input_config(model, cfg.data)
         if cfg.trainer.batch_size == 1:
-            check_batchnorm(model, lambda: model(torch.zeros(1, *self.data_config["input_size"])), "data.img_size")
+            image = torch.zeros(1, *self.data_config["input_size"])
+            check_batchnorm(model, lambda: freezing.keep_frozen(model)(image), "data.img_size")
         self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)
         self._build_loaders()
         # The position in the run; `samples` counts the images of this epoch over all processes.
@@ -176,6 +180,7 @@ class ClassifyRun(BaseRun):
             "training images": self.train_images,
             "images per update": self.effective_batch,
             "averaged weights": self.cfg.trainer.ema_decay is not None,
+            "trainer.freeze": self.cfg.trainer.freeze,
             "parameters in optim.lr_factors": sorted(self.cfg.optim.lr_factors) or None,
         }
 
@@ -224,6 +229,16 @@ class ClassifyRun(BaseRun):
         log.info(
             "%s: %.2f M parameters, input %s, %d classes", cfg.model, self.params / 1e6, size, len(self.data.classes)
         )
+        if self.frozen:
+            log.info(
+                "Frozen: %s; %s of %s parameters are trained (trainer.freeze=%s).",
+                self.frozen,
+                f"{self.trained_params:,}",
+                f"{self.params:,}",
+                cfg.trainer.freeze,
+            )
+            if not cfg.pretrained:
+                log.warning("The frozen part has random weights: pretrained=true loads the published ones.")
         log.info("%d training and %d validation images", self.train_images, self.val_images)
         log.info(
             "%d epochs of %d updates; %s; learning rate %g; %s on %s, %d workers load images",
@@ -271,7 +286,7 @@ class ClassifyRun(BaseRun):
         begun, images_before = time.monotonic(), self.tallies["images"]
         batches = self._batches_from(progress["epoch"], progress["samples"])
         self.bar.start_epoch(progress["epoch"], first)
-        self.train_state.task.train()
+        self.train_state.train_mode()
         for _ in range(first, self.updates_per_epoch):
             if self.reached_max_updates():
                 break
@@ -431,6 +446,7 @@ class ClassifyRun(BaseRun):
         summary = self.write_summary(
             {key.removeprefix("val_"): value for key, value in record.items() if key.startswith("val_")},
             params=self.params,
+            trained_params=self.trained_params,
             epochs=record["epoch"],
             train_images=self.train_images,
             val_images=self.val_images,

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint import state_dict as sharded_state
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from zoo import freezing
 from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed, lr_factors
 from zoo.recipes.config import OptimConfig
@@ -144,6 +145,11 @@ class TrainState:
             result = self.task(images, labels)
         further = getattr(unwrap_model(self.task.trainable_module), "auxiliary_loss", None)
         return result if further is None else result | {"loss": result["loss"] + further()}
+
+    def train_mode(self) -> None:
+        """Set training mode, except for frozen modules."""
+        self.task.train()
+        freezing.keep_frozen(unwrap_model(self.task.trainable_module))
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """The context of one of several passes before a step: only the last pass exchanges gradients."""

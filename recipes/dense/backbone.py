@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo import families
+from zoo.freezing import frozen_modules, stages
 from zoo.messages import UserError
 from zoo.recipes.classify.model import build_model
 from zoo.recipes.config import Config
 from zoo.recipes.logs import log
-from zoo.recipes.lr_factors import by_name
+from zoo.recipes.lr_factors import by_name, trained_names
 
 T = TypeVar("T")
 # Arguments that models take only without a classifier.
@@ -176,26 +177,24 @@ class TimmBackbone(BaseModule):
                 found[name] = flat[key]
         return found
 
-    def _freeze(self, classifier: nn.Module, stages: int) -> list[nn.Module]:
-        """Freeze the stem and `stages` stages; returns the modules that are frozen completely."""
-        if stages < 0:
+    def _freeze(self, classifier: nn.Module, count: int) -> list[nn.Module]:
+        """Freeze the stem and `count` stages; returns the modules that are frozen completely."""
+        if count < 0:
             return []
-        name = self.arguments["model"]
-        if not hasattr(classifier, "group_matcher"):
-            raise UserError(f"dense.frozen_stages={stages}: {name} does not say what its stages are. Leave it at -1.")
-        groups = group_parameters(classifier, classifier.group_matcher(coarse=True), reverse=True)
+        name, groups = self.arguments["model"], stages(classifier)
+        if groups is None:
+            raise UserError(f"dense.frozen_stages={count}: {name} does not say what its stages are. Leave it at -1.")
         parameters = dict(self.body.named_parameters())
         groups = self.by_own_names(groups, parameters)
         last = max(groups.values())
-        if stages > last:
+        if count > last:
             raise UserError(
-                f"dense.frozen_stages={stages}: {name} has {last} stages, so it has to be from -1 to {last}."
+                f"dense.frozen_stages={count}: {name} has {last} stages, so it has to be from -1 to {last}."
             )
         for parameter, group in groups.items():
-            if group <= stages:
+            if group <= count:
                 parameters[parameter].requires_grad = False
-        owned = ((module, list(module.parameters())) for module in self.body.modules())
-        return [module for module, own in owned if own and not any(parameter.requires_grad for parameter in own)]
+        return frozen_modules(self.body)
 
     def init_weights(self) -> None:
         """Do nothing: timm has initialized the model, or loaded its weights."""
@@ -243,9 +242,9 @@ def param_groups(
         lr_factors: Further factors, for parameters with one of these in their name.
 
     Raises:
-        UserError: No parameter has a key of `lr_factors` in its name.
+        UserError: No trained parameter has a key of `lr_factors` in its name.
     """
-    factors = by_name((name for name, _ in model.named_parameters()), lr_factors or {})
+    factors = by_name(trained_names(model), lr_factors or {})
     backbone = model.backbone
     scales = {} if layer_decay is None else backbone.layer_scales(layer_decay)
     undecayed = backbone.undecayed() if no_decay is None else set()

@@ -70,6 +70,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"dense.method={dense.method!r} can't be used with task={cfg.task}: it has {', '.join(methods)}."
         )
+    if cfg.trainer.freeze:
+        raise UserError(
+            f"trainer.freeze={cfg.trainer.freeze} has no effect with task={cfg.task}: use dense.frozen_stages=<number>."
+        )
     for key in _UNUSED:
         value = OmegaConf.select(cfg, key)
         if value not in (OmegaConf.select(defaults, key), _DEMO_VALUES.get(key)):

@@ -114,6 +114,7 @@ class DenseRun(BaseRun):
         if cfg.trainer.batch_size == 1:
             check_batchnorm(cfg, self.model)
         self.params = sum(p.numel() for p in self.model.parameters())
+        self.trained_params = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.runner: Runner | None = None
         self.ema: ModelEmaV3 | None = None  # averages the weights from the start of training
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt, (self.checkpoint or {}).get("corrupt", ()))
@@ -197,6 +198,8 @@ class DenseRun(BaseRun):
         """Log what is going to be trained."""
         cfg, length, classes = self.cfg, self.length, len(self.data.classes)
         log.info("%s on %s: %.2f M parameters, %d classes", cfg.dense.method, cfg.model, self.params / 1e6, classes)
+        if self.trained_params < self.params:
+            log.info("%s of %s parameters are trained.", f"{self.trained_params:,}", f"{self.params:,}")
         for line in self.data.summary():
             log.info("%s", line)
         log.info(
@@ -342,6 +345,7 @@ class DenseRun(BaseRun):
             {name: record[f"val_{name}"] for name in SCORES.values() if f"val_{name}" in record},
             method=self.cfg.dense.method,
             params=self.params,
+            trained_params=self.trained_params,
             **cost,
             epochs=record["epoch"],
             train_images=self.data.train.num_images,

@@ -628,7 +628,7 @@ def test_learning_rate_factors_and_layer_decay_multiply(compose, schedule):
     [
         (
             ["++optim.lr_factors={dconv.offset:0.1}"],
-            r"optim.lr_factors has 'dconv.offset', but no parameter has that in its name: did you mean .*downsample",
+            r"has 'dconv.offset', but no trained parameter has that in its name: did you mean .*downsample",
         ),
         (
             ["++optim.lr_factors={zzz:0.1}"],

@@ -29,7 +29,7 @@ CASES = {
     "plain": ("trainer.batch_size=4",),
     "averaged": (
         *("trainer.batch_size=2", "trainer.ema_decay=0.8"),
-        *("augment.repeats=3", "optim.lr_factors={stem:0.1}"),
+        *("augment.repeats=3", "optim.lr_factors={head:0.1}", "trainer.freeze=1"),
     ),
 }
 # The second one also accumulates two batches for an update.
