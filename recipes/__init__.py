@@ -1,4 +1,4 @@
-"""Training recipes: the commands `zoo-train`, `zoo-eval`, `zoo-predict` and `zoo-report`, and what they share.
+"""Training recipes: the commands `zoo-train`, `-eval`, `-predict`, `-embed` and `-report`, and what they share.
 
 commands/, report                    the commands
 train, eval, predict                 `python -m zoo.recipes.train`, also under torchrun
@@ -12,7 +12,8 @@ run_folder, run_checkpoints,         the run folder: its lock and its files
   lock, logs, atomic_files
 images, inputs, files, corrupt       reading images and text files, and handling corrupt ones
 digits, scenes, subsets              the data of the demos, and subsets of any data
-features, npy_rows, cache            features of frozen models, and the cache
+features, embeddings, npy_rows,      features of frozen models, their files, and the cache
+  cache
 plots, sheet                         pictures
 """
 

@@ -48,10 +48,19 @@ def check(cfg: DictConfig) -> None:
         value = cfg.data[key.partition(".")[2]]
         if value and not os.path.exists(value) and not (root and os.path.exists(root / value)):
             raise UserError(f"{key}={value} does not exist{similar_path(root / value if root else Path(value))}")
-    if isinstance(cfg.pretrained, str) and not os.path.exists(cfg.pretrained):
-        hint = similar_path(Path(cfg.pretrained))
+    check_pretrained(cfg.pretrained)
+
+
+def check_pretrained(pretrained: bool | str) -> None:
+    """Refuse a checkpoint that does not exist.
+
+    Raises:
+        UserError: The message says what may have been meant.
+    """
+    if isinstance(pretrained, str) and not os.path.exists(pretrained):
+        hint = similar_path(Path(pretrained))
         raise UserError(
-            f"pretrained={cfg.pretrained} does not exist{hint} Give true, false, a checkpoint or the folder of a run."
+            f"pretrained={pretrained} does not exist{hint} Give true, false, a checkpoint or the folder of a run."
         )
 
 

@@ -34,6 +34,7 @@ from zoo.recipes.classify.data import (
 from zoo.recipes.classify.folders import ClassTar
 from zoo.recipes.classify.model import input_config
 from zoo.recipes.classify.train_state import autocast
+from zoo.recipes.config import AMP
 from zoo.recipes.corrupt import worker_errors
 from zoo.recipes.logs import log
 from zoo.recipes.npy_rows import NpyRows
@@ -122,7 +123,7 @@ class Extractor:
             "features": self.kind,
             "weights": weights_hash(self.model),
             "preprocessing": json.loads(json.dumps(config)),
-            "amp": self.amp,
+            "amp": AMP[self.amp.lower()],
         }
 
 

@@ -93,14 +93,18 @@ class Inputs:
         """Yield the images that can be read, upright, with `channels` channels; `advance` is called after each file."""
         for item in self.found:
             try:
-                image = _open(item.path, channels, max_pixels)
+                image = open_input(item.path, channels, max_pixels)
             except (OSError, images.ImageError) as error:
-                self.unread.append(item.path)
-                reason = getattr(error, "strerror", None) or one_line(error)
-                log.warning("%s can't be read as an image (%s).", shown(item.path), reason)
+                self.leave_out(item, error)
             else:
                 yield item, image
             advance()
+
+    def leave_out(self, item: Input, error: BaseException) -> None:
+        """Leave out a file that can't be read as an image, for the reason `error`."""
+        self.unread.append(item.path)
+        reason = getattr(error, "strerror", None) or one_line(error)
+        log.warning("%s can't be read as an image (%s).", shown(item.path), reason)
 
     def fail(self, item: Input, error: BaseException) -> None:
         """Leave out an image on which the model, its transform or its output raised `error`."""
@@ -124,8 +128,13 @@ class Inputs:
             raise UserError(f"{'; '.join(parts)}.")
 
 
-def _open(path: Path, channels: int, max_pixels: int) -> Image.Image:
-    """Open an image; a pipe or a device, which could block for ever, is refused."""
+def open_input(path: Path, channels: int, max_pixels: int) -> Image.Image:
+    """Read an image as `images.open_image` does; a pipe or a device, which could block for ever, is refused.
+
+    Raises:
+        ImageError: The file has no usable image.
+        OSError: The file can't be opened.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise images.ImageError("it is not a regular file")
     image = images.open_image(path, channels, max_pixels)

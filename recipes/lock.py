@@ -35,10 +35,10 @@ class Lock:
 
     Args:
         folder: The folder, which has to exist.
-        key: The setting that chooses another folder, for messages.
+        key: The setting that chooses another folder, for messages; None if it is an argument without a key.
     """
 
-    def __init__(self, folder: Path, key: str = "run"):
+    def __init__(self, folder: Path, key: str | None = "run"):
         self.path, self.key = folder / NAME, key
         pid = os.getpid()
         self.owner = {
@@ -159,7 +159,7 @@ class Lock:
     def _in_use(self, owner: dict[str, Any] | None) -> str:
         touched = self._touched()
         age = f", last active {max(time.time() - touched, 0):.0f} s ago" if touched else ""
-        folder, other = self.path.parent, f"choose another folder with {self.key}=<folder>"
+        folder, other = self.path.parent, f"choose another folder{f' with {self.key}=<folder>' if self.key else ''}"
         if owner is None:
             return f"{folder} is in use by an unknown process{age}: {other}, or delete {self.path}."
         who = f"process {owner['pid']} on {owner['host']} ({owner['command']}{age})"

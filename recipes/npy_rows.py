@@ -16,7 +16,7 @@ class NpyRows:
     writes it is killed: `np.load(path, mmap_mode="r")`.
 
     Args:
-        path: The file. If it exists, it is continued.
+        path: The file. If it exists, it is continued after the rows that are whole.
         shape: The shape of a row.
 
     Raises:
@@ -38,7 +38,8 @@ class NpyRows:
             found, _, dtype = np.lib.format.read_array_header_1_0(self._file)
             if found[1:] != shape or dtype != np.float32:
                 raise ValueError(f"it has rows of the shape {found[1:]} and {dtype}, not {shape} and float32")
-            self.count = found[0]
+            whole = (os.fstat(self._file.fileno()).st_size - self._file.tell()) // self._bytes
+            self.count = min(found[0], whole)  # a power failure may have left less than the header says
         self._start = self._file.tell()
 
     def __enter__(self) -> NpyRows:

@@ -41,7 +41,7 @@ def safe_name(name: str) -> str:
 
 
 @contextmanager
-def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: str = "run") -> Iterator[Path]:
+def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: str | None = "run") -> Iterator[Path]:
     """Create a folder if necessary and lock it, so that no other process writes to it (`Lock`).
 
     The first process of a run does so for all of them. A new folder is removed again if nothing was written to it.
@@ -50,7 +50,7 @@ def locked_folder(folder: Path | None, prefix: str = "", name: str = "", key: st
         folder: The folder; None for a new one below runs/, named by `prefix`, date, time and `name`.
         prefix: The beginning of a new folder's name.
         name: The end of a new folder's name.
-        key: The setting that chooses another folder, for messages.
+        key: The setting that chooses another folder, for messages; None if it is an argument without a key.
 
     Raises:
         UserError: It can't be written to, or another process has locked it.

@@ -72,10 +72,8 @@ def check_command(command: list[str], folder: Path) -> None:
     if command[0] in PARSERS:
         importlib.import_module(f"zoo.{PARSERS[command[0]]}").parser().parse_args(command[1:])
         return
-    if command[0] == "zoo-predict":
-        from zoo.recipes.commands.predict import parse
-
-        parse(command[1:])
+    if command[0] in ("zoo-predict", "zoo-embed"):
+        importlib.import_module(f"zoo.recipes.commands.{command[0][4:]}").parse(command[1:])
         return
     words = [word for word in command if word != "-m" or "torchrun" in command]
     module = "zoo.recipes.eval" if words[0] == "zoo-eval" else "zoo.recipes.train"

@@ -174,6 +174,7 @@ def test_command_line_starts_without_torch():
     """Help and misspelt keys answer at once."""
     recipes = ("train", "eval", "predict")  # each in zoo.recipes and zoo.recipes.commands
     tools = ("benchmark", "convert", "export", "look", "models")
+    recipes = (*recipes, "commands.embed")
     modules = ", ".join([*(f"zoo.recipes.{name}" for name in recipes), *(f"zoo.tools.{name}" for name in tools)])
     code = f"import {modules}, sys; print([m for m in ('torch', 'timm') if m in sys.modules])"
     assert run(code) == "[]"

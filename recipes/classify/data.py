@@ -722,7 +722,8 @@ def next_batch(batches: Iterator[Any]) -> Any:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Prepare a process that loads images."""
     # The main process handles signals to the whole group; a worker ends when the main process does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -765,7 +766,7 @@ def build_loader(
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         persistent_workers=workers > 0 and sampler is not None,
     )
 

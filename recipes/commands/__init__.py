@@ -1,1 +1,1 @@
-"""The commands `zoo-train`, `zoo-eval` and `zoo-predict`: their help, their arguments, and the call of the task."""
+"""The commands `zoo-train`, `-eval`, `-predict` and `-embed`: their help, their arguments, and the call of the task."""

@@ -21,23 +21,17 @@ Files that can't be read as images are logged and left out; the command then end
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from zoo.commands import discard_output
-from zoo.messages import UserError, did_you_mean
+from zoo.messages import UserError
 from zoo.recipes import cli, early, reading, tasks
-from zoo.recipes.config import EvalConfig, InferenceConfig, option
+from zoo.recipes.commands import arguments
+from zoo.recipes.config import InferenceConfig, option
 
 
 @dataclass
@@ -53,7 +47,6 @@ class PredictConfig:
     overrides: dict[str, Any] = option(dict, "")  # other keys with the values that replace those of the run
 
 
-_KEYS = [item.name for item in fields(PredictConfig) if item.name != "overrides"]
 # Keys of zoo-eval that affect predictions, by the kind of the run.
 _OF_CLASSIFIERS = (
     *("data.max_pixels", "data.img_size", "data.mean", "data.std", "data.interpolation", "data.crop_pct"),
@@ -70,8 +63,9 @@ def main() -> None:
     """Parse the command line and predict."""
     words = sys.argv[1:]
     cli.begin()
-    cli.show_help(_print_help, needs_words=True)
-    cli.refuse_flags("zoo-predict", words, _KEYS, ())
+    keys = (*_OF_CLASSIFIERS, *_OF_DETECTORS)
+    cli.show_help(lambda: arguments.print_help(__doc__, PredictConfig, keys), needs_words=True)
+    cli.refuse_flags("zoo-predict", words, arguments.keys_of(PredictConfig), ())
     with cli.friendly_errors("zoo-predict"):
         cfg, paths, out = parse(words)
         early.check_run(Path(cfg.run))
@@ -88,66 +82,18 @@ def main() -> None:
         tasks.load(name, "predict").predict(cfg, inputs, out)
 
 
-def _print_help() -> None:
-    print(__doc__.strip(), "\n\nKeys with their defaults (key=value):")
-    for name, help, default in cli.defaults(PredictConfig):
-        if name in _KEYS:
-            cli.print_entry(f"{name}={default}", help, 34)
-    print("\nKeys with the defaults of zoo-train, which the run replaces with its own:")
-    section = ""
-    for name, help, default in cli.defaults(EvalConfig):
-        if name in (*_OF_CLASSIFIERS, *_OF_DETECTORS):
-            if name.rpartition(".")[0] != section:
-                section = name.rpartition(".")[0]
-                print()
-            cli.print_entry(f"{name}={default}", help, 34)
-
-
 def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
     """Parse the arguments of a command line into settings, images (files and folders) and the output folder.
 
     Raises:
         UserError: An argument can't be used; the message says why.
     """
-    cfg, paths = OmegaConf.structured(PredictConfig), []
-    for word in words:
-        key, _, value = word.partition("=")
-        if "=" not in word or os.path.lexists(word) or not all(part.isidentifier() for part in key.split(".")):
-            paths.append(Path(word))
-        elif "." in key or key == "mm":
-            cfg.overrides[key] = _value(word)
-        elif key in _KEYS:
-            try:
-                cfg[key] = None if value == "null" else cli.home(value)
-            except OmegaConfBaseException as error:
-                raise UserError(f"{word}: {str(error).splitlines()[0]}.") from error
-        else:
-            hint = did_you_mean(key, _KEYS, cutoff=0.5)
-            hint = f": {hint}" if hint else "."
-            raise UserError(
-                f"there is no key {key!r}{hint} There are {', '.join(_KEYS)}, and those with a dot that --help lists; "
-                f"for a file, write ./{word}."
-            )
+    cfg, paths, out = arguments.parse("zoo-predict", PredictConfig, words, mappings=("mm",))
     if not cfg.run:
         raise UserError("run is not set: give the folder of a run, run=runs/<folder>.")
-    if len(paths) < 2:
-        raise UserError("give the images (files or folders) and then the output folder.")
     if cfg.score is not None and not 0 <= cfg.score <= 1:
         raise UserError(f"score={cfg.score} is not allowed: it has to be between 0 and 1.")
-    if cfg.checkpoint not in ("last", "best"):
-        raise UserError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
-    return cfg, paths[:-1], paths[-1]
-
-
-def _value(word: str) -> Any:
-    """The value of an argument such as eval.window=[512,512], which is checked as by `zoo-eval`."""
-    with suppress(OverrideParseException):  # reported below
-        [override] = OverridesParser.create().parse_overrides([word])
-        if override.is_sweep_override():
-            key, _, value = word.partition("=")
-            raise UserError(f"{word} gives several values: for a list, write {key}=[{value}].")
-    cli.check_overrides("zoo-predict", EvalConfig, [word])
-    return override.value()
+    return cfg, paths, out
 
 
 def _check_effect(overrides: Iterable[str], task: str) -> None:
