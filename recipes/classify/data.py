@@ -230,6 +230,8 @@ def _listed(
             first_few(missing),
         )
     reader = CsvImages(table, rows, names)
+    if not training and not any(label != () for _, label in reader.samples):
+        raise UserError(f"{table.path}: no validation image has a label: scores need some.")
     _check_files(reader, cfg)
     return ImageDataset(reader.root, reader=reader)
 
@@ -430,10 +432,12 @@ def train_labels(data: Data) -> list[Any] | None:
     if isinstance(reader, ClassFolders | ClassTar | CsvImages):
         labels = [label for _, label in reader.samples]
     elif hasattr(data.train, "targets"):  # of torchvision, and the digits
-        labels = np.asarray(data.train.targets).tolist()
+        labels = list(data.train.targets)
     else:
         return None
-    return [labels[i] for i in data.train_indices]
+    if labels and np.asarray(labels[0]).ndim and not data.multi_label:  # not the index of a class
+        return None
+    return [labels[i] if data.multi_label else int(labels[i]) for i in data.train_indices]
 
 
 def is_stream(dataset: Dataset) -> bool:

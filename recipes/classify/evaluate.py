@@ -74,7 +74,7 @@ def evaluate(
         "corrupt_images": result.corrupt,
         "per_class": dict(zip(data.classes, result.per_class(len(data.classes)), strict=True))
         if isinstance(result, Evaluation)
-        else {name: dict(zip(data.classes, values, strict=True)) for name, values in result.per_class().items()},
+        else result.by_name(data.classes),
         "command": composition.command_line(),
     }
     if distributed.rank() == 0:

@@ -32,19 +32,24 @@ class Evaluation:
 
     `metrics` are mean binary cross-entropy `loss`; `mAP`, the mean over the classes of their average precision, and
     `F1`, that of their F1, over the classes for which it is defined; `F1_micro`, the F1 of all decisions together; all
-    in percent; and the number of `images`. `targets` and `found` (N, classes) are the labels and the predicted ones,
-    `logits` (N, classes) what the latter are from.
+    in percent; and the number of `images`. `targets` and `predictions` (N, classes) are the labels and the predicted
+    ones, `logits` (N, classes) what the latter are from.
     """
 
     metrics: dict[str, float]
     targets: np.ndarray
     logits: np.ndarray
-    found: np.ndarray
+    predictions: np.ndarray
     corrupt: list[str]
 
     def per_class(self) -> dict[str, list[float | None]]:
         """Average precision and F1 of each class in percent; None where it is undefined, because no image has it."""
-        return {"AP": _precisions(self.targets, self.logits), "F1": _f1(self.targets, self.found)}
+        return {"AP": _precisions(self.targets, self.logits), "F1": _f1(self.targets, self.predictions)}
+
+    def by_name(self, classes: Sequence[str]) -> dict[str, dict[str, float | None]]:
+        """`per_class` by the names of the classes."""
+        scores = self.per_class()
+        return {name: {score: values[i] for score, values in scores.items()} for i, name in enumerate(classes)}
 
     def write_classes(self, folder: Path, classes: Sequence[str]) -> None:
         """Write `classes.json`."""
@@ -126,12 +131,12 @@ def measure(
     # Probabilities close to 1 are equal where logits are not.
     result = Evaluation({}, labels, logits.numpy(), logits.sigmoid().numpy() >= limits, corrupt)
     scores = {name: _mean(values) for name, values in result.per_class().items()}
-    right = (labels & result.found).sum()
+    right = (labels & result.predictions).sum()
     result.metrics = {
         "loss": loss,
         "mAP": scores["AP"],
         "F1": scores["F1"],
-        "F1_micro": 100 * 2 * float(right) / max(float(labels.sum() + result.found.sum()), 1),
+        "F1_micro": 100 * 2 * float(right) / max(float(labels.sum() + result.predictions.sum()), 1),
         "images": len(labels),
     }
     return result

@@ -149,7 +149,8 @@ def _classify(
         if not row.isfinite().all():
             inputs.fail(item, ValueError("its scores are not finite"))
             continue
-        values, order = row.sort(descending=True, stable=True)
+        # All classes can be among the labels.
+        values, order = row.topk(min(_TOP, len(classes)) if limits is None else len(classes))
         named = [(as_text(classes[i]), round(p, 6)) for i, p in zip(order.tolist(), values.tolist(), strict=True)]
         labels = None
         if limits is not None:

@@ -409,7 +409,8 @@ class ClassifyRun(BaseRun):
         if not cut:
             self.save()
         self.write_history()
-        self.log_record(record)
+        if self.wandb:
+            self.wandb.log({key: value for key, value in record.items() if value is not None})
         log.info("%s | %s | %.0f images/s", self.bar.title, self._line(record, improved), speed)
 
     def _line(self, record: dict[str, Any], improved: bool) -> str:

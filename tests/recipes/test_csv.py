@@ -193,6 +193,10 @@ WRONG = {
         "file,labels\n0.png,a|b\n1.png,a;b\n",
         r"'\|' \(line 2\) and ';' \(line 3\): say what separates them",
     ),
+    "no label in validation": (
+        "file,labels,split\n0.png,a,train\n1.png,,train\n2.png,,val\n",
+        r"t\.csv: no validation image has a label: scores need some",
+    ),
     "no labels at all": ("file,labels\n0.png,\n1.png,\n", r"all training images have no label"),
 }
 
@@ -385,6 +389,8 @@ def test_journey_of_several_labels(command, two_digits, tmp_path, weights, same)
     assert code == 0, output
     found = json.loads((tmp_path / "whole" / "eval" / "eval.json").read_text())
     assert found["metrics"]["mAP"] == pytest.approx(summary["metrics"]["mAP"])
+    assert found["per_class"].keys() == {"one", "two", "zero"}
+    assert found["per_class"]["one"].keys() == {"AP", "F1"}
     assert re.search(r"mAP \d.* %, F1 .* %, micro F1 .* %, loss .* on 30 images", output)
     code, output = command("eval", "whole", "data.val_split=test", "out=test", "eval.threshold={zero: 0.3}")
     assert code == 0, output
