@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 from zoo.kernels.checks import certain, sizes
 from zoo.kernels.depthwise_conv import depthwise_conv2d_nhwc, large_kernel_attention
 from zoo.kernels.dispatch import as_given, implementation, set_implementation, use
+from zoo.kernels.flow_attention import flow_attention
 from zoo.kernels.gated_linear_attention import gated_linear_attention
 from zoo.kernels.linear_attention import linear_attention
 from zoo.kernels.neighborhood_attention import neighborhood_attention
@@ -29,6 +30,7 @@ __all__ = [
     "as_given",
     "certain",
     "depthwise_conv2d_nhwc",
+    "flow_attention",
     "gated_linear_attention",
     "implementation",
     "large_kernel_attention",

@@ -183,6 +183,20 @@ def attention_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def not_negative(value: float, name: str) -> float:
+    """`value` as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is negative, NaN or infinite.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"Got {name}={value!r}; give a number.")
+    if not 0 <= value < math.inf:  # math.isfinite takes no symbolic number
+        raise ValueError(f"Got {name}={value!r}; it has to be 0 or more, and finite.")
+    return float(value)
+
+
 def map_size(height: int, width: int, name: str) -> None:
     """Check that a map has tokens.
 

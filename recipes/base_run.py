@@ -72,6 +72,7 @@ class BaseRun:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
         self.wandb, self.wandb_id = None, None
+        self.tensorboard: records.TensorBoard | None = None
         self.stop_signal = 0
         self.damaged = False  # whether last.pt is damaged, so that previous.pt was loaded
         self.changed = ""  # the settings of a continued run that differ from before
@@ -176,7 +177,20 @@ class BaseRun:
             title, scores = self.curves()
             if scores:
                 plots.plot_curves(self.folder / "curves.png", self.history, title, scores)
-            run_folder.write_metrics(self.folder, self.history)
+            self.write_metrics()
+
+    def write_metrics(self) -> None:
+        """Write metrics.jsonl and, with log.csv, metrics.csv."""
+        run_folder.write_metrics(self.folder, self.history)
+        if self.cfg.log.csv:
+            run_folder.write_table(self.folder, self.history)
+
+    def log_record(self, record: dict[str, Any]) -> None:
+        """Log the record of an epoch or an evaluation at Weights & Biases and for TensorBoard."""
+        if self.wandb:
+            self.wandb.log({key: value for key, value in record.items() if value is not None})
+        if self.tensorboard:
+            self.tensorboard.log(record)
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -232,6 +246,8 @@ class BaseRun:
             self._note_start()
             self.wandb = records.start_wandb(self.folder, self.cfg, self.wandb_id)
             self.wandb_id = self.wandb.id if self.wandb else None
+            if self.cfg.log.tensorboard:
+                self.tensorboard = records.TensorBoard(self.folder, self.history)
         self.started = self.saved_at = time.monotonic()
         self.seconds_before = self.progress["seconds"]
         handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -254,6 +270,8 @@ class BaseRun:
                 signal.signal(number, handler)
             if self.wandb:
                 self.wandb.finish(exit_code=0 if self.progress["finished"] else 1)
+            if self.tensorboard:
+                self.tensorboard.close()
 
     def _finished_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run with all its files; None if it still has to train or to write some of them."""

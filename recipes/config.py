@@ -541,6 +541,8 @@ class LogConfig:
         "offline", "Weights & Biases: offline, online or disabled", OneOf(("offline", "online", "disabled"))
     )
     project: str = option("zoo", "project name at Weights & Biases")
+    csv: bool = option(False, "CSV: also write the metrics to metrics.csv, a row per epoch")
+    tensorboard: bool = option(False, "TensorBoard: also write event files, to tensorboard/ in the run folder")
 
 
 @dataclass

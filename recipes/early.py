@@ -10,6 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from zoo import extras
 from zoo.messages import UserError, similar_path, unknown_model
 from zoo.recipes.dense.formats import look
 from zoo.recipes.tasks import TASKS
@@ -32,6 +33,8 @@ def check(cfg: DictConfig) -> None:
     if cfg.task not in TASKS:
         raise UserError(f"task={cfg.task} is not allowed: it has to be {', '.join(TASKS)}.")
     check_model(cfg.model)
+    if cfg.log.tensorboard:
+        extras.require("log.tensorboard=true", "tensorboard")
     root = Path(cfg.data.root) if cfg.data.root else None
     given = {"coco": cfg.data.val_ann, "masks": cfg.data.val_images}.get(cfg.data.name)
     rootless = not cfg.data.root and given and os.path.exists(given)

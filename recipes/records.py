@@ -1,4 +1,4 @@
-"""The record of a run at Weights & Biases."""
+"""The records of a run at Weights & Biases and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from zoo import extras
 from zoo.messages import UserError
 from zoo.recipes.logs import log
 
@@ -44,3 +45,47 @@ def log_pictures(record: Any, paths: list[Path]) -> None:
     import wandb
 
     record.log({path.stem: wandb.Image(str(path)) for path in paths})
+
+
+class TensorBoard:
+    """The metrics of a run as event files for TensorBoard, in `tensorboard/` of its folder.
+
+    A run that is resumed repeats its history in a new file, and TensorBoard drops what earlier files have. So an epoch
+    that was logged but not saved is not shown twice, and one that was saved but not logged is not missing.
+
+    Args:
+        folder: The folder of the run.
+        history: The records of the run so far.
+
+    Raises:
+        MissingExtra: The package tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, history: list[dict[str, Any]]):
+        extras.require("log.tensorboard=true", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / "tensorboard"
+        self._writer = SummaryWriter(str(path), purge_step=0 if path.exists() else None)
+        self._step, self._logged = -1, set[str]()
+        for record in history:
+            self.log(record)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Log the numbers of a record of an epoch; the step is the number of the update.
+
+        The record of an epoch and that of its evaluation may have the same step; a number is logged once.
+        """
+        if record["update"] != self._step:
+            self._step, self._logged = record["update"], set()
+        for name, value in record.items():
+            if isinstance(value, int | float) and name not in {"update", *self._logged}:
+                kind, _, rest = name.partition("_")
+                tag = f"{kind}/{rest}" if kind in ("train", "val") else f"run/{name}"
+                self._writer.add_scalar(tag, value, self._step)
+                self._logged.add(name)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()

@@ -7,6 +7,8 @@ last.pt              everything needed to continue
 previous.pt          the checkpoint before it; used if last.pt is damaged
 best.safetensors     weights of the best epoch so far
 metrics.jsonl        one line per epoch
+metrics.csv          the same as a table (log.csv)
+tensorboard/         the same for TensorBoard (log.tensorboard)
 curves.png           the same as a plot
 classes.json         the last evaluation by class
 predictions.png      samples of the validation split
@@ -19,6 +21,8 @@ report.html          all of it on one page
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -148,6 +152,24 @@ def has_metrics(folder: Path, history: list[dict[str, Any]]) -> bool:
     """Whether `metrics.jsonl` is what `write_metrics` writes for `history`."""
     path = folder / "metrics.jsonl"
     return path.is_file() and path.read_bytes() == _lines(history).encode()
+
+
+def write_table(folder: Path, history: list[dict[str, Any]]) -> None:
+    """Write `metrics.csv`, like `write_metrics`: a row per epoch, and a column per name, such as step_seconds.forward.
+
+    What an epoch does not have, such as scores without an evaluation, is left empty.
+    """
+    rows = [_flat(finite(record)) for record in history]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(folder / "metrics.csv", text.getvalue())
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    nested = {name: value if isinstance(value, dict) else {"": value} for name, value in record.items()}
+    return {f"{name}.{part}".rstrip("."): value for name, parts in nested.items() for part, value in parts.items()}
 
 
 def _lines(history: list[dict[str, Any]]) -> str:

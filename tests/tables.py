@@ -70,8 +70,6 @@ def variants(family: str) -> Iterator[str]:
 def recipes(family: str) -> Iterator[str]:
     """The recipes of a family, for its page."""
     names = {row["model"] for row in rows() if row["family"] == family}
-    yield "| recipe | published |"
-    yield "|---|---|"
     found = [(recipe["model"].partition(".")[0], recipe) for recipe in models.recipes()]
     order = _sizes(family)
 
@@ -80,7 +78,11 @@ def recipes(family: str) -> Iterator[str]:
         model, recipe = item
         return recipe["recipe"].partition(model)[0], order.index(model)
 
-    for _, recipe in sorted((item for item in found if item[0] in names), key=place):
+    ours = sorted((item for item in found if item[0] in names), key=place)
+    if ours:  # a recipe without published figures is named in the text
+        yield "| recipe | published |"
+        yield "|---|---|"
+    for _, recipe in ours:
         name = recipe["recipe"]
         yield f"| [{name}](../../recipes/conf/recipe/{name}.yaml) | {recipe['expected']} |"
 

@@ -345,21 +345,6 @@ class PatchMerging(nn.Module):
         return linear(self.reduction, self.norm(x)).permute(0, 3, 1, 2)
 
 
-def square(img_size: int | Sequence[int]) -> int:
-    """The side of square images; timm's configurations give both sides.
-
-    Raises:
-        ValueError: The sides differ.
-    """
-    if isinstance(img_size, Sequence):
-        if len(img_size) == 0 or any(side != img_size[0] for side in img_size):
-            raise ValueError(
-                f"Got {img_size=}; it has to be one side: the tables are made for square images, and fit all others."
-            )
-        return img_size[0]
-    return img_size
-
-
 def check_agent_depths(agent_depths: Sequence[int], depths: Sequence[int]) -> None:
     """Raise ValueError if a stage is to have more blocks with agent attention than blocks."""
     if any(few > depth for few, depth in zip(agent_depths, depths, strict=True)):
@@ -407,7 +392,7 @@ class AgentPVT(Backbone):
         device=None,
         dtype=None,
     ):
-        img_size = square(img_size)
+        img_size = arguments.square(img_size)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -498,7 +483,7 @@ class AgentSwin(Backbone):
         device=None,
         dtype=None,
     ):
-        img_size = square(img_size)
+        img_size = arguments.square(img_size)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -605,7 +590,7 @@ class AgentCSWin(Backbone):
         device=None,
         dtype=None,
     ):
-        img_size = square(img_size)
+        img_size = arguments.square(img_size)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,

@@ -21,6 +21,7 @@ __all__ = [
     "is_list",
     "is_number",
     "shown",
+    "square",
 ]
 
 T = TypeVar("T")
@@ -161,6 +162,22 @@ def is_number(value: Any, least: float, most: float, whole: bool = True) -> bool
         return False
     number: Any = value
     return bool(least <= number <= most)
+
+
+def square(img_size: int | Sequence[int]) -> int:
+    """The side of square images; timm's configurations give both sides.
+
+    Raises:
+        ValueError: The sides differ.
+    """
+    if is_list(img_size):
+        if len(img_size) == 0 or any(side != img_size[0] for side in img_size):
+            raise ValueError(
+                f"Got {img_size=}; it has to be one side: the tables are made for square images, and fit all others."
+            )
+        return img_size[0]
+    single: Any = img_size
+    return single
 
 
 def shown(value: Any) -> str:

@@ -13,6 +13,7 @@ MODULES = {
     "train": ("hydra", "jinja2", "matplotlib", "rich", "sklearn", "wandb"),
     "dense": ("mmcv", "mmdet", "mmengine", "mmseg", "pycocotools"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "tensorboard": ("tensorboard",),
     "examples": ("pytorch_grad_cam", "segmentation_models_pytorch", "transformers"),
 }
 

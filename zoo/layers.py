@@ -27,6 +27,7 @@ from zoo.kernels import certain, depthwise_conv2d_nhwc, dispatch, sizes
 __all__ = [
     "ConvMlp",
     "DepthwiseConv",
+    "GatedMlp",
     "HeadConv",
     "Mlp",
     "OverlappingPatches",
@@ -34,6 +35,7 @@ __all__ = [
     "PatchStem",
     "ResidualConv",
     "ResidualConvMlp",
+    "RmsBlock",
     "RmsNorm2d",
     "TransformerBlock",
     "bin_ends",
@@ -50,6 +52,8 @@ __all__ = [
     "pad_tokens",
     "plus_depthwise",
     "pool_to_bins",
+    "position_map",
+    "resize_positions",
     "rope_frequencies",
     "stage_rates",
     "sym_max",
@@ -268,6 +272,28 @@ class ResidualConvMlp(nn.Module):
 
 
 @register_notrace_module
+class GatedMlp(nn.Module):
+    """Linear, SiLU(one half) * other half, Linear on tokens (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.widening = 2 * hidden_dim / dim
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim, bias=False, **dd)
+        self.act = nn.SiLU()
+        self.fc2 = nn.Linear(hidden_dim, dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, dim) -> (B, H, W, dim)."""
+        return by_image(self, self.forward_images, x, self.widening)
+
+    def forward_images(self, x: Tensor) -> Tensor:
+        """The same, for images that need not be all of the batch."""
+        gate, x = linear(self.fc1, x).chunk(2, -1)
+        return linear(self.fc2, self.act(gate) * x)
+
+
+@register_notrace_module
 class HeadConv(nn.Module):
     """1 x 1 convolution, batch norm and SiLU before pooling: (B, C, H, W) -> (B, dim, H, W)."""
 
@@ -331,6 +357,15 @@ class TransformerBlock(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
+class RmsBlock(TransformerBlock):
+    """A transformer block whose norms are RMSNorms."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, attn, mlp, drop_path, **dd)
+        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6, **dd) for _ in range(2))
+
+
 def init_transformer(module: nn.Module) -> None:
     """Initialise linear layers (truncated normal, std 0.02, zero bias), and other modules by `reset_parameters`."""
     if isinstance(module, nn.Linear):
@@ -356,6 +391,27 @@ def rope_frequencies(head_dim: int) -> tuple[float, ...]:
     """The frequencies of `rotate_2d` for heads of `head_dim` channels, in radians per token: from 1 down to 1/10000."""
     pairs = head_dim // 4  # along each axis
     return tuple(10000 ** (-i / max(pairs - 1, 1)) for i in range(pairs))
+
+
+def position_map(table: Tensor, size: Sequence[int]) -> Tensor:
+    """Position embeddings (1, N, C) of a square map, row by row, as a map (1, C, *size).
+
+    For another size, they are resized (bicubic, without antialiasing), in float32 or more.
+    """
+    side = math.isqrt(table.shape[1])
+    maps = table.mT.unflatten(-1, (side, side))
+    if certain(size[0] == side) and certain(size[1] == side):
+        return maps
+    exact = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    return F.interpolate(exact, size=tuple(size), mode="bicubic", align_corners=False).to(maps.dtype)
+
+
+def resize_positions(table: Tensor, count: int) -> Tensor:
+    """Position embeddings (1, N, C) of a square map for one of `count` tokens; unchanged if N is no square."""
+    before, after = math.isqrt(table.shape[1]), math.isqrt(count)
+    if before == 0 or before**2 != table.shape[1] or before == after:
+        return table
+    return position_map(table, (after, after)).flatten(2).mT
 
 
 def stage_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

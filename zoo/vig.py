@@ -28,15 +28,19 @@ from torch.nn import functional as F
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern, attention
 from zoo.backbone import Backbone, Stage, create
-from zoo.cpu import by_image, convolution, linear
+from zoo.cpu import convolution, linear
 from zoo.kernels import gated_linear_attention, sizes
 from zoo.layers import (
     DepthwiseConv,
+    GatedMlp,
+    RmsBlock,
     RmsNorm2d,
     TransformerBlock,
     check_images,
     depthwise,
     init_transformer,
+    position_map,
+    resize_positions,
     stage_rates,
 )
 
@@ -140,37 +144,6 @@ class TokenMixer(nn.Module):
 
 
 @register_notrace_module
-class GatedMlp(nn.Module):
-    """Linear, SiLU(one half) * other half, Linear on tokens (B, H, W, dim)."""
-
-    def __init__(self, dim: int, hidden_dim: int, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.widening = 2 * hidden_dim / dim
-        self.fc1 = nn.Linear(dim, 2 * hidden_dim, bias=False, **dd)
-        self.act = nn.SiLU()
-        self.fc2 = nn.Linear(hidden_dim, dim, bias=False, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, dim) -> (B, H, W, dim)."""
-        return by_image(self, self.forward_images, x, self.widening)
-
-    def forward_images(self, x: Tensor) -> Tensor:
-        """The same, for images that need not be all of the batch."""
-        gate, x = linear(self.fc1, x).chunk(2, -1)
-        return linear(self.fc2, self.act(gate) * x)
-
-
-class RmsBlock(TransformerBlock):
-    """A transformer block whose norms are RMSNorms."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, drop_path: float = 0.0, device=None, dtype=None):
-        dd = {"device": device, "dtype": dtype}
-        super().__init__(dim, attn, mlp, drop_path, **dd)
-        self.norm1, self.norm2 = (nn.RMSNorm(dim, eps=1e-6, **dd) for _ in range(2))
-
-
-@register_notrace_module
 class Stem(nn.Module):
     """A convolution to half of the channels, LayerNorm, activation, 3 x 3 convolution with stride 2, LayerNorm.
 
@@ -198,7 +171,6 @@ class PositionStem(Stem):
     def __init__(self, in_chans: int, dim: int, side: int, device=None, dtype=None):
         dd = {"device": device, "dtype": dtype}
         super().__init__(in_chans, dim, 9, 8, nn.SiLU(), **dd)
-        self.side = side
         self.pos_embed = nn.Parameter(torch.empty(1, side**2, dim, **dd))
 
     def reset_parameters(self) -> None:
@@ -207,16 +179,7 @@ class PositionStem(Stem):
 
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        table = self.pos_embed.mT.unflatten(-1, (self.side, self.side))
-        return x + resize_map(table, sizes(x)[2:])
-
-
-def resize_map(table: Tensor, size: Sequence[int]) -> Tensor:
-    """(1, C, h, w) -> (1, C, H, W), bicubic, computed in float32 at least."""
-    if tuple(size) == tuple(table.shape[2:]):
-        return table
-    exact = table.to(torch.promote_types(table.dtype, torch.float32))
-    return F.interpolate(exact, size=tuple(size), mode="bicubic", align_corners=False).to(table.dtype)
+        return x + position_map(self.pos_embed, sizes(x)[2:])
 
 
 @register_notrace_module
@@ -282,8 +245,7 @@ class ViG(Backbone):
     ):
         arguments.check_choice("layout", layout, ("hierarchical", "isotropic"))
         arguments.check_choice("activations", activations, (True, False))
-        if arguments.is_list(img_size) and len(set(img_size)) == 1:
-            img_size = img_size[0]
+        img_size = arguments.square(img_size)
         arguments.check(
             in_chans=in_chans,
             num_classes=num_classes,
@@ -309,7 +271,6 @@ class ViG(Backbone):
         self.isotropic = isotropic
         stem: nn.Module
         if isotropic:
-            assert isinstance(img_size, int)
             stem = PositionStem(in_chans, embed_dims[0], isotropic_side(img_size), **dd)
         else:
             stem = Stem(in_chans, embed_dims[0], 3, 2, nn.GELU(), **dd)
@@ -401,11 +362,8 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     name = "stem.pos_embed"
     given = checkpoints.remap(checkpoints.unwrap(state_dict), KEY_MAP)
     want = model.state_dict().get(name)
-    if want is not None and name in given and given[name].ndim == 3 and given[name].shape[1] != want.shape[1]:
-        before, after = (math.isqrt(table.shape[1]) for table in (given[name], want))
-        if before**2 == given[name].shape[1]:
-            table = given[name].mT.unflatten(-1, (before, before))
-            given[name] = resize_map(table, (after, after)).flatten(2).mT
+    if want is not None and name in given and given[name].ndim == 3:
+        given[name] = resize_positions(given[name], want.shape[1])
     return checkpoints.convert(given, model, KEY_MAP)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any, Literal
 
 from torch import Tensor
@@ -90,8 +88,8 @@ def linear_attention(
         raise ValueError(f"Got {normalization=}; it has to be 'ratio' or 'offset'.")
     rope = None if rope is None else frequencies(rope, head_dim)
     scale = checks.attention_scale(scale, head_dim)
-    eps = _not_negative(eps, "eps")
-    denominator_min = _not_negative(denominator_min, "denominator_min")
+    eps = checks.not_negative(eps, "eps")
+    denominator_min = checks.not_negative(denominator_min, "denominator_min")
     if temperature is not None:
         checks.shape(temperature, "temperature", (num_heads,), "(N,)")
     implementation = dispatch.choose("linear_attention", q, head_dim)
@@ -126,20 +124,6 @@ def linear_attention(
             denominator_min=denominator_min,
             temperature=temperature,
         )
-
-
-def _not_negative(value: float, name: str) -> float:
-    """`value` as a float.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is negative, NaN or infinite.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"Got {name}={value!r}; give a number.")
-    if not 0 <= value < math.inf:  # math.isfinite takes no symbolic number
-        raise ValueError(f"Got {name}={value!r}; it has to be 0 or more, and finite.")
-    return float(value)
 
 
 # The rest registers the Triton implementation with torch. Without Triton, nothing is registered.

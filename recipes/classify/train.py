@@ -409,8 +409,7 @@ class ClassifyRun(BaseRun):
         if not cut:
             self.save()
         self.write_history()
-        if self.wandb:
-            self.wandb.log({key: value for key, value in record.items() if value is not None})
+        self.log_record(record)
         log.info("%s | %s | %.0f images/s", self.bar.title, self._line(record, improved), speed)
 
     def _line(self, record: dict[str, Any], improved: bool) -> str:

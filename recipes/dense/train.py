@@ -279,15 +279,14 @@ class DenseRun(BaseRun):
             self._write_weights("best.safetensors")
         if metrics is None:
             if self.primary:
-                run_folder.write_metrics(self.folder, self.history)
+                self.write_metrics()
         else:
             if self.primary:
                 self._write_classes(metrics)
             self.progress["finished"] = self.is_over()
             self.save()
             self.write_history()
-        if self.wandb:
-            self.wandb.log({key: value for key, value in record.items() if value is not None})
+        self.log_record(record)
         parts = [f"training loss {losses['loss']:.4f}"] if "loss" in losses else []
         if metrics is not None:
             figures = ", ".join(f"{score_title(name)} {value:.1f}" for name, value in scores(metrics).items())

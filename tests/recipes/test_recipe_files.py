@@ -300,11 +300,12 @@ PAPERS = {
     r"vig_gla_[tb]": (2e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
     r"vig_gla_s": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
     r"vitaev2_vsa_s": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
+    r"flowformer": (7.5e-4, 0.05, 300, 768, 0.8, 1.0, 0.0, 0, "fp16"),
     r"vitaev2_vsa_48m": (1e-3, 0.055, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
 }
 
 # The images that are resized with one interpolation in training; the others have bilinear or bicubic at random.
-BICUBIC = r"imagenet/(agent|biformer|casvit|favit|l2vit|litv2|mavit|moh|ppma|ravlt|vig|vim)_\w+"
+BICUBIC = r"imagenet/((agent|biformer|casvit|favit|l2vit|litv2|mavit|moh|ppma|ravlt|vig|vim)_\w+|flowformer)"
 
 
 def test_interpolation_of_training_images_is_the_sources():
