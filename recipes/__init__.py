@@ -1,5 +1,10 @@
 """Training recipes: the commands `zoo-train`, `-eval`, `-predict`, `-embed` and `-report`, and what they share.
 
+`from zoo.recipes import train, evaluate, predict` gives the commands as functions of a program.
+
+api, hooks, results                  the functions, their hooks and their results
+settings, given_images,              their settings, their images, and what they leave as it was
+  process_state
 commands/, report                    the commands
 train, eval, predict                 `python -m zoo.recipes.train`, also under torchrun
 cli, sweep, early, errors            their command lines, sweeps, first checks and errors
@@ -17,6 +22,42 @@ features, embeddings, npy_rows,      features of frozen models, their files, and
 plots, sheet                         pictures
 """
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from zoo.extras import require_for_commands
 
 require_for_commands(__name__)
+
+from zoo.messages import UserError  # noqa: E402
+from zoo.recipes.api import evaluate, predict, train  # noqa: E402
+from zoo.recipes.hooks import Hooks, TrainingState  # noqa: E402
+from zoo.recipes.results import EvalResult, Prediction, TrainResult  # noqa: E402
+
+__all__ = [
+    "EvalResult",
+    "Hooks",
+    "Prediction",
+    "TrainResult",
+    "TrainingState",
+    "UserError",
+    "evaluate",
+    "predict",
+    "train",
+]
+
+
+class _Recipes(ModuleType):
+    """Keeps the functions `train` and `predict` when the scripts of the same names are imported.
+
+    Python then sets the module `zoo.recipes.train` as an attribute of its package. `from zoo.recipes.train import main`
+    works as well, since it does not read that attribute.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Recipes

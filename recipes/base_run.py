@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +33,7 @@ from zoo.recipes import (
 )
 from zoo.recipes.errors import Stopped, causes, of_the_system
 from zoo.recipes.files import read_json
+from zoo.recipes.hooks import HookFailed, Hooks, TrainingState
 from zoo.recipes.lock import Lock
 from zoo.recipes.logs import log
 from zoo.recipes.timing import StepTimes
@@ -55,6 +57,7 @@ class BaseRun:
         folder: The run folder; it does not have to exist.
         write_report: Writes the report into the folder when the run ends; None for no report.
         resume_command: The command that continues the run, if it is not the command of this process.
+        hooks: Functions of the calling program.
     """
 
     def __init__(
@@ -64,9 +67,12 @@ class BaseRun:
         folder: Path,
         write_report: Callable[[Path], Any] | None = None,
         resume_command: str | None = None,
+        hooks: Hooks | None = None,
     ):
         self.cfg, self.device, self.folder = cfg, device, folder
         self.write_report, self.resume_command = write_report, resume_command
+        self.hooks = hooks
+        self.stop_requested = False  # by a hook
         self.primary = distributed.rank() == 0
         self.progress: dict[str, Any] = {"update": 0, "nonfinite": 0, "seconds": 0.0, "finished": False}
         self.history: list[dict[str, Any]] = []
@@ -109,6 +115,14 @@ class BaseRun:
 
     def curves(self) -> tuple[str, dict[str, str]]:
         """The title of the plotted curves, and the titles of the plotted scores by name."""
+        raise NotImplementedError
+
+    def trained(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """The model in training, without a wrapper, and its optimizer."""
+        raise NotImplementedError
+
+    def total_updates(self) -> int:
+        """The updates of the whole run."""
         raise NotImplementedError
 
     def finish(self) -> dict[str, Any]:
@@ -250,9 +264,12 @@ class BaseRun:
                 self.tensorboard = records.TensorBoard(self.folder, self.history)
         self.started = self.saved_at = time.monotonic()
         self.seconds_before = self.progress["seconds"]
-        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Only the main thread receives signals.
+        numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        handlers = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             self.train()
+            self.progress["finished"] |= self.stop_requested
             if early := self.stopped_early():
                 log.info("%s", early)
             summary = self.finish()
@@ -329,6 +346,8 @@ class BaseRun:
 
     def stopped_early(self) -> str | None:
         """Why the training ended before its full length, as a sentence; None if it did not."""
+        if self.stop_requested:
+            return f"Stopped by a hook, after update {self.progress['update']}."
         if self.is_complete() or not self.out_of_patience():
             return None
         limit, best = self.cfg.trainer.patience, self.best.get("epoch")
@@ -337,9 +356,39 @@ class BaseRun:
         return f"Stopped early, after update {update}: no better evaluation{since} (trainer.patience={limit})."
 
     def reached_max_updates(self) -> bool:
-        """Whether trainer.max_updates is reached."""
+        """Whether trainer.max_updates is reached, or a hook has stopped the training."""
         limit = self.cfg.trainer.max_updates
-        return limit is not None and self.progress["update"] >= limit
+        return self.stop_requested or (limit is not None and self.progress["update"] >= limit)
+
+    def call_hook(self, name: str, epoch: float, metrics: dict[str, Any]) -> None:
+        """Call a hook of the calling program, if it has one, with the state of the training.
+
+        Args:
+            name: `after_update`, `after_evaluation` or `after_epoch`.
+            epoch: The epochs that are done.
+            metrics: The figures for the hook.
+
+        Raises:
+            HookFailed: The hook raised an error; the run is saved.
+        """
+        hook = getattr(self.hooks, name, None)
+        if hook is None:
+            return
+        model, optimizer = self.trained()
+        update, total = self.progress["update"], self.total_updates()
+        state = TrainingState(self.cfg.task, self.folder, epoch, update, total, metrics, model, optimizer)
+        modes = [(module, module.training) for module in model.modules()]
+        try:
+            hook(state)
+        except Exception as error:
+            if distributed.world_size() == 1:  # other processes would wait for this one
+                self.save()
+            raise HookFailed(error) from error
+        finally:
+            for module, training in modes:
+                module.training = training
+        [stops] = distributed.total([float(state.stopped)], self.device)
+        self.stop_requested |= stops > 0
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self.stop_signal == number == signal.SIGINT:

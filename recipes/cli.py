@@ -169,7 +169,7 @@ def run(
             try:
                 OmegaConf.to_container(cfg, resolve=True)
             except OmegaConfBaseException as error:
-                raise UserError(f"{_line(error)}.") from error
+                raise UserError(f"{line(error)}.") from error
             job_config = HydraConfig.get()
             if job_config.mode != RunMode.MULTIRUN:
                 rewrite_argv(given)
@@ -273,7 +273,7 @@ def literal(word: str, sweep: bool = False) -> str:
     with suppress(OverrideParseException):
         if OverridesParser.create().parse_overrides([f"{key}={value}"])[0].value() == value:
             return f"{key}={value}"
-    return f"{key}={_quoted(value)}"
+    return f"{key}={quote(value)}"
 
 
 def home(path: str) -> str:
@@ -281,7 +281,7 @@ def home(path: str) -> str:
     return os.path.expanduser(path) if path.startswith("~/") and not os.path.lexists(path) else path
 
 
-def _quoted(value: str) -> str:
+def quote(value: str) -> str:
     """`value` as a string in Hydra's grammar, where only a backslash before a quote is an escape."""
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + (f"\\{found[2]}" if found[2] else ""), value) + "'"
 
@@ -292,12 +292,22 @@ def _for_shell(word: str) -> str:
 
 
 def check_overrides(command: str, schema: type, words: Sequence[str], sweep: bool = True) -> list[str]:
-    """End the process if an override names neither a key of `schema` nor a configuration group.
+    """`checked_overrides` for a command: end the process with one line if it raises an error."""
+    with commands.friendly_errors(command):
+        return checked_overrides(schema, words, sweep)
 
-    Hydra would refuse it too, but without a suggestion.
 
-    Returns:
-        The overrides, with ++ where Hydra needs it.
+def checked_overrides(schema: type, words: Sequence[str], sweep: bool = True) -> list[str]:
+    """The overrides `words`, with ++ where Hydra needs it.
+
+    Args:
+        schema: The dataclass of the configuration.
+        words: The overrides, in Hydra's grammar.
+        sweep: Whether an override may give several values.
+
+    Raises:
+        UserError: One can't be read, or names neither a key of `schema` nor a configuration group. Hydra would refuse
+            it too, but without a suggestion.
     """
     known = {name for name, _ in config.keys(schema)}
     checked = list(words)
@@ -308,20 +318,20 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
             [override] = OverridesParser.create().parse_overrides([word])
         except OverrideParseException as error:
             key, _, value = word.partition("=")
-            way = _for_shell(f"{key}={_quoted(value)}")
-            fail(command, f"{word} can't be read ({_line(error)}): to pass it as a string, write {way}.")
+            way = _for_shell(f"{key}={quote(value)}")
+            raise UserError(f"{word} can't be read ({line(error)}): to pass it as a string, write {way}.") from error
         key = override.key_or_group
         if override.is_discrete_sweep() and not any(True for _ in override.sweep_string_iterator()):
-            fail(command, f"{word} gives no value.")
+            raise UserError(f"{word} gives no value.")
         if override.is_sweep_override() and not sweep and key in {*known, *config.GROUPS}:
             lists = f"for a list, write {_for_shell(f'{key}=[{override.get_value_string()}]')}; " if "," in word else ""
-            fail(command, f"{word} gives several values: {lists}to run them one after another, add -m.")
+            raise UserError(f"{word} gives several values: {lists}to run them one after another, add -m.")
         if key in config.GROUPS:
             # Hydra checks other values, such as ranges and dictionaries.
             values = override.value().list if override.is_choice_sweep() else [override.value()]
             for option in values:
                 if isinstance(option, str | int):
-                    _check_option(command, key, str(option))
+                    _check_option(key, str(option))
         elif any(f"{key}.".startswith(f"{free}.") for free in config.mappings(schema)):
             if override.type == OverrideType.CHANGE:
                 # Hydra requires a prefix for keys that it does not know; ++ adds a key or replaces its value.
@@ -334,11 +344,11 @@ def check_overrides(command: str, schema: type, words: Sequence[str], sweep: boo
             names = sorted(name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == group)
             listing = f" {group or 'The top level'} has {', '.join(names)}." if names else ""
             hint = f": did you mean {guess}?" if guess else "."
-            fail(command, f"there is no key {key!r}{hint}{listing}")
+            raise UserError(f"there is no key {key!r}{hint}{listing}")
     return checked
 
 
-def _check_option(command: str, group: str, option: str) -> None:
+def _check_option(group: str, option: str) -> None:
     names = options(group)
     if option in names:
         return
@@ -346,7 +356,7 @@ def _check_option(command: str, group: str, option: str) -> None:
     listing = f"There are {', '.join(names)}." if few else f"--help {group} lists all {len(names)}."
     same = [name for name in names if name.rpartition("/")[2] == option.rpartition("/")[2]]  # in another folder
     hint = did_you_mean(option, same or names, count=1 if few else 5, cutoff=0 if same else 0.5, prefix=f"{group}=")
-    fail(command, " ".join(filter(None, (f"there is no {group}={option}:", hint, listing))))
+    raise UserError(" ".join(filter(None, (f"there is no {group}={option}:", hint, listing))))
 
 
 def options(group: str) -> list[str]:
@@ -368,12 +378,12 @@ def hydra_errors(command: str) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        fail(command, _line(error))
+        fail(command, line(error))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
     """The first line of a Hydra error, and that of the OmegaConf error that caused it."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
     lines = [(str(one).strip().splitlines() or [type(one).__name__])[0] for one in (error, cause) if one]

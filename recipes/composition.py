@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from zoo.recipes import cli, config
 
+_called: list[str] | None = None
+
+
+@contextmanager
+def called(command: str, words: Sequence[str]) -> Iterator[None]:
+    """Within this context, a program has called what `command` does with the arguments `words`."""
+    global _called
+    before, _called = _called, [command, *words]
+    try:
+        yield
+    finally:
+        _called = before
+
 
 def command_line() -> str:
-    """The command line of this process, quoted for a shell."""
+    """The command line of this process, or the one that does the same as the program's call, quoted for a shell."""
+    if _called:
+        return shlex.join(_called)
     name = Path(sys.argv[0]).name
     if name in ("train.py", "eval.py", "predict.py"):
         name = f"python -m zoo.recipes.{Path(name).stem}"
@@ -27,7 +44,10 @@ def command_line() -> str:
 
 def recipe(task: str) -> tuple[str, dict[str, Any]]:
     """The arguments of this process that choose the task and the recipe, and the settings that result from them."""
-    words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if _called:
+        words = _called[1:]
+    else:
+        words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     words = tuple(word for word in words if word.lstrip("+").partition("=")[0] in ("task", "recipe"))
     settings = composed(words)
     if settings["task"] != task:  # this run was started by another run
@@ -39,13 +59,23 @@ def recipe(task: str) -> tuple[str, dict[str, Any]]:
 @cache
 def composed(words: tuple[str, ...]) -> dict[str, Any]:
     """The settings that result from these arguments of a command line."""
+    return OmegaConf.to_container(compose("config", words), resolve=True)
+
+
+def compose(name: str, words: Sequence[str]) -> DictConfig:
+    """The configuration that results from the arguments `words`; `name` is the file in `conf` with the defaults.
+
+    Hydra is left as it is found: a program may use it for a configuration of its own.
+    """
     config.register()
-    if GlobalHydra.instance().is_initialized():
-        cfg = hydra.compose("config", list(words))
-    else:
+    hydra_before, base_before = GlobalHydra.instance().hydra, version.getbase()
+    GlobalHydra.instance().clear()
+    try:
         with hydra.initialize_config_dir(cli.CONF, version_base="1.3"):
-            cfg = hydra.compose("config", list(words))
-    return OmegaConf.to_container(cfg, resolve=True)
+            return hydra.compose(name, list(words))
+    finally:
+        GlobalHydra.instance().hydra = hydra_before
+        version.VersionBase.instance().version_base = base_before
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

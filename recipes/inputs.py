@@ -35,7 +35,7 @@ class Inputs:
 
     Args:
         paths: Files and folders.
-        out: The output folder. Files below it are left out if it is inside one of `paths`.
+        out: The output folder, if there is one. Files below it are left out if it is inside one of `paths`.
 
     Attributes:
         found: The image files.
@@ -46,7 +46,7 @@ class Inputs:
         UserError: A path does not exist, or a folder has no images.
     """
 
-    def __init__(self, paths: Sequence[Path], out: Path):
+    def __init__(self, paths: Sequence[Path], out: Path | None):
         self.found: list[Input] = []
         self.unread: list[Path] = []
         self.failed: list[Path] = []
@@ -66,8 +66,8 @@ class Inputs:
             self.found += [Input(file, _unique(name, taken, folders)) for file, name in found]
             self.total += len(found)
 
-    def _below(self, folder: Path, out: Path) -> list[Path]:
-        files, target = [], os.path.realpath(out)
+    def _below(self, folder: Path, out: Path | None) -> list[Path]:
+        files, target = [], os.path.realpath(out) if out else None
         for root, folders, names in os.walk(folder, onerror=self._leave_out_folder):
             folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) != target]
             files += [Path(root, name) for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
@@ -137,7 +137,11 @@ def open_input(path: Path, channels: int, max_pixels: int) -> Image.Image:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise images.ImageError("it is not a regular file")
-    image = images.open_image(path, channels, max_pixels)
+    return checked_shape(images.open_image(path, channels, max_pixels))
+
+
+def checked_shape(image: Image.Image) -> Image.Image:
+    """Return `image`, or raise ImageError if it is too narrow."""
     if max(image.size) > _MOST_NARROW * min(image.size):
         size = f"{image.width}x{image.height}"
         raise images.ImageError(f"{size} pixels: one side is more than {_MOST_NARROW} times as long as the other")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -12,10 +13,18 @@ _errors = Console(stderr=True)
 log = logging.getLogger("zoo")
 
 
+def shows_bars() -> bool:
+    """Whether the console shows progress bars: on a terminal, and in a notebook that has widgets, which rich needs."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
 class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         target = _errors if record.levelno >= logging.ERROR else console
-        target.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        if target.is_jupyter:  # where rich makes an HTML block of every line
+            print(self.format(record), file=target.file)
+        else:
+            target.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 def start_log(folder: Path | None, primary: bool) -> None:

@@ -12,12 +12,19 @@ if TYPE_CHECKING:
 
 
 def new_figure(**settings: Any) -> Figure:
-    """A Matplotlib figure that draws names literally: dollar signs in them do not start formulas."""
+    """A Matplotlib figure whose `savefig` draws names literally: dollar signs in them do not start formulas."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
-    matplotlib.rcParams["text.parse_math"] = False
-    return Figure(layout="constrained", **settings)
+    class Literal(Figure):
+        def savefig(self, *args: Any, **kwargs: Any) -> None:
+            for text in self.findobj(Text):
+                text.set_parse_math(False)
+            with matplotlib.rc_context({"text.parse_math": False}):  # for labels that are made while it is drawn
+                super().savefig(*args, **kwargs)
+
+    return Literal(layout="constrained", **settings)
 
 
 def plot_curves(path: Path, history: list[dict[str, Any]], title: str, scores: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from rich import progress as rich_progress
 
-from zoo.recipes.logs import console, log
+from zoo.recipes.logs import console, log, shows_bars
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class Progress:
             rich_progress.TextColumn("{task.fields[note]}"),
             console=console,
             transient=True,
-            disable=not (shown and console.is_terminal),
+            disable=not (shown and shows_bars()),
         )
         self.task: Any = None
         self.title = ""
@@ -108,7 +108,7 @@ def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    bar = rich_progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    bar = rich_progress.Progress(*columns, console=console, transient=True, disable=not shows_bars())
     task, start, shown = bar.add_task(description, total=total), time.monotonic(), False
     try:
         for number, item in enumerate(items):

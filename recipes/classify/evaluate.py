@@ -26,7 +26,10 @@ from zoo.recipes.run_weights import load_model
 
 
 def evaluate(
-    cfg: DictConfig, overridden: Sequence[str], write_report: Callable[[Path], Any] | None = None
+    cfg: DictConfig,
+    overridden: Sequence[str],
+    write_report: Callable[[Path], Any] | None = None,
+    on_result: Callable[[Evaluation], Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate what `cfg` names, print and write the figures, and return them.
 
@@ -36,6 +39,7 @@ def evaluate(
         cfg: The composed configuration.
         overridden: The keys and groups that the user set; others come from the run, if one is named.
         write_report: Writes the report into the output folder; None for no report.
+        on_result: Called with the labels and predictions of the images.
 
     Raises:
         UserError: The user can correct the cause; the message says how.
@@ -65,6 +69,8 @@ def evaluate(
     if distributed.rank() == 0:
         run_folder.warn_unwritable(folder)
     result = _evaluate(cfg, model.to(device), data, device, limits)
+    if on_result:
+        on_result(result)
     summary = {
         "task": cfg.task,
         "model": cfg.model,

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.cells import cell_len
@@ -26,9 +25,11 @@ from zoo.recipes.classify.data import build_transform
 from zoo.recipes.classify.evaluate import from_run
 from zoo.recipes.classify.model import input_config
 from zoo.recipes.classify.train_state import autocast
+from zoo.recipes.given_images import GivenImages
 from zoo.recipes.inputs import Input, Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.results import Prediction
 from zoo.recipes.run_weights import prediction_config
 from zoo.recipes.subsets import evenly_spread
 
@@ -60,62 +61,107 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
     Raises:
         UserError: The user can correct the cause; or, at the end, images were left out.
     """
-    if settings.score is not None:
-        raise UserError(
-            f"score={settings.score} is for detectors, but {settings.run} is a classifier's run: leave it out."
-        )
     inputs.protect(out / name for name in NAMES)
-    model, cfg, classes, weights = from_run(*prediction_config(settings))
-    device = distributed.setup(settings.device)
+    classifier = _Classifier(settings)
     run_folder.make_folder(out, None)
-    data_config = input_config(model, cfg.data)
-    transform = build_transform(None, data_config)
-    normalize = Normalize(data_config, device, cfg.trainer.channels_last)
-    model = model.to(device).eval()
-    if cfg.trainer.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-
-    limits = multi_label.thresholds(cfg, classes) if cfg.data.multi_label else None
-    if limits is None:
-        multi_label.refuse_threshold(cfg)
-
-    @torch.no_grad()
-    def run(batch: list[torch.Tensor]) -> torch.Tensor:
-        """The probabilities (B, classes) of images (C, H, W), uint8."""
-        with autocast(cfg.trainer.amp, device):
-            logits = model(normalize(torch.stack(batch))).float()
-        return (logits.softmax(1) if limits is None else logits.sigmoid()).cpu()
-
+    cfg, classes = classifier.cfg, classifier.classes
     pictured = set(evenly_spread(inputs.found, _MOST_PICTURES))
     predictions: list[_Prediction] = []
+
+    def thumbnail(item: Input, image: Image.Image) -> Image.Image | None:
+        return _thumbnail(image) if item in pictured else None
+
     try:
         with Progress(True) as bar:
             bar.start_evaluation(len(inputs.found))
-            read = inputs.read(data_config["input_size"][0], cfg.data.max_pixels, bar.advance_evaluation)
-            for batch in _batches(_prepared(read, transform, pictured, inputs), cfg.trainer.batch_size):
-                predictions += _classify(batch, run, classes, limits, inputs)
+            read = inputs.read(classifier.channels, cfg.data.max_pixels, bar.advance_evaluation)
+            prepared = _prepared(read, classifier.transform, thumbnail, inputs.fail)
+            for batch in _batches(prepared, cfg.trainer.batch_size):
+                predictions += _classify(batch, classifier, inputs)
     finally:
-        _write(out, predictions, inputs, classes, {"run": settings.run, "model": cfg.model, "weights": weights})
+        about = {"run": settings.run, "model": cfg.model, "weights": classifier.weights}
+        _write(out, predictions, inputs, classes, about)
     _print(predictions)
     log.info("%d images%s. Written to %s", len(predictions), _summary(predictions), shown(out))
     inputs.conclude()
 
 
-Prepared = tuple[Input, torch.Tensor, Image.Image | None]
+def results(settings: Any, given: GivenImages) -> list[Prediction]:
+    """The predictions of the model of a run for the images of a program, in their order.
+
+    Args:
+        settings: A `PredictConfig`.
+        given: The images.
+
+    Raises:
+        UserError: The user can correct the cause.
+    """
+    classifier = _Classifier(settings)
+    classes, limits, found = classifier.classes, classifier.limits, []
+    with Progress(True) as bar:
+        bar.start_evaluation(len(given.found))
+        read = given.read(classifier.channels, classifier.cfg.data.max_pixels, bar.advance_evaluation)
+        prepared = _prepared(read, classifier.transform, lambda _, image: image.size, given.fail)
+        for batch in _batches(prepared, classifier.cfg.trainer.batch_size):
+            for (source, _, (width, height)), row in _rows(batch, classifier, given.fail):
+                scores, order = row.sort(descending=True, stable=True)
+                names = [classes[label] for label in order.tolist()]
+                chosen = None if limits is None else scores.numpy() >= limits[order.numpy()]
+                found.append(Prediction(source, (height, width), names, scores.numpy(), chosen=chosen))
+    return found
+
+
+class _Classifier:
+    """The model of a run, which maps transformed images to probabilities.
+
+    Args:
+        settings: A `PredictConfig`.
+
+    Raises:
+        UserError: The user can correct the cause.
+    """
+
+    def __init__(self, settings: Any):
+        if settings.score is not None:
+            raise UserError(
+                f"score={settings.score} is for detectors, but {settings.run} is a classifier's run: leave it out."
+            )
+        model, self.cfg, self.classes, self.weights = from_run(*prediction_config(settings))
+        self.limits = multi_label.thresholds(self.cfg, self.classes) if self.cfg.data.multi_label else None
+        if self.limits is None:
+            multi_label.refuse_threshold(self.cfg)
+        self.device = distributed.setup(settings.device)
+        data_config, channels_last = input_config(model, self.cfg.data), self.cfg.trainer.channels_last
+        self.channels = data_config["input_size"][0]
+        self.transform = build_transform(None, data_config)
+        self.normalize = Normalize(data_config, self.device, channels_last)
+        self.model = model.to(self.device).eval()
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def __call__(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        """The probabilities (B, classes) of images (C, H, W), uint8."""
+        with autocast(self.cfg.trainer.amp, self.device):
+            logits = self.model(self.normalize(torch.stack(batch))).float()
+        return (logits.softmax(1) if self.limits is None else logits.sigmoid()).cpu()
+
+
+Prepared = tuple[Any, torch.Tensor, Any]
+Fail = Callable[[Any, Exception], None]
 
 
 def _prepared(
-    read: Iterable[tuple[Input, Image.Image]], transform: Callable, pictured: set[Input], inputs: Inputs
+    read: Iterable[tuple[Any, Image.Image]], transform: Callable, keep: Callable[[Any, Image.Image], Any], fail: Fail
 ) -> Iterator[Prepared]:
-    """Yield each image transformed for the model, with a thumbnail if it is drawn."""
+    """Yield each image transformed for the model, with what `keep` returns; `fail` is called where this fails."""
     for item, image in read:
         try:
-            pixels = torch.as_tensor(transform(image))
-            thumbnail = _thumbnail(image) if item in pictured else None
+            prepared = item, torch.as_tensor(transform(image)), keep(item, image)
         except Exception as error:  # Pillow's, if memory runs out
-            inputs.fail(item, error)
+            fail(item, error)
         else:
-            yield item, pixels, thumbnail
+            yield prepared
 
 
 def _batches(items: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
@@ -129,26 +175,27 @@ def _batches(items: Iterable[Prepared], size: int) -> Iterator[list[Prepared]]:
         yield batch
 
 
-def _classify(
-    batch: list[Prepared],
-    run: Callable[[list[torch.Tensor]], torch.Tensor],
-    classes: Sequence[str],
-    limits: np.ndarray | None,
-    inputs: Inputs,
-) -> Iterator[_Prediction]:
+def _rows(batch: list[Prepared], classifier: _Classifier, fail: Fail) -> Iterator[tuple[Prepared, torch.Tensor]]:
+    """The items of a batch, each with its probabilities; `fail` is called with an image that has none."""
     try:
-        probabilities = run([pixels for _, pixels, _ in batch])
+        probabilities = classifier([pixels for _, pixels, _ in batch])
     except Exception as error:  # models can raise any error
         if len(batch) == 1:
-            inputs.fail(batch[0][0], error)
+            fail(batch[0][0], error)
         else:  # one image is the cause, or the batch does not fit in memory
             for one in batch:
-                yield from _classify([one], run, classes, limits, inputs)
+                yield from _rows([one], classifier, fail)
         return
-    for (item, _, thumbnail), row in zip(batch, probabilities, strict=True):
-        if not row.isfinite().all():
-            inputs.fail(item, ValueError("its scores are not finite"))
-            continue
+    for item, row in zip(batch, probabilities, strict=True):
+        if row.isfinite().all():
+            yield item, row
+        else:
+            fail(item[0], ValueError("its scores are not finite"))
+
+
+def _classify(batch: list[Prepared], classifier: _Classifier, inputs: Inputs) -> Iterator[_Prediction]:
+    classes, limits = classifier.classes, classifier.limits
+    for (item, _, thumbnail), row in _rows(batch, classifier, inputs.fail):
         # All classes can be among the labels.
         values, order = row.topk(min(_TOP, len(classes)) if limits is None else len(classes))
         named = [(as_text(classes[i]), round(p, 6)) for i, p in zip(order.tolist(), values.tolist(), strict=True)]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from timm.utils import unwrap_model
 from torch.utils.data import Dataset
 
 from zoo import freezing
@@ -41,6 +42,7 @@ from zoo.recipes.classify.data import (
 from zoo.recipes.classify.model import build_model, input_config, write_description
 from zoo.recipes.classify.train_state import TrainState, autocast
 from zoo.recipes.corrupt import CorruptImages
+from zoo.recipes.hooks import Hooks
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 from zoo.recipes.run_weights import save_weights
@@ -48,7 +50,10 @@ from zoo.recipes.seeding import seed_all
 
 
 def train(
-    cfg: DictConfig, write_report: Callable[[Path], Any] | None = None, resume_command: str | None = None
+    cfg: DictConfig,
+    write_report: Callable[[Path], Any] | None = None,
+    resume_command: str | None = None,
+    hooks: Hooks | None = None,
 ) -> dict[str, Any]:
     """Train as `cfg` says and return the content of `summary.json`.
 
@@ -56,6 +61,7 @@ def train(
         cfg: The configuration.
         write_report: Writes the report into the run folder when the run ends; None for no report.
         resume_command: The command that continues the run, if it is not the command of this process.
+        hooks: Functions of the calling program.
 
     Raises:
         UserError: The user can correct the cause; the message says how.
@@ -69,7 +75,7 @@ def train(
     if cfg.data.name == "csv":
         cfg.data.multi_label = data.multi_label  # for other commands, which may read other files
     with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
-        return ClassifyRun(cfg, data, device, folder, write_report, resume_command).run()
+        return ClassifyRun(cfg, data, device, folder, write_report, resume_command, hooks).run()
 
 
 class ClassifyRun(BaseRun):
@@ -83,9 +89,10 @@ class ClassifyRun(BaseRun):
         folder: Path,
         write_report: Callable[[Path], Any] | None = None,
         resume_command: str | None = None,
+        hooks: Hooks | None = None,
     ):
         cfg, lowered = distributed.fit_batch_size(cfg, _count(data.train, data.train_indices))
-        super().__init__(cfg, device, folder, write_report, resume_command)
+        super().__init__(cfg, device, folder, write_report, resume_command, hooks)
         self.notes += lowered
         self.data = data
         if data.multi_label:
@@ -212,11 +219,18 @@ class ClassifyRun(BaseRun):
         """Whether the training has its full length."""
         return self.progress["epoch"] >= self.epochs
 
+    def trained(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """The model in training, without a wrapper, and its optimizer."""
+        return unwrap_model(self.train_state.task.trainable_module), self.train_state.optimizer
+
+    def total_updates(self) -> int:
+        """The updates of the whole run."""
+        return min(self.epochs * self.updates_per_epoch, self.cfg.trainer.max_updates or sys.maxsize)
+
     def train(self) -> None:
         """Train to the end."""
-        every, done, limit = self.cfg.log.every, self.progress["update"], self.cfg.trainer.max_updates
-        last = min(self.epochs * self.updates_per_epoch, limit or sys.maxsize)
-        self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, every, done, last)
+        every, done = self.cfg.log.every, self.progress["update"]
+        self.bar = Progress(self.primary, self.epochs, self.updates_per_epoch, every, done, self.total_updates())
         with self.bar:
             # An epoch that trainer.max_updates cut short is closed again, to evaluate it.
             while not self.is_over() and (self.progress["samples"] or not self.reached_max_updates()):
@@ -312,6 +326,7 @@ class ClassifyRun(BaseRun):
     def _update(self, batches: Iterator[Any]) -> None:
         """One step of the optimizer, on `accumulate` batches."""
         progress, tallies, training = self.progress, self.tallies, self.train_state
+        before = dict(tallies)
         self.times.begin()
         # A forward pass with non-finite values spoils not only the gradients but BatchNorm's running statistics too.
         buffers = list(training.task.trainable_module.buffers())
@@ -362,6 +377,10 @@ class ClassifyRun(BaseRun):
         lr = max(group["lr"] for group in training.optimizer.param_groups)
         self.bar.advance(note, lr, self.effective_batch)
         self.times.lap("rest")
+        seen = tallies["images"] - before["images"]
+        mean = (tallies["loss"] - before["loss"]) / seen if finite and seen else None
+        epoch = progress["epoch"] + progress["samples"] / (self.updates_per_epoch * self.effective_batch)
+        self.call_hook("after_update", epoch, {"loss": mean, "lr": lr})
 
     def _close_epoch(self, speed: float) -> None:
         cfg, progress = self.cfg, self.progress
@@ -384,26 +403,11 @@ class ClassifyRun(BaseRun):
             "step_seconds": self.times.take(),
         }
         if last or epoch % cfg.trainer.eval_every == 0:
-            self.bar.start_evaluation(None if self.data.val_indices is None else len(self.val_loader))
-            precision = autocast(cfg.trainer.amp, self.device)
-            model = self.train_state.eval_model()
-            given = (model, self.val_loader, self.normalize, precision)
-            result: Evaluation | multi_label.Evaluation
-            if self.data.multi_label:
-                result = multi_label.measure(*given, self.limits, self._after_evaluating_batch)
-            else:
-                result = measure(*given, self._after_evaluating_batch)
-            record |= {f"val_{name}": value for name, value in result.metrics.items() if name != "images"}
-            self.corrupt.note(result.corrupt)
-            if self.primary:
-                result.write_classes(self.folder, self.data.classes)
+            self._evaluate(record)
         self.corrupt.share()
         record |= {"corrupt_images": len(self.corrupt.names), "seconds": self.seconds()}
         self.history.append(record)
-        improved = record.get(f"val_{self.main}", -1.0) > self.best[self.main]
-        if improved:
-            self.best = {"epoch": epoch, self.main: record[f"val_{self.main}"]}
-            self._write_weights("best.safetensors")
+        improved = self._note_best(record)
         progress |= {"epoch": epoch, "samples": 0}
         progress["finished"] = last or self.is_over()
         if not cut:
@@ -411,6 +415,43 @@ class ClassifyRun(BaseRun):
         self.write_history()
         self.log_record(record)
         log.info("%s | %s | %.0f images/s", self.bar.title, self._line(record, improved), speed)
+        self._call_hooks(record)
+
+    def _evaluate(self, record: dict[str, Any]) -> None:
+        """Evaluate the model, and add the figures to the record of the epoch."""
+        self.bar.start_evaluation(None if self.data.val_indices is None else len(self.val_loader))
+        precision = autocast(self.cfg.trainer.amp, self.device)
+        model = self.train_state.eval_model()
+        given = (model, self.val_loader, self.normalize, precision)
+        result: Evaluation | multi_label.Evaluation
+        if self.data.multi_label:
+            result = multi_label.measure(*given, self.limits, self._after_evaluating_batch)
+        else:
+            result = measure(*given, self._after_evaluating_batch)
+        record |= {f"val_{name}": value for name, value in result.metrics.items() if name != "images"}
+        self.corrupt.note(result.corrupt)
+        if self.primary:
+            result.write_classes(self.folder, self.data.classes)
+
+    def _note_best(self, record: dict[str, Any]) -> bool:
+        """Keep the weights if the epoch is the best so far, and return whether it is."""
+        improved = record.get(f"val_{self.main}", -1.0) > self.best[self.main]
+        if improved:
+            self.best = {"epoch": record["epoch"], self.main: record[f"val_{self.main}"]}
+            self._write_weights("best.safetensors")
+        return improved
+
+    def _call_hooks(self, record: dict[str, Any]) -> None:
+        """Call the hooks at the end of an epoch. If they stop the training, the epoch gets the evaluation it lacks."""
+        if "val_loss" in record:
+            self.call_hook("after_evaluation", record["epoch"], record)
+        self.call_hook("after_epoch", record["epoch"], record)
+        if self.stop_requested and "val_loss" not in record:
+            self._evaluate(record)
+            self._note_best(record)
+            self.save()
+            self.write_history()
+            self.call_hook("after_evaluation", record["epoch"], record)
 
     def _line(self, record: dict[str, Any], improved: bool) -> str:
         """The log line for an epoch."""

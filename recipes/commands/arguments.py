@@ -24,13 +24,10 @@ def keys_of(schema: type) -> list[str]:
     return [item.name for item in fields(schema) if item.name != "overrides"]
 
 
-def parse(
-    command: str, schema: type, words: Sequence[str], mappings: Sequence[str] = ()
-) -> tuple[Any, list[Path], Path]:
+def parse(schema: type, words: Sequence[str], mappings: Sequence[str] = ()) -> tuple[Any, list[Path], Path]:
     """Parse the arguments of a command line into settings, images (files and folders) and the output folder.
 
     Args:
-        command: The name of the command, for messages.
         schema: The dataclass of its settings, with a field `overrides` for the keys of `EvalConfig`.
         words: The arguments.
         mappings: Keys without a dot that are keys of `EvalConfig`, and mappings.
@@ -38,13 +35,26 @@ def parse(
     Raises:
         UserError: An argument can't be used; the message says why.
     """
-    cfg, paths, keys = OmegaConf.structured(schema), [], keys_of(schema)
+    keys, paths = [], []
     for word in words:
-        key, _, value = word.partition("=")
+        key = word.partition("=")[0]
         if "=" not in word or os.path.lexists(word) or not all(part.isidentifier() for part in key.split(".")):
             paths.append(Path(word))
-        elif "." in key or key in mappings:
-            cfg.overrides[key] = _value(command, word)
+        else:
+            keys.append(word)
+    cfg = settings(schema, keys, mappings)
+    if len(paths) < 2:
+        raise UserError("give the images (files or folders) and then the output folder.")
+    return cfg, paths[:-1], paths[-1]
+
+
+def settings(schema: type, words: Sequence[str], mappings: Sequence[str] = ()) -> Any:
+    """The settings that the arguments `words`, all of the form key=value, give. See `parse`."""
+    cfg, keys = OmegaConf.structured(schema), keys_of(schema)
+    for word in words:
+        key, _, value = word.partition("=")
+        if "." in key or key in mappings:
+            cfg.overrides[key] = _value(word)
         elif key in keys:
             try:
                 cfg[key] = None if value == "null" else cli.home(value)
@@ -57,21 +67,19 @@ def parse(
                 f"there is no key {key!r}{hint} There are {', '.join(keys)}, and those with a dot that --help lists; "
                 f"for a file, write ./{word}."
             )
-    if len(paths) < 2:
-        raise UserError("give the images (files or folders) and then the output folder.")
     if cfg.checkpoint not in ("last", "best"):
         raise UserError(f"checkpoint={cfg.checkpoint} is not allowed: it has to be last or best.")
-    return cfg, paths[:-1], paths[-1]
+    return cfg
 
 
-def _value(command: str, word: str) -> Any:
+def _value(word: str) -> Any:
     """The value of an argument such as eval.window=[512,512], which is checked as by `zoo-eval`."""
     with suppress(OverrideParseException):  # reported below
         [override] = OverridesParser.create().parse_overrides([word])
         if override.is_sweep_override():
             key, _, value = word.partition("=")
             raise UserError(f"{word} gives several values: for a list, write {key}=[{value}].")
-    cli.check_overrides(command, EvalConfig, [word])
+    cli.checked_overrides(EvalConfig, [word])
     return override.value()
 
 

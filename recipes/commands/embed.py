@@ -82,7 +82,7 @@ def parse(words: list[str]) -> tuple[EmbedConfig, list[Path], Path]:
     Raises:
         UserError: An argument can't be used; the message says why.
     """
-    cfg, paths, out = arguments.parse("zoo-embed", EmbedConfig, words, mappings=("model_kwargs",))
+    cfg, paths, out = arguments.parse(EmbedConfig, words, mappings=("model_kwargs",))
     if str(cfg.pretrained).lower() in ("true", "false"):
         cfg.pretrained = str(cfg.pretrained).lower() == "true"
     for key, allowed in (("features", KINDS), ("format", FORMATS)):

@@ -22,7 +22,7 @@ Files that can't be read as images are logged and left out; the command then end
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def main() -> None:
         logs.start_log(None, True)
         logs.console.on_broken_pipe = discard_output  # the files are written even if nothing reads the output
         name = reading.load_config(Path(cfg.run)).get("task", "classify")
-        _check_effect(cfg.overrides, name)
+        check_effect(cfg.overrides, name)
         tasks.load(name, "predict").predict(cfg, inputs, out)
 
 
@@ -88,15 +88,28 @@ def parse(words: list[str]) -> tuple[PredictConfig, list[Path], Path]:
     Raises:
         UserError: An argument can't be used; the message says why.
     """
-    cfg, paths, out = arguments.parse("zoo-predict", PredictConfig, words, mappings=("mm",))
+    cfg, paths, out = arguments.parse(PredictConfig, words, mappings=("mm",))
+    return _checked(cfg), paths, out
+
+
+def settings(words: Sequence[str]) -> PredictConfig:
+    """The settings that the arguments key=value give.
+
+    Raises:
+        UserError: An argument can't be used; the message says why.
+    """
+    return _checked(arguments.settings(PredictConfig, words, mappings=("mm",)))
+
+
+def _checked(cfg: PredictConfig) -> PredictConfig:
     if not cfg.run:
         raise UserError("run is not set: give the folder of a run, run=runs/<folder>.")
     if cfg.score is not None and not 0 <= cfg.score <= 1:
         raise UserError(f"score={cfg.score} is not allowed: it has to be between 0 and 1.")
-    return cfg, paths, out
+    return cfg
 
 
-def _check_effect(overrides: Iterable[str], task: str) -> None:
+def check_effect(overrides: Iterable[str], task: str) -> None:
     """Refuse keys that do not affect predictions.
 
     Raises:

@@ -18,9 +18,11 @@ from zoo.recipes import atomic_files, distributed, run_folder
 from zoo.recipes.dense import evaluate, pictures, views
 from zoo.recipes.dense.panoptic_quality import extent, found_segments
 from zoo.recipes.dense.pipelines import pipelines
+from zoo.recipes.given_images import GivenImages
 from zoo.recipes.inputs import Inputs, as_text, shown
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.results import Prediction
 from zoo.recipes.run_weights import prediction_config
 from zoo.recipes.segment_ids import to_rgb
 
@@ -37,24 +39,18 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         UserError: The user can correct the cause; or, at the end, images were left out.
     """
     inputs.protect(target for item in inputs.found for target in (_picture(out, item.name), _labels(out, item.name)))
-    model, cfg, classes, _ = evaluate.from_run(*prediction_config(settings))
-    device = distributed.setup(settings.device)
-    model = model.to(device).eval()
+    predictor = _Predictor(settings)
+    cfg, classes = predictor.cfg, predictor.classes
     run_folder.make_folder(out, None)
-    pipeline = Compose(views.without_loading(pipelines(cfg, False)[1]))
     for line in views.describe(cfg):
         log.info("%s", line)
-    written = _Written(cfg, out, classes, pictures.SCORE if settings.score is None else settings.score)
+    written = _Written(cfg, out, classes, predictor.score)
     try:
         with Progress(True) as bar:
             bar.start_evaluation(len(inputs.found))
             for item, image in inputs.read(3, cfg.data.max_pixels, bar.advance_evaluation):
-                # mmcv's readers return BGR, which the models convert.
-                data = {"img": np.asarray(image)[..., ::-1], "img_path": str(item.path), "img_id": len(written.images),
-                        "ori_shape": image.size[::-1], "img_shape": image.size[::-1]}  # fmt: skip
                 try:
-                    with torch.no_grad():
-                        [found] = model.test_step(pseudo_collate([pipeline(data)]))
+                    found = predictor(image, str(item.path), len(written.images))
                     picture = pictures.draw_sample(image, found, classes, written.score)
                 except Exception as error:  # mmdet and mmseg can raise any error; the other images follow
                     inputs.fail(item, error)
@@ -64,6 +60,79 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
         written.close()
     log.info("%d images: %s. Written to %s", len(written.images), written.summary(), shown(out))
     inputs.conclude()
+
+
+def results(settings: Any, given: GivenImages) -> list[Prediction]:
+    """The predictions of the model of a run for the images of a program, in their order.
+
+    Args:
+        settings: A `PredictConfig`.
+        given: The images.
+
+    Raises:
+        UserError: The user can correct the cause.
+    """
+    predictor, found = _Predictor(settings), []
+    with Progress(True) as bar:
+        bar.start_evaluation(len(given.found))
+        for number, (source, image) in enumerate(given.read(3, predictor.cfg.data.max_pixels, bar.advance_evaluation)):
+            try:
+                sample = predictor(image, str(source), number)
+            except Exception as error:  # mmdet and mmseg can raise any error
+                given.fail(source, error)
+            else:
+                found.append(predictor.result(source, image, sample))
+    return found
+
+
+class _Predictor:
+    """The model of a run, which maps images to the samples of mmdet or mmseg.
+
+    Args:
+        settings: A `PredictConfig`.
+
+    Raises:
+        UserError: The user can correct the cause.
+    """
+
+    def __init__(self, settings: Any):
+        model, self.cfg, self.classes, _ = evaluate.from_run(*prediction_config(settings))
+        self.model = model.to(distributed.setup(settings.device)).eval()
+        self.pipeline = Compose(views.without_loading(pipelines(self.cfg, False)[1]))
+        self.score = pictures.SCORE if settings.score is None else settings.score
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, path: str, number: int) -> Any:
+        """The sample with the predictions for an image."""
+        # mmcv's readers return BGR, which the models convert.
+        data = {"img": np.asarray(image)[..., ::-1], "img_path": path, "img_id": number,
+                "ori_shape": image.size[::-1], "img_shape": image.size[::-1]}  # fmt: skip
+        [found] = self.model.test_step(pseudo_collate([self.pipeline(data)]))
+        return found
+
+    def result(self, source: Path | int, image: Image.Image, sample: Any) -> Prediction:
+        """The predictions in `sample` as a program gets them."""
+        size, classes = image.size[::-1], list(self.classes)
+        if self.cfg.task == "segment":
+            return Prediction(source, size, classes, labels=sample.pred_sem_seg.data[0].cpu().numpy().astype(np.int64))
+        if self.cfg.task == "panoptic":
+            ids, segments = found_segments(sample.pred_panoptic_seg.sem_seg[0].cpu().numpy(), len(classes))
+            labels = np.full(ids.shape, -1)
+            for position, key in enumerate(segments):
+                labels[ids == key] = position
+            boxes = np.array([extent(ids == key) for key in segments], dtype=np.float32).reshape(-1, 4)
+            names = [classes[segment.label] for segment in segments.values()]
+            return Prediction(source, size, names, boxes=boxes, labels=labels)
+        objects = sample.pred_instances
+        objects = objects[objects.scores >= self.score].cpu()
+        objects = objects[objects.scores.argsort(descending=True, stable=True)]
+        masks = None
+        if "masks" in objects:
+            empty = np.zeros((0, *size), dtype=bool)
+            masks = np.stack([pictures.as_mask(mask).numpy() for mask in objects.masks]) if len(objects) else empty
+        names = [classes[label] for label in objects.labels.tolist()]
+        scores, boxes = objects.scores.float().numpy(), objects.bboxes.float().numpy()
+        return Prediction(source, size, names, scores, boxes, masks)
 
 
 def _picture(out: Path, name: Path) -> Path:

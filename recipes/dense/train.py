@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 from timm.utils import ModelEmaV3
 
 from zoo.opening import check_name
-from zoo.recipes import atomic_files, distributed, logs, records, run_checkpoints, run_folder
+from zoo.recipes import atomic_files, composition, distributed, logs, records, run_checkpoints, run_folder
 from zoo.recipes.base_run import BaseRun, command_to_resume, of_few
 from zoo.recipes.classify.train import train as classify
 from zoo.recipes.corrupt import CorruptImages, worker_errors
@@ -37,18 +36,22 @@ from zoo.recipes.dense.runner import make_runner, mm_errors, runner_config
 from zoo.recipes.dense.scores import SCORES, panoptic_table, score_title, scores
 from zoo.recipes.dense.settings import check, learning_rate, run_length
 from zoo.recipes.dense.transforms import corrupt_names
+from zoo.recipes.hooks import Hooks
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
 from zoo.recipes.run_weights import save_weights
 from zoo.recipes.seeding import seed_all
 
 
-def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) -> dict[str, Any]:
+def train(
+    cfg: DictConfig, write_report: Callable[[Path], Any] | None = None, hooks: Hooks | None = None
+) -> dict[str, Any]:
     """Train as `cfg` says and return the content of `summary.json`.
 
     Args:
         cfg: The configuration.
         write_report: Writes the report into the run folder when the run ends; None for no report.
+        hooks: Functions of the calling program.
 
     Raises:
         UserError: The user can correct the cause; the message says how.
@@ -65,7 +68,7 @@ def train(cfg: DictConfig, write_report: Callable[[Path], Any] | None = None) ->
     with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
         if cfg.dense.digits_first and not cfg.pretrained:
             cfg = OmegaConf.merge(cfg, {"pretrained": _digits_first(cfg, folder, write_report)})
-        return DenseRun(cfg, data, device, folder, write_report).run()
+        return DenseRun(cfg, data, device, folder, write_report, hooks).run()
 
 
 def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], Any] | None) -> str:
@@ -73,7 +76,7 @@ def _digits_first(cfg: DictConfig, folder: Path, write_report: Callable[[Path], 
     backbone = folder / "backbone"
     if distributed.share(run_checkpoints.has_checkpoint(folder)):
         return str(backbone)
-    first = compose("config", ["data=digit_crops"])
+    first = composition.compose("config", ["data=digit_crops"])
     for key in ("model", "model_kwargs", "resume", "seed", "data.root", "trainer.device", "trainer.max_updates"):
         OmegaConf.update(first, key, OmegaConf.select(cfg, key), force_add=True)
     if cfg.task == "panoptic":
@@ -96,9 +99,10 @@ class DenseRun(BaseRun):
         device: torch.device,
         folder: Path,
         write_report: Callable[[Path], Any] | None = None,
+        hooks: Hooks | None = None,
     ):
         cfg, lowered = distributed.fit_batch_size(cfg, data.train.num_images)
-        super().__init__(cfg, device, folder, write_report)
+        super().__init__(cfg, device, folder, write_report, hooks=hooks)
         self.notes += lowered
         self.data = data
         self.length = run_length(cfg, data.train.num_images)
@@ -223,6 +227,22 @@ class DenseRun(BaseRun):
         """Whether the training has its full length."""
         return self.progress["update"] >= self.last
 
+    def trained(self) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        """The model in training, without a wrapper, and its optimizer."""
+        return self.model, self.runner.optim_wrapper.optimizer
+
+    def total_updates(self) -> int:
+        """The updates of the whole run."""
+        return self.last
+
+    def call_hook(self, name: str, epoch: float, metrics: dict[str, Any]) -> None:
+        """Call a hook of the calling program; if it stops the training, this update is the last one."""
+        super().call_hook(name, epoch, metrics)
+        if self.stop_requested:
+            self.last = self.progress["update"]
+            # MMEngine evaluates after this iteration, unless it just did.
+            self.runner.train_loop._max_iters = self.last * self.length.accumulate
+
     def train(self) -> None:
         """Train to the end."""
         settings = runner_config(self.cfg, self.data, self.length, self.folder / "mmengine", self.device)
@@ -269,7 +289,8 @@ class DenseRun(BaseRun):
             "corrupt_images": len(self.corrupt.names),
             "seconds": self.seconds(),
         }
-        if self.history and self.history[-1]["update"] == update:
+        again = bool(self.history) and self.history[-1]["update"] == update
+        if again:
             record = {**self.history.pop(), **record}  # the epoch has a record already, and this adds its evaluation
         self.history.append(record)
         main = self.main_score(record)
@@ -292,6 +313,10 @@ class DenseRun(BaseRun):
             figures = ", ".join(f"{score_title(name)} {value:.1f}" for name, value in scores(metrics).items())
             parts.append(f"{figures}{of_few(self.val_images())}{' (best)' if improved else ''}")
         log.info("update %d/%d | %s", update, self.last, " | ".join(parts))
+        if metrics is not None:
+            self.call_hook("after_evaluation", record["epoch"], record)
+        if not again and (not rest or self.is_complete()):
+            self.call_hook("after_epoch", record["epoch"], record)
 
     def curves(self) -> tuple[str, dict[str, str]]:
         """The title of the plotted curves, and the titles of the plotted scores by name."""
@@ -370,6 +395,7 @@ class _ProgressHook(Hook):
     def __init__(self, run: DenseRun):
         self.run = run
         self.sums: dict[str, float] = defaultdict(float)
+        self.before: dict[str, float] = defaultdict(float)  # the sums before this update
         self.count = 0
         self.speed: float | None = None
 
@@ -406,6 +432,7 @@ class _ProgressHook(Hook):
             run.progress["skipped"] = run.progress.get("skipped", 0) + 1
             run.note_nonfinite()
         run.bar.advance(f"loss {self.sums['loss'] / self.count:.3f}", lr, run.effective_batch)
+        self._call_hook(lr)
         run.seed()
         run.times.lap("rest")
         update = run.progress["update"]
@@ -434,9 +461,16 @@ class _ProgressHook(Hook):
         if self.run.ema:
             runner.model = self.trained
         self._close(self.speed, metrics)
-        runner.train_loop.stop_training = self.run.out_of_patience()
+        runner.train_loop.stop_training = self.run.out_of_patience() or self.run.stop_requested
         self.run.bar.start("training", self.run.progress["update"])
         self.run.times.restart()  # the evaluation is not part of the next update
+
+    def _call_hook(self, lr: float) -> None:
+        run, stepped = self.run, self.run.runner.optim_wrapper.stepped
+        means = {name: (value - self.before[name]) / run.length.accumulate for name, value in self.sums.items()}
+        self.before = self.sums.copy()
+        losses = means if stepped else dict.fromkeys(means)
+        run.call_hook("after_update", run.progress["update"] / run.length.per_epoch, {**losses, "lr": lr})
 
     def _speed(self) -> float | None:
         images = self.count * self.run.effective_batch / self.run.length.accumulate
@@ -445,6 +479,7 @@ class _ProgressHook(Hook):
     def _close(self, speed: float | None, metrics: dict[str, Any] | None) -> None:
         losses = {name: value / self.count for name, value in self.sums.items()} if self.count else {}
         self.sums.clear()
+        self.before.clear()
         self.count = 0
         self.run.close_epoch(losses, speed, metrics)
 

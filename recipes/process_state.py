@@ -1,0 +1,68 @@
+"""What a run changes in its process, for programs that go on afterwards."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """At the end of this context, restore what training and evaluation change in the process.
+
+    These are the states of all random generators, torch's choice of deterministic kernels, the handlers of the log, the
+    way in which processes are started, and the process group, if there was none before.
+    """
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+
+    cuda, cudnn = torch.cuda.is_available(), torch.backends.cudnn
+    generators = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
+    on_gpus = torch.cuda.get_rng_state_all() if cuda else []
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    kernels = cudnn.deterministic, cudnn.benchmark
+    start_method = multiprocessing.get_start_method(allow_none=True)
+    threads = opencv.getNumThreads() if (opencv := _opencv()) else None
+    grouped = dist.is_initialized()
+    try:
+        with _log_kept():
+            yield
+    finally:
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])  # noqa: NPY002
+        torch.set_rng_state(generators[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(on_gpus)
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        cudnn.deterministic, cudnn.benchmark = kernels
+        multiprocessing.set_start_method(start_method, force=True)
+        if opencv := _opencv():
+            opencv.setNumThreads(-1 if threads is None else threads)  # -1 is OpenCV's default
+        if dist.is_initialized() and not grouped:
+            dist.destroy_process_group()
+
+
+def _opencv() -> Any:
+    """OpenCV, whose threads MMEngine turns off; None if nothing has imported it."""
+    return sys.modules.get("cv2")
+
+
+@contextmanager
+def _log_kept() -> Iterator[None]:
+    log = logging.getLogger("zoo")
+    before, level, propagate = log.handlers[:], log.level, log.propagate
+    log.handlers.clear()  # a run closes those that it finds
+    try:
+        yield
+    finally:
+        for handler in log.handlers:
+            handler.close()
+        log.handlers[:] = before
+        log.setLevel(level)
+        log.propagate = propagate
