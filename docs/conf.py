@@ -36,6 +36,7 @@ SITE_ONLY = {
 :hidden:
 :caption: Guides
 guides/fine-tune
+guides/evaluate
 guides/coco
 guides/data
 guides/panoptic

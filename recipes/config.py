@@ -581,6 +581,18 @@ class EvalConfig(Config):
     run: str | None = option(None, "run folder of the model to evaluate")
     checkpoint: str = option("last", "checkpoint of a run folder: last or best", OneOf(("last", "best")))
     per_class: bool = option(False, "print and write per-class accuracies")
+    robustness: str = option(
+        "none",
+        "robustness of a classifier: none, or corruptions (also evaluate on images with noise, blur, fog, ...)",
+        OneOf(("none", "corruptions")),
+    )
+    corruptions: list[str] | None = option(None, "names of the corruptions for robustness=corruptions; all if null")
+    severities: list[int] = option(
+        lambda: [1, 2, 3, 4, 5],
+        "severities of the corruptions",
+        Between(1, 5, numbers="a list of numbers,"),
+        aliases=("severity",),
+    )
     out: str | None = option(None, "output folder; <run>/eval or runs/eval-<date>-<model> if null")
 
 
@@ -659,6 +671,13 @@ def check(cfg: Config) -> None:
                 raise UserError(
                     f"{key}={value} has no effect with task={cfg.task}: it is for classifiers; leave it out."
                 )
+    if "robustness" in cfg:
+        if cfg.robustness != "none" and cfg.task != "classify":
+            raise UserError(f"robustness={cfg.robustness} is for task=classify, not for task={cfg.task}: leave it out.")
+        for item in fields(EvalConfig):
+            of_corruptions = item.name in ("corruptions", "severities")
+            if of_corruptions and cfg.robustness != "corruptions" and cfg[item.name] != default_of(item):
+                raise UserError(f"{item.name}={cfg[item.name]} needs robustness=corruptions: add it.")
     if cfg.data.name == "unset":
         raise UserError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
                        "for example hfds/cifar10.")  # fmt: skip

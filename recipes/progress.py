@@ -87,9 +87,7 @@ class Progress:
             self.begun = time.monotonic()
             return ""
         self.here += 1
-        seconds = round((time.monotonic() - self.begun) / self.here * max(self.left, 0))
-        hours, minutes = divmod(seconds // 60, 60)
-        return f"  {hours}:{minutes:02d}:{seconds % 60:02d} left"
+        return _left((time.monotonic() - self.begun) / self.here * max(self.left, 0))
 
     def start_evaluation(self, batches: int | None) -> None:
         """Begin an evaluation of `batches` batches; None if their number is unknown."""
@@ -98,6 +96,13 @@ class Progress:
     def advance_evaluation(self) -> None:
         """Show that one batch is evaluated."""
         self.bar.advance(self.task)
+        if left := self.bar.tasks[-1].time_remaining:
+            self.bar.update(self.task, note=_left(left))
+
+
+def _left(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"  {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:

@@ -67,6 +67,32 @@ class Start(TypedDict, total=False):
     processes: int
 
 
+class _Calibration(TypedDict):
+    """The part of classify.calibration.Calibration that is shown."""
+
+    bins: int
+    images: int
+    all: dict[str, Any]
+    temperature: float | None
+    reason: str | None
+    fitted_on: int
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+
+
+class _Corruptions(TypedDict):
+    """The content of classify.robustness.Corruptions."""
+
+    severities: list[int]
+    seed: int
+    image_size: list[int]
+    images: int
+    clean: float
+    top1: dict[str, list[float]]
+    mean: float
+    relative: float
+
+
 class Evaluation(TypedDict, total=False):
     """The content of eval.json."""
 
@@ -76,6 +102,9 @@ class Evaluation(TypedDict, total=False):
     metrics: Required[dict[str, float | None]]
     data: dict[str, Any]
     corrupt_images: list[str]
+    top1_interval: list[float]
+    calibration: _Calibration
+    corruptions: _Corruptions
 
 
 class _Progress(TypedDict, total=False):

@@ -49,8 +49,15 @@ _TASKS = {
     "panoptic": "panoptic segmentation",
 }
 _PICTURES = {  # file -> title and note
+    "reliability.png": (
+        "Reliability diagram",
+        "Bars: the share that is right, of the images whose predicted class has a probability in the bin. The dots are "
+        "at the mean probability of the bin: in a calibrated model, they are on the dotted line. Red lines are the "
+        "differences.",
+    ),
     "precision_recall.png": ("Precision over recall", "For each class, at an IoU of 0.5."),
     "predictions.png": ("Sample predictions", ""),
+    "corruptions.png": ("The corruptions", ""),
 }
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
 _PUBLISHED = {  # keys of `published` -> titles
@@ -203,6 +210,7 @@ def page(record: Record) -> str:
         charts=("curves", lambda: _charts([record])),
         classes=("classes", lambda: _class_table(record)),
         matrix=("confusion matrix", lambda: _matrix(record)),
+        corruptions=("corruptions", lambda: _corruptions(record)),
         pictures=("pictures", lambda: _pictures(record.path)),
         steps=("parts of an update", lambda: _steps(record)),
         data=("data", lambda: _data(record)),
@@ -232,6 +240,7 @@ def comparison(records: Sequence[Record]) -> str:
         charts=("curves", lambda: _charts(records)),
         changes=("settings", lambda: _setting_table(records)),
         classes=("classes", lambda: _class_differences(records)),
+        robustness=("robustness", lambda: _robustness_table(records)),
         steps=("parts of an update", lambda: _step_table(records)),
     )
     return _render("comparison", records=records, task=_TASKS[records[0].task], notes=left_out, **sections)
@@ -294,6 +303,9 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     """Key figures: label, figure, small print."""
     names = SCORES[record.task]
     images = f"of {_counted(record.images, 'image')}" if record.images else ""
+    if (record.facts.get("top1_interval") or ()) and record.evaluation:
+        low, high = record.facts["top1_interval"]
+        images += f"; 95 % interval: {low:.2f} to {high:.2f} %"
     tiles = [
         (names[name], _percent(value, record.task), images if name == record.main else "")
         for name, value in record.scores.items()
@@ -306,6 +318,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         source = record.settings.get("published.source") or ""
         figures = ((name, record.settings.get(f"published.{key}")) for key, name in _PUBLISHED.items())
         tiles += [(f"published {name}", _percent(value, record.task), source) for name, value in figures if value]
+    tiles += _calibration_tiles(record)
     summary = record.summary or {}
     params = summary.get("params") or record.facts.get("params")
     if params:
@@ -321,6 +334,19 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
     speeds = [r["images_per_second"] for r in record.history if r.get("images_per_second")]
     if speeds:
         tiles.append(("training images/s", f"{sorted(speeds)[len(speeds) // 2]:.3g}", "median"))
+    return tiles
+
+
+def _calibration_tiles(record: Record) -> list[tuple[str, str, str]]:
+    found = record.facts.get("calibration") if record.evaluation else None
+    if not found:
+        return []
+    whole, before, after = found["all"], found["before"], found["after"]
+    tiles = [("calibration error", f"{whole['ece']:.2f} %", f"ECE, {found['bins']} bins; Brier {whole['brier']:.4f}")]
+    if found["temperature"] and before and after:
+        others = f"{found['images'] - found['fitted_on']} images that it is not fitted on"
+        change = f"ECE {before['ece']:.2f} -> {after['ece']:.2f} % on {others}"
+        tiles.append(("temperature", f"{found['temperature']:.3g}", change))
     return tiles
 
 
@@ -518,6 +544,37 @@ def _matrix(record: Record) -> dict[str, Any] | None:
     }
 
 
+def _corruptions(record: Record) -> dict[str, Any] | None:
+    """The accuracy of a classifier on images with each corruption, by severity."""
+    found = record.facts.get("corruptions") if record.evaluation else None
+    if not found:
+        return None
+    rows = [(name, [*row, sum(row) / len(row)]) for name, row in found["top1"].items()]
+    columns = [*(f"{severity}" for severity in found["severities"]), "mean"]
+    means = [sum(column) / len(rows) for column in zip(*(row for _, row in rows), strict=True)]
+    return {**found, "columns": columns, "rows": [*rows, ("mean", means)], "size": size_text(found["image_size"])}
+
+
+def _robustness(record: Record) -> dict[str, float]:
+    """The figures of an evaluation of robustness, in percent, by name."""
+    figures = {}
+    if found := record.facts.get("corruptions"):
+        figures |= {"without corruption": found["clean"]}
+        figures |= {name: sum(row) / len(row) for name, row in found["top1"].items()}
+        figures |= {"mean of the corruptions": found["mean"], "the mean as a share of the first": found["relative"]}
+    return figures
+
+
+def _robustness_table(records: Sequence[Record]) -> list[tuple[str, list[tuple[float, float | None]]]]:
+    """The figures of robustness that all evaluations have, with the differences from the first."""
+    found = [_robustness(record) if record.evaluation else {} for record in records]
+    common = [name for name in found[0] if all(name in figures for figures in found)]
+    return [
+        (name, [(f[name], None if i == 0 else f[name] - found[0][name]) for i, f in enumerate(found)])
+        for name in common
+    ]
+
+
 def _steps(record: Record) -> dict[str, Any] | None:
     """The mean milliseconds of the parts of an update, the slowest first."""
     timed = [r["step_seconds"] for r in record.history if (r.get("step_seconds") or {}).get("updates")]
@@ -579,6 +636,10 @@ def _data_differences(records: Sequence[Record]) -> list[str]:
     images = [record.images for record in records if record.images]
     if _differ(images):
         found.append(f"validation images: {' / '.join(f'{count:,}' for count in images)}")
+    for key, name in (("severities", "severities of the corruptions"), ("seed", "seed of the corruptions")):
+        values = [record.facts["corruptions"][key] for record in records if record.facts.get("corruptions")]
+        if _differ(values):
+            found.append(f"{name}: {' / '.join(map(str, values))}")
     if _differ([record.class_names for record in records if record.class_names]):
         found.append("the classes")
     return found

@@ -28,13 +28,15 @@ class Evaluation:
 
     `metrics` are mean cross-entropy `loss`; `top1`, `top5` and `balanced_accuracy`, the mean of the accuracies of the
     classes, in percent; and the number of `images`. `targets` and `predictions` are the labels, in no particular order
-    if several processes share the work.
+    if several processes share the work; `logits` are those of the same images (images, classes), float32, if they were
+    kept.
     """
 
     metrics: dict[str, float]
     targets: np.ndarray
     predictions: np.ndarray
     corrupt: list[str]
+    logits: np.ndarray | None = None
 
     def confusion(self, num_classes: int) -> np.ndarray:
         """The confusion matrix: how often class `row` was predicted as class `column`."""
@@ -81,6 +83,7 @@ def measure(
     normalize: Normalize,
     autocast: AbstractContextManager,
     on_batch: Callable[[], None] | None = None,
+    most_logits: int = 0,
 ) -> Evaluation:
     """Evaluate `model`, in evaluation mode, on every image of `loader`; each image counts once over all processes.
 
@@ -90,26 +93,37 @@ def measure(
         normalize: Converts uint8 images to the model's input.
         autocast: The context of the forward pass, entered once per batch.
         on_batch: Called after every batch, for progress.
+        most_logits: The logits are kept if they are at most this many numbers.
 
     Raises:
         UserError: No image can be read.
     """
     evaluator = ClassificationEvaluator(device=normalize.device)
     targets, predictions, corrupt = [], [], []
+    kept: list[torch.Tensor] = []
+    room = most_logits // distributed.world_size()
     for logits, labels, names in outputs(model, loader, normalize, autocast, on_batch):
         if len(labels):
             evaluator.update(logits, labels)
         targets.append(labels.cpu())
         predictions.append(logits.argmax(1).cpu())
         corrupt += names
+        room -= logits.numel()
+        if room >= 0:
+            kept.append(logits.cpu())
+        else:
+            kept.clear()
     parts = gather_images((torch.cat(targets), torch.cat(predictions), corrupt) if targets else ([], [], []))
     metrics = dict(evaluator.compute(distributed=distributed.world_size() > 1))
     all_targets = np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts])
+    own_logits = distributed.gather(torch.cat(kept).numpy() if kept else None) if most_logits else [None] * len(parts)
+    all_logits = [rows for rows, part in zip(own_logits, parts, strict=True) if len(part[0])]
     result = Evaluation(
         metrics={**metrics, "images": len(all_targets)},
         targets=all_targets,
         predictions=np.concatenate([np.asarray(part[1], dtype=np.int64) for part in parts]),
         corrupt=sorted({name for part in parts for name in part[2]}),
+        logits=None if any(rows is None for rows in all_logits) else np.concatenate(all_logits),
     )
     recalls = [value for value in result.per_class(logits.shape[1]) if value is not None]
     result.metrics["balanced_accuracy"] = sum(recalls) / len(recalls)

@@ -15,7 +15,7 @@ from torch import nn
 
 from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, config, distributed, logs, run_folder
-from zoo.recipes.classify import multi_label
+from zoo.recipes.classify import calibration, multi_label, robustness
 from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_confusion
 from zoo.recipes.classify.data import Data, Samples, build_transform, build_val_loader, open_data
 from zoo.recipes.classify.model import build_model, input_config
@@ -45,6 +45,7 @@ def evaluate(
         UserError: The user can correct the cause; the message says how.
     """
     config.check(cfg)
+    robustness.chosen(cfg)
     logs.start_log(None, distributed.rank() == 0)
     if cfg.run:
         model, cfg, classes, weights = from_run(cfg, overridden)
@@ -65,6 +66,8 @@ def evaluate(
     limits = multi_label.thresholds(cfg, data.classes) if data.multi_label else None
     if limits is None:
         multi_label.refuse_threshold(cfg)
+    elif cfg.robustness != "none":
+        raise UserError(f"robustness={cfg.robustness} is for images with one label each, not several: leave it out.")
     folder = Path(cfg.out) if cfg.out else _folder(cfg)
     if distributed.rank() == 0:
         run_folder.warn_unwritable(folder)
@@ -83,11 +86,21 @@ def evaluate(
         else result.by_name(data.classes),
         "command": composition.command_line(),
     }
+    if isinstance(result, Evaluation):
+        right = int((result.targets == result.predictions).sum())
+        summary["top1_interval"] = list(calibration.interval(right, len(result.targets)))
+        if result.logits is not None:
+            summary["calibration"] = calibration.calibrate(result.logits, result.targets, cfg.seed)
     if distributed.rank() == 0:
         if isinstance(result, Evaluation):
             _report(folder, summary, result, data.classes, cfg.per_class)
         else:
             _report_labels(folder, summary, result, data.classes, cfg.per_class)
+    if cfg.robustness == "corruptions" and isinstance(result, Evaluation):
+        summary["corruptions"] = robustness.evaluate(cfg, model, data, device, result, folder)
+    if distributed.rank() == 0:
+        if "corruptions" in summary:
+            atomic_files.write_json(folder / "eval.json", summary)
         if write_report:
             write_report(folder)
         log.info("Written to %s", folder)
@@ -119,7 +132,7 @@ def _evaluate(
         context = autocast(cfg.trainer.amp, device)
         if limits is not None:
             return multi_label.measure(model, loader, normalize, context, limits, bar.advance_evaluation)
-        return measure(model, loader, normalize, context, bar.advance_evaluation)
+        return measure(model, loader, normalize, context, bar.advance_evaluation, calibration.MOST_LOGITS)
 
 
 def _folder(cfg: DictConfig) -> Path:
@@ -136,21 +149,31 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         logs.console.print(table)
     for name in result.corrupt:
         log.warning("A corrupt image does not count: %s", name)
-    names = {"top1": "top-1"} | ({"top5": "top-5"} if len(classes) > 5 else {})  # otherwise it is 100 %
+    names = {"top5": "top-5"} if len(classes) > 5 else {}  # otherwise it is 100 %
     names |= {"balanced_accuracy": "balanced accuracy"}
+    low, high = summary["top1_interval"]
     log.info(
-        "%s (%s): %s, loss %.4f on %d images",
+        "%s (%s): top-1 %s (95 %% interval: %.2f to %.2f %%), %s, loss %.4f on %d images",
         summary["model"],
         summary["weights"],
+        percentage(metrics["top1"]),
+        low,
+        high,
         ", ".join(f"{text} {percentage(metrics[name])}" for name, text in names.items()),
         metrics["loss"],
         metrics["images"],
     )
+    if "calibration" in summary:
+        log.info("%s", calibration.describe(summary["calibration"]))
+    else:
+        log.info("The calibration is not measured: images x classes are more than %s.", f"{calibration.MOST_LOGITS:,}")
     # The figures are logged first, so that they are not lost if the folder can't be written to.
     run_folder.make_folder(folder, "out")
     atomic_files.write_json(folder / "eval.json", summary)
     title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
     result.write_classes(folder, classes)
+    if "calibration" in summary:
+        calibration.plot_reliability(folder / "reliability.png", summary["calibration"])
     plot_confusion(folder / "confusion.png", result.confusion(len(classes)), classes, title)
 
 

@@ -80,6 +80,7 @@ def predict(settings: Any, inputs: Inputs, out: Path) -> None:
                 predictions += _classify(batch, classifier, inputs)
     finally:
         about = {"run": settings.run, "model": cfg.model, "weights": classifier.weights}
+        about |= {"temperature": settings.temperature}
         _write(out, predictions, inputs, classes, about)
     _print(predictions)
     log.info("%d images%s. Written to %s", len(predictions), _summary(predictions), shown(out))
@@ -130,6 +131,9 @@ class _Classifier:
         self.limits = multi_label.thresholds(self.cfg, self.classes) if self.cfg.data.multi_label else None
         if self.limits is None:
             multi_label.refuse_threshold(self.cfg)
+        elif settings.temperature != 1:
+            raise UserError(f"temperature={settings.temperature:g} is for images with one label each: leave it out.")
+        self.temperature = settings.temperature
         self.device = distributed.setup(settings.device)
         data_config, channels_last = input_config(model, self.cfg.data), self.cfg.trainer.channels_last
         self.channels = data_config["input_size"][0]
@@ -143,7 +147,7 @@ class _Classifier:
     def __call__(self, batch: list[torch.Tensor]) -> torch.Tensor:
         """The probabilities (B, classes) of images (C, H, W), uint8."""
         with autocast(self.cfg.trainer.amp, self.device):
-            logits = self.model(self.normalize(torch.stack(batch))).float()
+            logits = self.model(self.normalize(torch.stack(batch))).float() / self.temperature
         return (logits.softmax(1) if self.limits is None else logits.sigmoid()).cpu()
 
 
@@ -209,7 +213,7 @@ def _classify(batch: list[Prepared], classifier: _Classifier, inputs: Inputs) ->
 
 
 def _write(
-    out: Path, predictions: list[_Prediction], inputs: Inputs, classes: Sequence[str], about: dict[str, str]
+    out: Path, predictions: list[_Prediction], inputs: Inputs, classes: Sequence[str], about: dict[str, Any]
 ) -> None:
     columns = [f"{what}_{i}" for i in range(1, min(_TOP, len(classes)) + 1) for what in ("class", "probability")]
     table = io.StringIO(newline="")

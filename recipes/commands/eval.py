@@ -7,6 +7,7 @@ zoo-eval model=van_b0 pretrained=true data=imagefolder data.root=/data/imagenet/
                                                    evaluate published weights
 zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/mine/test
                                                    evaluate a detector on other images
+zoo-eval runs/<folder> robustness=corruptions      evaluate a classifier also on corrupted images, such as blurred ones
 zoo-eval recipe=coco/mask_rcnn_dinat_mini pretrained=<file> data.root=/data/coco
                                                    evaluate the authors' detector
 """

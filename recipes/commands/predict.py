@@ -4,6 +4,8 @@ zoo-predict run=runs/<folder> image.jpg out/       predict one image, or several
 zoo-predict run=runs/<folder> photos/ out/         predict the images in a folder and its subfolders
 zoo-predict run=runs/<folder> photos/ out/ checkpoint=best score=0.3
                                                    use the best epoch; keep objects with scores of 30 % or more
+zoo-predict run=runs/<folder> photos/ out/ temperature=1.3
+                                                   use the temperature that zoo-eval printed for a classifier
 zoo-predict run=runs/<folder> photos/ out/ eval.resize=false eval.window=[512,512]
                                                    predict large photos in windows, at their own size
 zoo-predict run=runs/<folder> photos/ out/ eval.threshold=0.3
@@ -21,6 +23,7 @@ Files that can't be read as images are logged and left out; the command then end
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -43,6 +46,7 @@ class PredictConfig:
     score: float | None = option(
         None, "lowest score of the objects that are drawn and written, 0-1 (detectors only); 0.5 if null"
     )
+    temperature: float = option(1.0, "temperature that divides the logits, as zoo-eval fits it (classifiers only)")
     device: str = option("auto", "device: auto, cpu, cuda, cuda:N, mps or xpu")
     overrides: dict[str, Any] = option(dict, "")  # other keys with the values that replace those of the run
 
@@ -104,6 +108,8 @@ def settings(words: Sequence[str]) -> PredictConfig:
 def _checked(cfg: PredictConfig) -> PredictConfig:
     if not cfg.run:
         raise UserError("run is not set: give the folder of a run, run=runs/<folder>.")
+    if not 0 < cfg.temperature < math.inf:
+        raise UserError(f"temperature={cfg.temperature} is not allowed: it has to be above 0.")
     if cfg.score is not None and not 0 <= cfg.score <= 1:
         raise UserError(f"score={cfg.score} is not allowed: it has to be between 0 and 1.")
     return cfg

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from zoo.messages import UserError
 from zoo.recipes import atomic_files, distributed, run_folder
 from zoo.recipes.dense import evaluate, pictures, views
 from zoo.recipes.dense.panoptic_quality import extent, found_segments
@@ -96,6 +97,8 @@ class _Predictor:
     """
 
     def __init__(self, settings: Any):
+        if settings.temperature != 1:
+            raise UserError(f"temperature={settings.temperature:g} is for classifiers, which {settings.run} is not.")
         model, self.cfg, self.classes, _ = evaluate.from_run(*prediction_config(settings))
         self.model = model.to(distributed.setup(settings.device)).eval()
         self.pipeline = Compose(views.without_loading(pipelines(self.cfg, False)[1]))

@@ -91,7 +91,7 @@ def spoiled_epoch(monkeypatch):
 @pytest.mark.slow
 def test_files_that_are_written(evaluate, run):
     evaluate(f"run={run}")
-    names = {"eval.json", "classes.json", "confusion.png", "report.html"}
+    names = {"eval.json", "classes.json", "confusion.png", "reliability.png", "report.html"}
     assert {path.name for path in (run / "eval").iterdir()} == names
 
 
@@ -113,11 +113,13 @@ def test_output_folder(evaluate, run, tmp_path):
 def test_top5_is_said_where_it_tells_something(tmp_path, caplog, monkeypatch, classes):
     monkeypatch.setattr(log, "propagate", True)  # the run of another test has changed it
     names = [str(i) for i in range(classes)]
-    result = Evaluation({"top1": 25.0, "top5": 100.0, "loss": 1.0, "images": 4}, np.arange(4), np.zeros(4, int), [])
+    figures = {"top1": 25.0, "top5": 100.0, "balanced_accuracy": 25.0, "loss": 1.0, "images": 4}
+    result = Evaluation(figures, np.arange(4), np.zeros(4, int), [])
     with caplog.at_level("INFO"):
-        module._report(tmp_path, {"model": "m", "weights": "w", "metrics": result.metrics}, result, names, False)
-    figures = "top-1 25.00 %, top-5 100.00 %" if classes == 6 else "top-1 25.00 %"
-    assert f"m (w): {figures}, loss 1.0000 on 4 images" in caplog.text
+        summary = {"model": "m", "weights": "w", "metrics": result.metrics, "top1_interval": [4.56, 69.94]}
+        module._report(tmp_path, summary, result, names, False)
+    said = "top-1 25.00 % (95 % interval: 4.56 to 69.94 %)" + (", top-5 100.00 %" if classes == 6 else "")
+    assert f"m (w): {said}, balanced accuracy 25.00 %, loss 1.0000 on 4 images" in caplog.text
 
 
 @pytest.mark.slow
