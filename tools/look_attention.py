@@ -137,14 +137,16 @@ def keys(
         token = tuple(min(place // stride, side - 1) for place, side in zip(pixel, site.size, strict=True))
         cell = site.info.key_size
         height, width = ((side + cell - 1) // cell for side in site.size)
-        middle, place = height * width // 2, token[0] * width + token[1]
+        place, class_token = token[0] * width + token[1], height * width
+        if site.info.class_token == "middle":
+            class_token //= 2
         if site.info.class_token:
-            token = 0, place + (place >= middle)
+            token = 0, place + (place >= class_token)
         for kind, weights in zip(site.info.groups, attention(site.module, site.args, [token])[0], strict=True):
             if site.info.signed:
                 weights = weights.abs() / weights.abs().sum()
             if site.info.class_token:
-                weights = torch.cat((weights[0, :middle], weights[0, middle + 1 :])).view(height, width)
+                weights = torch.cat((weights[0, :class_token], weights[0, class_token + 1 :])).view(height, width)
             inside = weights[:height, :width]
             padding = max(1 - inside.sum().item(), 0)
             yield Keys(site.stage, site.block, kind, inside, padding, stride * cell, _what(site.info))

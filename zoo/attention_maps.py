@@ -34,8 +34,8 @@ class AttentionInfo:
             is left out.
         fixed: The names of modules whose outputs make the weights, for values that they also read: these outputs are
             held fixed.
-        class_token: Whether the tokens are a sequence (1, 1, H W + 1, C): those of the map, with a class token at
-            H W // 2.
+        class_token: If the tokens are a sequence (1, 1, H W + 1, C), where in it the class token is, among those of the
+            map: "middle" for H W // 2, "last" for H W. Empty without one.
     """
 
     groups: tuple[str, ...]
@@ -47,7 +47,7 @@ class AttentionInfo:
     spread: Callable[[Tensor, tuple[int, int]], Tensor] | None = None
     silent: tuple[str, ...] = ("lepe.",)
     fixed: tuple[str, ...] = ()
-    class_token: bool = False
+    class_token: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,16 @@
 A family's `KEY_MAP` is a list of regular expressions with their replacements. All of them are applied in order to every
 key. A replacement of None drops the tensor. A name such as `qkv[0].weight` is that of a part: `join_parts` joins
 `qkv[0].weight`, `qkv[1].weight`, ... to `qkv.weight`.
+
+If our names depend on more than one official name, such as on the number of blocks, `KEY_MAP` is a function of all
+names that returns such a list.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +35,8 @@ __all__ = [
     "resize_table",
 ]
 
-KeyMap = Iterable[tuple[str, str | None]]
+Rules = Iterable[tuple[str, str | None]]
+KeyMap = Rules | Callable[[Iterable[str]], Rules]
 
 
 def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap, *, unique: bool = True) -> dict[str, Tensor]:
@@ -44,8 +48,9 @@ def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap, *, unique: bool = T
         ValueError: Two keys get the same name, and `unique` is set.
     """
     renamed: dict[str, Tensor] = {}
+    rules = key_map(state_dict) if callable(key_map) else key_map
     for key, value in state_dict.items():
-        name = _rename(key, key_map)
+        name = _rename(key, rules)
         if name in renamed and unique:
             raise ValueError(
                 f"Two tensors of the checkpoint are called {first_names([name])} in our naming: it mixes two models."
@@ -55,8 +60,8 @@ def remap(state_dict: Mapping[str, Tensor], key_map: KeyMap, *, unique: bool = T
     return renamed
 
 
-def _rename(key: str, key_map: KeyMap) -> str | None:
-    for pattern, replacement in key_map:
+def _rename(key: str, rules: Rules) -> str | None:
+    for pattern, replacement in rules:
         if replacement is not None:
             key = re.sub(pattern, replacement, key)
         elif re.search(pattern, key):

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from timm.layers import DropPath, lecun_normal_, register_notrace_function, register_notrace_module
+from timm.layers import DropPath, lecun_normal_, register_notrace_module
 from timm.layers import trunc_normal_ as truncated_normal_
 from timm.models import register_model
 from torch import Tensor, nn
@@ -28,10 +28,11 @@ from torch.nn import functional as F
 
 from zoo import arguments, checkpoints
 from zoo.attention_maps import AttentionInfo, Pattern
-from zoo.backbone import Backbone, Stage, create
+from zoo.backbone import Stage, create
 from zoo.cpu import is_plain, linear
 from zoo.kernels import certain, depthwise_conv2d_nhwc, selective_scan, sizes
 from zoo.layers import RmsNorm2d, check_images, stage_rates
+from zoo.sequences import SequenceBackbone, SequenceStage, Tokens, split_positions
 
 __all__ = ["Vim"]
 
@@ -57,53 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "class_token": False,
     },
 }
-
-
-class Tokens(NamedTuple):
-    """What stages exchange in a model with a class token; `forward_features` joins the two to a sequence.
-
-    Extractors of timm that take the output of a module use the first entry.
-    """
-
-    map: Tensor  # (B, C, H, W)
-    class_token: Tensor  # (B, 1, C)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the tensors, which timm's extractor with hooks asks for."""
-        return self.map.device
-
-
-# Tokens are taken by indices, since torch.export has to prove that a slice is within the map, but not that an index is.
-@register_notrace_function
-def join(x: Tensor, class_token: Tensor) -> Tensor:
-    """The tokens of a map (B, C, H, W), row by row, with a class token (B, 1, C) in the middle: (B, 1, H W + 1, C)."""
-    tokens = torch.cat((x.flatten(2).transpose(1, 2), class_token), 1)
-    count = sizes(x)[2] * sizes(x)[3]
-    place = torch.arange(count + 1, device=x.device)
-    place = torch.where(place < count // 2, place, torch.where(place == count // 2, count, place - 1))
-    return tokens.index_select(1, place)[:, None]
-
-
-@register_notrace_function
-def class_token_of(tokens: Tensor) -> Tensor:
-    """The class token (B, 1, C) of a sequence (B, 1, H W + 1, C)."""
-    middle = torch.arange(1, device=tokens.device) + (sizes(tokens)[2] - 1) // 2
-    return tokens[:, 0].index_select(1, middle)
-
-
-@register_notrace_function
-def patches_of(tokens: Tensor, count: int) -> Tensor:
-    """A sequence (B, 1, count + 1, C) without its class token: (B, count, C)."""
-    place = torch.arange(count, device=tokens.device)
-    return tokens[:, 0].index_select(1, place + (place >= count // 2))
-
-
-@register_notrace_function
-def map_of(tokens: Tensor, like: Tensor) -> Tensor:
-    """The map of a sequence (B, 1, H W + 1, C): (B, C, H, W), of the size of `like`."""
-    _, _, height, width = sizes(like)
-    return patches_of(tokens, height * width).transpose(1, 2).unflatten(2, (height, width))
 
 
 @register_notrace_module
@@ -202,7 +156,7 @@ class Mixer(nn.Module):
             gated=True,
             signed=True,
             fixed=("scan.x_proj", "scan_b.x_proj"),  # steps, which make the decays, and what is added and read
-            class_token=self.class_token,
+            class_token="middle" if self.class_token else "",
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,21 +191,6 @@ def pyramid_layers(dim: int, device=None, dtype=None) -> nn.ModuleList:
     first, second = nn.ConvTranspose2d(dim, dim, 2, 2, **dd), nn.ConvTranspose2d(dim, dim, 2, 2, **dd)
     four_times = nn.Sequential(first, nn.BatchNorm2d(dim, **dd), nn.GELU(), second)
     return nn.ModuleList([four_times, twice, nn.Identity(), nn.MaxPool2d(2, 2)])
-
-
-class SequenceStage(Stage):
-    """A stage of tokens with a class token in the middle: `Tokens` to `Tokens`."""
-
-    def forward(self, x: Any) -> Any:
-        """`Tokens` -> `Tokens`."""
-        tokens = self.forward_blocks(join(x.map, x.class_token))
-        class_token = class_token_of(tokens)
-        return Tokens(self.norm(map_of(tokens, x.map)), class_token)
-
-    @property
-    def maps(self) -> nn.Module:
-        """The module that the map passes last, for tools that need a module whose output is a map."""
-        return self.norm
 
 
 @register_notrace_module
@@ -294,7 +233,7 @@ class Stem(nn.Module):
         _, _, height, width = sizes(x)
         table: Tensor = self.pos_embed
         if self.cls_token is not None:
-            table, middle = without_middle(table)
+            table, middle = split_positions(table, "middle")
         table = table.transpose(1, 2).unflatten(2, (self.table_grid, self.table_grid))
         if not (certain(height == self.table_grid) and certain(width == self.table_grid)):
             table = F.interpolate(table, (height, width), mode="bicubic")
@@ -304,13 +243,7 @@ class Stem(nn.Module):
         return Tokens(x, (self.cls_token + middle).expand(x.shape[0], -1, -1))
 
 
-def without_middle(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Position embeddings (1, N + 1, C) as those of the N patches, and that of the class token, at N // 2."""
-    middle = (table.shape[1] - 1) // 2
-    return torch.cat((table[:, :middle], table[:, middle + 1 :]), 1), table[:, middle : middle + 1]
-
-
-class Vim(Backbone):
+class Vim(SequenceBackbone):
     """Vim: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
     Features are NCHW, all at stride `stride`, with (side - patch_size) // stride + 1 tokens a side: the residual stream
@@ -391,12 +324,12 @@ class Vim(Backbone):
                 f"Got pyramid=True with {stride=}; the stride of its first map is a fourth of that: use 8 or 16."
             )
         dd = {"device": device, "dtype": dtype}
-        dim, stage_cls = embed_dims[0], SequenceStage if class_token else Stage
-        stages = [
-            stage_cls([Block(dim, Mixer(dim, state_dim, kernel_size, class_token, **dd), rate, **dd) for rate in rates])
-            for rates in stage_rates(drop_path_rate, depths)
-        ]
-        self.class_token = class_token
+        dim = embed_dims[0]
+        stages: list[Stage] = []
+        for rates in stage_rates(drop_path_rate, depths):
+            blocks = [Block(dim, Mixer(dim, state_dim, kernel_size, class_token, **dd), rate, **dd) for rate in rates]
+            stages.append(SequenceStage(blocks, "middle") if class_token else Stage(blocks))
+        self.place = "middle" if class_token else None
         super().__init__(
             Stem(in_chans, dim, patch_size, stride, table_grid, class_token, **dd),
             stages,
@@ -432,26 +365,6 @@ class Vim(Backbone):
         """The position embeddings and the class token."""
         return {"stem.pos_embed", "stem.cls_token"}
 
-    def feature(self, x: Any) -> Tensor:
-        """The map (B, C, H, W) in what a stage returns."""
-        return x.map if self.class_token else x
-
-    def final_norm(self, x: Any) -> Any:
-        """Apply the norm to what the last stage returns: a map, or (B, H W + 1, C), the class token in the middle."""
-        if not self.class_token:
-            return self.norm(x)
-        tokens = join(x.map, x.class_token)[:, 0]
-        return self.norm(tokens.transpose(1, 2).unsqueeze(-1)).squeeze(-1).transpose(1, 2)
-
-    def forward_head(self, x: Any, pre_logits: bool = False) -> Tensor:
-        """Read the class token or the mean, and classify unless `pre_logits`: (B, num_classes or head_hidden_size)."""
-        if self.class_token and arguments.is_ep(self.global_pool):
-            x = patches_of(x[:, None], sizes(x)[1] - 1)
-        if not self.class_token or self.global_pool != "avg":
-            return super().forward_head(x, pre_logits)
-        token = self.head_drop(self.pre_logits(class_token_of(x[:, None])[:, 0]))
-        return token if pre_logits else self.head(token)
-
 
 # Official names -> ours; see zoo.key_maps. Our own names match no pattern.
 KEY_MAP = [
@@ -484,16 +397,16 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
         stem: Any = model.stem
         middle = table[:, :0]
         if "stem.cls_token" in tensors:
-            table, middle = without_middle(table)
+            table, middle = split_positions(table, "middle")
         grid, have = stem.table_grid, math.isqrt(table.shape[1])
         if have**2 == table.shape[1] != grid**2:
             maps = checkpoints.resize_table(table[0].T.unflatten(1, (have, have)), (grid, grid))
             table = maps.flatten(1).T[None]
-        if model.class_token:
+        if model.place is not None:
             half = grid**2 // 2
             table = torch.cat((table[:, :half], middle, table[:, half:]), 1)
         tensors["stem.pos_embed"] = table
-    if not model.class_token:
+    if model.place is None:
         tensors.pop("stem.cls_token", None)
     return checkpoints.convert(tensors, model, KEY_MAP)
 

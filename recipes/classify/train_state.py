@@ -50,7 +50,7 @@ class TrainState:
         multi_label: bool = False,
         loss: nn.Module | None = None,
     ):
-        self.cfg, self.device = cfg, device
+        self.cfg, self.updates_per_epoch, self.device = cfg, updates_per_epoch, device
         mixing = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
         self.mixup = mixing and Mixup(
             mixup_alpha=cfg.augment.mixup,
@@ -177,9 +177,15 @@ class TrainState:
         self.set_schedule(number)
 
     def set_schedule(self, number: int) -> None:
-        """Set the learning rate that follows update `number`."""
+        """Set the learning rate that follows update `number`.
+
+        A model that changes in training has a method `set_epoch(epoch)`, which is told how far training has come.
+        """
         if self.scheduler:
             self.scheduler.step_update(number)
+        set_epoch = getattr(unwrap_model(self.task.trainable_module), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(number / self.updates_per_epoch)
 
     def eval_model(self) -> nn.Module:
         """The model to evaluate: with averaged weights if there are any, and the same BatchNorm in all processes."""
