@@ -173,6 +173,7 @@ REPORTED = {
     "imagenet/favit_b3": (0.3, {"top1": 83.4}),
     "imagenet/moh_vit_b_75": (0.6, {"top1": 84.9}),
     "imagenet/vig_h_s": (0.3, {"top1": 83.8}),
+    "imagenet/illama_base": (0.4, {"top1": 81.6}),
     "imagenet/vig_gla_t": (0.0, {"top1": 77.2}),
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
     "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
@@ -300,12 +301,15 @@ PAPERS = {
     r"vig_gla_[tb]": (2e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
     r"vig_gla_s": (1e-3, 0.1, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
     r"vitaev2_vsa_s": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
+    r"illama_tiny": (4e-3, 0.05, 300, 4096, 0.1, 0.1, 0.25, 0, "none"),
+    r"illama_small": (4e-3, 0.05, 300, 4096, 0.5, 0.5, 0.25, 0, "none"),
+    r"illama_base": (4e-3, 0.05, 300, 4096, 0.95, 1.0, 0.25, 0, "none"),
     r"flowformer": (7.5e-4, 0.05, 300, 768, 0.8, 1.0, 0.0, 0, "fp16"),
     r"vitaev2_vsa_48m": (1e-3, 0.055, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
 }
 
 # The images that are resized with one interpolation in training; the others have bilinear or bicubic at random.
-BICUBIC = r"imagenet/((agent|biformer|casvit|favit|l2vit|litv2|mavit|moh|ppma|ravlt|vig|vim)_\w+|flowformer)"
+BICUBIC = r"imagenet/((agent|biformer|casvit|favit|illama|l2vit|litv2|mavit|moh|ppma|ravlt|vig|vim)_\w+|flowformer)"
 
 
 def test_interpolation_of_training_images_is_the_sources():
