@@ -19,7 +19,7 @@ images, inputs, files, corrupt       reading images and text files, and handling
 digits, scenes, subsets              the data of the demos, and subsets of any data
 features, embeddings, npy_rows,      features of frozen models, their files, and the cache
   cache
-plots, sheet                         pictures
+plots, sheet, preview                pictures
 """
 
 import sys

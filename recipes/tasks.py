@@ -7,7 +7,7 @@ from types import ModuleType
 
 from zoo.messages import UserError
 
-# Each package has modules `train`, `evaluate` and `predict` with functions of these names.
+# Each package has modules `train`, `evaluate`, `predict` and `preview` with functions of these names.
 TASKS = {
     "classify": "zoo.recipes.classify",
     "detect": "zoo.recipes.dense",
@@ -44,7 +44,7 @@ SCORES = {
 
 
 def load(task: str, module: str) -> ModuleType:
-    """Prepare the package of `task` and import one of its modules: `train`, `evaluate`, `predict`, ...
+    """Prepare the package of `task` and import one of its modules: `train`, `evaluate`, `predict`, `preview`, ...
 
     Raises:
         UserError: There is no such task, or its packages are not installed.

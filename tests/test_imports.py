@@ -31,8 +31,11 @@ ALLOWED = {
     "zoo": {"torch", "timm", "huggingface_hub", "safetensors", "wrapt", "zoo.kernels", "zoo.manifest"},
 }
 FORBIDDEN = {"recipes": {"zoo.tools"}, "tools": {"zoo.recipes"}}
-# Only the recipes can open the run folder of a detector or segmentor.
-EXCEPT = {"zoo.tools.export": {"zoo.recipes.reading", "zoo.recipes.tasks"}}
+# Only the recipes can open the run folder of a detector or segmentor, and draw the batches of a training.
+EXCEPT = {
+    "zoo.tools.export": {"zoo.recipes.reading", "zoo.recipes.tasks"},
+    "zoo.tools.look": {"zoo.recipes.preview.preview"},
+}
 
 
 def module(path):

@@ -60,6 +60,17 @@ FIELD_EXAMPLES = """\
 examples:
   zoo-look field van_b0 --pretrained
   zoo-look field resnet18 --size 320 320 --images 64"""
+BATCH = """\
+Images of a training as the network gets them: cropped, mixed, erased, and padded, with their labels.
+
+It takes the keys of zoo-train (zoo-train --help), loads no weights and trains nothing. For a detector or a segmentor,
+the annotations are drawn. Random numbers are those of the training: another seed=N shows other crops."""
+BATCH_EXAMPLES = """\
+examples:
+  zoo-look batch                                                       the digits of the demo
+  zoo-look batch model=van_b0 data=imagefolder data.root=photos augment=strong
+  zoo-look batch recipe=imagenet/van_b0 data.root=/data/imagenet --images 16
+  zoo-look batch task=detect data=coco data.root=mine data.train_ann=train.json data.val_ann=val.json"""
 ROLLOUT = """\
 Attention rollout over a picture: the product of the attention of all blocks.
 
@@ -73,7 +84,14 @@ examples:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and draw."""
-    options = parser().parse_args(arguments)
+    command = parser()
+    options, rest = command.parse_known_args(arguments)
+    if options.command == "batch":
+        options.overrides += (
+            rest  # options may stand between them; what else is wrong with them is said as by zoo-train
+        )
+    elif rest:
+        command.error(f"unrecognized arguments: {' '.join(rest)}")
     with cli.friendly_errors("zoo-look"):
         out = _target(options)
         with cli.progress(f"zoo-look {options.command}") as say:
@@ -139,6 +157,12 @@ def parser() -> argparse.ArgumentParser:
     add = command("field", FIELD, FIELD_EXAMPLES, _field, "model")
     add("--images", type=cli.count, default=16, metavar="N", help="number of noise images to average over (16)")
     add("--seed", type=cli.index, default=0, metavar="N", help="seed of the noise (0)")
+    add = command("batch", BATCH, BATCH_EXAMPLES, _batch)
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="keys of zoo-train")
+    add("--images", type=cli.count, default=32, metavar="N", help="largest number of images (32)")
+    add("--config-dir", metavar="DIR", help="folder of a configuration file of your own, as for zoo-train")
+    add("--config-name", metavar="NAME", help="name of that file, without .yaml")
+    add("--cfg", metavar="job", help="print the resulting values of all keys instead")
     command("rollout", ROLLOUT, ROLLOUT_EXAMPLES, _rollout, "model", "image", "pixel")
     return parser
 
@@ -160,7 +184,7 @@ def _target(options: argparse.Namespace) -> Path:
         model = Path(options.model)
         name = model.resolve().name if model.is_dir() else options.model.rpartition("/")[2]
         stem = f"{name}_{options.command}"
-    elif options.family:
+    elif options.command == "patterns" and options.family:
         stem = f"{options.family}_{options.command}"
     given = Path(options.out)
     out = given / f"{stem}.png" if given.is_dir() or options.out.endswith(("/", os.sep)) else given
@@ -179,6 +203,15 @@ def _patterns(options: argparse.Namespace, out: Path, say: Callable[[str], None]
     out.parent.mkdir(parents=True, exist_ok=True)
     look_patterns.draw(out, options.family)
     return {}
+
+
+def _batch(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    from zoo.recipes.preview import preview
+
+    given = {"config-dir": options.config_dir, "config-name": options.config_name, "cfg": options.cfg}
+    flags = [f"--{name}={value}" for name, value in given.items() if value]
+    say("reading the data")
+    return preview([*flags, *options.overrides], out, options.images)
 
 
 def _load(options: argparse.Namespace, say: Callable[[str], None]) -> tuple[OpenModel, Picture, dict[str, Any]]:

@@ -323,6 +323,20 @@ class ClassifyRun(BaseRun):
             next_batch(batches)
         return batches
 
+    def preview(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
+        """The batches of the first epoch as the network gets them.
+
+        Yields:
+            Normalized images (B, C, H, W), their labels (B,) or the shares of their classes (B, classes), and the names
+            of images that could not be read.
+        """
+        batches = self._batches_from(0, 0)
+        for number in range(self.updates_per_epoch * self.accumulate):
+            images, labels, corrupt = next_batch(batches)
+            update, part = divmod(number, self.accumulate)
+            seed_all(self.cfg.seed, update, part, distributed.rank(), 1)  # as an update does
+            yield *self.train_state.mix(self.normalize(images), labels.to(self.device)), corrupt
+
     def _update(self, batches: Iterator[Any]) -> None:
         """One step of the optimizer, on `accumulate` batches."""
         progress, tallies, training = self.progress, self.tallies, self.train_state

@@ -132,15 +132,18 @@ class TrainState:
         except Exception as error:  # raised by many optimizers, and by packages that some of them need
             raise UserError(f"the optimizer can't be created from optim={dict(cfg)}: {one_line(error, 300)}") from error
 
+    def mix(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mix and erase a batch: with Mixup, labels (B,) become the shares of the classes, (B, classes)."""
+        if self.mixup:
+            images, labels = self.mixup(images, labels)
+        return self.erase(images) if self.erase else images, labels
+
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Mix and erase normalized images (B, C, H, W) with labels, and return the task's `loss` and `output`.
 
         A model that needs a further loss has a method `auxiliary_loss()`, which returns that of its last forward pass.
         """
-        if self.mixup:
-            images, labels = self.mixup(images, labels)
-        if self.erase:
-            images = self.erase(images)
+        images, labels = self.mix(images, labels)
         with autocast(self.cfg.trainer.amp, self.device):
             result = self.task(images, labels)
         further = getattr(unwrap_model(self.task.trainable_module), "auxiliary_loss", None)

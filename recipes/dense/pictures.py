@@ -225,8 +225,11 @@ def draw_samples(path: Path, model: torch.nn.Module, dataset: Any, classes: Sequ
         true = draw_truth(image, sample, classes, width=_WIDTH)
         pairs.append([Tile(found, "found"), Tile(true, "true")])
     title = f"{len(numbers)} of {len(dataset)} validation images: predictions, each beside its annotations."
-    legend = []
-    if "pred_sem_seg" in result and len(classes) <= _MOST_NAMES:
-        named = zip(classes, colors(len(classes)), strict=True)
-        legend = [(name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in named if name != _BACKGROUND]
-    sheet.write(path, pairs, title=title, legend=legend, columns=4, width=_WIDTH)
+    names = legend(classes) if "pred_sem_seg" in result else []
+    sheet.write(path, pairs, title=title, legend=names, columns=4, width=_WIDTH)
+
+
+def legend(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """The classes with the colours, "#rrggbb", of their pixels; empty if there are too many."""
+    named = zip(classes, colors(len(classes)), strict=True) if len(classes) <= _MOST_NAMES else ()
+    return [(name, "#{:02x}{:02x}{:02x}".format(*colour)) for name, colour in named if name != _BACKGROUND]
