@@ -37,6 +37,7 @@ SITE_ONLY = {
 :caption: Guides
 guides/fine-tune
 guides/evaluate
+guides/probes
 guides/coco
 guides/data
 guides/panoptic

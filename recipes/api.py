@@ -57,6 +57,7 @@ def train(settings: Settings | None = None, *, hooks: Hooks | None = None) -> Tr
 
         cfg = _composed("config", config.Config, look.with_option(words))
         config.check(cfg)
+        config.check_effect_on_probe(cfg, list(settings or ()))
         early.check(cfg)
         with process_state.kept():
             from zoo.recipes import composition, distributed, reading, report, run_folder, sweep, tasks

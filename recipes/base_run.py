@@ -41,8 +41,6 @@ from zoo.recipes.timing import StepTimes
 # Parts of the messages of gloo and NCCL about a lost process.
 _LOST = ("gloo", "NCCL", "Connection", "timed out")
 _FEW = 100  # with fewer validation images, a percentage is coarse
-# The files that a run writes at its end, in this order.
-_LAST = ("model.safetensors", "summary.json", reading.REPORT)
 
 
 class BaseRun:
@@ -59,6 +57,9 @@ class BaseRun:
         resume_command: The command that continues the run, if it is not the command of this process.
         hooks: Functions of the calling program.
     """
+
+    # The files that a run writes at its end, in this order.
+    last_files: tuple[str, ...] = ("model.safetensors", "summary.json", reading.REPORT)
 
     def __init__(
         self,
@@ -221,7 +222,7 @@ class BaseRun:
             run_checkpoints.save_checkpoint(self.folder / "last.pt", state)
             if not self.progress["finished"]:
                 # These are from the shorter run that this one continues.
-                for name in _LAST:
+                for name in self.last_files:
                     (self.folder / name).unlink(missing_ok=True)
         self.saved_at = time.monotonic()
 
@@ -251,8 +252,7 @@ class BaseRun:
                     f"{self.folder} holds a finished run that was not trained with {self.changed}: "
                     "choose another run=<folder>."
                 )
-            key = "trainer.patience" if self.stopped_early() else "trainer.epochs"
-            log.info("This run is finished: raise %s to continue it, or choose another run=<folder>.", key)
+            log.info("This run is finished: %schoose another run=<folder>.", self.way_to_continue())
             return summary
         self.progress["finished"] = False
         if self.primary:
@@ -294,7 +294,7 @@ class BaseRun:
         """The summary of a finished run with all its files; None if it still has to train or to write some of them."""
         if not self.progress["finished"] or not self.is_over():
             return None
-        last = [name for name in _LAST if self.write_report or name != reading.REPORT]
+        last = [name for name in self.last_files if self.write_report or name != reading.REPORT]
         if not all((self.folder / name).is_file() for name in ("config.yaml", "start.json", *last)):
             return None
         try:
@@ -354,6 +354,11 @@ class BaseRun:
         since = "" if best is None else f" since epoch {best:g}"
         update = self.progress["update"]
         return f"Stopped early, after update {update}: no better evaluation{since} (trainer.patience={limit})."
+
+    def way_to_continue(self) -> str:
+        """How a finished run can be made longer, as the beginning of a sentence; empty if it can't."""
+        key = "trainer.patience" if self.stopped_early() else "trainer.epochs"
+        return f"raise {key} to continue it, or "
 
     def reached_max_updates(self) -> bool:
         """Whether trainer.max_updates is reached, or a hook has stopped the training."""

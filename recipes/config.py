@@ -482,6 +482,54 @@ class DenseConfig:
     )
 
 
+PROBES = {
+    "none": "",
+    "linear": "linear probe",
+    "knn": "k nearest neighbours",
+    "ep": "efficient probing",
+}
+
+
+@dataclass
+class ProbeConfig:
+    """A probe: how well the features of the frozen model tell the classes apart. `probe=<kind>` selects one."""
+
+    kind: str = option(
+        "none",
+        "kind: none, linear, knn (nearest neighbours) or ep (efficient probing)",
+        OneOf(tuple(PROBES)),
+    )
+    k: int = option(20, "k, the number of neighbours that vote (knn)", Between(1, 1e6))
+    temperature: float = option(
+        0.07, "temperature: a neighbour votes with exp(cosine similarity / temperature) (knn)", Between(1e-3, 100)
+    )
+    lrs: list[float] = option(
+        lambda: [0.01, 0.1, 1.0],
+        "learning rates to try; the best on held-out training images is used (linear, ep)",
+        Between(0, 1e4, above=True, numbers="a list of numbers,"),
+    )
+    epochs: int = option(100, "epochs of the probe, over the computed features (linear, ep)", Between(1, 1e6))
+    batch_size: int = option(256, "batch size of the probe (linear, ep)", Between(2, 1e6))
+    holdout: float = option(
+        0.2,
+        "hold-out: share of the training images that chooses the learning rate (linear, ep)",
+        Between(0, 1, above=True, below=True),
+    )
+    queries: int | None = option(
+        None, "number of queries (ep); it has to divide the channels; null: the largest up to 32", Between(1, 1e4)
+    )
+
+
+# Keys of `probe` that matter to each kind.
+_FITTED = ("kind", "lrs", "epochs", "batch_size", "holdout")
+_OF_KIND = {"none": ("kind",), "knn": ("kind", "k", "temperature"), "linear": _FITTED, "ep": (*_FITTED, "queries")}
+# Other keys and groups that matter to a probe.
+_OF_PROBES = (
+    *("model", "pretrained", "run", "resume", "seed", "task", "recipe", "data", "probe", "log", "published", "hydra"),
+    *("trainer.batch_size", "trainer.device", "trainer.amp", "trainer.channels_last", "trainer.save_minutes"),
+)
+
+
 @dataclass
 class InferenceConfig:
     """How models predict an image, in every evaluation and in `zoo-predict`. Classifiers have `threshold` only."""
@@ -568,6 +616,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     eval: InferenceConfig = field(default_factory=InferenceConfig)
     mm: dict[str, Any] = option(dict, "MMEngine configuration: values that override those of the other keys")
     log: LogConfig = field(default_factory=LogConfig)
@@ -599,7 +648,7 @@ class EvalConfig(Config):
 # Values of trainer.amp -> names of torch's dtypes. true and false in YAML arrive as text.
 AMP = {"none": None, "false": None, "bf16": "bfloat16", "true": "bfloat16", "fp16": "float16"}
 
-GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "dense", "log", "recipe")
+GROUPS = ("task", "data", "augment", "optim", "schedule", "trainer", "dense", "probe", "log", "recipe")
 
 
 def keys(schema: type = Config) -> Iterator[tuple[str, str]]:
@@ -678,11 +727,48 @@ def check(cfg: Config) -> None:
             of_corruptions = item.name in ("corruptions", "severities")
             if of_corruptions and cfg.robustness != "corruptions" and cfg[item.name] != default_of(item):
                 raise UserError(f"{item.name}={cfg[item.name]} needs robustness=corruptions: add it.")
+    _check_probe(cfg)
     if cfg.data.name == "unset":
         raise UserError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
                        "for example hfds/cifar10.")  # fmt: skip
     if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.trainer.batch_size % 2:
         raise UserError(f"trainer.batch_size={cfg.trainer.batch_size} is odd, but mixup pairs images: make it even.")
+
+
+def _check_probe(cfg: Config) -> None:
+    kind = cfg.probe.kind
+    if kind != "none" and cfg.task != "classify":
+        raise UserError(f"probe={kind} is for task=classify, not for task={cfg.task}: leave out one of them.")
+    for key, item in _items(ProbeConfig, "probe."):
+        value = OmegaConf.select(cfg, key)
+        if item.name not in _OF_KIND[kind] and value != default_of(item):
+            kinds = " and ".join(f"probe={name}" for name, keys in _OF_KIND.items() if item.name in keys)
+            raise UserError(f"{key}={value} has no effect with probe={kind}: it is for {kinds}; leave it out.")
+    if kind != "none" and cfg.data.sampling != "uniform":
+        raise UserError(f"data.sampling={cfg.data.sampling} has no effect with probe={kind}: leave it out.")
+    if len(set(cfg.probe.lrs)) < len(cfg.probe.lrs):
+        raise UserError(f"probe.lrs={cfg.probe.lrs} has a learning rate twice: give each of them once.")
+    if kind == "ep" and cfg.model_kwargs.get("global_pool") is not None and "checkpoint" not in cfg:
+        raise UserError(
+            f"model_kwargs.global_pool={cfg.model_kwargs.global_pool} can't be used with probe=ep, which sets it: "
+            "leave it out."
+        )
+
+
+def check_effect_on_probe(cfg: Config, overridden: Sequence[str]) -> None:
+    """Raise an error if a key or group that the user set has no effect on a probe.
+
+    Raises:
+        UserError: The message names the key.
+    """
+    if cfg.probe.kind == "none":
+        return
+    for key in overridden:
+        if not any(key == known or key.startswith(f"{known}.") for known in (*_OF_PROBES, "model_kwargs")):
+            raise UserError(
+                f"{key} has no effect with probe={cfg.probe.kind}: the model is frozen, its images are not augmented, "
+                "and what is trained has settings of its own, probe.<key>; leave it out."
+            )
 
 
 def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:

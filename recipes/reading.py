@@ -36,6 +36,23 @@ class Epoch(TypedDict, total=False):
     step_seconds: dict[str, float] | None
 
 
+class Rate(TypedDict):
+    """A learning rate that a probe tried."""
+
+    lr: float
+    held_out_top1: float | None
+
+
+class Probe(TypedDict, total=False):
+    """How a probe was made; `chosen` is one of its learning rates."""
+
+    kind: Required[str]
+    k: float
+    rates: list[Rate]
+    chosen: float
+    held_out_images: float
+
+
 class Summary(TypedDict, total=False):
     """The content of summary.json."""
 
@@ -51,6 +68,7 @@ class Summary(TypedDict, total=False):
     versions: dict[str, str]
     corrupt_images: list[str]
     stopped_early: str | None
+    probe: Probe
 
 
 class _Recipe(TypedDict):

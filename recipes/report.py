@@ -58,6 +58,7 @@ _PICTURES = {  # file -> title and note
     "precision_recall.png": ("Precision over recall", "For each class, at an IoU of 0.5."),
     "predictions.png": ("Sample predictions", ""),
     "corruptions.png": ("The corruptions", ""),
+    "attention.png": ("Attention of the probe", ""),
 }
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
 _PUBLISHED = {  # keys of `published` -> titles
@@ -150,6 +151,12 @@ class Record:
         return max(found, key=lambda item: (item[0], -item[1]), default=None)
 
     @property
+    def probe(self) -> str:
+        """The kind of a probe of frozen features; empty if the whole model was trained."""
+        kind = self.settings.get("probe.kind")
+        return kind if kind in config.PROBES and kind != "none" and not self.evaluation else ""
+
+    @property
     def model(self) -> str:
         """The model, with the method if it is the backbone of a detector or segmentor."""
         settings = self.facts if self.evaluation else self.settings
@@ -208,6 +215,7 @@ def page(record: Record) -> str:
     sections, left_out = _made(
         tiles=("figures", lambda: _tiles(record)),
         charts=("curves", lambda: _charts([record])),
+        rates=("learning rates", lambda: _rates(record)),
         classes=("classes", lambda: _class_table(record)),
         matrix=("confusion matrix", lambda: _matrix(record)),
         corruptions=("corruptions", lambda: _corruptions(record)),
@@ -221,7 +229,13 @@ def page(record: Record) -> str:
     sections["notes"] = left_out + sections["notes"]
     sections["configuration"] = yaml.safe_dump(record.settings, sort_keys=False, allow_unicode=True)
     parts = record.path.absolute().parts[-2 if record.evaluation else -1 :]
-    return _render("run", record=record, folder="/".join(parts), task=_TASKS[record.task], **sections)
+    if record.evaluation:
+        made = f"Evaluation of {_TASKS[record.task]}"
+    elif record.probe:
+        made = f"Frozen features, {config.PROBES[record.probe]}"
+    else:
+        made = f"Training for {_TASKS[record.task]}"
+    return _render("run", record=record, folder="/".join(parts), made=made, **sections)
 
 
 def comparison(records: Sequence[Record]) -> str:
@@ -372,6 +386,8 @@ def _notes(record: Record) -> list[str]:
         notes.append(f"This run has not ended: {where}.")
     if early := (record.summary or {}).get("stopped_early"):
         notes.append(early)
+    if record.probe and record.settings.get("pretrained") is False:
+        notes.append("The model has random weights: the probe says what its architecture alone can do.")
     if record.images and record.images < _FEW_IMAGES:
         one = f": one image is worth {100 / record.images:.2g} points" if "top1" in record.scores else ""
         notes.append(
@@ -501,6 +517,23 @@ def _in_order(names: Iterable[str]) -> list[str]:
     """The names of the scores of classes, the main one first."""
     given = set(names)
     return [name for name in _CLASS_SCORES if name in given]
+
+
+def _rates(record: Record) -> dict[str, Any] | None:
+    """The learning rates that a probe tried, with their scores on held-out training images."""
+    about = (record.summary or {}).get("probe") or {}
+    if not about.get("rates"):
+        return None
+    rows = [
+        (
+            _number(rate["lr"]),
+            _percent(rate["held_out_top1"]),
+            rate["held_out_top1"] or 0,
+            rate["lr"] == about["chosen"],
+        )
+        for rate in about["rates"]
+    ]
+    return {"rows": rows, "images": about["held_out_images"]}
 
 
 def _matrix(record: Record) -> dict[str, Any] | None:

@@ -89,6 +89,7 @@ def load_model(
     folder = Path(cfg.run)
     cfg = config.of_run(cfg, reading.load_config(folder), overridden)
     check(cfg)
+    _check_probe(folder, cfg)
     weights, classes, path = load_weights(folder, cfg.checkpoint)
     model = build(cfg, classes)
     try:
@@ -96,6 +97,18 @@ def load_model(
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit {cfg.model}: {one_line(error, 400)}.") from error
     return model, cfg, classes, str(path)
+
+
+def _check_probe(folder: Path, cfg: DictConfig) -> None:
+    """Refuse weights that the run of a probe does not have: it has those of its end, unless it is of k-NN."""
+    if cfg.probe.kind == "none":
+        return
+    if cfg.probe.kind == "knn":
+        raise UserError(f"{folder} is a run of probe=knn, which has no weights: give one of probe=linear or probe=ep.")
+    if cfg.checkpoint == "best":
+        raise UserError(f"{folder} is a run of a probe, which has no best epoch: leave out checkpoint=best.")
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} is a run of a probe that did not end: start it again with its command.")
 
 
 def prediction_config(settings: Any) -> tuple[DictConfig, list[str]]:

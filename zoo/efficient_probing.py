@@ -10,10 +10,12 @@ projection is computed for one vector per query instead of for every token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import resolve_model_data_config
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from zoo.cpu import is_plain
@@ -169,7 +171,12 @@ def probing_head(model: nn.Module) -> EfficientProbing | None:
 
 
 @torch.no_grad()
-def attach(model: nn.Module, num_classes: int, num_queries: int | None = None) -> nn.Module:
+def attach(
+    model: nn.Module,
+    num_classes: int,
+    num_queries: int | None = None,
+    img_size: int | Sequence[int] | None = None,
+) -> nn.Module:
     """Give a model of timm a head of efficient probing in place of its pooling and its classifier, and return it.
 
     The head takes the place of the classifier, so the names of all other tensors stay. It pools the patches: the class
@@ -180,18 +187,20 @@ def attach(model: nn.Module, num_classes: int, num_queries: int | None = None) -
         model: The model. It is run once, on an image of its size, to see what its features are.
         num_classes: Number of classes.
         num_queries: See `EfficientPooling`.
+        img_size: Side of the image, or height and width; that of the model's configuration if None.
 
     Raises:
         ValueError: The model does not return its features before pooling, or its classifier can't be replaced.
     """
     name, place = type(model).__name__, getattr(model, "pretrained_cfg", {}).get("classifier")
     training, weight = model.training, next(model.parameters())
-    images = weight.new_zeros(1, *resolve_model_data_config(model)["input_size"])
+    channels, *size = resolve_model_data_config(model)["input_size"]
+    images = weight.new_zeros(1, channels, *(size if img_size is None else to_2tuple(img_size)))
     try:
-        model.reset_classifier(0, "")  # type: ignore[operator]
-        features = model.eval()(images)
         if not isinstance(place, str):
             raise ValueError(f"it has the classifiers {place}")
+        model.reset_classifier(0, "")  # type: ignore[operator]
+        features = model.eval()(images)
         if features.ndim not in (3, 4):
             raise ValueError(f"without pooling, it returns features of shape {tuple(features.shape)}")
         channels_last = getattr(model, "output_fmt", "") == "NHWC"

@@ -192,7 +192,7 @@ class _Probing:
         kwargs = {name: value for name, value in given.items() if name not in left_out}
         model: Any = timm.create_model(source, num_classes=0, **kwargs)
         classes = model.pretrained_cfg["num_classes"] if self.num_classes is None else self.num_classes
-        attach(model, classes, self.num_queries)
+        attach(model, classes, self.num_queries, given.get("img_size"))
         if self.file:
             weights, place = read(self.file), model.pretrained_cfg["classifier"]
             weights = weights if self.whole else unwrap(weights)

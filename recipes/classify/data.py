@@ -138,7 +138,7 @@ def _open_folders(cfg: DataConfig, seed: int, training: bool, classes: Sequence[
         val_folders = _class_folders(val_root, cfg)
         same_images.check(cfg, folders.files(), val_folders.files())
         return Data(train, _labelled(val_folders, names, cfg, training=False), names)
-    train_indices, val_indices = _hold_out([target for _, target in folders.samples], cfg.val_fraction, seed)
+    train_indices, val_indices = hold_out([target for _, target in folders.samples], cfg.val_fraction, seed)
     if not val_indices:
         raise UserError(
             f"{train_root} has too few images to hold out {cfg.val_fraction:.0%} of a class for validation: "
@@ -179,8 +179,8 @@ def _open_csv(cfg: DataConfig, seed: int, training: bool, classes: Sequence[str]
         same_images.check(cfg, *(split.reader.filenames(absolute=True) for split in (train, val)))
         return Data(train, val, names, multi_label=table.multi_label)
     targets = [label for _, label in train.reader.samples]
-    hold_out = _hold_out_several if table.multi_label else _hold_out
-    train_indices, val_indices = hold_out(targets, cfg.val_fraction, seed)
+    hold = _hold_out_several if table.multi_label else hold_out
+    train_indices, val_indices = hold(targets, cfg.val_fraction, seed)
     if not val_indices:
         raise UserError(
             f"{table.path} has too few images to hold out {cfg.val_fraction:.0%} of a class for validation: add "
@@ -389,7 +389,7 @@ def _check_files(reader: ClassFolders | CsvImages, cfg: DataConfig) -> None:
         raise UserError(f"{text[0]}{more} text, not an image: remove or replace it.")
 
 
-def _hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Split positions into two sorted lists; the second has `fraction` of every class, at least one of two or more."""
     rng = np.random.default_rng(seed)
     held = []
@@ -402,7 +402,7 @@ def _hold_out(targets: list[int], fraction: float, seed: int) -> tuple[list[int]
 
 
 def _hold_out_several(targets: list[tuple[int, ...]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """`_hold_out` for images with several labels each: close to `fraction` of every label.
+    """`hold_out` for images with several labels each: close to `fraction` of every label.
 
     Labels take turns, the rarest first, because only few images can give them their share: the iterative
     stratification of Sechidis, Tsoumakas and Vlahavas, https://doi.org/10.1007/978-3-642-23808-6_10.

@@ -25,7 +25,7 @@ from zoo.opening import check_name
 from zoo.recipes import config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
 from zoo.recipes.batchnorm import check_batchnorm
-from zoo.recipes.classify import losses, multi_label
+from zoo.recipes.classify import losses, multi_label, probe
 from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_predictions
 from zoo.recipes.classify.data import (
     Data,
@@ -67,6 +67,10 @@ def train(
         UserError: The user can correct the cause; the message says how.
         Stopped: A signal arrived; the state is saved.
     """
+    if cfg.probe.kind != "none":
+        if hooks is not None:
+            raise UserError(f"probe={cfg.probe.kind} calls no hooks: leave them out.")
+        return probe.train(cfg, write_report, resume_command)
     config.check(cfg)
     check_name(cfg.model)
     device = distributed.setup(cfg.trainer.device)

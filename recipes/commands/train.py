@@ -3,6 +3,8 @@
 zoo-train                                          train test_van on handwritten digits
 zoo-train model=van_b0 data=imagefolder data.root=/data/pets pretrained=true
                                                    fine-tune on a folder of images
+zoo-train probe=linear model=van_b0 pretrained=true data=imagefolder data.root=/data/pets
+                                                   probe the frozen features; also probe=knn and probe=ep
 zoo-train task=detect                              detect digits in images; also task=segment and task=panoptic
 zoo-train recipe=coco/mask_rcnn_1x model=dinat_tiny data.root=/data/coco
 torchrun --nproc-per-node 8 -m zoo.recipes.train recipe=imagenet/van_b0 data.root=/data/imagenet
@@ -15,6 +17,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from zoo.recipes import cli, config, early, report, tasks
@@ -32,5 +35,7 @@ def main() -> None:
 
 def _train(cfg: DictConfig) -> dict[str, Any]:
     config.check(cfg)
+    overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
+    config.check_effect_on_probe(cfg, overridden)
     early.check(cfg)
     return tasks.load(cfg.task, "train").train(cfg, report.write_or_warn)
