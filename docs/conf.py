@@ -38,6 +38,7 @@ SITE_ONLY = {
 guides/fine-tune
 guides/evaluate
 guides/probes
+guides/distill
 guides/coco
 guides/data
 guides/panoptic

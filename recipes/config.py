@@ -581,6 +581,26 @@ class PublishedConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Distillation: a classifier also learns from a teacher, another classifier."""
+
+    teacher: str | None = option(
+        None, "teacher: a model by its timm name, or the run folder of a classifier; none if null"
+    )
+    weights: str | None = option(None, "weights of a teacher by name: a checkpoint; the published ones if null")
+    match: str = option(
+        "logits",
+        "match the teacher's logits (same classes), or its pooled features (any classes)",
+        OneOf(("logits", "features")),
+    )
+    temperature: float = option(
+        4.0, "temperature that divides both logits before the softmax", Between(0, 1e3, above=True)
+    )
+    weight: float = option(1.0, "weight of the teacher's loss", Between(0, 1e6), aliases=("alpha", "kd_weight"))
+    label_weight: float = option(1.0, "label weight: weight of the loss on the labels", Between(0, 1e6))
+
+
+@dataclass
 class LogConfig:
     """Logging during training."""
 
@@ -617,6 +637,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     eval: InferenceConfig = field(default_factory=InferenceConfig)
     mm: dict[str, Any] = option(dict, "MMEngine configuration: values that override those of the other keys")
     log: LogConfig = field(default_factory=LogConfig)
@@ -728,6 +749,7 @@ def check(cfg: Config) -> None:
             if of_corruptions and cfg.robustness != "corruptions" and cfg[item.name] != default_of(item):
                 raise UserError(f"{item.name}={cfg[item.name]} needs robustness=corruptions: add it.")
     _check_probe(cfg)
+    _check_distill(cfg)
     if cfg.data.name == "unset":
         raise UserError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
                        "for example hfds/cifar10.")  # fmt: skip
@@ -771,6 +793,26 @@ def check_effect_on_probe(cfg: Config, overridden: Sequence[str]) -> None:
             )
 
 
+def _check_distill(cfg: Config) -> None:
+    given, distill = [], cfg.distill
+    for key, item in _items(DistillConfig, "distill."):
+        value = OmegaConf.select(cfg, key)
+        if value != default_of(item):
+            given.append(f"{key}={value}")
+    if not given:
+        return
+    if cfg.task != "classify":
+        raise UserError(f"{given[0]} has no effect with task={cfg.task}: it is for classifiers; leave it out.")
+    if not distill.teacher:
+        raise UserError(f"{given[0]} has no effect without a teacher: add distill.teacher=<model or run folder>.")
+    if distill.match == "features" and any(text.startswith("distill.temperature=") for text in given):
+        raise UserError(f"distill.temperature={distill.temperature} has no effect with distill.match=features.")
+    if not distill.weight:
+        raise UserError("distill.weight=0 is not allowed with a teacher, which then teaches nothing: leave both out.")
+    if cfg.trainer.parallel == "fsdp":
+        raise UserError("distill.teacher can't be used with trainer.parallel=fsdp: use ddp.")
+
+
 def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> DictConfig:
     """The configuration `trained` of a run, with the keys and groups `overridden` from `cfg`.
 
@@ -788,7 +830,8 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
         if key.partition(".")[0] in own:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
     # data=<option> sets the whole section, but the model keeps its input.
-    data["multi_label"] = bool(data["multi_label"])
+    if any(key.partition(".")[0] == "data" for key in overridden):  # a column named `labels` may be in the new data
+        data["multi_label"] = bool(data["multi_label"])
     for name in ("img_size", "mean", "std", "interpolation", "crop_pct", "multi_label"):
         if f"data.{name}" not in overridden:
             OmegaConf.update(merged, f"data.{name}", data[name])

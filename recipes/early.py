@@ -35,6 +35,7 @@ def check(cfg: DictConfig) -> None:
     check_model(cfg.model)
     if cfg.log.tensorboard:
         extras.require("log.tensorboard=true", "tensorboard")
+    check_teacher(cfg)
     root = Path(cfg.data.root) if cfg.data.root else None
     given = {"coco": cfg.data.val_ann, "masks": cfg.data.val_images}.get(cfg.data.name)
     rootless = not cfg.data.root and given and os.path.exists(given)
@@ -65,6 +66,21 @@ def check_pretrained(pretrained: bool | str) -> None:
         raise UserError(
             f"pretrained={pretrained} does not exist{hint} Give true, false, a checkpoint or the folder of a run."
         )
+
+
+def check_teacher(cfg: DictConfig) -> None:
+    """Refuse a teacher or weights of it that do not exist.
+
+    Raises:
+        UserError: The message says what may have been meant.
+    """
+    teacher, weights = cfg.distill.teacher, cfg.distill.weights
+    if teacher and not os.path.isdir(teacher):
+        if "/" in teacher and ":" not in teacher:
+            raise UserError(f"there is no run folder distill.teacher={teacher}{similar_path(Path(teacher))}")
+        check_model(teacher)
+    if weights and not os.path.exists(weights):
+        raise UserError(f"distill.weights={weights} does not exist{similar_path(Path(weights))}")
 
 
 def check_root(root: str | None) -> None:

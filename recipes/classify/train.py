@@ -25,7 +25,7 @@ from zoo.opening import check_name
 from zoo.recipes import config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
 from zoo.recipes.batchnorm import check_batchnorm
-from zoo.recipes.classify import losses, multi_label, probe
+from zoo.recipes.classify import distillation, losses, multi_label, probe
 from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_predictions
 from zoo.recipes.classify.data import (
     Data,
@@ -120,6 +120,9 @@ class ClassifyRun(BaseRun):
             image = torch.zeros(1, *self.data_config["input_size"])
             check_batchnorm(model, lambda: freezing.keep_frozen(model)(image), "data.img_size")
         self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)
+        self.teacher = None
+        if cfg.distill.teacher:
+            self.teacher = distillation.open_teacher(cfg, model, self.data_config, data.classes, data.multi_label)
         self._build_loaders()
         # The position in the run; `samples` counts the images of this epoch over all processes.
         self.progress |= {"epoch": 0, "samples": 0}
@@ -128,7 +131,9 @@ class ClassifyRun(BaseRun):
         self.corrupt = CorruptImages(folder, cfg.data.max_corrupt)
         state = self.find_checkpoint()
         number, loss = len(data.classes), losses.make_loss(cfg, self.weights, data.multi_label)
-        self.train_state = TrainState(cfg, model, number, self.updates_per_epoch, device, data.multi_label, loss)
+        self.train_state = TrainState(
+            cfg, model, number, self.updates_per_epoch, device, data.multi_label, loss, self.teacher
+        )
         self.epochs = self.train_state.epochs
         if state:
             self.load_state(state)
@@ -193,6 +198,7 @@ class ClassifyRun(BaseRun):
             "averaged weights": self.cfg.trainer.ema_decay is not None,
             "trainer.freeze": self.cfg.trainer.freeze,
             "parameters in optim.lr_factors": sorted(self.cfg.optim.lr_factors) or None,
+            "match with a teacher": self.cfg.distill.match if self.teacher else None,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -257,6 +263,8 @@ class ClassifyRun(BaseRun):
             )
             if not cfg.pretrained:
                 log.warning("The frozen part has random weights: pretrained=true loads the published ones.")
+        if self.teacher:
+            log.info("%s", distillation.describe(cfg, self.teacher))
         log.info("%d training and %d validation images", self.train_images, self.val_images)
         log.info(
             "%d epochs of %d updates; %s; learning rate %g; %s on %s, %d workers load images",

@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, MultiLabelClassificationTask
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from zoo import freezing
 from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed, lr_factors
+from zoo.recipes.classify import distillation
 from zoo.recipes.config import OptimConfig
 from zoo.recipes.logs import log
 
@@ -38,6 +40,7 @@ class TrainState:
         device: Where to train.
         multi_label: Whether labels are float (B, num_classes) and not int (B,).
         loss: Maps logits and labels to the loss; None for that of timm.
+        teacher: The teacher of the model, if it has one.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class TrainState:
         device: torch.device,
         multi_label: bool = False,
         loss: nn.Module | None = None,
+        teacher: distillation.Teacher | None = None,
     ):
         self.cfg, self.updates_per_epoch, self.device = cfg, updates_per_epoch, device
         mixing = cfg.augment.mixup > 0 or cfg.augment.cutmix > 0
@@ -71,21 +75,24 @@ class TrainState:
         if cfg.trainer.grad_checkpointing:
             model.set_grad_checkpointing(True)
         self.sharded = distributed.world_size() > 1 and cfg.trainer.parallel == "fsdp"
-        ema = None
+        loss = loss or create_classification_loss(
+            multi_label=multi_label, smoothing=cfg.augment.smoothing, soft_targets=bool(mixing)
+        )
+        if teacher:
+            self.task = distillation.make_task(cfg, model, teacher, loss, device)
+        else:
+            make_task = MultiLabelClassificationTask if multi_label else ClassificationTask
+            self.task = make_task(model, loss, device=device, verbose=False)
+        trained = self.task.trainable_module  # the model, with the projection of its features if a teacher needs one
         if cfg.trainer.ema_decay is not None:
             decay, warmup = cfg.trainer.ema_decay, cfg.trainer.ema_warmup
-            ema = ModelEmaV3(model, decay=decay, use_warmup=warmup, foreach=not self.sharded)
-        if self.sharded:
-            shard(model)
-            if ema:
-                shard(ema.module)
-        criterion = {"smoothing": cfg.augment.smoothing, "soft_targets": bool(mixing)}
-        make_task = MultiLabelClassificationTask if multi_label else ClassificationTask
-        chosen = {"criterion_kwargs": criterion} if loss is None else {"criterion": loss}
-        self.task = make_task(model, **chosen, device=device, verbose=False)
-        if ema:
+            ema = ModelEmaV3(trained, decay=decay, use_warmup=warmup, foreach=not self.sharded)
             self.task.trainable_module_ema = ema
-        self.optimizer = self._create_optimizer(model)
+            if self.sharded:
+                shard(ema.module)
+        if self.sharded:
+            shard(trained)
+        self.optimizer = self._create_optimizer(trained)
         if cfg.trainer.compile:
             self.task.compile()
         if distributed.world_size() > 1 and not self.sharded:
@@ -146,7 +153,7 @@ class TrainState:
         images, labels = self.mix(images, labels)
         with autocast(self.cfg.trainer.amp, self.device):
             result = self.task(images, labels)
-        further = getattr(unwrap_model(self.task.trainable_module), "auxiliary_loss", None)
+        further = getattr(distillation.trained_model(self.task.trainable_module), "auxiliary_loss", None)
         return result if further is None else result | {"loss": result["loss"] + further()}
 
     def train_mode(self) -> None:
@@ -212,7 +219,8 @@ class TrainState:
     def weights(self) -> dict[str, torch.Tensor]:
         """The weights to evaluate, unsharded, on the CPU. If they are sharded, all processes have to call this."""
         model, ema = self._modules()
-        return {name: value.detach().cpu().contiguous() for name, value in self._model_state(ema or model).items()}
+        state = self._model_state(distillation.trained_model(ema or model))
+        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The state for `load_state_dict`. If the weights are sharded, all processes have to call this."""

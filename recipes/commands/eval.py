@@ -26,7 +26,20 @@ from zoo.recipes import cli, config, early, reading, report, tasks
 
 # Keys and groups of training, which do not affect an evaluation.
 _OF_TRAINING = (
-    *("augment", "loss", "optim", "schedule", "log", "resume", "trainer", "dense", "probe", "mm", "published"),
+    *(
+        "augment",
+        "loss",
+        "optim",
+        "schedule",
+        "log",
+        "resume",
+        "trainer",
+        "dense",
+        "distill",
+        "probe",
+        "mm",
+        "published",
+    ),
     *("data.train_", "data.sampling", "data.num_samples", "data.max_corrupt"),
 )
 _OF_BOTH = (

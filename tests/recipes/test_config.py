@@ -240,7 +240,8 @@ FREE = """
 data.csv data.file_column data.label_column data.split_column data.label_separator
 data.name data.root data.train_split data.val_split data.class_map data.input_key data.target_key data.train_ann
 data.val_ann data.train_images data.val_images data.train_labels data.val_labels augment.auto_augment optim.opt
-corruptions dense.method dense.no_decay log.project model published.model published.source run out task
+corruptions dense.method dense.no_decay distill.teacher distill.weights log.project model published.model
+published.source run out task
 """
 
 
