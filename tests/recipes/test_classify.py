@@ -676,6 +676,16 @@ def test_further_loss_of_a_model_is_added(compose):
     torch.testing.assert_close(grad, torch.ones_like(grad))
 
 
+def test_model_is_told_how_far_training_has_come(compose):
+    """In epochs, after each update; a resumed run says it first."""
+    model, told = timm.create_model("test_vit", num_classes=2), []
+    model.set_epoch = told.append
+    training = TrainState(compose(), model, 2, 4, torch.device("cpu"))
+    training.set_schedule(6)
+    training.end_update(7, stepped=True)
+    assert told == [1.5, 1.75]
+
+
 # Determinism.
 
 RANDOM = ("augment=strong", "+model_kwargs.drop_path_rate=0.2", "trainer.ema_decay=0.9", "trainer.epochs=2")
