@@ -37,6 +37,7 @@ CONF = str(Path(__file__).parent / "conf")
 # Keys whose values are paths. They are taken literally, although = , [ ] { } and spaces mean something to Hydra.
 PATHS = (
     *("run", "out", "pretrained", "data.root", "data.csv", "data.class_map", "data.train_ann", "data.val_ann"),
+    *(f"imagenet.{item.name}" for item in dataclasses.fields(config.ImageNetConfig)),
     *("data.train_images", "data.val_images", "data.train_labels", "data.val_labels"),
 )
 _MOST_OPTIONS = 20  # the options of a group that a message lists

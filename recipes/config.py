@@ -645,6 +645,19 @@ class Config:
 
 
 @dataclass
+class ImageNetConfig:
+    """Folders of data sets for ImageNet classifiers."""
+
+    val: str | None = option(None, "ImageNet's validation images, in class folders")
+    real: str | None = option(None, "the same images with ReaL labels, in any folders, with their original names")
+    v2: str | None = option(None, "ImageNet-V2: one of its three sets")
+    a: str | None = option(None, "ImageNet-A")
+    r: str | None = option(None, "ImageNet-R")
+    sketch: str | None = option(None, "ImageNet-Sketch")
+    c: str | None = option(None, "ImageNet-C: the folder that has the 15 corruptions, also in subfolders")
+
+
+@dataclass
 class EvalConfig(Config):
     """The configuration of `zoo-eval`: the keys of `zoo-train` that affect an evaluation, and these."""
 
@@ -653,8 +666,9 @@ class EvalConfig(Config):
     per_class: bool = option(False, "print and write per-class accuracies")
     robustness: str = option(
         "none",
-        "robustness of a classifier: none, or corruptions (also evaluate on images with noise, blur, fog, ...)",
-        OneOf(("none", "corruptions")),
+        "robustness of a classifier: none, corruptions (also evaluate on images with noise, blur, fog, ...) or "
+        "imagenet (evaluate on the data sets whose folders are given by imagenet.)",
+        OneOf(("none", "corruptions", "imagenet")),
     )
     corruptions: list[str] | None = option(None, "names of the corruptions for robustness=corruptions; all if null")
     severities: list[int] = option(
@@ -663,6 +677,7 @@ class EvalConfig(Config):
         Between(1, 5, numbers="a list of numbers,"),
         aliases=("severity",),
     )
+    imagenet: ImageNetConfig = field(default_factory=ImageNetConfig)
     out: str | None = option(None, "output folder; <run>/eval or runs/eval-<date>-<model> if null")
 
 
@@ -742,12 +757,7 @@ def check(cfg: Config) -> None:
                     f"{key}={value} has no effect with task={cfg.task}: it is for classifiers; leave it out."
                 )
     if "robustness" in cfg:
-        if cfg.robustness != "none" and cfg.task != "classify":
-            raise UserError(f"robustness={cfg.robustness} is for task=classify, not for task={cfg.task}: leave it out.")
-        for item in fields(EvalConfig):
-            of_corruptions = item.name in ("corruptions", "severities")
-            if of_corruptions and cfg.robustness != "corruptions" and cfg[item.name] != default_of(item):
-                raise UserError(f"{item.name}={cfg[item.name]} needs robustness=corruptions: add it.")
+        _check_robustness(cfg)
     _check_probe(cfg)
     _check_distill(cfg)
     if cfg.data.name == "unset":
@@ -755,6 +765,21 @@ def check(cfg: Config) -> None:
                        "for example hfds/cifar10.")  # fmt: skip
     if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.trainer.batch_size % 2:
         raise UserError(f"trainer.batch_size={cfg.trainer.batch_size} is odd, but mixup pairs images: make it even.")
+
+
+def _check_robustness(cfg: Config) -> None:
+    if cfg.robustness != "none" and cfg.task != "classify":
+        raise UserError(f"robustness={cfg.robustness} is for task=classify, not for task={cfg.task}: leave it out.")
+    for item in fields(EvalConfig):
+        of_corruptions = item.name in ("corruptions", "severities")
+        if of_corruptions and cfg.robustness != "corruptions" and cfg[item.name] != default_of(item):
+            raise UserError(f"{item.name}={cfg[item.name]} needs robustness=corruptions: add it.")
+    given = [item.name for item in fields(ImageNetConfig) if cfg.imagenet[item.name]]
+    if given and cfg.robustness != "imagenet":
+        raise UserError(f"imagenet.{given[0]}={cfg.imagenet[given[0]]} needs robustness=imagenet: add it.")
+    if cfg.robustness == "imagenet" and not given:
+        keys_of_folders = ", ".join(f"imagenet.{item.name}" for item in fields(ImageNetConfig))
+        raise UserError(f"robustness=imagenet needs a folder or several: set any of {keys_of_folders}.")
 
 
 def _check_probe(cfg: Config) -> None:

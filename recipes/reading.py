@@ -123,6 +123,7 @@ class Evaluation(TypedDict, total=False):
     top1_interval: list[float]
     calibration: _Calibration
     corruptions: _Corruptions
+    imagenet: dict[str, dict[str, Any]]
 
 
 class _Progress(TypedDict, total=False):

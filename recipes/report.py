@@ -219,6 +219,7 @@ def page(record: Record) -> str:
         classes=("classes", lambda: _class_table(record)),
         matrix=("confusion matrix", lambda: _matrix(record)),
         corruptions=("corruptions", lambda: _corruptions(record)),
+        imagenet=("ImageNet's variants", lambda: _imagenet(record)),
         pictures=("pictures", lambda: _pictures(record.path)),
         steps=("parts of an update", lambda: _steps(record)),
         data=("data", lambda: _data(record)),
@@ -588,6 +589,17 @@ def _corruptions(record: Record) -> dict[str, Any] | None:
     return {**found, "columns": columns, "rows": [*rows, ("mean", means)], "size": size_text(found["image_size"])}
 
 
+def _imagenet(record: Record) -> dict[str, Any] | None:
+    """The accuracies on data sets for ImageNet classifiers, and the errors on ImageNet-C."""
+    found = record.facts.get("imagenet") if record.evaluation else None
+    if not found:
+        return None
+    rows = [
+        (row["title"], row["images"], row["top1"], *row["top1_interval"]) for key, row in found.items() if key != "c"
+    ]
+    return {"rows": rows, "c": found.get("c")}
+
+
 def _robustness(record: Record) -> dict[str, float]:
     """The figures of an evaluation of robustness, in percent, by name."""
     figures = {}
@@ -595,6 +607,8 @@ def _robustness(record: Record) -> dict[str, float]:
         figures |= {"without corruption": found["clean"]}
         figures |= {name: sum(row) / len(row) for name, row in found["top1"].items()}
         figures |= {"mean of the corruptions": found["mean"], "the mean as a share of the first": found["relative"]}
+    for key, row in (record.facts.get("imagenet") or {}).items():
+        figures |= {"ImageNet-C: mCE, lower is better": row["mce"]} if key == "c" else {row["title"]: row["top1"]}
     return figures
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, config, distributed, logs, run_folder
-from zoo.recipes.classify import calibration, multi_label, robustness
+from zoo.recipes.classify import calibration, imagenet, multi_label, robustness
 from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_confusion
 from zoo.recipes.classify.data import Data, Samples, build_transform, build_val_loader, open_data
 from zoo.recipes.classify.model import build_model, input_config
@@ -55,6 +55,14 @@ def evaluate(
         raise UserError("nothing to evaluate: give run=<folder>, or model=<name> with pretrained=true or =<file>.")
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
+    if cfg.robustness == "imagenet":
+        folder = Path(cfg.out) if cfg.out else _folder(cfg)
+        summary = imagenet.evaluate(cfg, overridden, model, classes, weights, device, folder)
+        if distributed.rank() == 0:
+            if write_report:
+                write_report(folder)
+            log.info("Written to %s", folder)
+        return summary
     # The data set of the run is opened as in training, to find the images that were held out.
     own_data = cfg.run and not any(key == "data" or key.startswith("data.") for key in overridden)
     data = open_data(cfg.data, cfg.seed, training=bool(own_data), classes=classes)

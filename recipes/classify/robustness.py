@@ -109,8 +109,8 @@ def predictions(
     normalize: Normalize,
     autocast: AbstractContextManager,
     on_batch: Callable[[], None],
-) -> tuple[np.ndarray, np.ndarray]:
-    """The labels (N,) and the predicted classes (N,) or, of stacks of V copies, (N, V), of all processes.
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The labels (N,), the predicted classes (N,) or (N, V), and the names of corrupt images, of all processes.
 
     Args:
         model: Maps images to logits (B, classes).
@@ -121,9 +121,9 @@ def predictions(
         on_batch: Called after every batch.
     """
     left = evaluation_sample_limit(loader)
-    labels, answers = [], []
+    labels, answers, corrupt = [], [], []
     model.eval()
-    for images, targets, _ in loader:
+    for images, targets, names in loader:
         count = len(targets) if left is None else min(left, len(targets))
         left = None if left is None else left - count
         with autocast:
@@ -132,12 +132,15 @@ def predictions(
         good = targets[:count] >= 0
         labels.append(targets[:count][good])
         answers.append(found[:count][good])
+        corrupt += names if count else []
         on_batch()
-    parts = distributed.gather((torch.cat(labels).numpy(), torch.cat(answers).numpy()) if labels else None)
-    given = [part for part in parts if part is not None and len(part[0])]
+    own = (torch.cat(labels).numpy(), torch.cat(answers).numpy()) if labels else ([], [])
+    parts = distributed.gather((*own, corrupt))
+    unread = sorted({name for part in parts for name in part[2]})
+    given = [part for part in parts if len(part[0])]
     if not given:
-        raise UserError("no image could be read.")
-    return np.concatenate([part[0] for part in given]), np.concatenate([part[1] for part in given])
+        raise UserError(f"no image could be read: the first of {len(unread)} corrupt ones is {unread[:1]}.")
+    return np.concatenate([part[0] for part in given]), np.concatenate([part[1] for part in given]), unread
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -212,7 +215,7 @@ def evaluate(
                 if number == 1:
                     bar.start_evaluation(None if data.val_indices is None else len(left) * len(batches))
                 context = autocast(cfg.trainer.amp, device)
-                labels, answers = predictions(model, batches, normalize, context, bar.advance_evaluation)
+                labels, answers, _ = predictions(model, batches, normalize, context, bar.advance_evaluation)
                 unfinished.add(name, (100 * (answers == labels[:, None]).mean(0)).tolist())
                 if not logs.console.is_terminal:
                     rest = round((time.monotonic() - begun) / number * (len(left) - number))
@@ -244,7 +247,7 @@ def evaluate(
 
 
 def _print(found: Corruptions) -> None:
-    table = Table("corruption", *(f"severity {s}" for s in found["severities"]), "mean")
+    table = Table("corruption, severity", *map(str, found["severities"]), "mean")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in found["top1"].items():

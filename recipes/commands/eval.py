@@ -8,6 +8,8 @@ zoo-eval model=van_b0 pretrained=true data=imagefolder data.root=/data/imagenet/
 zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/mine/test
                                                    evaluate a detector on other images
 zoo-eval runs/<folder> robustness=corruptions      evaluate a classifier also on corrupted images, such as blurred ones
+zoo-eval model=van_b0 pretrained=true robustness=imagenet imagenet.v2=/data/imagenetv2 imagenet.a=/data/imagenet-a
+                                                   evaluate an ImageNet classifier on ImageNet-V2 and -A
 zoo-eval recipe=coco/mask_rcnn_dinat_mini pretrained=<file> data.root=/data/coco
                                                    evaluate the authors' detector
 """

@@ -240,8 +240,13 @@ FREE = """
 data.csv data.file_column data.label_column data.split_column data.label_separator
 data.name data.root data.train_split data.val_split data.class_map data.input_key data.target_key data.train_ann
 data.val_ann data.train_images data.val_images data.train_labels data.val_labels augment.auto_augment optim.opt
+<<<<<<< HEAD
 corruptions dense.method dense.no_decay distill.teacher distill.weights log.project model published.model
 published.source run out task
+=======
+corruptions imagenet.val imagenet.real imagenet.v2 imagenet.a imagenet.r imagenet.sketch imagenet.c
+dense.method dense.no_decay log.project model published.model published.source run out task
+>>>>>>> d886de6 (zoo-eval robustness=imagenet: ImageNet-V2, -A, -R, -Sketch, -C and ReaL labels)
 """
 
 

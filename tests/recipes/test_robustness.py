@@ -174,7 +174,7 @@ def test_parts_of_another_evaluation_are_not_used(command, run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["robustness=corruption"], "robustness=corruption is not allowed: it has to be none or corruptions"),
+        (["robustness=corruption"], "robustness=corruption is not allowed: it has to be none, corruptions or imagenet"),
         (["corruptions=[fog]"], "corruptions=['fog'] needs robustness=corruptions: add it"),
         (["severities=[1]"], "severities=[1] needs robustness=corruptions"),
         (["robustness=corruptions", "severities=[6]"], "severities=[6] is not allowed"),
