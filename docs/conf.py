@@ -39,6 +39,7 @@ guides/fine-tune
 guides/evaluate
 guides/probes
 guides/distill
+guides/features
 guides/coco
 guides/data
 guides/panoptic

@@ -143,8 +143,9 @@ class Table:
                 self._lines[row].state, self._changed = state, True
         self._rows.append(features[new])
         writer = csv.writer(self._csv, lineterminator="\n")
+        here = os.getcwd() == self._about["folder"]  # the one of the relative names
         for number in new:
-            name = as_text(images[number])
+            name = as_text(images[number] if here else os.path.abspath(images[number]))
             self._places[os.path.abspath(name)] = len(self._lines)
             writer.writerow([len(self._lines), name, *states[number]])
             self._lines.append(_Line(name, states[number]))

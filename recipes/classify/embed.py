@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.messages import one_line, size_text
+from zoo.messages import UserError, one_line, size_text
 from zoo.opening import check_name
 from zoo.recipes import composition, config, distributed, logs, run_folder
 from zoo.recipes.classify.data import build_transform, start_worker
@@ -47,6 +47,8 @@ def embed(settings: Any, inputs: Inputs, out: Path) -> None:
     """
     model, cfg, weights = _open_model(settings)
     device = distributed.setup(settings.device)
+    if distributed.world_size() > 1:
+        raise UserError(f"zoo-embed is one process, but {distributed.world_size()} were started: start it once.")
     data_config = input_config(model, cfg.data)
     extractor = Extractor(model.to(device), data_config, settings.features, cfg.trainer.amp, cfg.trainer.channels_last)
     kwargs = OmegaConf.to_container(OmegaConf.create(dict(cfg.model_kwargs)))

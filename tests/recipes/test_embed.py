@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 from PIL import Image
 from safetensors.numpy import load_file
+from safetensors.torch import save_file
 
 from zoo.messages import UserError
 from zoo.recipes.classify import embed as work
@@ -120,7 +122,7 @@ def test_images_that_are_new_or_have_changed(embed, photos, tmp_path, monkeypatc
     assert code == 0, output
     assert "of 2 images; out has the other 14" in output
     assert names(out)[:15] == sorted([*map(str, photos.glob("*/*.jpg")), str(photos / "banana" / "1_00.jpg")])
-    assert names(out)[15:] == ["photos/new.jpg"]
+    assert names(out)[15:] == [str(photos / "new.jpg")]
     after = values(out)
     np.testing.assert_allclose(after[[0, 15]], before[[10, 11]], atol=1e-5)
     np.testing.assert_array_equal(after[1:15], before[1:])
@@ -237,6 +239,16 @@ def test_what_is_wrong_is_said_in_one_line(monkeypatch, capsys, tmp_path, words,
     assert line.startswith("zoo-embed: error: ")
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_run_of_a_detector_is_refused(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("r").mkdir()
+    Path("r/config.yaml").write_text("task: detect\nmodel: van_b0\n")
+    monkeypatch.setattr(sys, "argv", ["zoo-embed", "run=r", "photos", "out"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "r is a run of task=detect: give that of a classifier, or model=<name>." in capsys.readouterr().err
 
 
 def test_parquet_without_its_package(monkeypatch):
@@ -356,17 +368,19 @@ def make_images(folder: Path, count: int) -> Path:
 
 
 def memory(pid: int) -> float:
-    """The largest memory that a process has had so far, in MiB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    """The largest memory that a process has had so far, in MiB; 0 if it has just ended."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_20000_images_interrupted_killed_and_continued(start_cli, finished, tmp_path):
+def test_20000_images_interrupted_killed_and_continued(start_cli, tmp_path):
     """Their features take 80 MiB, and their pixels 234 MiB."""
     make_images(tmp_path / "photos", 20_000)
-    words = (f"run={finished}", "device=cpu", "data.num_workers=1", "features=map", "data.img_size=64", "photos", "out")
+    save_file(timm.create_model("test_vit", img_size=64).state_dict(), tmp_path / "weights.safetensors")
+    model = ("model=test_vit", "pretrained=weights.safetensors", "data.img_size=64", "device=cpu")
+    words = (*model, "data.num_workers=1", "features=map", "photos", "out")
     peaks = []
     for number, target in enumerate((1_000, 8_000, 14_000, 20_000)):
         process = start_cli(*words, cwd=tmp_path, module="commands.embed", program="pass")
