@@ -340,7 +340,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         trained = summary.get("trained_params", params)
         note = f"{trained / 1e6:.2f} M trained, the others frozen" if trained < params else ""
         tiles.append(("parameters", f"{params / 1e6:.2f} M", note))
-    if summary.get("multiply_adds"):  # of detectors and segmentors
+    if summary.get("multiply_adds"):
         size = f"for an image of {size_text(summary['image_size'])}" if summary.get("image_size") else ""
         tiles.append(("multiply-adds", f"{summary['multiply_adds'] / 1e9:.4g} G", size))
     seconds = summary.get("seconds") or (record.history[-1].get("seconds") if record.history else None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 import zoo
 from zoo import manifest
-from zoo.messages import OptionError, UserError, did_you_mean, published_figures, size_text
+from zoo.messages import OptionError, UserError, did_you_mean, one_line, published_figures, size_text
 from zoo.tools import cli
 
 DESCRIPTION = """\
@@ -31,7 +32,9 @@ examples:
   zoo-models --min-top1 85 --licence mit apache-2.0 --sort macs
   zoo-models 'van*' --dense                             with published figures for detection and segmentation
   zoo-models 'van*' --task segment --sort macs           recipes with the costs of the whole segmentor
-  zoo-models dinat_mini                                 everything about one model, with commands to copy"""
+  zoo-models dinat_mini                                 everything about one model, with commands to copy
+  zoo-models dinat_mini --layers                        its layers: outputs, parameters and multiply-adds
+  zoo-models resnet50 --layers --freeze 2               those of a model of timm, and what trainer.freeze=2 trains"""
 
 # Option of --sort -> field of a row, and whether the largest comes first.
 SORTS = {
@@ -61,9 +64,14 @@ def main(arguments: list[str] | None = None) -> None:
     """Read the command line and print."""
     options = parser().parse_args(arguments)
     with cli.friendly_errors("zoo-models"):
+        _check_layers(options)
         entries = _entries()
-        names = _chosen(options, entries)
-        if options.task:
+        names = options.names[0] if options.layers else _chosen(options, entries)
+        if options.layers:
+            with cli.progress(f"zoo-models: counting {names}"):
+                report = layers(names, options.size, options.freeze)
+            show = _print_layers
+        elif options.task:
             report = _dense_rows(options, [entry for entry in entries if entry["name"] in names])
             show = _print_dense_table
         elif isinstance(names, str):
@@ -101,7 +109,21 @@ def parser() -> argparse.ArgumentParser:
     )
     dense.add_argument("--task", choices=FIGURES, help="list recipes for this task, with the costs of the whole model")
     add("--json", action="store_true", help="print the results as JSON")
+    add("--layers", action="store_true", help="list the layers of one model, the zoo's or timm's, with their costs")
+    add("--size", type=cli.count, nargs=2, metavar=("H", "W"), help="size of the image for --layers, in pixels")
+    add("--freeze", metavar="WHAT", help="with --layers, count what trainer.freeze=WHAT trains: stages, or backbone")
     return parser
+
+
+def _check_layers(options: argparse.Namespace) -> None:
+    """Raise OptionError if --layers is not given one model, or its options are given without it."""
+    if options.layers and len(options.names) != 1:
+        raise OptionError("--layers needs the name of one model: zoo-models van_b0 --layers.")
+    for name in ("size", "freeze"):
+        if getattr(options, name) and not options.layers:
+            raise OptionError(f"--{name} needs --layers: zoo-models van_b0 --layers --{name} ...")
+    if options.freeze and not re.fullmatch("backbone|[0-9]{1,3}", options.freeze):
+        raise OptionError(f"got --freeze {options.freeze}: give a number of stages, or backbone (all but the head).")
 
 
 def _number(text: str) -> float:
@@ -294,6 +316,45 @@ def about(name: str) -> dict[str, Any]:
     }
 
 
+def layers(name: str, size: Sequence[int] | None = None, freeze: str | None = None) -> dict[str, Any]:
+    """The layers of the model `name`, the zoo's or timm's, as a classifier with 1000 classes.
+
+    Args:
+        name: The model, with or without tag.
+        size: Height and width of the image; those that the model expects if None.
+        freeze: What is frozen, as `trainer.freeze` of zoo-train takes it.
+
+    Raises:
+        UserError: There is no such model, it can't be counted with this size, or it has no such stages.
+    """
+    import timm
+    import torch
+
+    from zoo import costs, freezing
+    from zoo.opening import check_name, takes_one_size
+
+    check_name(name)
+    given = {"img_size": tuple(size)} if size and takes_one_size(name) else {}
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=1000, **given)
+        channels, *usual = model.pretrained_cfg["input_size"]
+        frozen = freezing.freeze(model, name, freeze, "--freeze ") if freeze else None
+        found = costs.layers(model, (channels, *(size or usual)))
+    except UserError:
+        raise
+    except Exception as error:  # a model of timm may do anything on the meta device
+        where = f" for images of {size_text(size)} pixels" if size else ""
+        raise UserError(f"the layers of {name} can't be counted{where}: {one_line(error, 300)}.") from error
+    return {
+        "name": name,
+        "input_size": [channels, *(size or usual)],
+        "frozen": frozen,
+        "layers": [dataclasses.asdict(layer) for layer in found],
+        **{key: sum(getattr(layer, key) for layer in found) for key in ("parameters", "trained", "multiply_adds")},
+    }
+
+
 def _python(row: dict[str, Any]) -> list[str]:
     weights = ", pretrained=True" if row["url"] else ""
     lines = ["import timm, torch, zoo", "image = torch.rand(1, 3, {}, {})".format(*row["input_size"])]
@@ -402,6 +463,42 @@ def _print_dense(rows: list[dict[str, Any]]) -> None:
             figures = (recipe.get(key) for key in ("box_ap", "mask_ap", "pq", "miou", "miou_multi_scale"))
             table.add_row(row["name"], recipe["recipe"], *(f"{x:.1f}" if x else "" for x in figures), recipe["source"])
     cli.console().print(table if table.row_count else "No recipe for detection or segmentation is for one of these.")
+
+
+def _print_layers(report: dict[str, Any], options: argparse.Namespace) -> None:
+    from rich import box
+    from rich.table import Table
+
+    console = cli.console()
+    size = size_text(report["input_size"])
+    console.print(f"{report['name']}: an image of {size}, 1000 classes", style="bold", markup=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("layer", "kind"):
+        table.add_column(column, no_wrap=True)
+    trained = ("trained",) if report["frozen"] else ()
+    for column in ("output", "parameters", "share", *trained, "mult-adds (M)", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in [*report["layers"], {**report, "name": "all", "kind": "", "output": None}]:
+        parameters, macs = row["parameters"], row["multiply_adds"]
+        shares = [
+            f"{100 * part / max(report[key], 1):.1f} %"
+            for key, part in (("parameters", parameters), ("multiply_adds", macs))
+        ]
+        table.add_row(
+            row["name"] or "(others)",
+            row["kind"],
+            size_text(row["output"] or ()),
+            f"{parameters:,}",
+            shares[0],
+            *(f"{100 * row['trained'] / parameters if parameters else 0:.0f} %" for _ in trained),
+            f"{macs / 1e6:,.1f}",
+            shares[1],
+        )
+    console.print(table)
+    if report["frozen"]:
+        console.print(
+            f"Frozen: {report['frozen']}. The column says which share of the parameters is trained.", markup=False
+        )
 
 
 def _print_one(report: dict[str, Any], options: argparse.Namespace) -> None:

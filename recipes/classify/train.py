@@ -19,8 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from timm.utils import unwrap_model
 from torch.utils.data import Dataset
 
-from zoo import freezing
-from zoo.messages import UserError
+from zoo import costs, freezing
+from zoo.messages import UserError, one_line
 from zoo.opening import check_name
 from zoo.recipes import config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
@@ -119,6 +119,7 @@ class ClassifyRun(BaseRun):
         if cfg.trainer.batch_size == 1:
             image = torch.zeros(1, *self.data_config["input_size"])
             check_batchnorm(model, lambda: freezing.keep_frozen(model)(image), "data.img_size")
+        self.layers = self._count_layers(model) if self.primary else []
         self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)
         self.teacher = None
         if cfg.distill.teacher:
@@ -139,6 +140,14 @@ class ClassifyRun(BaseRun):
             self.load_state(state)
 
     # Data.
+
+    def _count_layers(self, model: torch.nn.Module) -> list[costs.Layer]:
+        """The costs of the model by layer; empty if they can't be counted, which must not make a run fail."""
+        try:
+            return costs.layers(model, self.data_config["input_size"])
+        except Exception as error:  # a model of timm may do anything on the meta device
+            self.notes.append(f"The multiply-adds could not be counted: {one_line(error, 300)}.")
+            return []
 
     def _weigh_classes(self) -> None:
         """Count the images of each class, and determine the weights of the classes and how images are drawn."""
@@ -266,6 +275,8 @@ class ClassifyRun(BaseRun):
         if self.teacher:
             log.info("%s", distillation.describe(cfg, self.teacher))
         log.info("%d training and %d validation images", self.train_images, self.val_images)
+        if self.layers:
+            log.info("%s", costs.describe(self.layers))
         log.info(
             "%d epochs of %d updates; %s; learning rate %g; %s on %s, %d workers load images",
             self.epochs,
@@ -513,6 +524,8 @@ class ClassifyRun(BaseRun):
             {key.removeprefix("val_"): value for key, value in record.items() if key.startswith("val_")},
             params=self.params,
             trained_params=self.trained_params,
+            multiply_adds=sum(layer.multiply_adds for layer in self.layers) or None,
+            image_size=list(self.data_config["input_size"][1:]),
             epochs=record["epoch"],
             train_images=self.train_images,
             val_images=self.val_images,

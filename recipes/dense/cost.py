@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,8 @@ from mmdet.models.dense_heads import MaskFormerHead
 from mmdet.models.detectors import DetectionTransformer, MaskFormer, TwoStageDetector
 from mmdet.structures import DetDataSample
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.kernels import implementation
+from zoo.costs import counting, without_values
 from zoo.messages import one_line
 from zoo.recipes.logs import log
 
@@ -30,9 +28,9 @@ def multiply_adds(model: nn.Module, size: Sequence[int]) -> int:
     """
     head = getattr(model, "decode_head", None)  # of a segmentor
     computed = isinstance(model, DetectionTransformer | MaskFormer) or isinstance(head, MaskFormerHead)
-    model = _without_values(model, computed).eval()
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), implementation("reference"), counter:
+    parts = ("backbone.", "neck.")
+    model = without_values(model, lambda name: not computed or name.startswith(parts)).eval()
+    with counting() as counter:
         features = model.extract_feat(torch.empty(1, 3, *size, device="meta"))
         if computed:
             device = next(parameter.device for parameter in model.parameters() if not parameter.is_meta)
@@ -65,16 +63,6 @@ def cost_of_evaluation(model: nn.Module, dataset: Any) -> dict[str, Any]:
         log.warning("The multiply-adds could not be counted: %s.", one_line(error, 300))
         count = None
     return {"multiply_adds": count, "image_size": size}
-
-
-def _without_values(model: nn.Module, computed_heads: bool) -> nn.Module:
-    """A copy of `model` on the meta device, but for the heads if they are computed."""
-    on_meta: dict[int, Tensor] = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not computed_heads or name.startswith(("backbone.", "neck.")):
-            empty = torch.empty_like(tensor, device="meta")
-            on_meta[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, on_meta)
 
 
 def _run_transformer(model: nn.Module, features: list[Tensor], size: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
+from zoo import costs
 from zoo.freezing import freeze
 from zoo.messages import UserError
 from zoo.recipes.classify.train_state import TrainState
@@ -65,6 +66,7 @@ def test_frozen_part_stays_as_it_was(command, images, tmp_path):
     assert code == 0, output
     assert re.search(r"Frozen: the stem and 2 of 4 stages; [\d,]+ of [\d,]+ parameters are trained", output)
     assert "random weights" not in output
+    assert re.search(r"Parameters by layer: stem 2.4 K \(frozen\), .*, head 291\. Multiply-adds .*: 2.\d+ M\.", output)
     code, output = command("train", *frozen, "trainer.freeze=2")
     assert code == 0, output
     assert "Continues in epoch 1 after update 2" in output
@@ -79,6 +81,7 @@ def test_frozen_part_stays_as_it_was(command, images, tmp_path):
     parts = (model.stages[2], model.stages[3], model.norm, model.head)
     assert summary["trained_params"] == sum(p.numel() for part in parts for p in part.parameters())
     assert summary["trained_params"] < summary["params"]
+    assert summary["multiply_adds"] == costs.multiply_adds(model, (3, 32, 32))
     assert "trained, the others frozen" in (tmp_path / "second" / "report.html").read_text()
 
     code, output = command("train", *frozen, "trainer.freeze=backbone", "trainer.epochs=3")

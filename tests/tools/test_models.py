@@ -390,3 +390,61 @@ def test_help_has_examples(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
     assert "zoo-models 'dinat*' --max-params 30M --sort top1" in out
+
+
+# ---- layers
+
+
+def test_layers_of_a_model_of_the_zoo(capsys):
+    found = rows(capsys, "test_van", "--layers", "--freeze", "2")
+    assert [layer["name"] for layer in found["layers"]] == ["stem", *(f"stages.{i}" for i in range(4)), "head"]
+    model = timm.create_model("test_van", num_classes=1000)
+    parts = [model.stem, *model.stages, model.head]
+    parameters = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert [layer["parameters"] for layer in found["layers"]] == parameters
+    assert [layer["trained"] for layer in found["layers"]] == [0, 0, 0, *parameters[3:]]
+    with torch.no_grad():
+        features = model.forward_intermediates(torch.zeros(1, 3, 64, 64), intermediates_only=True)
+    assert [layer["output"] for layer in found["layers"][1:5]] == [list(feature.shape[1:]) for feature in features]
+    assert (found["parameters"], found["multiply_adds"]) == (sum(parameters), count("test_van"))
+    assert found["layers"][-1]["multiply_adds"] == model.head.weight.numel()
+
+
+def test_layers_of_a_model_of_timm_are_printed(capsys):
+    """The multiply-adds of ResNet-18 are 1.8 G in its paper (arXiv 1512.03385, table 1)."""
+    code, out, _ = run(capsys, "resnet18", "--layers")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines() if line.strip()]
+    [total] = [line for line in lines if line[0] == "all"]
+    assert total == ["all", "11,689,512", "100.0", "%", "1,814.1", "100.0", "%"]
+    assert [line[2] for line in lines if line[0].startswith("layer") and line[0] != "layer"] == [
+        *("64x56x56", "128x28x28", "256x14x14", "512x7x7")
+    ]
+
+
+def test_layers_without_stages_that_are_listed(capsys):
+    """The tokens of a class and of positions belong to no module; frozen parts and other sizes are counted."""
+    found = rows(capsys, "test_vit", "--layers", "--size", "96", "96", "--freeze", "backbone")
+    assert found["input_size"] == [3, 96, 96]
+    others = found["layers"][-1]
+    assert (others["name"], others["trained"], others["parameters"] > 64) == ("", 0, True)
+    assert {layer["trained"] for layer in found["layers"] if layer["name"] == "head"} == {65000}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers"], "--layers needs the name of one model"),
+        (["van_b0", "van_b1", "--layers"], "--layers needs the name of one model"),
+        (["van_b0", "--size", "64", "64"], "--size needs --layers: zoo-models van_b0 --layers --size"),
+        (["van_b0", "--freeze", "2"], "--freeze needs --layers"),
+        (["van_b0", "--layers", "--freeze", "head"], "got --freeze head: give a number of stages, or backbone"),
+        (["test_van", "--layers", "--freeze", "7"], "--freeze 7: test_van has 4 stages, so it has to be from 0"),
+        (["resnet1800", "--layers"], "did you mean"),
+        (["test_vit", "--layers", "--size", "5", "5"], "the layers of test_vit can't be counted for images of 5x5"),
+    ],
+)
+def test_layers_that_can_not_be_listed(arguments, message, capsys):
+    code, _, err = run(capsys, *arguments)
+    assert code in (1, 2)
+    assert message in err
