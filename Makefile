@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m "not gpu and not browser"
 
-.PHONY: demo test test-all check browser bench speed compiled sizes gpu recipes docs tables lint types clean
+.PHONY: demo test test-all check browser bench speed compiled sizes gpu recipes docs notebooks tables lint types clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -50,6 +50,9 @@ recipes: $(VENV)/dev.stamp  ## write the recipes of recipes/conf/recipe from rec
 
 docs: $(VENV)/dev.stamp  ## the documentation as a site, build/docs/index.html
 	$(BIN)/sphinx-build --fail-on-warning --keep-going -q -c docs . build/docs
+
+notebooks: $(VENV)/dev.stamp  ## execute the notebooks of docs/examples, and write their outputs into them
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_notebook_runs
 
 tables: $(VENV)/dev.stamp  ## write counts.json, dense_counts.json and the tables of README and docs
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/tools/test_models.py::test_all_counts_are_right

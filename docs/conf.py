@@ -46,6 +46,7 @@ guides/panoptic
 guides/large-photos
 guides/mm
 guides/onnx
+guides/python
 ```
 ```{toctree}
 :hidden:
@@ -66,6 +67,24 @@ operators
 adding
 /CONTRIBUTING
 /CHANGELOG
+```
+""",
+    "docs/guides/python": """
+## Reference
+
+```{eval-rst}
+.. currentmodule:: zoo.recipes
+.. autofunction:: train
+.. autofunction:: evaluate
+.. autofunction:: predict
+.. autoclass:: TrainResult()
+   :members: model
+.. autoclass:: EvalResult()
+.. autoclass:: Prediction()
+.. autoclass:: Hooks
+.. autoclass:: TrainingState()
+   :members: stop
+.. autoexception:: UserError()
 ```
 """,
     "docs/operators": """

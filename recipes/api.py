@@ -33,6 +33,8 @@ _working = threading.RLock()  # a hook may evaluate or predict
 def train(settings: Settings | None = None, *, hooks: Hooks | None = None) -> TrainResult:
     """Train a model, as `zoo-train` does with the same settings.
 
+    For example::
+
         result = train({"model": "van_b0", "data": "imagefolder", "data.root": "pets", "trainer.epochs": 10})
 
     Ctrl-C and the interrupt of a notebook save the run, and raise KeyboardInterrupt with the command that continues it;
@@ -47,20 +49,17 @@ def train(settings: Settings | None = None, *, hooks: Hooks | None = None) -> Tr
         UserError: The settings, the data or the machine do not allow it; the message says what to do.
         Exception: What a hook raised.
     """
-    from zoo.recipes import config
+    from zoo.recipes import composition, config, process_state
+    from zoo.recipes.commands import train as command
     from zoo.recipes.dense.formats import look
     from zoo.recipes.settings import words as as_words
 
-    words = as_words(settings, config.Config)
-    with _called():
-        from zoo.recipes import early, process_state
-
-        cfg = _composed("config", config.Config, look.with_option(words))
-        config.check(cfg)
-        config.check_effect_on_probe(cfg, list(settings or ()))
-        early.check(cfg)
+    words = look.with_option(as_words(settings, config.Config))
+    with _called(), composition.called("zoo-train", words):
+        cfg = _composed("config", config.Config, words)
+        command.check(cfg)
         with process_state.kept():
-            from zoo.recipes import composition, distributed, reading, report, run_folder, sweep, tasks
+            from zoo.recipes import distributed, reading, report, run_folder, sweep, tasks
 
             task = tasks.load(cfg.task, "train")
             new = not cfg.run
@@ -77,11 +76,13 @@ def train(settings: Settings | None = None, *, hooks: Hooks | None = None) -> Tr
             folder = Path(cfg.run)
             history = reading.load_history(folder)
     stopped = summary.get("stopped_early")
-    return TrainResult(cfg.task, folder, summary["metrics"], summary["best"], history, stopped)
+    return TrainResult(cfg.task, folder, summary["metrics"], summary["best"], history, stopped, summary)
 
 
 def evaluate(run: str | os.PathLike[str] | None = None, settings: Settings | None = None) -> EvalResult:
     """Evaluate the model of a run, or a model by its name, as `zoo-eval` does.
+
+    For example::
 
         evaluate("runs/pets", {"checkpoint": "best"})
         evaluate(settings={"model": "van_b0", "pretrained": True, "data": "imagefolder", "data.root": "imagenet/val"})
@@ -93,27 +94,20 @@ def evaluate(run: str | os.PathLike[str] | None = None, settings: Settings | Non
     Raises:
         UserError: The settings, the data or the machine do not allow it; the message says what to do.
     """
-    from zoo.recipes import config
+    from zoo.recipes import composition, config, process_state
+    from zoo.recipes.commands import eval as command
     from zoo.recipes.settings import words as as_words
 
     named = {} if run is None else {"run": run}
     if named and isinstance(settings, Mapping) and "run" in settings:
         raise UserError(f"run={settings['run']} is given twice: leave it out of the settings.")
     words = [*as_words(named, config.EvalConfig), *as_words(settings, config.EvalConfig)]
-    with _called():
-        from zoo.recipes import early, process_state, reading
-
+    with _called(), composition.called("zoo-eval", words):
         cfg = _composed("eval", config.EvalConfig, words)
-        early.check(cfg)
-        if cfg.run:
-            early.check_run(Path(cfg.run))
-        if cfg.out:
-            early.check_folder(Path(cfg.out), "out")
-        name = reading.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
-        overridden = [word.partition("=")[0] for word in words]
+        name = command.check(cfg)
         results: list[Any] = []
         with process_state.kept():
-            from zoo.recipes import composition, distributed, report, run_folder, sweep, tasks
+            from zoo.recipes import distributed, reading, report, run_folder, sweep, tasks
 
             task = tasks.load(name, "evaluate")
             if cfg.run and not cfg.out:
@@ -123,11 +117,11 @@ def evaluate(run: str | os.PathLike[str] | None = None, settings: Settings | Non
                 cfg.out = distributed.first(lambda: str(run_folder.default_folder("eval-", cfg.model)))
             keep = {"on_result": results.append} if name == "classify" else {}
             try:
-                with composition.called("zoo-eval", words):
-                    summary = task.evaluate(cfg, overridden, report.write_or_warn, **keep)
+                summary = task.evaluate(cfg, composition.overridden(), report.write_or_warn, **keep)
             except BaseException:
                 sweep.discard_folder(cfg)
                 raise
+            distributed.share(None)  # the first process has written the files
             table = reading.load_classes(Path(cfg.out))
     return _eval_result(name, Path(cfg.out), summary, table, results)
 
@@ -150,7 +144,7 @@ def _eval_result(task: str, folder: Path, summary: Settings, table: Any, results
             targets, predictions = found.targets, found.predictions
         else:  # of a classifier of several labels per image
             targets, predictions = found.targets.astype(bool), found.found.astype(bool)
-    return EvalResult(task, folder, summary["metrics"], per_class, classes, confusion, targets, predictions)
+    return EvalResult(task, folder, summary["metrics"], per_class, classes, confusion, targets, predictions, summary)
 
 
 def predict(
@@ -161,6 +155,8 @@ def predict(
     skip_unreadable: bool = False,
 ) -> list[Prediction]:
     """Predict the content of images with the model of a run, as `zoo-predict` does, without writing files.
+
+    For example::
 
         predict("runs/pets", "photos/")
         predict("runs/pets", [image, "cat.jpg"], {"checkpoint": "best"})

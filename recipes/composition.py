@@ -44,16 +44,23 @@ def command_line() -> str:
 
 def recipe(task: str) -> tuple[str, dict[str, Any]]:
     """The arguments of this process that choose the task and the recipe, and the settings that result from them."""
-    if _called:
-        words = _called[1:]
-    else:
-        words = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    words = tuple(word for word in words if word.lstrip("+").partition("=")[0] in ("task", "recipe"))
+    words = tuple(word for word in _arguments() if word.lstrip("+").partition("=")[0] in ("task", "recipe"))
     settings = composed(words)
     if settings["task"] != task:  # this run was started by another run
         words = (f"task={task}",)
         settings = composed(words)
     return " ".join(words), settings
+
+
+def overridden() -> list[str]:
+    """The keys and groups that the arguments of this process, or of the program's call, set."""
+    return [word.partition("=")[0].lstrip("+") for word in _arguments()]
+
+
+def _arguments() -> list[str]:
+    if _called:
+        return _called[1:]
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import random
@@ -15,12 +16,15 @@ from typing import Any
 def kept() -> Iterator[None]:
     """At the end of this context, restore what training and evaluation change in the process.
 
-    These are the states of all random generators, torch's choice of deterministic kernels, the handlers of the log, the
-    way in which processes are started, and the process group, if there was none before.
+    These are the states of all random generators, torch's choice of deterministic kernels, the handlers of the log, and
+    the way in which processes are started. A process group that torchrun describes is kept for the next run, and left
+    when the program ends.
     """
     import numpy as np
     import torch
     import torch.distributed as dist
+
+    from zoo.recipes import distributed
 
     cuda, cudnn = torch.cuda.is_available(), torch.backends.cudnn
     generators = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
@@ -45,7 +49,7 @@ def kept() -> Iterator[None]:
         if opencv := _opencv():
             opencv.setNumThreads(-1 if threads is None else threads)  # -1 is OpenCV's default
         if dist.is_initialized() and not grouped:
-            dist.destroy_process_group()
+            atexit.register(distributed.leave)
 
 
 def _opencv() -> Any:

@@ -28,6 +28,7 @@ class TrainResult:
         history: A record per epoch or evaluation, the lines of metrics.jsonl: `epoch`, `update`, `lr`, `train_loss`,
             `val_top1`, ...
         stopped_early: Why the training ended before its full length, as a sentence; None if it did not.
+        summary: The content of summary.json, which also has the parameters, the seconds, the versions, ...
     """
 
     task: str
@@ -36,6 +37,7 @@ class TrainResult:
     best: Metrics
     history: list[dict[str, Any]]
     stopped_early: str | None
+    summary: Mapping[str, Any]
 
     def model(self, checkpoint: str = "last", device: str = "cpu") -> nn.Module:
         """Load the model, in evaluation mode.
@@ -78,6 +80,8 @@ class EvalResult:
             bool (N, classes) if an image can have several labels. None for other tasks.
         predictions: The labels that it predicts for them, likewise. None for other tasks; `predict` returns predictions
             for single images.
+        summary: The content of eval.json, which for a classifier also has the interval of its accuracy and its
+            calibration.
     """
 
     task: str
@@ -88,29 +92,27 @@ class EvalResult:
     confusion: np.ndarray | None
     targets: np.ndarray | None
     predictions: np.ndarray | None
+    summary: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model predicts for one image. N is the number of its entries, H and W are the height and width in pixels.
+    """What a model predicts for one image, as a number of entries, N; H and W are the image's height and width.
 
-    | task     | entries                            | scores                   | boxes | masks | labels             |
-    |----------|------------------------------------|--------------------------|-------|-------|--------------------|
-    | classify | all classes                        | probabilities            |       |       |                    |
-    | detect   | objects                            | confidence of the object | yes   | maybe |                    |
-    | segment  | all classes, in the run's order    |                          |       |       | class of a pixel   |
-    | panoptic | segments                           |                          | yes   |       | segment of a pixel |
+    - A classifier (task=classify) has all classes as entries, with their probabilities as scores.
+    - A detector (task=detect) has objects, with scores, boxes and, if it predicts them, masks.
+    - A segmentor (task=segment) has all classes, in the order of the run, and labels.
+    - A panoptic segmentor (task=panoptic) has segments, with boxes and labels.
 
     Attributes:
         source: The file, or the position in the list of images if it is not a file.
-        size: H and W of the image, upright.
-        classes: The name of the class of each entry, N of them; of classify and detect, the highest score first.
+        size: H and W of the image in pixels, upright.
+        classes: The name of the class of each entry; those of classifiers and detectors in falling order of the scores.
         scores: float32 (N,), from 0 to 1.
         boxes: Left, top, right and bottom of each entry in pixels of the image, float32 (N, 4).
-        masks: The pixels of each object, bool (N, H, W); None if the model has no masks.
+        masks: The pixels of each object, bool (N, H, W).
         labels: For each pixel the position of its entry in `classes`, int64 (H, W); -1 if it belongs to none.
-        chosen: Which classes a classifier of several labels per image gives it, by eval.threshold: bool (N,). None for
-            all others.
+        chosen: Which classes a classifier of several labels per image gives it, by eval.threshold: bool (N,).
     """
 
     source: Path | int

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import os
 import re
 import shlex
@@ -136,3 +137,47 @@ def _compare(expected: str, printed: str, where: str) -> None:
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     if not doctest.OutputChecker().check_output(expected, printed, flags):
         pytest.fail(f"{where} prints\n{printed}\nbut the page says\n{expected}")
+
+
+def notebook_cells(path: Path) -> list[tuple[str, str]]:
+    """The source of each code cell of a notebook, and what it prints."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    return [
+        (
+            "".join(cell["source"]),
+            "".join("".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream"),
+        )
+        for cell in cells
+    ]
+
+
+def run_cells(sources: list[str], where: str) -> list[str]:
+    """Run the cells of a notebook in this process, without a kernel, and return what each of them prints."""
+    scope, found = {"__name__": "__main__"}, []
+    for number, source in enumerate(sources, 1):
+        printed = StringIO()
+        with redirect_stdout(printed):
+            exec(compile(source, f"{where}, cell {number}", "exec"), scope)
+        found.append(printed.getvalue())
+    return found
+
+
+def execute_notebook(path: Path, folder: Path) -> None:
+    """Execute a notebook in a kernel, in `folder`, and write its outputs, without those to stderr, into its file."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    metadata = dict(notebook.metadata)
+    NotebookClient(
+        notebook,
+        timeout=600,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    notebook.metadata = metadata
+    nbformat.write(notebook, path)

@@ -19,6 +19,7 @@ from .pages import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("families/*.md"), *DOCS.glob("guides/*.md")])
+NOTEBOOKS = sorted(DOCS.glob("examples/*.ipynb"))
 FAMILIES = [DOCS / "families" / f"{family}.md" for family in zoo.FAMILIES]
 # Commands take seconds to start.
 SLOW = [page for page in PAGES if any(b.language == "bash" and not b.needs for b in pages.blocks(page))]
@@ -42,6 +43,22 @@ def test_every_block_runs_or_says_what_it_needs(path):
     assert path.read_text().count("```") == 2 * len(pages.blocks(path))
     for before, language in itertools.pairwise(languages):
         assert language in ("bash", "python") or (language == "text" and before in ("bash", "python"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    """Its cells run, and end with the lines that it shows; their numbers may differ on another machine."""
+    monkeypatch.chdir(tmp_path)
+    if os.environ.get("ZOO_SNAPSHOT"):
+        (tmp_path / "kernel").mkdir()
+        pages.execute_notebook(path, tmp_path / "kernel")
+    cells = pages.notebook_cells(path)
+    printed = pages.run_cells([source for source, _ in cells], path.name)
+    for (source, shown), lines in zip(cells, printed, strict=True):
+        assert shown or "plt.show()" in source
+        ends = [re.sub(r"\d+", "#", text.split("\n")[-2].split()[0]) for text in (lines, shown) if shown]
+        assert len(set(ends)) <= 1, f"{lines}\nbut the notebook shows\n{shown}"
 
 
 @pytest.mark.slow

@@ -124,8 +124,9 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def test_import_zoo_brings_nothing_heavy():
-    assert run(f"import zoo, sys; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
+@pytest.mark.parametrize("name", ["zoo", "zoo.recipes"])
+def test_import_brings_nothing_heavy(name):
+    assert run(f"import {name}, sys; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
 ORDERS = {

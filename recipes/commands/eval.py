@@ -21,10 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from zoo.recipes import cli, config, early, reading, report, tasks
+from zoo.recipes import cli, composition, config, early, reading, report, tasks
 
 # Keys and groups of training, which do not affect an evaluation.
 _OF_TRAINING = (
@@ -72,12 +71,20 @@ def _matters(name: str) -> bool:
     return name in _OF_BOTH or not name.startswith(_OF_TRAINING)
 
 
-def _evaluate(cfg: DictConfig) -> dict[str, Any]:
+def check(cfg: DictConfig) -> str:
+    """Refuse a configuration with which no evaluation can start, and return its task.
+
+    Raises:
+        UserError: The message says why.
+    """
     early.check(cfg)
     if cfg.run:
         early.check_run(Path(cfg.run))
     if cfg.out:
         early.check_folder(Path(cfg.out), "out")
-    name = reading.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
-    overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
-    return tasks.load(name, "evaluate").evaluate(cfg, overridden, report.write_or_warn)
+    return reading.load_config(Path(cfg.run)).get("task", cfg.task) if cfg.run else cfg.task
+
+
+def _evaluate(cfg: DictConfig) -> dict[str, Any]:
+    task = check(cfg)
+    return tasks.load(task, "evaluate").evaluate(cfg, composition.overridden(), report.write_or_warn)

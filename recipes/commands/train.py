@@ -17,10 +17,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from zoo.recipes import cli, config, early, report, tasks
+from zoo.recipes import cli, composition, config, early, report, tasks
 from zoo.recipes.dense.formats import look
 
 
@@ -33,9 +32,17 @@ def main() -> None:
     cli.run("zoo-train", "config", config.Config, _train, look.with_option(sys.argv[1:]))
 
 
-def _train(cfg: DictConfig) -> dict[str, Any]:
+def check(cfg: DictConfig) -> None:
+    """Refuse a configuration with which no training can start.
+
+    Raises:
+        UserError: The message says why.
+    """
     config.check(cfg)
-    overridden = [override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task]
-    config.check_effect_on_probe(cfg, overridden)
+    config.check_effect_on_probe(cfg, composition.overridden())
     early.check(cfg)
+
+
+def _train(cfg: DictConfig) -> dict[str, Any]:
+    check(cfg)
     return tasks.load(cfg.task, "train").train(cfg, report.write_or_warn)

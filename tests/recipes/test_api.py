@@ -267,6 +267,9 @@ def test_hooks_see_the_training_and_do_not_change_it(tiny, weights, same):
             seen.append((name, state.epoch, state.update, state.updates, dict(state.metrics)))
             state.model.eval()
             torch.rand(3), random.random()
+            if name == "epoch":
+                inner = evaluate(state.folder, {"out": "inner", "trainer.device": "cpu"})
+                assert inner.metrics["loss"] == state.metrics["val_loss"]
 
         return hook
 
