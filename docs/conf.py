@@ -44,6 +44,7 @@ guides/coco
 guides/data
 guides/panoptic
 guides/large-photos
+guides/early-exit
 guides/mm
 guides/onnx
 guides/python

@@ -407,6 +407,22 @@ class TrainerConfig:
 
 
 @dataclass
+class ExitsConfig:
+    """Training of models with several exits, each a classifier."""
+
+    weights: list[float] | None = option(
+        None,
+        "weights of the losses of the exits, from the first to the last; 1 each if null",
+        Between(0, 1e4, numbers="a list of numbers,"),
+    )
+    distill: float = option(
+        0.5,
+        "distillation: weight of the divergence of each exit from the last one, which teaches the others; 0 is off",
+        Between(0, 1e4),
+    )
+
+
+@dataclass
 class DenseConfig:
     """Settings of detection and segmentation, which MMDetection and MMSegmentation run."""
 
@@ -635,6 +651,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exits: ExitsConfig = field(default_factory=ExitsConfig)
     dense: DenseConfig = field(default_factory=DenseConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -678,6 +695,10 @@ class EvalConfig(Config):
         aliases=("severity",),
     )
     imagenet: ImageNetConfig = field(default_factory=ImageNetConfig)
+    fit_exits: bool = option(
+        False,
+        "fit exits (models with several exits): accuracy and cost of each, and thresholds for early exit",
+    )
     out: str | None = option(None, "output folder; <run>/eval or runs/eval-<date>-<model> if null")
 
 
@@ -851,7 +872,7 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
         raise UserError(f"{cfg.run} was written by another version: {str(error).splitlines()[0]}.") from error
     data = OmegaConf.to_container(merged.data)
     own = {item.name for item in fields(EvalConfig)}
-    for key in ("run", "checkpoint", "per_class", "out", *overridden):
+    for key in ("run", "checkpoint", "per_class", "fit_exits", "out", *overridden):
         if key.partition(".")[0] in own:
             OmegaConf.update(merged, key, OmegaConf.select(cfg, key), merge=False)
     # data=<option> sets the whole section, but the model keeps its input.

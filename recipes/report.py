@@ -59,6 +59,7 @@ _PICTURES = {  # file -> title and note
     "predictions.png": ("Sample predictions", ""),
     "corruptions.png": ("The corruptions", ""),
     "attention.png": ("Attention of the probe", ""),
+    "exits.png": ("Early exit", "Accuracy over the cost of an image; thresholds are in eval.json."),
 }
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
 _PUBLISHED = {  # keys of `published` -> titles

@@ -63,16 +63,20 @@ class Keys:
 def attention_modules(model: nn.Module, name: str) -> list[AttentionModule]:
     """The attention modules of a model of zoo, in the order in which they run.
 
+    Attention after the blocks of a stage counts as part of its last block.
+
     Raises:
         UserError: The model has none.
     """
-    found = [
-        AttentionModule(i, j, module, described)
-        for i, stage in enumerate(getattr(model, "stages", ()), 1)
-        for j, block in enumerate(getattr(stage, "blocks", ()), 1)
-        for module in block.modules()
-        if (described := info(module)) is not None
-    ]
+    found = []
+    for i, stage in enumerate(getattr(model, "stages", ()), 1):
+        blocks = getattr(stage, "blocks", ())
+        numbers = {module: j for j, block in enumerate(blocks, 1) for module in block.modules()}
+        found += [
+            AttentionModule(i, numbers.get(module, len(blocks)), module, described)
+            for module in stage.modules()
+            if (described := info(module)) is not None
+        ]
     if not found:
         raise UserError(
             f"{name} has no attention module of zoo: use zoo-look cam or zoo-look field, which take any model of timm."

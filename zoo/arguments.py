@@ -51,6 +51,10 @@ WHOLE = {
     "shared_heads": (0, 2**14),
     "routed_heads": (0, 2**14),
     "pretrain_size": (64, 2**14),
+    "num_latents": (1, 2**14),
+    "latent_depths": (1, 1000),
+    "group_width": (1, 2**14),
+    "hidden_dim": (1, 2**14),
 }
 REAL = {
     "mlp_ratio": (0, 100),
@@ -64,7 +68,7 @@ REAL = {
     "layer_scale": (-1000, 1000),
     "layer_scale_init": (-1000, 1000),
 }
-OPTIONAL = ("layer_scale", "kernel_size")  # may be None
+OPTIONAL = ("layer_scale", "kernel_size", "hidden_dim")  # may be None
 ONE_FOR_ALL = ("mlp_ratio", "window_size")  # may be a single number for all stages
 CHOICES = {"global_pool": ("avg", "ep", ""), "output_norm": (True, False)}
 

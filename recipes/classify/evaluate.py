@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from zoo.exits import exit_costs, has_exits
 from zoo.messages import UserError
 from zoo.recipes import atomic_files, composition, config, distributed, logs, run_folder
 from zoo.recipes.classify import calibration, imagenet, multi_label, robustness
 from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_confusion
 from zoo.recipes.classify.data import Data, Samples, build_transform, build_val_loader, open_data
+from zoo.recipes.classify.exits import exit_report, log_exits, measure_exits, plot_exits
 from zoo.recipes.classify.model import build_model, input_config
 from zoo.recipes.classify.train_state import autocast
 from zoo.recipes.logs import log
@@ -53,6 +56,12 @@ def evaluate(
         model, classes, weights = build_model(cfg, None), None, str(cfg.pretrained)
     else:
         raise UserError("nothing to evaluate: give run=<folder>, or model=<name> with pretrained=true or =<file>.")
+    if cfg.fit_exits and not has_exits(model):
+        raise UserError(f"fit_exits=true: {cfg.model} has one exit; leave it out.")
+    if cfg.fit_exits and cfg.robustness == "imagenet":
+        raise UserError(
+            "fit_exits=true is not for robustness=imagenet, which measures the last exit: leave one of them out."
+        )
     device = distributed.setup(cfg.trainer.device)
     logs.start_log(None, distributed.rank() == 0)
     if cfg.robustness == "imagenet":
@@ -76,6 +85,8 @@ def evaluate(
         multi_label.refuse_threshold(cfg)
     elif cfg.robustness != "none":
         raise UserError(f"robustness={cfg.robustness} is for images with one label each, not several: leave it out.")
+    elif cfg.fit_exits:
+        raise UserError("fit_exits=true: early exit is for one label per image; leave it out.")
     folder = Path(cfg.out) if cfg.out else _folder(cfg)
     if distributed.rank() == 0:
         run_folder.warn_unwritable(folder)
@@ -99,6 +110,10 @@ def evaluate(
         summary["top1_interval"] = list(calibration.interval(right, len(result.targets)))
         if result.logits is not None:
             summary["calibration"] = calibration.calibrate(result.logits, result.targets, cfg.seed)
+    if cfg.fit_exits:
+        measured = _pass_over(measure_exits, cfg, model, data, device)
+        costs = exit_costs(model, input_config(model, cfg.data)["input_size"])
+        summary["early_exit"] = exit_report(*measured, costs, cfg.seed)
     if distributed.rank() == 0:
         if isinstance(result, Evaluation):
             _report(folder, summary, result, data.classes, cfg.per_class)
@@ -127,6 +142,15 @@ def from_run(cfg: DictConfig, overridden: Sequence[str] = ()) -> tuple[nn.Module
 def _evaluate(
     cfg: DictConfig, model: nn.Module, data: Data, device: torch.device, limits: np.ndarray | None
 ) -> Evaluation | multi_label.Evaluation:
+    if limits is not None:
+        return _pass_over(partial(multi_label.measure, limits=limits), cfg, model, data, device)
+    return _pass_over(partial(measure, most_logits=calibration.MOST_LOGITS), cfg, model, data, device)
+
+
+def _pass_over(
+    measured: Callable[..., Any], cfg: DictConfig, model: nn.Module, data: Data, device: torch.device
+) -> Any:
+    """What `measured` returns for the validation images."""
     data_config = input_config(model, cfg.data)
     transform, size = build_transform(None, data_config), data_config["input_size"]
     number = len(data.classes) if data.multi_label else 0
@@ -138,9 +162,7 @@ def _evaluate(
     with Progress(distributed.rank() == 0) as bar:
         bar.start_evaluation(None if data.val_indices is None else len(loader))
         context = autocast(cfg.trainer.amp, device)
-        if limits is not None:
-            return multi_label.measure(model, loader, normalize, context, limits, bar.advance_evaluation)
-        return measure(model, loader, normalize, context, bar.advance_evaluation, calibration.MOST_LOGITS)
+        return measured(model, loader, normalize, context, on_batch=bar.advance_evaluation)
 
 
 def _folder(cfg: DictConfig) -> Path:
@@ -175,8 +197,12 @@ def _report(folder: Path, summary: dict[str, Any], result: Evaluation, classes: 
         log.info("%s", calibration.describe(summary["calibration"]))
     else:
         log.info("The calibration is not measured: images x classes are more than %s.", f"{calibration.MOST_LOGITS:,}")
+    if "early_exit" in summary:
+        log_exits(summary["early_exit"])
     # The figures are logged first, so that they are not lost if the folder can't be written to.
     run_folder.make_folder(folder, "out")
+    if "early_exit" in summary:
+        plot_exits(folder / "exits.png", summary["early_exit"], f"{summary['model']} on {metrics['images']} images")
     atomic_files.write_json(folder / "eval.json", summary)
     title = f"{summary['model']}: top-1 {percentage(metrics['top1'])} on {metrics['images']} images"
     result.write_classes(folder, classes)

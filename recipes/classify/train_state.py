@@ -23,6 +23,7 @@ from zoo import freezing
 from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed, lr_factors
 from zoo.recipes.classify import distillation
+from zoo.recipes.classify.exits import ExitLoss
 from zoo.recipes.config import OptimConfig
 from zoo.recipes.logs import log
 
@@ -74,10 +75,22 @@ class TrainState:
             model = model.to(memory_format=torch.channels_last)
         if cfg.trainer.grad_checkpointing:
             model.set_grad_checkpointing(True)
+        exits, weights = getattr(model, "num_exits", 1), cfg.exits.weights
+        if weights is not None and exits != len(weights):
+            how = f"has {exits} exits: give a weight for each" if exits > 1 else "has one exit: leave it out"
+            raise UserError(f"exits.weights={list(weights)} has no meaning, since {cfg.model} {how}.")
         self.sharded = distributed.world_size() > 1 and cfg.trainer.parallel == "fsdp"
         loss = loss or create_classification_loss(
             multi_label=multi_label, smoothing=cfg.augment.smoothing, soft_targets=bool(mixing)
         )
+        if exits > 1:
+            if teacher:
+                raise UserError(
+                    f"{cfg.model} has {exits} exits, of which the last teaches the others: leave out distill.teacher."
+                )
+            model.set_exit_training()
+            divergence = 0.0 if multi_label else cfg.exits.distill  # which is for classes that exclude each other
+            loss = ExitLoss(loss, weights or [1.0] * exits, divergence)
         if teacher:
             self.task = distillation.make_task(cfg, model, teacher, loss, device)
         else:
@@ -149,10 +162,13 @@ class TrainState:
         """Mix and erase normalized images (B, C, H, W) with labels, and return the task's `loss` and `output`.
 
         A model that needs a further loss has a method `auxiliary_loss()`, which returns that of its last forward pass.
+        Of a model with several exits, `output` is that of the last one.
         """
         images, labels = self.mix(images, labels)
         with autocast(self.cfg.trainer.amp, self.device):
             result = self.task(images, labels)
+        if isinstance(result["output"], tuple):  # of all exits
+            result["output"] = result["output"][-1]
         further = getattr(distillation.trained_model(self.task.trainable_module), "auxiliary_loss", None)
         return result if further is None else result | {"loss": result["loss"] + further()}
 

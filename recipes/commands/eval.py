@@ -10,6 +10,7 @@ zoo-eval runs/<folder> data.val_ann=/data/mine/test.json data.val_images=/data/m
 zoo-eval runs/<folder> robustness=corruptions      evaluate a classifier also on corrupted images, such as blurred ones
 zoo-eval model=van_b0 pretrained=true robustness=imagenet imagenet.v2=/data/imagenetv2 imagenet.a=/data/imagenet-a
                                                    evaluate an ImageNet classifier on ImageNet-V2 and -A
+zoo-eval runs/<folder> fit_exits=true              thresholds and cost of early exit, for a model with several exits
 zoo-eval recipe=coco/mask_rcnn_dinat_mini pretrained=<file> data.root=/data/coco
                                                    evaluate the authors' detector
 """
@@ -35,6 +36,7 @@ _OF_TRAINING = (
         "log",
         "resume",
         "trainer",
+        "exits",
         "dense",
         "distill",
         "probe",

@@ -50,7 +50,7 @@ WIDTH = 120
 FIGURES = tuple(item.name for item in dataclasses.fields(config.PublishedConfig) if item.type == "float | None")
 WORDS = ("title", "paper", "source", "note", "model", "pretrained", "drop_path", *FIGURES, "published", "remark")
 WORDS += ("command", "evaluation", "run_folder", "options", "base", "table", "rows")
-SECTIONS = ("model_kwargs", "data", "augment", "optim", "schedule", "trainer", "dense", "eval", "mm")
+SECTIONS = ("model_kwargs", "data", "augment", "optim", "schedule", "trainer", "exits", "dense", "eval", "mm")
 # An option's settings in these sections are written out, so an option on the command line does not change them.
 WRITTEN_OUT = ("schedule", "trainer", "dense")
 METHODS = {

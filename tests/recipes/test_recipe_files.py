@@ -175,6 +175,7 @@ REPORTED = {
     "imagenet/vig_h_s": (0.3, {"top1": 83.8}),
     "imagenet/illama_base": (0.4, {"top1": 81.6}),
     "imagenet/vig_gla_t": (0.0, {"top1": 77.2}),
+    "imagenet/dyn_perceiver_resnet50_0375": (0.2, {"top1": 77.7}),
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
     "coco/cascade_mask_rcnn_dinat_large": (0.6, {"box_ap": 55.3, "mask_ap": 47.8}),
     "coco/mask2former_dinat_large": (0.3, {"mask_ap": 50.8}),
@@ -296,6 +297,9 @@ PAPERS = {
     r"agent_pvt_[tsm]|agent_cswin_[ts]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
     r"agent_pvt_(m_256|l)": (5e-4, 0.05, 300, 512, 0.8, 1.0, 0.25, 10, "none"),
     r"agent_cswin_b": (5e-4, 0.1, 300, 512, 0.8, 1.0, 0.25, 10, "none"),
+    r"dyn_perceiver_regnety_008": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
+    r"dyn_perceiver_resnet50_0375": (6e-4, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
+    r"dyn_perceiver_mobilenetv3_large_075": (1e-3, 0.05, 600, 1024, 0.8, 1.0, 0.25, 0, "none"),
     r"vig_h_t": (1.6e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
     r"vig_h_[sb]": (1e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "fp16"),
     r"vig_gla_[tb]": (2e-3, 0.05, 300, 1024, 0.8, 1.0, 0.25, 0, "none"),
@@ -309,7 +313,10 @@ PAPERS = {
 }
 
 # The images that are resized with one interpolation in training; the others have bilinear or bicubic at random.
-BICUBIC = r"imagenet/((agent|biformer|casvit|favit|illama|l2vit|litv2|mavit|moh|ppma|ravlt|vig|vim)_\w+|flowformer)"
+BICUBIC = (
+    r"imagenet/((agent|biformer|casvit|dyn_perceiver|favit|illama|l2vit|litv2|mavit|moh|ppma|ravlt|vig|vim)_\w+|"
+    r"flowformer)"
+)
 
 
 def test_interpolation_of_training_images_is_the_sources():

@@ -26,7 +26,7 @@ def places(weights):
 
 @torch.no_grad()
 def check_keys(name, expected):
-    """Hold the keys of the first two blocks of each stage to those that `expected` gives.
+    """Hold the keys of the blocks of each stage that have attention to those that `expected` gives.
 
     It is called with the `AttentionModule`, the token's row and column and the sides of the map, and returns the set of
     keys of each group of heads.
@@ -38,7 +38,7 @@ def check_keys(name, expected):
     look_attention.run(model, images, sites)
     features = model.forward_intermediates(images, intermediates_only=True)
     found = {}
-    for block in (1, 2):
+    for block in sorted({site.block for site in sites}):
         for keys in look_attention.keys(model, name, images, PIXEL, block):
             found[keys.stage, keys.block, keys.kind] = keys
     for site in sites:
