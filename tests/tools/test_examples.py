@@ -50,6 +50,25 @@ def test_example_is_short(path):
     assert 10 <= len(path.read_text().splitlines()) <= 45
 
 
+def test_bias_factors_are_the_biases(run):
+    example = run("bias_factors", run_name="example")
+    for side, columns in ((7, [4, 14, 4]), (8, [4, 16, 4])):
+        q, k, v = torch.randn(3, 2, 3, side**2, 16, dtype=torch.float64)
+        found = example["biases"](side)
+        assert [q_b.shape[1] for _, q_b, _ in found.values()] == columns
+        for bias, q_b, k_b in found.values():
+            torch.testing.assert_close(q_b @ k_b.T, bias)
+            want = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            torch.testing.assert_close(example["factored"](q, k, v, q_b, k_b), want)
+
+
+def test_free_bias_table_has_no_factors():
+    """As docs/operators.md says: any number of columns less than that of tokens leaves something out."""
+    table, place = torch.randn(13, 13, dtype=torch.float64), torch.cartesian_prod(torch.arange(7), torch.arange(7))
+    y, x = (place - place[:, None] + 6).unbind(2)
+    assert torch.linalg.matrix_rank(table[y, x]) == 49
+
+
 @pytest.mark.slow
 def test_smp_unet_learns(run):
     done = run("smp_unet")
