@@ -68,6 +68,18 @@ class Between:
         return f"{self.numbers} {words}".strip()
 
 
+@dataclass(frozen=True)
+class OrAuto(Between):
+    """A number, as `Between` has it, or the word auto."""
+
+    def allows(self, value: Any) -> bool:
+        """Whether `value` is allowed."""
+        return value == "auto" if isinstance(value, str) else super().allows(value)
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, or auto"
+
+
 def _numbers(value: Any) -> list[float]:
     """The numbers of a list or a mapping."""
     return list(value.values() if isinstance(value, Mapping) else value)
@@ -356,7 +368,11 @@ class TrainerConfig:
     """How the model is trained, and on which device."""
 
     epochs: int = option(30, "epochs, including warm-up, excluding cool-down", Between(1, 1e6))
-    batch_size: int = option(64, "batch size of one forward pass of one process", Between(1, 1e6))
+    batch_size: int | str = option(
+        64,
+        "batch size of one forward pass of one process; auto: the largest that fits on one GPU (classify)",
+        OrAuto(1, 1e6),
+    )
     effective_batch_size: int | None = option(
         None,
         "effective batch size of one update, by accumulating gradients; null: one batch per process",
@@ -756,7 +772,7 @@ def check(cfg: Config) -> None:
         if allowed and value is not None and not allowed.allows(value):
             null = ", or null" if str(item.type).endswith("| None") else ""
             high = getattr(allowed, "high", math.inf)
-            numbers = [value] if isinstance(value, int | float) else _numbers(value)
+            numbers = [value] if isinstance(value, int | float) else [] if isinstance(value, str) else _numbers(value)
             absurd = f", and {high:,.0f} at most" if 100 < high < math.inf and any(n > high for n in numbers) else ""
             raise UserError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
     if cfg.task == "classify":
@@ -784,7 +800,10 @@ def check(cfg: Config) -> None:
     if cfg.data.name == "unset":
         raise UserError("data.name=unset is not allowed: it has to be a name that timm.data.create_dataset reads, "
                        "for example hfds/cifar10.")  # fmt: skip
-    if (cfg.augment.mixup or cfg.augment.cutmix) and cfg.trainer.batch_size % 2:
+    if cfg.trainer.batch_size == "auto":
+        if cfg.task != "classify" or "checkpoint" in cfg or cfg.probe.kind != "none":
+            raise UserError("trainer.batch_size=auto is for the training of a classifier: give a number.")
+    elif (cfg.augment.mixup or cfg.augment.cutmix) and cfg.trainer.batch_size % 2:
         raise UserError(f"trainer.batch_size={cfg.trainer.batch_size} is odd, but mixup pairs images: make it even.")
 
 

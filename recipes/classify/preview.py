@@ -32,6 +32,8 @@ def preview(cfg: DictConfig, out: Path, images: int) -> dict[str, Any]:
     """Draw a sheet; see `zoo.recipes.preview`."""
     check_name(cfg.model)
     cfg = OmegaConf.merge(cfg, _PLAIN)
+    if cfg.trainer.batch_size == "auto":
+        cfg.trainer.batch_size = images + images % 2
     data = open_data(cfg.data, cfg.seed)
     tiles: list[Tile] = []
     notes: list[str] = []

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from zoo.opening import check_name
 from zoo.recipes import config, distributed, logs, records, run_folder
 from zoo.recipes.base_run import BaseRun, of_few
 from zoo.recipes.batchnorm import check_batchnorm
-from zoo.recipes.classify import distillation, losses, multi_label, probe
+from zoo.recipes.classify import batch_size, distillation, losses, multi_label, probe
 from zoo.recipes.classify.accuracy import Evaluation, Normalize, measure, percentage, plot_predictions
 from zoo.recipes.classify.data import (
     Data,
@@ -79,7 +80,18 @@ def train(
     if cfg.data.name == "csv":
         cfg.data.multi_label = data.multi_label  # for other commands, which may read other files
     with run_folder.locked_folder(Path(cfg.run) if cfg.run else None, name=cfg.model) as folder:
-        return ClassifyRun(cfg, data, device, folder, write_report, resume_command, hooks).run()
+        images = _count(data.train, data.train_indices)
+        trial = partial(_run_for_a_trial, data=data, device=device)
+        cfg, found = batch_size.resolve(cfg, device, folder, images, trial)
+        run = ClassifyRun(cfg, data, device, folder, write_report, resume_command, hooks)
+        run.notes += found
+        return run.run()
+
+
+def _run_for_a_trial(cfg: DictConfig, folder: Path, data: Data, device: torch.device) -> ClassifyRun:
+    """A run with random weights, which are as large as others, and without compiling, which takes minutes."""
+    plain = {"pretrained": False, "resume": "auto", "trainer": {"compile": False}}
+    return ClassifyRun(OmegaConf.merge(cfg, plain), data, device, folder)
 
 
 class ClassifyRun(BaseRun):
