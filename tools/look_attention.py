@@ -63,7 +63,7 @@ class Keys:
 def attention_modules(model: nn.Module, name: str) -> list[AttentionModule]:
     """The attention modules of a model of zoo, in the order in which they run.
 
-    Attention after the blocks of a stage counts as part of its last block.
+    Attention after the blocks of a stage counts as part of its last block; that before them is left out.
 
     Raises:
         UserError: The model has none.
@@ -72,11 +72,11 @@ def attention_modules(model: nn.Module, name: str) -> list[AttentionModule]:
     for i, stage in enumerate(getattr(model, "stages", ()), 1):
         blocks = getattr(stage, "blocks", ())
         numbers = {module: j for j, block in enumerate(blocks, 1) for module in block.modules()}
-        found += [
-            AttentionModule(i, numbers.get(module, len(blocks)), module, described)
-            for module in stage.modules()
-            if (described := info(module)) is not None
-        ]
+        number = 0  # before the blocks
+        for module in stage.modules():
+            number = numbers.get(module, number)
+            if number and (described := info(module)) is not None:
+                found.append(AttentionModule(i, number, module, described))
     if not found:
         raise UserError(
             f"{name} has no attention module of zoo: use zoo-look cam or zoo-look field, which take any model of timm."

@@ -329,7 +329,9 @@ def test_lr_factors_multiply_the_other_factors():
 
 
 def test_lr_factor_of_nothing():
-    with pytest.raises(UserError, match=r"optim.lr_factors has 'ofset', but no parameter .*: did you mean offset"):
+    with pytest.raises(
+        UserError, match=r"optim.lr_factors has 'ofset', but no trained parameter .*: did you mean offset"
+    ):
         param_groups(Detector(TimmBackbone("test_litv2")), 1e-3, 0.05, lr_factors={"ofset": 0.1})
 
 

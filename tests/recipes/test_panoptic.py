@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from zoo.messages import UserError
-from zoo.recipes import panoptic_scenes, predict, segment_ids, tasks
+from zoo.recipes import panoptic_scenes, segment_ids, tasks
+from zoo.recipes.commands import predict
 from zoo.recipes.config import DataConfig
 from zoo.recipes.dense.annotations import load_annotations
 from zoo.recipes.dense.panoptic_annotations import load_panoptic

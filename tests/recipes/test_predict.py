@@ -400,7 +400,10 @@ def test_file_with_an_equals_sign_is_a_file(tmp_path, monkeypatch):
         (("a.png", "out"), "run is not set: give the folder of a run"),
         (("run=x", "out"), "give the images (files or folders) and then the output folder"),
         (("run=x", "scor=1", "a.png", "out"), "there is no key 'scor': did you mean score? There are run, checkpoint"),
-        (("run=x", "zzzz=1", "a.png", "out"), "there is no key 'zzzz'. There are run, checkpoint, score, device"),
+        (
+            ("run=x", "zzzz=1", "a.png", "out"),
+            "there is no key 'zzzz'. There are run, checkpoint, score, temperature, device",
+        ),
         (("run=x", "score=2", "a.png", "out"), "score=2.0 is not allowed: it has to be between 0 and 1"),
         (("run=x", "score=-1", "a.png", "out"), "score=-1.0 is not allowed"),
         (("run=x", "score=nan", "a.png", "out"), "score=nan is not allowed"),
