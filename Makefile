@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
 TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m "not gpu and not browser"
 
-.PHONY: demo test test-all check browser bench speed compiled sizes gpu recipes docs notebooks tables lint types clean
+.PHONY: demo test test-all check browser bench speed compiled sizes probes gpu recipes docs notebooks tables lint types clean
 
 demo: $(VENV)/user.stamp  ## train a small VAN on handwritten digits
 	$(BIN)/zoo-train
@@ -40,6 +40,10 @@ compiled: $(VENV)/dev.stamp  ## measure some models compiled, for the README: an
 sizes: $(VENV)/dev.stamp  ## measure time and memory of some models for larger images, for the README
 	for size in 224 512 1024 2048; do $(BIN)/zoo-bench models --threads 2 --batch-size 1 --no-training --size $$size \
 	  --rounds 3 --seconds 10 --json docs/results/sizes-cpu-$$size.json dinat_mini vig_h_t segman_encoder_t || exit 1; done
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
+
+probes: $(VENV)/dev.stamp  ## probe the features of the small models, for docs/guides/probes.md: ten minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -P tests/probes.py
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
 
 gpu: $(VENV)/dev.stamp  ## on a machine with a GPU: tests and timings, written to docs/results

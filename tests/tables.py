@@ -26,6 +26,8 @@ OPERATORS = ROOT / "docs" / "operators.md"
 KERNELS = ROOT / "docs" / "results"
 RESULTS = ROOT / "docs" / "results" / "models-cpu.json"  # `make speed` writes it
 COMPILED = RESULTS.with_name("compiled-cpu.json")  # `make compiled` writes it
+PROBES = RESULTS.with_name("probes.json")  # `make probes` writes it
+PROBE_PAGE = ROOT / "docs" / "guides" / "probes.md"
 SIZES = "sizes-cpu-{}.json"  # in docs/results, by the side of the images: `make sizes` writes them
 
 
@@ -319,6 +321,15 @@ def instructions() -> Iterator[str]:
     )
 
 
+def probes(found: dict) -> Iterator[str]:
+    """The probes of the small models' features, on classes that they have not seen, as `make probes` measured them."""
+    yield "| model | trained on 0-4 | k-NN, random weights | k-NN | linear | efficient probing |"
+    yield "|---|---|---|---|---|---|"
+    for name, row in found["models"].items():
+        scores = (row["trained_top1"], row["random"]["knn"], *(row["probes"][kind] for kind in ("knn", "linear", "ep")))
+        yield f"| `{name}` | {' | '.join(f'{score:.1f} %' for score in scores)} |"
+
+
 def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
     """What makes each table, by its document and its name."""
     found: dict[tuple[Path, str], Callable[[], Iterator[str]]] = {
@@ -329,6 +340,7 @@ def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
         (README, "sizes"): lambda: sizes(size_results()),
         (README, "digits"): digits,
         (OPERATORS, "instructions"): instructions,
+        (PROBE_PAGE, "probes"): lambda: probes(json.loads(PROBES.read_text())),
     }
     for family in zoo.FAMILIES:
         page = INDEX.with_name(f"{family}.md")
