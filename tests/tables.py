@@ -327,7 +327,7 @@ def probes(found: dict) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for name, row in found["models"].items():
         scores = (row["trained_top1"], row["random"]["knn"], *(row["probes"][kind] for kind in ("knn", "linear", "ep")))
-        yield f"| `{name}` | {' | '.join(f'{score:.1f} %' for score in scores)} |"
+        yield f"| `{name}` | {' | '.join('' if score is None else f'{score:.1f} %' for score in scores)} |"
 
 
 def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
