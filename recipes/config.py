@@ -787,9 +787,9 @@ def check(cfg: Config) -> None:
                 f"dense.frozen_stages={stages} has no effect with task=classify: use trainer.freeze={stages}."
             )
     else:
-        of_classifiers = {"eval.threshold", "data.sampling", *(name for name, _ in _items(LossConfig, "loss."))}
+        of_classifiers = ("eval.threshold", "data.sampling", "loss.", "distill.")
         for key, item in _items(Config):
-            if key in of_classifiers and (value := OmegaConf.select(cfg, key)) != default_of(item):
+            if key.startswith(of_classifiers) and (value := OmegaConf.select(cfg, key)) != default_of(item):
                 raise UserError(
                     f"{key}={value} has no effect with task={cfg.task}: it is for classifiers; leave it out."
                 )
@@ -859,18 +859,14 @@ def check_effect_on_probe(cfg: Config, overridden: Sequence[str]) -> None:
 
 
 def _check_distill(cfg: Config) -> None:
-    given, distill = [], cfg.distill
-    for key, item in _items(DistillConfig, "distill."):
-        value = OmegaConf.select(cfg, key)
-        if value != default_of(item):
-            given.append(f"{key}={value}")
+    distill = cfg.distill
+    given = [item.name for item in fields(DistillConfig) if distill[item.name] != default_of(item)]
     if not given:
         return
-    if cfg.task != "classify":
-        raise UserError(f"{given[0]} has no effect with task={cfg.task}: it is for classifiers; leave it out.")
     if not distill.teacher:
-        raise UserError(f"{given[0]} has no effect without a teacher: add distill.teacher=<model or run folder>.")
-    if distill.match == "features" and any(text.startswith("distill.temperature=") for text in given):
+        first = f"distill.{given[0]}={distill[given[0]]}"
+        raise UserError(f"{first} has no effect without a teacher: add distill.teacher=<model or run folder>.")
+    if distill.match == "features" and "temperature" in given:
         raise UserError(f"distill.temperature={distill.temperature} has no effect with distill.match=features.")
     if not distill.weight:
         raise UserError("distill.weight=0 is not allowed with a teacher, which then teaches nothing: leave both out.")

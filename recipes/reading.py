@@ -98,8 +98,12 @@ class _Calibration(TypedDict):
     after: dict[str, Any] | None
 
 
-class _Corruptions(TypedDict):
-    """The content of classify.robustness.Corruptions."""
+class Corruptions(TypedDict):
+    """Accuracies in percent.
+
+    `top1` has one for each severity of each corruption; `mean` is the mean of all of them, and `relative` its share of
+    the accuracy `clean` on the images as they are. `image_size` is that of the images that were corrupted.
+    """
 
     severities: list[int]
     seed: int
@@ -122,7 +126,7 @@ class Evaluation(TypedDict, total=False):
     corrupt_images: list[str]
     top1_interval: list[float]
     calibration: _Calibration
-    corruptions: _Corruptions
+    corruptions: Corruptions
     imagenet: dict[str, dict[str, Any]]
 
 

@@ -28,24 +28,8 @@ from zoo.recipes.classify.model import input_config
 from zoo.recipes.classify.train_state import autocast
 from zoo.recipes.logs import log
 from zoo.recipes.progress import Progress
+from zoo.recipes.reading import Corruptions
 from zoo.recipes.sheet import Tile
-
-
-class Corruptions(TypedDict):
-    """Accuracies in percent.
-
-    `top1` has one for each severity of each corruption; `mean` is the mean of all of them, and `relative` its share of
-    the accuracy `clean` on the images as they are. `image_size` is that of the images that were corrupted.
-    """
-
-    severities: list[int]
-    seed: int
-    image_size: list[int]
-    images: int
-    clean: float
-    top1: dict[str, list[float]]
-    mean: float
-    relative: float
 
 
 class _Rows(TypedDict):
