@@ -154,6 +154,8 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
     model.data_preprocessor.pad_size_divisor = dense.size_divisor
     things = dense.num_things if panoptic else classes
     numbers = dict(num_things_classes=things, num_stuff_classes=classes - things)
+    if panoptic:
+        model.data_preprocessor.seg_pad_value = classes  # the label of pixels without a segment
     if dense.method == "mask2former":
         head = model.panoptic_head
         head.update(in_channels=channels, strides=[4, 8, 16, 32], **numbers)
@@ -161,7 +163,6 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
         model.panoptic_fusion_head.update(numbers)
         if panoptic:
             model.panoptic_fusion_head.type = "PanopticFusionHead"
-            model.data_preprocessor.seg_pad_value = classes  # the label of pixels without a segment
         # Images that are smaller than the crop are padded to its size; for others this changes nothing.
         model.data_preprocessor.batch_augments = (
             [
@@ -188,7 +189,6 @@ def _set_detector(model: MMConfig, cfg: DictConfig, channels: list[int], classes
         model.semantic_head.update(numbers)
         model.semantic_head.loss_seg.ignore_index = classes
         model.panoptic_fusion_head.update(numbers, type="FusionByScore")
-        model.data_preprocessor.seg_pad_value = classes  # the label of pixels without a segment
         model.test_cfg.panoptic.score_thr = model.test_cfg.rcnn.score_thr
         model.test_cfg.rcnn.score_thr = 0.05  # COCO's AP counts objects of low scores, too
     if not finds_masks(cfg) and "roi_head" in model:
