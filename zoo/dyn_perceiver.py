@@ -9,6 +9,8 @@ compare outputs of dyn_perceiver_regnety_008. The blocks of the convolutional ne
 - `forward` gives the logits of the last exit. `set_exit_training` makes the model return those of all exits in
   training, as the official code always does.
 - `forward_features` joins the map with what else the classifiers read, as constant channels.
+- With RegNetY, the weights of the third classifier begin as PyTorch's, not with a standard deviation of 0.01, and the
+  biases of squeeze and excitation with zeros, not as PyTorch's.
 """
 
 from __future__ import annotations
@@ -338,7 +340,7 @@ class Exits(nn.Module):
             the last stage, mean of the last map before the latents are written into it, and after.
         num_classes: Classes.
         hidden_dim: Hidden channels of the classifiers that read the map; None for none.
-        drop_rate: Dropout after these.
+        drop_rate: Dropout of these channels; without them, of what the third classifier reads.
         device, dtype: Device and type of the parameters.
 
     Attributes:
@@ -374,6 +376,7 @@ class Exits(nn.Module):
         self.early_feed = feed()
         self.late = nn.Linear(2 * late, num_classes, **dd)
         self.late_feed = feed()
+        self.plain_drop = nn.Dropout(0.0 if hidden_dim else drop_rate)
         self.plain = nn.Sequential(*classifier(plain)) if hidden_dim else classifier(plain)[0]
         merged = 2 * late + written
         self.merged = nn.Sequential(nn.BatchNorm1d(merged, **dd), *classifier(merged))
@@ -384,15 +387,19 @@ class Exits(nn.Module):
         second = self.second(late, first)
         last = self.last(written, late, second)
         if self.all_exits and self.training:
-            return first, second, self.plain(plain), last
+            return first, second, self.third(plain), last
         if torch.is_grad_enabled():
             # Distributed training waits for the gradients of all parameters, even if they are zero.
-            last = last + 0 * self.plain(plain)
+            last = last + 0 * self.third(plain)
         return last
 
     def second(self, late: Tensor, logits: Tensor) -> Tensor:
         """The logits of the second exit, given those of the first."""
         return self.late(torch.cat((late, self.early_feed(logits)), 1))
+
+    def third(self, plain: Tensor) -> Tensor:
+        """The logits of the third exit."""
+        return self.plain(self.plain_drop(plain))
 
     def last(self, written: Tensor, late: Tensor, logits: Tensor) -> Tensor:
         """The logits of the last exit, given those of the second."""
@@ -491,7 +498,8 @@ class DynPerceiver(Backbone):
         mlp_ratio: Hidden channels of their MLPs, as a multiple of the channels.
         table_grid: Side, in tokens, of the pooled map that latents read.
         hidden_dim: Hidden channels of the classifiers that read the map; None for linear classifiers.
-        drop_rate: Dropout after these hidden channels; without them, of what the classifiers read.
+        drop_rate: As in the official code, dropout of these hidden channels or, without them, of what the third exit
+            reads. With global_pool="ep", of what its classifier reads.
         drop_path_rate: Stochastic depth rate of the network's last block. It grows linearly from 0 at the first block.
         device, dtype: Device and type of the parameters.
 
@@ -562,7 +570,7 @@ class DynPerceiver(Backbone):
             )
         self.exit_dims = (latent_dims[-2], latent_dims[-1], embed_dims[-1], embed_dims[-1])
         self.exit_training = False
-        self.hidden_dim, self.hidden_drop_rate = hidden_dim, drop_rate
+        self.hidden_dim, self.drop_rate = hidden_dim, drop_rate
         super().__init__(
             Stem(stem, num_latents, stem_dim, **dd),
             stages,
@@ -570,7 +578,7 @@ class DynPerceiver(Backbone):
             in_chans=in_chans,
             num_classes=num_classes,
             global_pool=global_pool,
-            drop_rate=0.0 if hidden_dim else drop_rate,
+            drop_rate=drop_rate,
             strides=[(8, 16, 32, 32)[i] if cnn == "mobilenetv3" else 4 * 2**i for i in range(count)],
             num_features=sum(self.exit_dims),
         )
@@ -578,12 +586,15 @@ class DynPerceiver(Backbone):
     def init_module(self, module: nn.Module) -> None:
         """Initialise the parameters that `module` itself has.
 
-        As in the official code: the convolutional networks by their fan-out, the latent branch as PyTorch does.
+        As in the official code: the convolutional networks by their fan-out, the last batch norm of each bottleneck of
+        ResNet with zeros, and the latent branch as PyTorch does.
         """
         if type(module) is nn.Conv2d:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, ResNetBlock):
+            module.zero_init_last()
         elif (reset_parameters := getattr(module, "reset_parameters", None)) is not None:
             reset_parameters()
 
@@ -591,10 +602,12 @@ class DynPerceiver(Backbone):
         """Replace all classifiers with new ones (none if `num_classes` is 0), and the pooling unless it is None."""
         super().reset_classifier(num_classes, global_pool)
         if num_classes > 0 and self._has_exits() and not arguments.is_ep(self.global_pool):
-            rate = self.hidden_drop_rate
-            head = Exits(self.exit_dims, num_classes, self.hidden_dim, rate, **get_device_dtype(self))
+            dd = get_device_dtype(self)
+            head = Exits(self.exit_dims, num_classes, self.hidden_dim, self.drop_rate, **dd)
             head.all_exits = self.exit_training
             self.head = head.apply(self.init_module).train(self.training)
+        # The exits have a dropout of their own.
+        self.head_drop.p = 0.0 if isinstance(self.head, Exits) else self.drop_rate
 
     def _has_exits(self) -> bool:
         """Whether all stages are there; pruning removes the last ones, and with them what the classifiers read."""
@@ -659,23 +672,23 @@ class DynPerceiver(Backbone):
         for stage in stages:
             state = stage(state)
         state = before.read_map(state)
-        logits = head.early(self.head_drop(state.early))
+        logits = head.early(state.early)
         kept = yield logits
         state, logits = state.take(kept), logits if kept is None else logits[kept]
 
         state = last.read_map(before.write_latents(before.convolve(state)))
-        late = self.head_drop(state.latents.mean((1, 2)))
+        late = state.latents.mean((1, 2))
         logits = head.second(late, logits)
         kept = yield logits
         if kept is not None:
             state, logits, late = state.take(kept), logits[kept], late[kept]
 
         state = last.convolve(state)
-        kept = yield head.plain(self.head_drop(state.plain))
+        kept = yield head.third(state.plain)
         if kept is not None:
             state, logits, late = state.take(kept), logits[kept], late[kept]
 
-        yield head.last(self.head_drop(last.write_latents(state).map.mean((2, 3))), late, logits)
+        yield head.last(last.write_latents(state).map.mean((2, 3)), late, logits)
 
 
 @register_notrace_function

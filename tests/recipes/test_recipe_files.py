@@ -489,6 +489,14 @@ def test_fine_tuning_follows_configurations_and_commands(recipe, lr, lowest, ima
     assert (content["trainer"]["effective_batch_size"], content["trainer"].get("amp")) == (images, amp)
 
 
+def test_dropout_of_dyn_perceiver_is_that_of_its_models():
+    """It is in the code of two models, not in the commands that train them."""
+    rates = {"regnety_008": 0.0, "resnet50_0375": 0.2, "mobilenetv3_large_075": 0.2}
+    for name, rate in rates.items():
+        content = yaml.safe_load(_text(f"imagenet/dyn_perceiver_{name}"))
+        assert content["model_kwargs"].get("drop_rate", 0.0) == rate
+
+
 @pytest.mark.slow
 def test_heads_of_recipes_say_what_differs_from_the_sources(recipes):
     """What the keys can't follow."""

@@ -220,6 +220,33 @@ def test_initialisation_is_official():
     assert layer.weight.abs().max().item() == pytest.approx(64**-0.5, rel=0.02)
 
 
+def test_bottlenecks_of_resnet_begin_as_their_shortcuts():
+    """As in the official code, the last norm of each has the weight 0."""
+    model = timm.create_model(RESNET, latent_depths=(1, 1, 1, 1))
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    assert all(block.bn3.weight.eq(0).all() and block.bn2.weight.eq(1).all() for block in blocks)
+
+
+@pytest.mark.parametrize(("hidden", "dropped"), [(None, [2]), (32, [2, 3])], ids=["linear", "hidden"])
+def test_dropout_is_that_of_the_official_classifiers(hidden, dropped):
+    """Of what the third exit reads; with hidden channels, of those, which the last exit has, too."""
+    head = build(hidden_dim=hidden, drop_rate=0.5).head
+    for module in head.modules():
+        module.training = isinstance(module, nn.Dropout)
+    head.training = head.all_exits = True
+    x = torch.randn(4, head.in_features, generator=torch.Generator().manual_seed(2))
+    one, other = head(x), head(x)
+    assert [number for number in range(4) if not torch.equal(one[number], other[number])] == dropped
+
+
+@torch.no_grad()
+def test_dropout_follows_the_head():
+    model = build(drop_rate=0.5)
+    assert model.head_drop.p == 0
+    model.reset_classifier(5, "ep")
+    assert model.head_drop.p == 0.5
+
+
 def test_drop_path_grows_linearly_over_all_blocks():
     model = build(drop_path_rate=0.7)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.stages for block in stage.blocks]
