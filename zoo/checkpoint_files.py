@@ -28,6 +28,7 @@ WRAPPINGS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model_state_di
 PREFIXES = ("ema_model.", "model_ema.", "module.", "_orig_mod.", "model.", "net.", "network.", "encoder.", "backbone.")
 PARTS = ("encoder.", "backbone.")  # those that name a part of a detector
 MAX_PREFIXES = 8  # in a row
+COUNTS = ("total_ops", "total_params")  # buffers that thop, which counts operations, leaves in all modules
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # timm's trainer saves its command line as a Namespace, as do many official files. Restoring one only sets attributes.
@@ -207,7 +208,11 @@ def _is_filled(value: Any) -> bool:
 
 
 def _tensors(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    state_dict = {key: value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    state_dict = {
+        key: value
+        for key, value in checkpoint.items()
+        if isinstance(value, Tensor) and not (isinstance(key, str) and key.rpartition(".")[2] in COUNTS)
+    }
     if not state_dict:
         raise ValueError(
             f"The checkpoint holds no tensors, only {first_names(checkpoint) or 'nothing'}: pass a state dict, "

@@ -183,6 +183,20 @@ def test_every_wrapping_of_every_family_converts(model, wrapping, capsys):
 
 
 @pytest.mark.slow
+def test_counts_of_operations_are_left_out(state_dict, capsys):
+    """thop leaves them in the modules, and Flowformer's trainer, for one, drops them when it reads a checkpoint."""
+    places = ("", "module.stem.", "module.stages.0.blocks.0.mlp.")
+    counts = {f"{place}total_{what}": torch.zeros(1) for place in places for what in ("ops", "params")}
+    save({"model": prefixed("module.", state_dict) | counts})
+    code, out, errors = run(capsys, "file.pth", "--json")
+    assert (code, errors) == (0, "")
+    report = json.loads(out)
+    assert (report["model"], report["left_out"]) == ("test_van", {})
+    loaded = evaluate(report, 0).state_dict()
+    assert all(torch.equal(loaded[key], value) for key, value in state_dict.items())
+
+
+@pytest.mark.slow
 def test_legacy_file_and_safetensors_convert(state_dict, capsys):
     from safetensors.torch import save_file
 
