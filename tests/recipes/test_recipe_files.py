@@ -174,6 +174,8 @@ REPORTED = {
     "imagenet/moh_vit_b_75": (0.6, {"top1": 84.9}),
     "imagenet/vig_h_s": (0.3, {"top1": 83.8}),
     "imagenet/illama_base": (0.4, {"top1": 81.6}),
+    "imagenet/illama_base_ft384": (0.8, {"top1": 83.0}),
+    "imagenet/illama_large_in21k_ft384": (0.3, {"top1": 86.0}),
     "imagenet/vig_gla_t": (0.0, {"top1": 77.2}),
     "imagenet/dyn_perceiver_resnet50_0375": (0.2, {"top1": 77.7}),
     "coco/mask_rcnn_nat_small": (0.35, {"box_ap": 48.4, "mask_ap": 43.2}),
@@ -308,6 +310,7 @@ PAPERS = {
     r"illama_tiny": (4e-3, 0.05, 300, 4096, 0.1, 0.1, 0.25, 0, "none"),
     r"illama_small": (4e-3, 0.05, 300, 4096, 0.5, 0.5, 0.25, 0, "none"),
     r"illama_base": (4e-3, 0.05, 300, 4096, 0.95, 1.0, 0.25, 0, "none"),
+    r"illama_(base|large)_in21k": (1e-3, 0.01, 90, 4096, 0.8, 1.0, 0.25, 0, "none"),
     r"flowformer": (7.5e-4, 0.05, 300, 768, 0.8, 1.0, 0.0, 0, "fp16"),
     r"vitaev2_vsa_48m": (1e-3, 0.055, 300, 1024, 0.8, 1.0, 0.25, 10, "none"),
 }
@@ -481,6 +484,11 @@ def test_training_from_nothing_follows_the_paper(recipes):
         ("cswin_base_ft384", 5e-6, 5e-7, 256, "fp16"),
         ("cswin_large_ft224", 2.5e-4, 5e-7, 512, "fp16"),
         ("dinat_large_ft224", 5e-5, 0.0, 512, "none"),
+        ("illama_base_ft384", 8e-5, 1e-6, 512, None),
+        ("illama_base_in21k_ft224", 8e-5, 1e-6, 512, None),
+        ("illama_base_in21k_ft384", 1.1e-4, 1e-6, 512, None),
+        ("illama_large_in21k_ft224", 6e-5, 1e-6, 512, None),
+        ("illama_large_in21k_ft384", 3.5e-5, 1e-6, 512, None),
     ],
 )
 def test_fine_tuning_follows_configurations_and_commands(recipe, lr, lowest, images, amp):
@@ -495,6 +503,19 @@ def test_dropout_of_dyn_perceiver_is_that_of_its_models():
     for name, rate in rates.items():
         content = yaml.safe_load(_text(f"imagenet/dyn_perceiver_{name}"))
         assert content["model_kwargs"].get("drop_rate", 0.0) == rate
+
+
+def test_fine_tuning_of_illama_follows_its_logs():
+    """Without mixup, warm-up and soft mask; before it, attention becomes causal after 30 of 90 epochs."""
+    for size in ("base", "large"):
+        content = yaml.safe_load(_text(f"imagenet/illama_{size}_in21k"))
+        assert content["model_kwargs"] == {"soft_mask": "constant", "soft_mask_epochs": 30, "drop_path_rate": 0.1}
+    for name in ("base_ft384", *(f"{size}_in21k_ft{side}" for size in ("base", "large") for side in (224, 384))):
+        content = yaml.safe_load(_text(f"imagenet/illama_{name}"))
+        assert list(content["model_kwargs"]) == ["drop_path_rate"]
+        assert (content["augment"]["mixup"], content["augment"]["cutmix"]) == (0, 0)
+        assert (content["schedule"]["warmup_epochs"], content["trainer"]["epochs"]) == (0, 30)
+        assert content["optim"]["weight_decay"] == 1e-8
 
 
 @pytest.mark.slow
