@@ -25,7 +25,7 @@ README = ROOT / "README.md"
 OPERATORS = ROOT / "docs" / "operators.md"
 KERNELS = ROOT / "docs" / "results"
 RESULTS = ROOT / "docs" / "results" / "models-cpu.json"  # `make speed` writes it
-COMPILED = RESULTS.with_name("compiled-cpu.json")  # `make compiled` writes it
+COMPILED = [RESULTS.with_name(f"compiled{training}-cpu.json") for training in ("", "-training")]  # by `make compiled`
 PROBES = RESULTS.with_name("probes.json")  # `make probes` writes it
 PROBE_PAGE = ROOT / "docs" / "guides" / "probes.md"
 SIZES = "sizes-cpu-{}.json"  # in docs/results, by the side of the images: `make sizes` writes them
@@ -176,33 +176,40 @@ def shares(results: dict) -> Iterator[str]:
     ]
 
 
-def compiled(results: dict) -> Iterator[str]:
-    """The times of compiled models in units of those of the same model in eager mode, for the README."""
-    entries = [entry for entry in results["models"] if entry["compiled"]]
-    dtypes = list(dict.fromkeys(entry["dtype"] for entry in entries))
-    found = {(entry["name"], entry["dtype"]): entry for entry in entries}
-    columns = [f"{dtype}, / {what}" for dtype in dtypes for what in ("eager", "timm's compiled")]
+def compiled(results: list[dict]) -> Iterator[str]:
+    """The times of compiled models in units of those of the same model in eager mode, for the README.
+
+    Args:
+        results: What zoo-bench models measured, a kind of pass each.
+    """
+    found, columns = {}, {}  # the figures by kind of pass, dtype and model; what each column holds
+    for one in results:
+        for entry in (entry for entry in one["models"] if entry["compiled"]):
+            for what in (what for what in ("inference", "training") if what in entry):
+                found[what, entry["dtype"], entry["name"]] = entry[what]
+                for title, baseline in (("eager", "ratio_to_eager"), ("timm's compiled", "ratio_to_timm")):
+                    columns[f"{what}, {entry['dtype']}, / {title}"] = (what, entry["dtype"], baseline)
     yield f"| model | {' | '.join(columns)} |"
     yield "|---" * (1 + len(columns)) + "|"
-    for name in dict.fromkeys(name for name, _ in found):
+    for name, ours in {entry["name"]: entry["ours"] for entry in results[0]["models"]}.items():
         cells = []
-        for dtype in dtypes:
-            entry = found[name, dtype]
-            for baseline in ("ratio_to_eager", "ratio_to_timm")[: 2 if entry["timm"] else 1]:
-                cells.append(_passes(entry, lambda measured, key=baseline: f"{measured[key]['median']:.2f}"))
-            cells += [""] * (not entry["timm"])
-        whose = "" if found[name, dtypes[0]]["ours"] else "timm's "
+        for what, dtype, baseline in columns.values():
+            figures = found.get((what, dtype, name), {"status": ""})
+            cells.append(f"{figures[baseline]['median']:.2f}" if baseline in figures else "")
+            if baseline == "ratio_to_eager" and figures["status"] != "timed":
+                cells[-1] = figures["status"]
+        whose = "" if ours else "timm's "
         yield f"| {whose}`{name}` | {' | '.join(cells)} |"
-    machine, settings, first = results["machine"], results["settings"], entries[0]
-    kinds = [what for what in ("inference", "training") if what in first]
-    turns = (f"{len(first[what]['times_s'])} for {what}" for what in kinds)
+    machine, settings = results[0]["machine"], results[0]["settings"]
+    counted = {what: len(figures["times_s"]) for (what, _, _), figures in found.items() if "times_s" in figures}
+    turns = ", ".join(f"{number} for {what}" for what, number in counted.items())
     yield from [
         "",
         *_wrapped(
-            f"Times of {' / '.join(kinds)} of models compiled by `torch.compile`, in units of those in eager mode and "
-            f"of those of timm's model of the family, compiled, too; medians (turns: {', '.join(turns)}) for "
-            f"{_count(settings['batch_size'], 'image')} of {size_text(settings['size'])} with {_cores(machine)}, torch "
-            f"{machine['torch'].partition('+')[0]} and timm {machine['timm']}. `make compiled` measures them."
+            "Times of models compiled by `torch.compile`, in units of those in eager mode and of those of timm's model "
+            f"of the family, compiled, too; medians (turns: {turns}) for {_count(settings['batch_size'], 'image')} of "
+            f"{size_text(settings['size'])} with {_cores(machine)}, torch {machine['torch'].partition('+')[0]} and "
+            f"timm {machine['timm']}. `make compiled` measures them."
         ),
     ]
 
@@ -336,7 +343,7 @@ def tables() -> dict[tuple[Path, str], Callable[[], Iterator[str]]]:
         (INDEX, "families"): index,
         (README, "speed"): lambda: speed(results()),
         (README, "shares"): lambda: shares(results()),
-        (README, "compiled"): lambda: compiled(json.loads(COMPILED.read_text())),
+        (README, "compiled"): lambda: compiled([json.loads(path.read_text()) for path in COMPILED]),
         (README, "sizes"): lambda: sizes(size_results()),
         (README, "digits"): digits,
         (OPERATORS, "instructions"): instructions,

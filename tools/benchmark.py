@@ -209,7 +209,8 @@ def parser() -> argparse.ArgumentParser:
         help="also run every model with weights and images cast to the dtypes other than float32, without autocast",
     )
     add("--threads", type=cli.count, metavar="N", help="number of threads of PyTorch on the CPU (PyTorch's default)")
-    add("--training", action=argparse.BooleanOptionalAction, default=True, help="also time the training step (on)")
+    for what, name in (("--inference", "inference"), ("--training", "the training step")):
+        add(what, action=argparse.BooleanOptionalAction, default=True, help=f"time {name} (on)")
     add(
         "--compile",
         nargs="?",
@@ -612,6 +613,10 @@ def _models(options: argparse.Namespace) -> None:
     options.dtype = list(dict.fromkeys(options.dtype))
     if options.cast and options.dtype == ["float32"]:
         raise OptionError("got --cast, but only float32, which nothing is cast to: add --dtype bfloat16 or float16.")
+    if not (options.inference or options.training):
+        raise OptionError("got --no-inference and --no-training, which leaves nothing to time: leave one of them out.")
+    if options.picture and not options.inference:
+        raise OptionError("got --picture and --no-inference, but it shows that of inference: leave one of them out.")
     _prepare(options)
     from zoo.tools import benchmark_models, benchmark_timing
 
@@ -649,7 +654,7 @@ def _models(options: argparse.Namespace) -> None:
             "matmul": {},
         }
         results: benchmark_models.Results = {}
-        passes = ("inference", "training")[: 1 + options.training]
+        passes = [what for what in ("inference", "training") if getattr(options, what)]
         for number, what in enumerate(passes, 1):
             with cli.progress(f"[{number}/{len(passes)}] {what}, {len(contenders)} contenders", log=True) as say:
                 rows = results[what] = benchmark_models.measure(

@@ -327,6 +327,30 @@ def test_inference_alone_has_no_training(capsys, tmp_path):
     assert "training" not in printed
 
 
+@pytest.mark.slow
+def test_training_alone_has_no_inference(capsys, tmp_path):
+    file = tmp_path / "out.json"
+    assert run("test_van", *QUICK, "--no-inference", "--json", str(file)) == 0
+    content = json.loads(file.read_text())
+    assert "inference" not in content["models"][1]
+    assert list(content["matmul"]) == ["training"]
+    printed = capsys.readouterr().out
+    assert "training: time in units of test_resnet's\n" in printed
+    assert "inference" not in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-inference", "--no-training"], "got --no-inference and --no-training, which leaves nothing to time"),
+        (["--no-inference", "--picture", "x.png"], "got --picture and --no-inference, but it shows that of inference"),
+    ],
+)
+def test_passes_that_leave_nothing_to_show(capsys, arguments, message):
+    assert run("test_van", *QUICK, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("what", ["inference", "training"])
 def test_table_of_all_modes_has_120_columns(what):
     made, rows = [], {}
