@@ -7,15 +7,16 @@ are exceptions, the process goes on as it was, and the same settings give the sa
 from __future__ import annotations
 
 import os
+import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.messages import UserError
-from zoo.recipes.hooks import HookFailed, Hooks
+from zoo.recipes.hooks import HookFailed, Hooks, check_hooks
 from zoo.recipes.results import EvalResult, Prediction, TrainResult
 
 if TYPE_CHECKING:
@@ -30,6 +31,53 @@ Settings = Mapping[str, Any]
 _working = threading.RLock()  # a hook may evaluate or predict
 
 
+@contextmanager
+def _called() -> Iterator[None]:
+    """Let one thread at a time work, and end a run as a program expects it: by errors and by its own signal handlers.
+
+    Imports draw from Python's random numbers (rich's do), so these are restored here.
+
+    Raises:
+        UserError: Another thread works: training, evaluation and prediction share random numbers and the log.
+        KeyboardInterrupt: An interrupt stopped the run, which is saved.
+    """
+    from zoo.recipes.errors import Stopped, of_the_system
+
+    if not _working.acquire(blocking=False):
+        raise UserError(
+            "another thread of this process is training, evaluating or predicting: wait until it ends, or use another "
+            "process."
+        )
+    error: Exception | None = None
+    context, generator = None, random.getstate()
+    try:
+        yield
+    except HookFailed as failed:
+        error, context = failed.error, failed.error.__context__
+    except Stopped as stopped:
+        error = stopped
+    except UserError:
+        raise
+    except Exception as other:
+        explanation = of_the_system(other)
+        if explanation is None:
+            raise
+        raise UserError(explanation) from other
+    finally:
+        random.setstate(generator)
+        _working.release()
+    if isinstance(error, Stopped):
+        if error.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(error)) from None
+        signal.raise_signal(error.signum)  # for the handler of the program, which usually ends the process
+    if error:
+        try:
+            raise error
+        finally:
+            error.__context__ = context  # the hook's, as if nothing of ours were between it and the program
+
+
+@_called()
 def train(settings: Settings | None = None, *, hooks: Hooks | None = None) -> TrainResult:
     """Train a model, as `zoo-train` does with the same settings.
 
@@ -54,8 +102,9 @@ def train(settings: Settings | None = None, *, hooks: Hooks | None = None) -> Tr
     from zoo.recipes.dense.formats import look
     from zoo.recipes.settings import words as as_words
 
+    check_hooks(hooks)
     words = look.with_option(as_words(settings, config.Config))
-    with _called(), composition.called("zoo-train", words):
+    with composition.called("zoo-train", words):
         cfg = _composed("config", config.Config, words)
         command.check(cfg)
         with process_state.kept():
@@ -79,6 +128,7 @@ def train(settings: Settings | None = None, *, hooks: Hooks | None = None) -> Tr
     return TrainResult(cfg.task, folder, summary["metrics"], summary["best"], history, stopped, summary)
 
 
+@_called()
 def evaluate(run: str | os.PathLike[str] | None = None, settings: Settings | None = None) -> EvalResult:
     """Evaluate the model of a run, or a model by its name, as `zoo-eval` does.
 
@@ -98,11 +148,9 @@ def evaluate(run: str | os.PathLike[str] | None = None, settings: Settings | Non
     from zoo.recipes.commands import eval as command
     from zoo.recipes.settings import words as as_words
 
-    named = {} if run is None else {"run": run}
-    if named and isinstance(settings, Mapping) and "run" in settings:
-        raise UserError(f"run={settings['run']} is given twice: leave it out of the settings.")
+    named = {} if run is None else _named(run, settings)
     words = [*as_words(named, config.EvalConfig), *as_words(settings, config.EvalConfig)]
-    with _called(), composition.called("zoo-eval", words):
+    with composition.called("zoo-eval", words):
         cfg = _composed("eval", config.EvalConfig, words)
         name = command.check(cfg)
         results: list[Any] = []
@@ -147,9 +195,10 @@ def _eval_result(task: str, folder: Path, summary: Settings, table: Any, results
     return EvalResult(task, folder, summary["metrics"], per_class, classes, confusion, targets, predictions, summary)
 
 
+@_called()
 def predict(
     run: str | os.PathLike[str],
-    images: Given | Sequence[Given],
+    images: Given | Iterable[Given],
     settings: Settings | None = None,
     *,
     skip_unreadable: bool = False,
@@ -163,7 +212,7 @@ def predict(
 
     Args:
         run: The run folder.
-        images: One image or a list: paths of files and folders; Pillow's images; arrays (H, W) or (H, W, C); tensors
+        images: One image or several: paths of files and folders; Pillow's images; arrays (H, W) or (H, W, C); tensors
             (H, W) or (C, H, W). C is 1, 3 or 4: grey, RGB or RGBA. Arrays and tensors are uint8 from 0 to 255, or
             floats from 0 to 1, neither resized nor normalized. A folder stands for all images in it and its subfolders,
             in the order of their names.
@@ -177,23 +226,36 @@ def predict(
     Raises:
         UserError: The settings, the images or the machine do not allow it; the message says what to do.
     """
+    from zoo.recipes import early, process_state, reading
     from zoo.recipes.commands import predict as command
     from zoo.recipes.settings import words as as_words
 
-    words = [f"run={os.fsdecode(run)}", *as_words(settings, command.PredictConfig)]
-    with _called():
-        from zoo.recipes import early, process_state, reading
+    words = [*as_words(_named(run, settings), command.PredictConfig), *as_words(settings, command.PredictConfig)]
+    cfg = command.settings(words)
+    early.check_run(Path(cfg.run))
+    name = reading.load_config(Path(cfg.run)).get("task", "classify")
+    command.check_effect(cfg.overrides, name)
+    with process_state.kept():
+        from zoo.recipes import logs, tasks
+        from zoo.recipes.given_images import GivenImages
 
-        cfg = command.settings(words)
-        early.check_run(Path(cfg.run))
-        name = reading.load_config(Path(cfg.run)).get("task", "classify")
-        command.check_effect(cfg.overrides, name)
-        with process_state.kept():
-            from zoo.recipes import logs, tasks
-            from zoo.recipes.given_images import GivenImages
+        logs.start_log(None, True)
+        return tasks.load(name, "predict").results(cfg, GivenImages(images, skip_unreadable))
 
-            logs.start_log(None, True)
-            return tasks.load(name, "predict").results(cfg, GivenImages(images, skip_unreadable))
+
+def _named(run: Any, settings: Any) -> dict[str, Any]:
+    """The setting that names the run.
+
+    Raises:
+        UserError: It is no folder, or the settings have a run too.
+    """
+    if not isinstance(run, str | os.PathLike):
+        raise UserError(
+            f"run is of type {type(run).__name__}: give a run folder, such as the `folder` of a TrainResult."
+        )
+    if isinstance(settings, Mapping) and "run" in settings:
+        raise UserError(f"run={settings['run']} is given twice: leave it out of the settings.")
+    return {"run": run}
 
 
 def _composed(name: str, schema: type, words: Sequence[str]) -> DictConfig:
@@ -211,42 +273,3 @@ def _composed(name: str, schema: type, words: Sequence[str]) -> DictConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{cli.line(error)}.") from error
     return cfg
-
-
-@contextmanager
-def _called() -> Iterator[None]:
-    """Let one thread at a time work, and end a run as a program expects it: by errors and by its own signal handlers.
-
-    Raises:
-        UserError: Another thread works: training, evaluation and prediction share random numbers and the log.
-        KeyboardInterrupt: An interrupt stopped the run, which is saved.
-    """
-    from zoo.recipes.errors import Stopped, of_the_system
-
-    if not _working.acquire(blocking=False):
-        raise UserError(
-            "another thread of this process is training, evaluating or predicting: wait until it ends, or use another "
-            "process."
-        )
-    error: Exception | None = None
-    try:
-        yield
-    except HookFailed as failed:
-        error = failed.error
-    except Stopped as stopped:
-        error = stopped
-    except UserError:
-        raise
-    except Exception as other:
-        explanation = of_the_system(other)
-        if explanation is None:
-            raise
-        raise UserError(explanation) from other
-    finally:
-        _working.release()
-    if isinstance(error, Stopped):
-        if error.signum == signal.SIGINT:
-            raise KeyboardInterrupt(str(error))
-        signal.raise_signal(error.signum)  # for the handler of the program, which usually ends the process
-    if error:
-        raise error

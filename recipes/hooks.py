@@ -6,9 +6,11 @@ A run folder never contains them, and a run that is continued has only those of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from zoo.messages import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +66,8 @@ class Hooks:
     """Functions that `train` calls; what they return is ignored.
 
     An error in a hook ends the training and is raised by `train`; the run is saved before. If torchrun starts several
-    processes, each of them calls its hooks, and `stop` in one of them ends the training in all.
+    processes, each of them calls its hooks, and `stop` in one of them ends the training in all. An error in one of them
+    does not save the run, which continues from its last checkpoint.
 
     Attributes:
         after_update: Called after every step of the optimizer, and after one that was skipped because the loss was not
@@ -77,6 +80,23 @@ class Hooks:
     after_update: Hook | None = None
     after_evaluation: Hook | None = None
     after_epoch: Hook | None = None
+
+
+def check_hooks(hooks: Any) -> None:
+    """Refuse what can't be the hooks of a training, and would be ignored.
+
+    Raises:
+        UserError: The message says what they have to be.
+    """
+    if not (hooks is None or isinstance(hooks, Hooks)):
+        raise UserError(
+            f"hooks={one_line(repr(hooks), 60)} are no Hooks: write hooks=Hooks(after_update=<function>), or "
+            "after_evaluation or after_epoch."
+        )
+    for item in fields(Hooks) if hooks else ():
+        hook = getattr(hooks, item.name)
+        if not (hook is None or callable(hook)):
+            raise UserError(f"{item.name}={one_line(repr(hook), 60)} is not a function that takes a TrainingState.")
 
 
 class HookFailed(Exception):

@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 
-from zoo.messages import UserError
+from zoo.messages import UserError, one_line
 from zoo.recipes import cli, config
 
 
@@ -28,11 +28,12 @@ def words(settings: Mapping[str, Any] | None, schema: type) -> list[str]:
     if settings is None:
         return []
     if not isinstance(settings, Mapping):
-        raise UserError(f'settings={settings!r} is not a mapping: write {{"model": "van_b0", "trainer.epochs": 3}}.')
+        given = one_line(repr(settings), 60)
+        raise UserError(f'settings={given} is not a mapping: write {{"model": "van_b0", "trainer.epochs": 3}}.')
     sections = {name for name, help in config.keys(schema) if not help} | {*config.GROUPS} - {"task", "recipe"}
     found = []
     for key, value in settings.items():
-        if not isinstance(key, str) or "=" in key:
+        if not isinstance(key, str) or "=" in key or key.startswith(("-", "~", "hydra")):
             raise UserError(f'{key!r} is not a key: write the keys of the command line, such as "trainer.epochs".')
         if key in sections and isinstance(value, Mapping):
             name = next(iter(value), "name")
@@ -56,6 +57,8 @@ def _argument(key: str, value: Any) -> str:
 
 def _text(key: str, value: Any) -> str:
     """`value` in Hydra's grammar."""
+    if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch
+        value = value.item()
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, str | os.PathLike):
@@ -69,6 +72,6 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, Iterable) and not isinstance(value, bytes):
         return f"[{','.join(_text(key, item) for item in value)}]"
     raise UserError(
-        f"{key}={value!r} is not allowed: a setting is None, a truth value, a number, a string, a path, a list or a "
-        "mapping of these."
+        f"{key}={one_line(repr(value), 60)} is not allowed: a setting is None, a truth value, a number, a string, a "
+        "path, a list or a mapping of these."
     )

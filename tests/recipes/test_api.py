@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
-from zoo.recipes import Hooks, UserError, config, evaluate, plots, predict, report, train
+from zoo.recipes import Hooks, TrainResult, UserError, config, evaluate, plots, predict, report, train
 from zoo.recipes.classify import train as classify_train
 from zoo.recipes.given_images import as_image
 from zoo.recipes.settings import words as as_words
@@ -74,6 +75,9 @@ def test_scripts_of_the_same_names_do_not_hide_the_functions():
         ("data.img_size", np.int64(64), "data.img_size=64"),
         ("optim.lr", 1e-5, "optim.lr=1e-05"),
         ("optim.lr", np.float32(0.5), "optim.lr=0.5"),
+        ("optim.lr", np.array(0.5), "optim.lr=0.5"),
+        ("optim.betas", torch.tensor([0.5, 0.25]), "optim.betas=[0.5,0.25]"),
+        ("pretrained", np.bool_(True), "pretrained=true"),
         ("pretrained", True, "pretrained=true"),
         ("optim.clip_grad", None, "optim.clip_grad=null"),
         ("optim.betas", (0.9, 0.95), "optim.betas=[0.9,0.95]"),
@@ -91,6 +95,16 @@ def test_settings_are_arguments(key, value, expected):
     [
         ("model=van_b0", r"settings='model=van_b0' is not a mapping: write \{\"model\""),
         ({3: 4}, "3 is not a key: write the keys of the command line"),
+        ({"-m": True}, "'-m' is not a key"),
+        ({"hydra.run.dir": "x"}, "'hydra.run.dir' is not a key"),
+        (
+            {"model": torch.nn.Conv2d(3, 2, 1)},
+            r"model=Conv2d\(3, 2, kernel_size=\(1, 1\), stride=\(1, 1\)\) is not allowed",
+        ),
+        (
+            {"optim.lr": TrainResult("classify", Path("a"), {}, {}, [], None, {})},
+            r"optim.lr=TrainResult\(.{40,60} \.\.\. is",
+        ),
         ({"data": {"root": "x"}}, "data can't be a mapping: write its keys with dots, such as 'data.root'"),
         ({"optim.lr": object()}, "optim.lr=<object .*> is not allowed: a setting is None, a truth value, a number"),
     ],
@@ -119,9 +133,27 @@ def test_messages_are_those_of_the_command(command, settings):
     assert output.strip().rstrip(".") == f"zoo-train: error: {raised.value}".rstrip(".")
 
 
-def test_run_is_given_once():
+@pytest.mark.parametrize(
+    "call", [evaluate, lambda *words: predict(words[0], [], *words[1:])], ids=["evaluate", "predict"]
+)
+def test_run_is_a_folder_that_is_given_once(call):
     with pytest.raises(UserError, match="run=a is given twice"):
-        evaluate("b", {"run": "a"})
+        call("b", {"run": "a"})
+    with pytest.raises(UserError, match="run is of type TrainResult: give a run folder, such as the `folder` of a Tr"):
+        call(TrainResult("classify", Path("a"), {}, {}, [], None, {}))
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        (print, "hooks=<built-in function print> are no Hooks: write hooks=Hooks\\(after_update=<function>\\), or"),
+        (Hooks, "hooks=<class .*> are no Hooks"),
+        (Hooks(after_epoch=3), "after_epoch=3 is not a function that takes a TrainingState"),
+    ],
+)
+def test_what_are_no_hooks(hooks, message):
+    with pytest.raises(UserError, match=message):
+        train(hooks=hooks)
 
 
 # The same figures as the commands'.
@@ -207,6 +239,22 @@ def test_process_is_left_as_it_was(tiny, tmp_path):
             assert hydra.compose("config") == {"mine": 1}
     finally:
         log.removeHandler(mine)
+
+
+def test_first_call_draws_no_random_numbers():
+    """It imports packages, some of which do."""
+    program = """
+import random
+from zoo.recipes import UserError, train
+before = random.getstate()
+try:
+    train({"model": "none"})
+except UserError as error:
+    print(error, random.getstate() == before)
+"""
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+    assert printed.startswith("there is no model 'none'")
+    assert printed.endswith("True\n")
 
 
 @pytest.mark.slow
@@ -308,10 +356,14 @@ def test_hook_stops_the_training(tiny, weights, same):
 @pytest.mark.slow
 def test_error_in_a_hook_is_raised_and_the_run_saved(tiny):
     def fail(state):
-        raise OSError("my disk")
+        try:
+            {}["mine"]
+        except KeyError:
+            raise OSError("my disk")  # noqa: B904
 
-    with pytest.raises(OSError, match=r"^my disk$"):
+    with pytest.raises(OSError, match=r"^my disk$") as raised:
         train(tiny(), hooks=Hooks(after_update=fail))
+    assert isinstance(raised.value.__context__, KeyError)  # the program's own, as a traceback shows it
     assert train(tiny()).history[-1]["update"] == 3
     assert "Continues in epoch 1 after update 1." in Path("run/train.log").read_text()
 
