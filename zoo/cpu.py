@@ -52,7 +52,8 @@ def linear(layer: nn.Module, x: Tensor, act: nn.Module | None = None) -> Tensor:
 
     On CPUs, oneDNN computes it, and without a gradient a GELU, ReLU or SiLU along with it. In float32, PyTorch calls
     MKL, which takes up to twice as long on AMD CPUs. With a gradient, maps (B, H, W, in_features) go through a 1 x 1
-    convolution: the same product, which PyTorch hands to oneDNN, forward and backward.
+    convolution: the same product, which PyTorch hands to oneDNN, forward and backward. On one thread, PyTorch does so
+    from 16 images on, so that fewer stay a matrix product.
     """
     if is_plain(layer, nn.Linear) and x.shape[-1:] == (layer.in_features,):
         given = _for_onednn(x, layer.weight, layer.bias)
@@ -191,6 +192,8 @@ def _for_convolution(x: Tensor, weight: Tensor) -> bool:
         or type(weight) not in (Tensor, nn.Parameter)
         or torch.is_autocast_enabled("cpu")
         or not _HAS_ONEDNN
+        # PyTorch's own convolution would compute it, slower than a matrix product.
+        or (not torch.compiler.is_compiling() and x.shape[0] < 16 and torch.get_num_threads() == 1)
     )
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from zoo.kernels import flow_attention, implementation
+from zoo.kernels.flow_attention import torch_impl
 
 from .comparison import BUDGET, assert_agree, assert_precise, run
 from .test_flow_attention import CASES, make
@@ -19,6 +20,15 @@ def call(case, **sizes):
 @pytest.mark.parametrize("case", CASES)
 def test_agrees(case, differentiated):
     given, function = call(case)
+    assert_agree(function, {name: x.requires_grad_(differentiated) for name, x in given.items()})
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("part", [1, 100, 250], ids=["a-head", "an-image", "two-images"])
+def test_parts(part, differentiated, monkeypatch):
+    """The results do not depend on how many heads and images are computed at once."""
+    monkeypatch.setattr(torch_impl, "PART", part)
+    given, function = call("map", batch=3)
     assert_agree(function, {name: x.requires_grad_(differentiated) for name, x in given.items()})
 
 

@@ -81,8 +81,11 @@ def test_torch_func_works():
     torch.testing.assert_close(torch.vmap(partial(linear, layer))(x), out, rtol=1e-5, atol=1e-6)
 
 
-def test_float32_on_a_cpu_goes_to_onednn():
-    assert "convolution" in operators(make(), torch.randn(2, 3, 4, 12))
+@pytest.mark.parametrize(("threads", "images", "onednn"), [(1, 15, False), (1, 16, True), (2, 2, True)])
+def test_float32_on_a_cpu_goes_to_onednn(threads, images, onednn, monkeypatch):
+    """Where PyTorch would compute the convolution itself, the layer stays a matrix product."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert ("convolution" in operators(make(), torch.randn(images, 3, 4, 12))) == onednn
 
 
 @pytest.mark.parametrize("shape", [(3, 12), (2, 3, 12), (1, 2, 3, 2, 12)], ids=str)
