@@ -21,6 +21,8 @@ export = tasks.load("segment", "export")
 evaluate = tasks.load("detect", "evaluate")
 models = tasks.load("detect", "model")
 
+from mmseg.models import EncoderDecoder  # noqa: E402
+
 from zoo.recipes.dense.pipelines import pipelines  # noqa: E402
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "onnx_boxes.py"
@@ -42,7 +44,7 @@ def exported(fit_dense, tmp_path, capsys):
 
 @pytest.fixture
 def opened(digit_scenes, compose):
-    """The model of a run, a photo, and the model's prediction for it as zoo-predict makes it."""
+    """A photo and the prediction of a run's model for it: as zoo-predict makes it, or by mmseg, with its logits."""
 
     def call(run, **test):
         model, cfg, _, _ = evaluate.from_run(compose(f"run={run}", name="eval"))
@@ -53,8 +55,11 @@ def opened(digit_scenes, compose):
         size = image.shape[:2]
         data = {"img": image[..., ::-1], "img_path": str(photo), "img_id": 0, "ori_shape": size, "img_shape": size}
         steps = [step for step in pipelines(cfg, False)[1] if not step["type"].startswith("Load")]
+        batch = pseudo_collate([Compose(steps)(data)])
         with torch.no_grad():
-            return photo, model.eval().test_step(pseudo_collate([Compose(steps)(data)]))[0]
+            if isinstance(model.eval(), EncoderDecoder):
+                return photo, EncoderDecoder.predict(model, **model.data_preprocessor(batch, False))[0]
+            return photo, model.test_step(batch)[0]
 
     return call
 
