@@ -755,9 +755,19 @@ def num_workers(cfg: DataConfig) -> int:
 
 
 def build_loader(
-    dataset: Dataset, sampler: Sampler | None, batch_size: int, cfg: DataConfig, device: torch.device, training: bool
+    dataset: Dataset,
+    sampler: Sampler | None,
+    batch_size: int,
+    cfg: DataConfig,
+    device: torch.device,
+    training: bool,
+    keep_workers: bool = False,
 ) -> DataLoader:
-    """A loader of batches made by `collate`; without a sampler, `dataset` is a stream."""
+    """A loader of batches made by `collate`; without a sampler, `dataset` is a stream.
+
+    If it is read several times, `keep_workers` keeps its workers. They then end when the loader is deleted, and Python
+    ignores Ctrl-C there.
+    """
     workers = distributed.check_open_files(num_workers(cfg))
     if sampler is None and training:
         # A stream's reader counts how often it was read; a new worker for every epoch starts at 0, as in a resumed run.
@@ -771,15 +781,15 @@ def build_loader(
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         worker_init_fn=start_worker,
-        persistent_workers=workers > 0 and sampler is not None,
+        persistent_workers=keep_workers and workers > 0 and sampler is not None,
     )
 
 
 def build_val_loader(
-    data: Data, samples: Samples, batch_size: int, cfg: DataConfig, device: torch.device
+    data: Data, samples: Samples, batch_size: int, cfg: DataConfig, device: torch.device, keep_workers: bool = False
 ) -> DataLoader:
-    """A loader of this process's share of `data.val`, which `samples` transforms."""
+    """A loader of this process's share of `data.val`, which `samples` transforms; see `build_loader`."""
     if data.val_indices is None:
         return build_loader(Stream(data.val, samples), None, batch_size, cfg, device, training=False)
     sampler = EvalSampler(data.val_indices, distributed.rank(), distributed.world_size())
-    return build_loader(samples, sampler, batch_size, cfg, device, training=False)
+    return build_loader(samples, sampler, batch_size, cfg, device, training=False, keep_workers=keep_workers)

@@ -202,8 +202,10 @@ class ClassifyRun(BaseRun):
             self.sampler = EpochSampler(data.train_indices, self.effective_batch, seed, rank, world, repeats, labels)
         self.updates_per_epoch = self.train_images // self.effective_batch
         batch = cfg.trainer.batch_size
-        self.loader = build_loader(samples, self.sampler, batch, cfg.data, self.device, training=True)
-        self.val_loader = build_val_loader(data, self.val_samples, batch, cfg.data, self.device)
+        self.loader = build_loader(
+            samples, self.sampler, batch, cfg.data, self.device, training=True, keep_workers=True
+        )
+        self.val_loader = build_val_loader(data, self.val_samples, batch, cfg.data, self.device, keep_workers=True)
 
     # State.
 

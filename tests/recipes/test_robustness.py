@@ -1,5 +1,6 @@
 """Corruptions of images, and zoo-eval on them. 3 s; the slow ones 20 s."""
 
+import gc
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
+from torch.utils.data import dataloader
 
 from zoo.messages import UserError
 from zoo.recipes import config, report
@@ -198,3 +200,16 @@ def test_robustness_is_for_classifiers(compose):
         UserError, match="robustness=corruptions is for task=classify, not for task=detect: leave it out"
     ):
         config.check(compose("task=detect", "robustness=corruptions", name="eval"))
+
+
+@pytest.mark.slow
+def test_no_interrupt_is_lost_between_corruptions(command, finished, monkeypatch):
+    """Python ignores Ctrl-C while an iterator is deleted, so its workers have ended before."""
+    iterator, ended = dataloader._MultiProcessingDataLoaderIter, []
+    delete = iterator.__del__
+    monkeypatch.setattr(iterator, "__del__", lambda self: (ended.append(self._shutdown), delete(self)))
+    words = ("robustness=corruptions", "corruptions=[jpeg,fog]", "severities=[1]", "data.num_workers=1", "out=eval")
+    code, output = command("eval", finished, *words)
+    gc.collect()
+    assert code == 0, output
+    assert ended == [True, True, True]
