@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from zoo.recipes import sheet
+from zoo.recipes.classify import distillation
 from zoo.recipes.classify.data import open_data
 from zoo.recipes.classify.preview import caption
 from zoo.recipes.classify.train import ClassifyRun
@@ -67,17 +68,41 @@ def test_annotations_are_drawn(command, request, tmp_path, task, data):
 
 
 @pytest.mark.parametrize(
-    ("label", "smoothing", "expected"),
+    ("label", "smoothing", "several", "expected"),
     [
-        (torch.tensor(1), 0.1, "dog"),
-        (torch.tensor([0.0, 1.0, 0.0]), 0.0, "dog"),
-        (torch.tensor([0.7, 0.3, 0.0]), 0.0, "cat: 70 %, dog: 30 %"),
-        (torch.tensor([1.0, 0.0, 1.0]), 0.0, "cat, ant"),  # several labels
-        (torch.tensor([0.9 * 0.75 + 0.1 / 3, 0.9 * 0.25 + 0.1 / 3, 0.1 / 3]), 0.1, "cat: 75 %, dog: 25 %"),
+        (torch.tensor(1), 0.1, False, "dog"),
+        (torch.tensor([0.0, 1.0, 0.0]), 0.0, False, "dog"),
+        (torch.tensor([0.7, 0.3, 0.0]), 0.0, False, "cat: 70 %, dog: 30 %"),
+        (torch.tensor([1.0, 0.0, 1.0]), 0.0, True, "cat, ant"),
+        (torch.tensor([0.0, 0.0, 0.0]), 0.0, True, "no label"),
+        (torch.tensor([0.95, 0.05, 0.95]), 0.1, True, "cat, ant"),
+        (torch.tensor([0.95, 0.05, 0.725]), 0.1, True, "cat: 100 %, ant: 75 %"),
+        (torch.tensor([0.9 * 0.75 + 0.1 / 3, 0.9 * 0.25 + 0.1 / 3, 0.1 / 3]), 0.1, False, "cat: 75 %, dog: 25 %"),
     ],
 )
-def test_captions(label, smoothing, expected):
-    assert caption(label, ["cat", "dog", "ant"], smoothing) == expected
+def test_captions(label, smoothing, several, expected):
+    assert caption(label, ["cat", "dog", "ant"], smoothing, several) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixup", [0, 0.8])
+def test_sheet_of_several_labels(command, images, tmp_path, monkeypatch, mixup):
+    """Label smoothing is not in the captions, and a teacher is not opened."""
+    monkeypatch.setattr(distillation, "open_teacher", lambda *_: pytest.fail("the teacher was opened"))
+    files = sorted(images.rglob("*.jpg"))
+    rows = [f"{path},{path.parent.name}{'|' + 'red' * (i % 2) if i % 3 else ''}" for i, path in enumerate(files)]
+    (tmp_path / "some.csv").write_text("\n".join(["file,labels", *rows]))
+    words = ("data=csv", "data.csv=some.csv", "augment.smoothing=0.1", f"augment.mixup={mixup}")
+    code, output = command(
+        "look", "batch", *SMALL, *words, "distill.teacher=test_vit", "distill.match=features", "--json"
+    )
+    assert code == 0, output
+    shares = [
+        [int(share) for share in re.findall(r": (\d+) %", text)]
+        for text in json.loads(output[output.index("{") :])["labels"]
+    ]
+    assert all(1 <= share <= 100 for parts in shares for share in parts)
+    assert any(shares) == (mixup > 0)
 
 
 @pytest.mark.parametrize(
