@@ -86,7 +86,7 @@ def open_model(
         given["pretrained"], weights = True, "published weights"
     elif pretrained:
         file = weights_file(Path(pretrained))
-        given = _file_weights(name, file) | given
+        given = _file_weights(name, file, given) | given
         weights = f"weights of {Path(pretrained).name}"
     if one_size and size:
         given.setdefault("img_size", size)
@@ -145,13 +145,28 @@ def weights_file(path: Path) -> Path:
     raise UserError(f"{path} has no model.safetensors or best.safetensors: is it the folder of a run?")
 
 
-def _file_weights(name: str, file: Path) -> dict[str, Any]:
-    """Arguments of `timm.create_model` that load `file`, with as many classes as the file has."""
+def _file_weights(name: str, file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `timm.create_model` that load `file`, with as many classes as the file has.
+
+    Args:
+        name: The name of the model.
+        file: The checkpoint.
+        given: The caller's arguments.
+    """
     try:
-        overlay, classes = file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(name)[0]))
+        overlay, classes, queries = file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(name)[0]))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} can't be read as a checkpoint: {one_line(error, 600)}.") from error
     found = {} if classes is None else {"num_classes": classes}
+    keeps_classifier = not given.get("features_only") and given.get("num_classes", classes) == classes
+    if classes is not None and keeps_classifier:
+        if queries and not is_ep(given.get("global_pool")):
+            raise UserError(
+                f"{file} pools by efficient probing, but {name} is created without it: give global_pool=ep{queries} "
+                "(model_kwargs.global_pool=... to zoo-train and zoo-eval)."
+            )
+        if is_ep(given.get("global_pool")) and not queries and _is_ours(name):
+            overlay["num_classes"] = 0  # timm then drops the classifier of the file, and the head stays new
     return {"pretrained": True, "pretrained_cfg_overlay": overlay, **found}
 
 

@@ -144,15 +144,16 @@ def check_network(name: str, pretrained: bool) -> None:
         downloads.check_hub(repo, files[0], revision or None)
 
 
-def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[dict[str, Any], int | None]:
-    """The `pretrained_cfg_overlay` with which timm loads a file into any model, and the file's number of classes.
+def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[dict[str, Any], int | None, int | None]:
+    """The `pretrained_cfg_overlay` with which timm loads a file into any model, and what the file's classifier is.
 
     Args:
         file: The checkpoint.
         cfg: The model's pretrained configuration, which names its classifier.
 
     Returns:
-        The overlay, and the size of the classifier; None if the file has no classifier of that name.
+        The overlay; the number of classes, None if the file has no classifier of that name; and the number of queries
+        if the classifier has efficient probing, otherwise None.
 
     Raises:
         ValueError: The file can't be used. The message does not name it.
@@ -164,6 +165,7 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
     classifier = cfg.classifier if cfg else None
     weight = classifier_weight(state_dict, classifier)
     if weight is None or not weight.ndim:
-        return overlay, None
+        return overlay, None, None
+    queries = next((value.shape[1] for key, value in state_dict.items() if key == f"{classifier}.0.cls_token"), None)
     # timm keeps the classifier if the model's number of classes is this one, and drops it otherwise.
-    return overlay | {"num_classes": len(weight)}, len(weight)
+    return overlay | {"num_classes": len(weight)}, len(weight), queries

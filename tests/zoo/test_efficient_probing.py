@@ -161,6 +161,14 @@ def test_run_folder_is_opened_again(name, tmp_path):
     kept = model.forward_features(x), other.forward_features(x)
     torch.testing.assert_close(*kept)
     assert probing_head(open_model(str(tmp_path / "run"), features_only=True).model) is None
+    with pytest.raises(UserError, match=r"pools by efficient probing, but .*: give global_pool=ep8 \(model_kwargs\."):
+        open_model(name, str(tmp_path / "run"), num_classes=4)
+    plain = open_model(name, num_classes=4).model
+    save_run(tmp_path / "plain", name, plain)
+    probed = open_model(name, str(tmp_path / "plain"), num_classes=4, global_pool="ep8").model  # with a new head
+    torch.testing.assert_close(plain.forward_features(x), probed.forward_features(x))
+    assert probing_head(probed).pool.num_queries == 8
+    assert probed(x).shape == (2, 4)
     if isinstance(model, Backbone):  # timm alone reads it, too
         alone = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True).eval()
         torch.testing.assert_close(alone(x), model(x))
