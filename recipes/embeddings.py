@@ -264,5 +264,6 @@ _OTHER = "choose another output folder"
 
 
 def _shown(value: Any) -> str:
-    text = one_line(json.dumps(value))
-    return f"{text[:12]}..." if len(text) == 66 else text  # a hash
+    if isinstance(value, str) and len(value) == 64:  # a hash
+        return f"{value[:12]}..."
+    return one_line(json.dumps(value, ensure_ascii=False))

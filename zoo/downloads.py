@@ -34,8 +34,8 @@ __all__ = ["check_hub", "fetch"]
 
 _HUB = re.compile(r"https://huggingface\.co/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<filename>[^?]+)")
 _BY_HAND = (
-    "or get the file by other means and pass it: pretrained=<file> to zoo-train and zoo-eval, --pretrained <file> to "
-    "zoo-export and zoo-look, pretrained_cfg_overlay=dict(file=...) in Python"
+    "or get the file by other means and pass it: pretrained=<file> to zoo-train and zoo-eval (distill.weights=<file> "
+    "for a teacher), --pretrained <file> to zoo-export and zoo-look, pretrained_cfg_overlay=dict(file=...) in Python"
 )
 _TIMEOUT = 30  # seconds without an answer
 _FIRST_TIMEOUT = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or 4)  # seconds without the first answer

@@ -23,7 +23,7 @@ from zoo.recipes.commands import embed as command
 from zoo.recipes.embeddings import State, Table
 from zoo.recipes.npy_rows import NpyRows
 
-IDENTITY = {"model": "x", "features": "pooled", "preprocessing": {"crop_pct": 0.9}}
+IDENTITY = {"model": "x", "weights": 64 * "a", "features": "pooled", "preprocessing": {"crop_pct": 0.9}}
 
 
 @pytest.fixture
@@ -304,6 +304,10 @@ def test_table_after_a_power_failure(tmp_path):
 REFUSED = {
     "another model": ({**IDENTITY, "model": "y"}, 'was written with model="x", not "y": choose another output folder'),
     "another crop": ({**IDENTITY, "preprocessing": {"crop_pct": 1.0}}, r"was written with crop_pct=0\.9, not 1\.0"),
+    "other weights": (
+        {**IDENTITY, "weights": 64 * "b"},
+        "was written with weights=aaaaaaaaaaaa..., not bbbbbbbbbbbb...:",
+    ),
     "one more setting": ({**IDENTITY, "amp": "bfloat16"}, 'was written with amp=null, not "bfloat16"'),
 }
 

@@ -206,7 +206,7 @@ def test_without_network(server, folder):
         RuntimeError, match=r"can't be reached \(\[Errno \d+\] Connection refused\); check the connection"
     ) as e:
         downloads.fetch(f"{server.url}/model.pth")
-    assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
+    assert "pretrained=<file> to zoo-train and zoo-eval (distill.weights=<file> for a teacher)" in str(e.value)
     assert "pretrained_cfg_overlay=dict(file=...) in Python." in str(e.value)
 
 
@@ -222,7 +222,7 @@ def silent(monkeypatch):
 def test_server_that_never_answers(silent, folder):
     with pytest.raises(RuntimeError, match=r"be reached \(no answer in 0\.3 seconds\); check the connection") as e:
         downloads.fetch(f"{silent}/model.pth")
-    assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
+    assert "pretrained=<file> to zoo-train and zoo-eval (distill.weights=<file> for a teacher)" in str(e.value)
 
 
 @pytest.mark.timeout(20)
@@ -317,7 +317,7 @@ def test_hub_without_network(answer, silent, tmp_path, monkeypatch):
     message = r"gcvit\.pth\.tar of nvidia/GCViT, on the Hugging Face hub, can't be downloaded \(.*check the connection"
     with pytest.raises(RuntimeError, match=message) as e:
         downloads.fetch(HUB_URL, tmp_path)
-    assert "pretrained=<file> to zoo-train and zoo-eval" in str(e.value)
+    assert "pretrained=<file> to zoo-train and zoo-eval (distill.weights=<file> for a teacher)" in str(e.value)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"])
