@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from zoo.messages import UserError, size_text
+from zoo.messages import UserError, count_text, size_text
 from zoo.recipes import cli, config, reading, sheet
 from zoo.recipes.atomic_files import write_text
 from zoo.recipes.composition import composed, flat
@@ -71,6 +71,7 @@ _PUBLISHED = {  # keys of `published` -> titles
     "miou_multi_scale": "mIoU, several scales",
 }
 _OWN = ("run", "resume")  # keys that do not affect what is trained
+_WIDE = 820  # pixels; a picture that is narrower is not enlarged
 _MOST_CELLS = 40  # classes in a confusion matrix
 _MOST_ROWS = 20  # classes in the order of the data; if there are more, the worst come first
 _FEW_IMAGES, _FEW_OF_A_CLASS = 100, 10  # a score on fewer says little
@@ -343,7 +344,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         tiles.append(("parameters", f"{params / 1e6:.2f} M", note))
     if summary.get("multiply_adds"):
         size = f"for an image of {size_text(summary['image_size'])}" if summary.get("image_size") else ""
-        tiles.append(("multiply-adds", f"{summary['multiply_adds'] / 1e9:.4g} G", size))
+        tiles.append(("multiply-adds", count_text(summary["multiply_adds"]), size))
     seconds = summary.get("seconds") or (record.history[-1].get("seconds") if record.history else None)
     if seconds:
         tiles.append(("time", _duration(seconds), ""))
@@ -362,6 +363,8 @@ def _calibration_tiles(record: Record) -> list[tuple[str, str, str]]:
     if found["temperature"] and before and after:
         others = f"{found['images'] - found['fitted_on']} images that it is not fitted on"
         change = f"ECE {before['ece']:.2f} -> {after['ece']:.2f} % on {others}"
+        if after["nll"] > before["nll"]:
+            change += f", but loss {before['nll']:.4f} -> {after['nll']:.4f}: do not use it"
         tiles.append(("temperature", f"{found['temperature']:.3g}", change))
     return tiles
 
@@ -462,13 +465,15 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
                 ]
                 for group in (parts.groups if parts else [])
             ]
-            whole = "" if parts else _source((folder / name).read_bytes())
+            content = (folder / name).read_bytes()
+            whole = "" if parts else _source(content)
             legend = [entry for entry in (parts.legend if parts else []) if re.fullmatch("#[0-9a-f]{6}", entry[1])]
             found.append(
                 {
                     "title": title,
                     "note": parts.title if parts else note,
                     "source": whole,
+                    "small": int.from_bytes(content[16:20]) < _WIDE,  # the width in the header of a PNG
                     "groups": groups,
                     "legend": legend,
                 }

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.kernels import implementation
+from zoo.messages import count_text
 
 __all__ = ["Layer", "counting", "describe", "layers", "multiply_adds", "without_values"]
 
@@ -105,15 +106,9 @@ def describe(found: Sequence[Layer]) -> str:
     for name, these in parts.items():
         if count := sum(layer.parameters for layer in these):
             frozen = " (frozen)" if not any(layer.trained for layer in these) else ""
-            words.append(f"{name} {_short(count)}{frozen}")
+            words.append(f"{name} {count_text(count)}{frozen}")
     total = sum(layer.multiply_adds for layer in found)
-    return f"Parameters by layer: {', '.join(words)}. Multiply-adds for an image: {_short(total)}."
-
-
-def _short(number: int) -> str:
-    """A number with three digits and its unit, such as 4.99 G."""
-    power = next((power for power in (3, 2, 1) if number >= 1000**power), 0)
-    return f"{number / 1000**power:.3g} {' KMG'[power]}".strip()
+    return f"Parameters by layer: {', '.join(words)}. Multiply-adds for an image: {count_text(total)}."
 
 
 def without_values(model: nn.Module, chosen: Callable[[str], bool] = lambda name: True) -> nn.Module:

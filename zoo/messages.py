@@ -8,6 +8,7 @@ from pathlib import Path
 __all__ = [
     "OptionError",
     "UserError",
+    "count_text",
     "did_you_mean",
     "first_few",
     "nearest",
@@ -107,6 +108,12 @@ def first_few(items: Iterable[object], limit: int = 5) -> str:
     """The first `limit` of `items`, separated by commas, with "..." if there are more."""
     items = list(items)
     return ", ".join(map(str, items[:limit])) + (", ..." if len(items) > limit else "")
+
+
+def count_text(number: int) -> str:
+    """A number with three digits and its unit, such as 4.99 G."""
+    power = next((power for power in (3, 2, 1) if number >= 1000**power), 0)
+    return f"{number / 1000**power:.3g} {' KMG'[power]}".strip()
 
 
 def size_text(sides: Iterable[int]) -> str:

@@ -174,10 +174,12 @@ def describe(found: Calibration) -> str:
     text = f"Calibration: ECE {whole['ece']:.2f} % ({found['bins']} bins), Brier score {whole['brier']:.4f}"
     if found["temperature"] is None or found["before"] is None or found["after"] is None:
         return f"{text}. No temperature is fitted: {found['reason']}."
+    # If those that it is fitted on have almost no mistakes, it comes out too low.
+    advice = ": do not use it" if found["after"]["nll"] > found["before"]["nll"] else ""
     return (
         f"{text}. Temperature {found['temperature']:.4g}, fitted on {found['fitted_on']} of the images: on the other "
         f"{found['images'] - found['fitted_on']}, ECE {found['before']['ece']:.2f} -> {found['after']['ece']:.2f} %, "
-        f"loss {found['before']['nll']:.4f} -> {found['after']['nll']:.4f}"
+        f"loss {found['before']['nll']:.4f} -> {found['after']['nll']:.4f}{advice}"
     )
 
 

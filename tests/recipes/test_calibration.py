@@ -83,6 +83,17 @@ def test_temperature_improves_the_other_half():
     assert (found["images"], found["fitted_on"]) == (2000, 1000)
 
 
+def test_temperature_that_makes_the_loss_higher_is_not_recommended():
+    logits = np.full((200, 2), (2.0, 0.0), dtype=np.float32)
+    fitted, other = calibration.halves(np.zeros(200, dtype=int), 0)
+    logits[fitted[0]], logits[other[:30]] = (0.0, 0.1), (0.0, 2.0)  # one mistake, and thirty
+    found = calibration.calibrate(logits, np.zeros(200, dtype=int), seed=0)
+    assert found["after"]["nll"] > found["before"]["nll"]
+    assert calibration.describe(found).endswith(f" -> {found['after']['nll']:.4f}: do not use it")
+    found = calibration.calibrate(*_random(2000, scale=3.0), seed=0)
+    assert "do not use it" not in calibration.describe(found)
+
+
 def test_halves_are_stratified_and_depend_on_the_seed():
     labels = np.repeat(np.arange(5), [1, 2, 7, 40, 51])
     one, two = calibration.halves(labels, 0)
@@ -155,6 +166,9 @@ def test_journey_from_evaluation_to_prediction(command, unsure, tmp_path):
     assert "Reliability diagram" in page
     assert f"95 % interval: {said[2]} to {said[3]} %" in page
     assert "on 51 images that it is not fitted on" in page
+    worse = found["after"]["nll"] > found["before"]["nll"]
+    assert worse == (": do not use it" in output) == (": do not use it" in page)
+    assert '<img class="picture"' in page  # two diagrams
 
     photos = unsure.parent / "data" / "val" / "day"
     for name, words in {"plain": (), "scaled": (f"temperature={line[1]}",)}.items():
@@ -170,10 +184,11 @@ def test_journey_from_evaluation_to_prediction(command, unsure, tmp_path):
 
 
 @pytest.mark.slow
-def test_few_images_have_an_interval_but_no_temperature(command, finished):
+def test_few_images_have_an_interval_but_no_temperature(command, finished, tmp_path):
     code, output = command("eval", finished, "out=eval")
     assert code == 0, output
     assert "No temperature is fitted: it takes 100 images or more" in output
+    assert '<img class="picture small"' in (tmp_path / "eval" / "report.html").read_text()  # it is not enlarged
 
 
 @pytest.mark.slow

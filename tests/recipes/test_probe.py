@@ -74,6 +74,7 @@ def test_probe_becomes_a_classifier(probed, command, tmp_path, images, kind):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<h2>Learning rates</h2>" in page
     assert ("Attention of the probe" in page) == (kind == "ep")
+    assert ('<div class="samples wide many row">' in page) == (kind == "ep")  # narrow, also on a phone
     for line in ("  zoo-eval run", "  zoo-predict run=run photos/ out/", "  zoo-export run"):
         assert line in out
     code, out = command("eval", "run", "log.wandb=disabled")
