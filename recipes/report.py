@@ -61,6 +61,10 @@ _PICTURES = {  # file -> title and note
     "attention.png": ("Attention of the probe", ""),
     "exits.png": ("Early exit", "Accuracy over the cost of an image; thresholds are in eval.json."),
 }
+# Pictures whose tiles can be as narrow as a thumbnail.
+_NARROW = ("corruptions.png", "attention.png")
+# The figures of an evaluation without which a picture in its folder is an earlier one's.
+_FIGURES = {"reliability.png": "calibration", "corruptions.png": "corruptions", "exits.png": "early_exit"}
 _PARTS = ("waiting for images", "forward", "backward", "optimizer", "rest")
 _PUBLISHED = {  # keys of `published` -> titles
     "top1": "top-1",
@@ -222,7 +226,7 @@ def page(record: Record) -> str:
         matrix=("confusion matrix", lambda: _matrix(record)),
         corruptions=("corruptions", lambda: _corruptions(record)),
         imagenet=("ImageNet's variants", lambda: _imagenet(record)),
-        pictures=("pictures", lambda: _pictures(record.path)),
+        pictures=("pictures", lambda: _pictures(record)),
         steps=("parts of an update", lambda: _steps(record)),
         data=("data", lambda: _data(record)),
         changes=("differences from the recipe", lambda: _changes(record)),
@@ -452,11 +456,12 @@ def _is_known(key: str, settings: Sequence[dict[str, Any]]) -> bool:
     return decides and (named_by_users or all(key in values for values in settings))
 
 
-def _pictures(folder: Path) -> list[dict[str, Any]]:
+def _pictures(record: Record) -> list[dict[str, Any]]:
     """Pictures with title and note: the tiles of a sheet in groups, or the whole file."""
-    found = []
+    found, folder = [], record.path
     for name, (title, note) in _PICTURES.items():
-        if (folder / name).exists():
+        earlier = record.evaluation and name in _FIGURES and _FIGURES[name] not in record.facts
+        if (folder / name).exists() and not earlier:
             parts = sheet.read(folder / name)
             groups = [
                 [
@@ -473,6 +478,7 @@ def _pictures(folder: Path) -> list[dict[str, Any]]:
                     "title": title,
                     "note": parts.title if parts else note,
                     "source": whole,
+                    "narrow": name in _NARROW,
                     "small": int.from_bytes(content[16:20]) < _WIDE,  # the width in the header of a PNG
                     "groups": groups,
                     "legend": legend,

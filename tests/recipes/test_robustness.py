@@ -118,6 +118,11 @@ def test_journey_of_two_models(command, run, tmp_path):
         r"<th>darkness</th><td class=\"n\">[\d.]+</td><td class=\"n\">[\d.]+ \([+-][\d.]+\)</td>", comparison
     )
     assert "validated on different data" not in comparison
+    code, output = command("eval", "run")  # without corruptions, into the same folder
+    assert code == 0, output
+    page = (run / "eval" / "report.html").read_text()
+    assert "Reliability diagram" in page
+    assert "darkness 5</figcaption>" not in page
 
 
 @pytest.mark.slow
