@@ -46,6 +46,7 @@ def open_model(
     *,
     size: int | Sequence[int] | None = None,
     checkpoint: str = "last",
+    new_classifier: bool = False,
     **kwargs: Any,
 ) -> OpenModel:
     """Create the model `name`.
@@ -57,6 +58,7 @@ def open_model(
             Without `num_classes`, the classifier gets as many classes as the checkpoint has.
         size: Side of the images, or height and width. Only models that take one size are created for it.
         checkpoint: Which weights of a run folder `name` to load: `last` or `best`.
+        new_classifier: Whether the classifier that a checkpoint has is not loaded.
         **kwargs: Further arguments of `timm.create_model`.
 
     Raises:
@@ -86,7 +88,7 @@ def open_model(
         given["pretrained"], weights = True, "published weights"
     elif pretrained:
         file = weights_file(Path(pretrained))
-        given = _file_weights(name, file, given) | given
+        given = _file_weights(name, file, given, new_classifier) | given
         weights = f"weights of {Path(pretrained).name}"
     if one_size and size:
         given.setdefault("img_size", size)
@@ -145,28 +147,30 @@ def weights_file(path: Path) -> Path:
     raise UserError(f"{path} has no model.safetensors or best.safetensors: is it the folder of a run?")
 
 
-def _file_weights(name: str, file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def _file_weights(name: str, file: Path, given: Mapping[str, Any], new_classifier: bool) -> dict[str, Any]:
     """Arguments of `timm.create_model` that load `file`, with as many classes as the file has.
 
     Args:
         name: The name of the model.
         file: The checkpoint.
         given: The caller's arguments.
+        new_classifier: Whether the file's classifier is not loaded.
     """
     try:
         overlay, classes, queries = file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(name)[0]))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} can't be read as a checkpoint: {one_line(error, 600)}.") from error
     found = {} if classes is None else {"num_classes": classes}
-    keeps_classifier = not given.get("features_only") and given.get("num_classes", classes) == classes
-    if classes is not None and keeps_classifier:
-        if queries and not is_ep(given.get("global_pool")):
+    probing, same = is_ep(given.get("global_pool")), given.get("num_classes", classes) == classes
+    if classes is not None and same and not given.get("features_only"):
+        if queries and not probing and not new_classifier:
             raise UserError(
                 f"{file} pools by efficient probing, but {name} is created without it: give global_pool=ep{queries} "
                 "(model_kwargs.global_pool=... to zoo-train and zoo-eval)."
             )
-        if is_ep(given.get("global_pool")) and not queries and _is_ours(name):
-            overlay["num_classes"] = 0  # timm then drops the classifier of the file, and the head stays new
+        # timm drops the file's classifier, and the model keeps its own. `_Probing` does this for timm's models.
+        if new_classifier or (probing and not queries and _is_ours(name)):
+            overlay["num_classes"] = 0
     return {"pretrained": True, "pretrained_cfg_overlay": overlay, **found}
 
 

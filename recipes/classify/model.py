@@ -20,20 +20,24 @@ from zoo.recipes.atomic_files import atomic
 from zoo.recipes.config import Config, DataConfig
 
 
-def build_model(cfg: Config, num_classes: int | None, in_chans: int | None = None) -> nn.Module:
+def build_model(
+    cfg: Config, num_classes: int | None, in_chans: int | None = None, new_classifier: bool = False
+) -> nn.Module:
     """Create `cfg.model`, with the weights that `cfg.pretrained` names.
 
     Args:
         cfg: The configuration.
         num_classes: Size of the classifier; that of the weights if None.
         in_chans: Channels of the input; those of the model if None.
+        new_classifier: Whether the classifier of the weights is not loaded, even if it has `num_classes` classes.
 
     Raises:
         UserError: There is no such model, argument, file or tag.
     """
     given = {"num_classes": num_classes, "in_chans": in_chans}
     kwargs = dict(cfg.model_kwargs) | {name: value for name, value in given.items() if value is not None}
-    return open_model(cfg.model, cfg.pretrained, size=cfg.data.img_size, **kwargs).model.train()
+    opened = open_model(cfg.model, cfg.pretrained, size=cfg.data.img_size, new_classifier=new_classifier, **kwargs)
+    return opened.model.train()
 
 
 def input_config(model: nn.Module, cfg: DataConfig) -> dict[str, Any]:

@@ -97,7 +97,8 @@ class ProbeRun(BaseRun):
             self.last_files = tuple(name for name in self.last_files if name != "model.safetensors")
         self.data = data
         seed_all(cfg.seed)
-        self.model: Any = build_model(self.plain_cfg, len(data.classes)).eval().requires_grad_(False).to(device)
+        model = build_model(self.plain_cfg, len(data.classes), new_classifier=True)
+        self.model: Any = model.eval().requires_grad_(False).to(device)
         self.params = sum(p.numel() for p in self.model.parameters())
         self.data_config = input_config(self.model, cfg.data)
         self.normalize = Normalize(self.data_config, device, cfg.trainer.channels_last)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -104,6 +105,25 @@ def test_models_with_other_heads(compose, images, tmp_path, model, kind):
     longer = (*SMALL[1:], "probe.epochs=15")  # a batch norm's running statistics need some updates
     found = train.train(compose(f"probe={kind}", *words, *longer), report.write_or_warn)
     assert found["metrics"]["top1"] > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["test_vit", "test_van"])
+def test_run_of_a_probe_is_probed_again(probed, command, tmp_path, model):
+    """Its features are those of the model that it probed, whatever its classifier is."""
+    for run, kind, words in (
+        ("first", "ep", ()),
+        ("second", "ep", ("pretrained=first",)),
+        ("third", "linear", ("pretrained=second",)),
+        ("fourth", "knn", ("pretrained=second", "probe.k=5")),
+    ):
+        code, out = probed(kind, f"model={model}", *words, run=run)
+        assert code == 0, out
+    assert out.count("The features of the") == 2  # those of the third run, from the cache
+    code, out = command("eval", "second", "log.wandb=disabled")
+    assert code == 0, out
+    first, second = (load_file(tmp_path / run / "model.safetensors") for run in ("first", "second"))
+    assert all(torch.equal(first[key], second[key]) for key in first if not key.startswith("head."))
 
 
 # What they compute.
