@@ -6,7 +6,11 @@ import signal
 import time
 
 import pytest
+import timm
 import torch
+
+from zoo.freezing import freeze
+from zoo.recipes.seeding import seed_all
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +128,24 @@ def test_run_continues(train, together, tmp_path, weights, kind):
     one, two = weights(together(kind)), weights(train(tmp_path, 2, *more))
     # As above: reductions between processes sum in another order.
     assert [name for name in one if not torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-5)] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_part_stays_as_it_was(compose, together, kind):
+    """Of the weights and of their averages, bit by bit; other parameters change.
+
+    Not the weights of 1 of the blocks' norms: a block's output is scaled by 1e-6 at first, and so are its gradients.
+    """
+    seed_all(compose().seed)
+    before = timm.create_model("test_convnext", num_classes=3)
+    freeze(before, "test_convnext", "1")
+    frozen = {name for name, parameter in before.named_parameters() if not parameter.requires_grad}
+    state = torch.load(together(kind) / "last.pt", weights_only=True)["training"]
+    for weights in (state["model"], state["ema"]):
+        same = {name for name, value in before.named_parameters() if torch.equal(value, weights[name])}
+        assert frozen <= same
+        assert [name for name in same - frozen if not name.endswith("norm.weight")] == []
 
 
 @pytest.mark.long
