@@ -7,6 +7,7 @@ schedule counts updates.
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from mmengine.config import Config as MMConfig
 from mmengine.hooks import EarlyStoppingHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.messages import UserError, one_line
@@ -204,3 +206,12 @@ class _Runner(Runner):
 
     def dump_config(self) -> None:
         """Skip this: the run folder has the configuration."""
+
+    def build_visualizer(self, visualizer: Any = None) -> Visualizer:
+        """The visualizer of `mm`, or one without a back end, which would format and write the configuration again."""
+        return super().build_visualizer(visualizer or Visualizer.get_instance(self.experiment_name))
+
+    def _log_env(self, env_cfg: dict[str, Any]) -> None:
+        """Skip this if it is not shown: formatting the configuration takes as long as an update of a small model."""
+        if self.logger.isEnabledFor(logging.INFO):
+            super()._log_env(env_cfg)
