@@ -8,7 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -77,16 +77,22 @@ def check_command(command: list[str], folder: Path) -> None:
         importlib.import_module(f"zoo.recipes.commands.{command[0][4:]}").parse(command[1:])
         return
     words = [word for word in command if word != "-m" or "torchrun" in command]
-    module = "zoo.recipes.eval" if words[0] == "zoo-eval" else "zoo.recipes.train"
+    name = "eval" if words[0] == "zoo-eval" else "train"
     arguments = words[words.index("zoo.recipes.train") + 1 :] if words[0] == "torchrun" else words[1:]
     arguments = [word.partition(",")[0] if "-m" in command and words[0] != "torchrun" else word for word in arguments]
     if arguments and arguments[0].startswith("runs/"):
         (folder / arguments[0]).mkdir(parents=True, exist_ok=True)
     extra = [] if "--help" in arguments else ["--cfg", "job"]
-    result = subprocess.run(
-        [sys.executable, "-m", module, *arguments, *extra], cwd=folder, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
+    said, code = StringIO(), None
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said), redirect_stderr(said):
+        patch.chdir(folder)
+        patch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it in its own process
+        patch.setattr(sys, "argv", [f"zoo-{name}", *arguments, *extra])
+        try:
+            importlib.import_module(f"zoo.recipes.commands.{name}").main()
+        except SystemExit as end:
+            code = end.code
+    assert not code, said.getvalue()
 
 
 def run_page(path: Path, folder: Path) -> None:

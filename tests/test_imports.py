@@ -1,6 +1,7 @@
 """Who may import whom, and what a bare `import zoo` costs. A second, slow ones 20 s."""
 
 import ast
+import functools
 import graphlib
 import subprocess
 import sys
@@ -59,10 +60,13 @@ def imported(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-GRAPH = {
-    name: {found if found in FILES else found.rpartition(".")[0] for found in imported(path)}
-    for name, path in FILES.items()
-}
+@functools.cache
+def graph():
+    """What each file imports; not to be changed."""
+    return {
+        name: {found if found in FILES else found.rpartition(".")[0] for found in imported(path)}
+        for name, path in FILES.items()
+    }
 
 
 def folder(name):
@@ -95,11 +99,11 @@ def test_imports_point_one_way():
 
 def test_no_circle():
     """No file imports another one that imports it in turn, directly or through others, not even inside functions."""
-    graph = {name: (used & FILES.keys()) - {name} for name, used in GRAPH.items()}
-    assert {"zoo.recipes.base_run", "zoo.recipes.progress"} <= graph["zoo.recipes.classify.train"]
+    others = {name: (used & FILES.keys()) - {name} for name, used in graph().items()}
+    assert {"zoo.recipes.base_run", "zoo.recipes.progress"} <= others["zoo.recipes.classify.train"]
     circle = None
     try:
-        graphlib.TopologicalSorter(graph).prepare()
+        graphlib.TopologicalSorter(others).prepare()
     except graphlib.CycleError as error:
         circle = " <- ".join(error.args[1])
     assert circle is None
@@ -109,7 +113,7 @@ def test_no_file_of_zoo_imports_a_family():
     """What families share knows none of them, and no family knows another."""
     families = {f"zoo.{family}" for family in zoo.FAMILIES}
     assert families <= FILES.keys()
-    wrong = {name: used & families for name, used in GRAPH.items() if folder(name) == "zoo"}
+    wrong = {name: used & families for name, used in graph().items() if folder(name) == "zoo"}
     assert {name: used for name, used in wrong.items() if used} == {}
 
 

@@ -5,8 +5,6 @@ import tempfile
 
 import pytest
 from hydra import compose, initialize_config_dir
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 
 from zoo.recipes import cli, config, report, run_folder, scenes, tasks
 
@@ -49,6 +47,9 @@ def pages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
+    from selenium import webdriver  # which takes a second in each process that collects the tests
+    from selenium.webdriver.chrome.service import Service
+
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     profile = tempfile.mkdtemp()

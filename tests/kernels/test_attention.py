@@ -1,10 +1,12 @@
 """The parts that the operators' PyTorch implementations share."""
 
+import pytest
 import torch
 
 from zoo.kernels.attention import _products
 
 
+@pytest.mark.slow
 def test_compiled_products_have_contiguous_gradients():
     torch._dynamo.reset()
     query, key = torch.randn(2, 3, 5, 4, requires_grad=True), torch.randn(2, 3, 7, 4, requires_grad=True)

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -35,16 +35,20 @@ def write(path, names):
         file.write("==PROF== Disconnected from process 2072\n")
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, "--counters", *arguments], capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--counters", *map(str, arguments)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+    return call
 
 
 @pytest.mark.slow
-def test_table_and_json(tmp_path):
+def test_table_and_json(run, capsys, tmp_path):
     write(tmp_path / "counters.csv", NAMES)
-    done = run(tmp_path / "counters.csv", "--json", tmp_path / "counters.json")
-    assert done.returncode == 0, done.stderr
-    head, case, forward, backward = done.stdout.splitlines()
+    run(tmp_path / "counters.csv", "--json", tmp_path / "counters.json")
+    head, case, forward, backward = capsys.readouterr().out.splitlines()
     assert case == "window_attention/some-case"
     assert forward.split() == ["92.4", "43.48", "53%", "24%", "201.5", "5.78", "128", "1024", "_fwd_kernel"]
     assert backward.split()[:2] == ["1.0", "5.00"]
@@ -59,12 +63,9 @@ def test_table_and_json(tmp_path):
 
 
 @pytest.mark.slow
-def test_missing_file_and_missing_metric(tmp_path):
-    done = run(tmp_path / "none.csv")
-    assert done.returncode == 1
-    assert "there is no" in done.stderr
-    assert "none.csv; ncu writes it with --csv --page raw --log-file." in done.stderr
+def test_missing_file_and_missing_metric(run, tmp_path):
+    with pytest.raises(SystemExit, match=r"there is no .*none\.csv; ncu writes it with --csv --page raw --log-file\."):
+        run(tmp_path / "none.csv")
     write(tmp_path / "few.csv", {name: cells for name, cells in NAMES.items() if name != "dram__bytes.sum"})
-    done = run(tmp_path / "few.csv")
-    assert done.returncode == 1
-    assert "few.csv has no dram__bytes.sum; tools/gpu_session.sh counts them." in done.stderr
+    with pytest.raises(SystemExit, match=r"few\.csv has no dram__bytes\.sum; tools/gpu_session\.sh counts them\."):
+        run(tmp_path / "few.csv")

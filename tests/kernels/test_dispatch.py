@@ -1,6 +1,8 @@
 """The choice of an implementation, autocast, torch.func, and an installation without Triton. Half a minute."""
 
 import os
+import re
+import runpy
 import subprocess
 import sys
 import warnings
@@ -103,17 +105,17 @@ def fresh_process(code, *arguments, **variables):
     return subprocess.run(command, capture_output=True, text=True, env=environment | variables)
 
 
-def test_environment_sets_the_start():
-    done = fresh_process("from zoo.kernels import dispatch; print(dispatch._choice)", ZOO_KERNELS="reference")
-    assert done.stdout.strip() == "reference", done.stderr
+def test_environment_sets_the_start(monkeypatch):
+    monkeypatch.setenv("ZOO_KERNELS", "reference")
+    assert runpy.run_path(dispatch.__file__)["_choice"] == "reference"
 
 
-def test_environment_with_an_unknown_choice():
-    done = fresh_process("import zoo.kernels", ZOO_KERNELS="fast")
-    assert done.stderr.strip().endswith(
-        "ValueError: Got ZOO_KERNELS='fast'; it has to be one of auto, reference, torch, triton."
-    )
-    assert "During handling" not in done.stderr
+def test_environment_with_an_unknown_choice(monkeypatch):
+    monkeypatch.setenv("ZOO_KERNELS", "fast")
+    message = "Got ZOO_KERNELS='fast'; it has to be one of auto, reference, torch, triton."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$") as error:
+        runpy.run_path(dispatch.__file__)
+    assert error.value.__context__ is None
 
 
 def test_auto_on_a_cpu_is_torch():

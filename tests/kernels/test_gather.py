@@ -36,6 +36,7 @@ def test_inductor_adds_without_atomic_operations():
     assert any("zoo.index_add" in part for part in code)
 
 
+@pytest.mark.slow
 def test_sum_is_a_proper_operator():
     torch.library.opcheck(torch.ops.zoo.index_add.default, (torch.randn(2, 5, 3), 1, INDEX, 4))
 

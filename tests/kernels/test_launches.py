@@ -180,6 +180,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_precision_follows_each_way_to_allow_tf32():
     """In a new process, which forks for each: once set, the two interfaces of torch can no longer be mixed."""
     program = """

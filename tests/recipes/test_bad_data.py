@@ -130,10 +130,10 @@ def test_as_many_corrupt_images_as_allowed(fit, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_too_many_corrupt_images_on_the_command_line(run_cli, folder, tmp_path):
+def test_too_many_corrupt_images_on_the_command_line(command, folder):
     for number in (1, 5):
         _corrupt(_nth(folder, "train", number))
-    code, output = run_cli(*ARGS, f"data.root={folder}", "data.max_corrupt=0", "run=run", cwd=tmp_path)
+    code, output = command("train", *ARGS, f"data.root={folder}", "data.max_corrupt=0", "run=run")
     assert code == 1
     assert "zoo-train: error:" in output
     assert "Traceback" not in output

@@ -161,6 +161,7 @@ def test_digits_splits_share_no_image():
     assert not pixels[0] & pixels[1]
 
 
+@pytest.mark.slow
 def test_digits_in_a_few_updates(fit, tmp_path):
     result = fit(tmp_path / "run", None, "data=digits", "trainer.max_updates=2", pictures=True)
     assert (result["train_images"], result["val_images"], result["classes"]) == (1437, 360, 10)

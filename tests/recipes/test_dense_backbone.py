@@ -149,7 +149,10 @@ def test_features_are_timms():
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize(("model", "task"), golden.backbones())
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [*golden.backbones()[:2], *(pytest.param(*rest, marks=pytest.mark.long) for rest in golden.backbones()[2:])],
+)
 def test_outputs_match_official(model, task, tmp_path):
     record = golden.read(model, task)
     weights = {k: v for k, v in golden.official_weights(model, record).items() if not k.startswith("head.")}
@@ -522,6 +525,7 @@ def test_more_frozen_stages_than_there_are():
         TimmBackbone("test_van", frozen_stages=5)
 
 
+@pytest.mark.slow
 def test_frozen_stages_of_a_model_without_groups():
     with pytest.raises(UserError, match=r"dense\.frozen_stages=1: pit_ti_224 does not say what its stages are"):
         TimmBackbone("pit_ti_224", frozen_stages=1)

@@ -495,6 +495,7 @@ def test_cswin_optimizer(cswin):
     assert "clip_grad" not in wrapper
 
 
+@pytest.mark.slow
 def test_cswin_schedule(cswin):
     """16 images per update, 160,000 updates, linear decay to nothing after 1500 of warm-up."""
     cfg, settings, _, _ = cswin
@@ -527,12 +528,14 @@ def test_cswin_images(cswin):
     )
 
 
+@pytest.mark.slow
 def test_cswin_backbone(cswin):
     _, _, model, built = cswin
     assert model.backbone.model_kwargs == {"drop_path_rate": 0.3}
     assert _output_norms(built) == [(64, 1e-5), (128, 1e-5), (256, 1e-5), (512, 1e-5)]
 
 
+@pytest.mark.slow
 def test_cswin_heads(cswin):
     _, _, model, built = cswin
     assert (model.decode_head.type, model.auxiliary_head.type) == ("UPerHead", "FCNHead")
@@ -542,6 +545,7 @@ def test_cswin_heads(cswin):
     assert (model.decode_head.channels, model.auxiliary_head.loss_decode.loss_weight) == (512, 0.4)
 
 
+@pytest.mark.slow
 def test_cswin_weight_decay(cswin):
     assert _undecayed(cswin[0], cswin[3]) == {name for name, _ in cswin[3].named_parameters() if "norm" in name}
 

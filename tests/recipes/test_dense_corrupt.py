@@ -64,7 +64,8 @@ def test_too_many_corrupt_images_stop_the_run_with_the_list(fit_dense, damaged, 
     assert listed <= set(files)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_images_all_corrupt(fit_dense, damaged, tmp_path, workers):
     root, _ = damaged(*range(16))
     words = (f"data.root={root}", "data.check_files=0", f"data.num_workers={workers}")

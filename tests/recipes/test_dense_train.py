@@ -78,6 +78,7 @@ def test_summary_has_the_figures(finished_dense, summary, task):
     assert found["best"]["update"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_metrics_have_a_line_per_evaluation(finished_dense, task):
     (line,) = _lines(finished_dense[task])
@@ -99,17 +100,20 @@ def test_training_loss_has_a_line_per_epoch(fit_dense, tmp_path):
     assert all(line["train_loss"] > 0 for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "line"), [("detect", "training: 44 boxes"), ("segment", "training: 16 images")])
 def test_log_says_what_the_data_are(finished_dense, task, line):
     assert line in _log(finished_dense[task])
 
 
+@pytest.mark.slow
 def test_best_weights_are_those_of_the_best_evaluation(finished_dense, same):
     folder = finished_dense["detect"]
     assert same(load_file(folder / "best.safetensors"), load_file(folder / "model.safetensors"))
     assert same(load_file(folder / "model.safetensors"), dict(_state(folder)["model"]))
 
 
+@pytest.mark.slow
 def test_pictures_show_images_that_were_found_and_true(finished_dense):
     with Image.open(finished_dense["detect"] / "predictions.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
@@ -338,6 +342,7 @@ def test_averaged_weights_are_evaluated_saved_and_resumed(fit_dense, tmp_path, c
     assert scored == summary(tmp_path / "whole")["metrics"]
 
 
+@pytest.mark.slow
 def test_hooks_of_which_a_run_does_not_know_are_refused(fit_dense, tmp_path):
     for hook, key in (("EMAHook", "trainer.ema_decay"), ("mmengine.EarlyStoppingHook", "trainer.patience")):
         words = f"+mm.custom_hooks=[{{type: {hook}, monitor: mIoU}}]"

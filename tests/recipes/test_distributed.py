@@ -98,13 +98,13 @@ def test_figures_are_those_of_one_process(alone, together, summary, kind, case):
 
 
 def test_processes_are_said(together):
-    text = (together("ddp", "plain") / "train.log").read_text()
-    assert "8 images per update = 4 images x 2 processes (ddp)" in text
+    text = (together("ddp") / "train.log").read_text()
+    assert "8 images per update = 2 images x 2 processes (ddp) x 2 passes, accumulated" in text
 
 
 def test_one_process_writes(together):
     """The lines of the second process would double those of the first."""
-    text = (together("ddp", "plain") / "train.log").read_text()
+    text = (together("ddp") / "train.log").read_text()
     assert text.count("24 training and 15 validation images") == 1
 
 

@@ -284,9 +284,17 @@ def test_shards_that_are_commands_are_not_run(command, run, tmp_path, root):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classify", "detect", "segment"])
 @pytest.mark.parametrize(
-    "file", ["eval", *(pytest.param(f"eval/{name}.json", marks=pytest.mark.slow) for name in ("eval", "classes"))]
+    ("task", "file"),
+    [
+        *(("classify", file) for file in ("eval", "eval/eval.json", "eval/classes.json")),
+        *(("detect", "eval"), ("segment", "eval/eval.json")),
+        *(
+            pytest.param(*rest, marks=pytest.mark.long)
+            for rest in (("detect", "eval/eval.json"), ("detect", "eval/classes.json"), ("segment", "eval"))
+        ),
+        pytest.param("segment", "eval/classes.json", marks=pytest.mark.long),
+    ],
 )
 def test_figures_are_printed_where_nothing_can_be_written(command, run, finished_dense, tmp_path, task, file):
     folder = run
@@ -311,9 +319,15 @@ def test_figures_are_printed_where_nothing_can_be_written(command, run, finished
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [("{run}",), ("run={run}",)], ids=["short", "long"])
-def test_command(run_cli, run, tmp_path, summary, words):
-    code, output = run_cli(*(w.format(run=run) for w in words), cwd=tmp_path, module="eval")
+def test_command(run_cli, run, tmp_path, summary):
+    code, output = run_cli(str(run), cwd=tmp_path, module="eval")
+    assert code == 0, output
+    assert f"top-1 {summary(run)['metrics']['top1']:.2f} %" in output
+    assert "on 15 images" in output
+
+
+def test_command_with_a_key(command, run, summary):
+    code, output = command("eval", f"run={run}")
     assert code == 0, output
     assert f"top-1 {summary(run)['metrics']['top1']:.2f} %" in output
     assert "on 15 images" in output

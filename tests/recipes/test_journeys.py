@@ -71,6 +71,7 @@ def test_from_a_recipe_to_a_report(command, images, digit_scenes, tmp_path, task
     assert (run / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.long
 def test_classifier_of_a_recipe_is_exported(command, images, tmp_path):
     recipe, words, _ = RUNS["classify"]
     run = tmp_path / "run"

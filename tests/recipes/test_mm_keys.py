@@ -223,6 +223,7 @@ def test_mixed_image_names_the_corrupt_ones():
     assert mixed.corrupt is None
 
 
+@pytest.mark.slow
 def test_labels_of_an_image_are_known(tmp_path):
     for folder in ("images", "labels"):
         (tmp_path / folder).mkdir()

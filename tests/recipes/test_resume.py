@@ -329,7 +329,8 @@ def test_longer_run_equals_an_undisturbed_one(fit, images, tmp_path, updates, sa
     assert _lines(tmp_path / "parts") == _lines(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_killed_between_the_last_update_of_an_epoch_and_its_end(fit, images, tmp_path, monkeypatch, same, workers):
     args = ("trainer.epochs=3", "trainer.save_minutes=0", f"data.num_workers={workers}")
     fit(tmp_path / "whole", images, *args)

@@ -81,17 +81,15 @@ def _refused(result, path):
     assert "Traceback" not in output
 
 
-SLOW = [pytest.param(place, marks=pytest.mark.slow) for place in (MODEL | RUNNER) if place != "neck"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["neck", *SLOW])
+@pytest.mark.parametrize("place", list(MODEL | RUNNER))
 def test_eval_calls_nothing(command, foreign, canary, place):
     path, call = canary
     _refused(command("eval", foreign(mm=_filled((MODEL | RUNNER)[place], call))), path)
 
 
-@pytest.mark.parametrize("place", ["neck", *(pytest.param(place, marks=pytest.mark.slow) for place in list(MODEL)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("place", list(MODEL))
 def test_predict_calls_nothing(command, foreign, digit_scenes, canary, place):
     path, call = canary
     run = foreign(mm=_filled(MODEL[place], call))

@@ -286,7 +286,7 @@ def test_track_yields_everything():
     assert list(scenes.track(iter("abc"), 3, "letters")) == ["a", "b", "c"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_scenes(tmp_path):
     root = scenes.ensure(tmp_path / "digits")
     for split, count in {"train": 600, "val": 150, "test": 150}.items():

@@ -82,7 +82,7 @@ def _labels(model, data):
     return found.pred_sem_seg.data[0]
 
 
-@pytest.mark.parametrize("window", [(), WINDOW], ids=["whole", "windows"])
+@pytest.mark.parametrize("window", [(), pytest.param(WINDOW, marks=pytest.mark.slow)], ids=["whole", "windows"])
 @pytest.mark.parametrize("at_once", [1, 2**25], ids=["a class at a time", "all classes"])
 def test_labels_are_those_of_mmseg(configure, batch, monkeypatch, window, at_once):
     monkeypatch.setattr(segmentor, "_AT_ONCE", at_once)
@@ -106,6 +106,7 @@ def test_scores_of_mask2former_are_those_of_mmseg(configure, batch, monkeypatch)
     torch.testing.assert_close(ours, theirs)  # sums over the queries, which torch adds in another order
 
 
+@pytest.mark.slow
 def test_average_is_that_of_mmseg(configure, batch, monkeypatch):
     monkeypatch.setattr(segmentor, "_AT_ONCE", 3 * 75 * 131)
     cfg, model = configure("eval.tta=multi_scale", "eval.scales=[0.75,1,1.5]")
@@ -118,6 +119,7 @@ def test_average_is_that_of_mmseg(configure, batch, monkeypatch):
     assert (ours != _labels(model, batch(configure()[0]))).any()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flip_averages_two_passes(configure, batch):
     cfg, model = configure("eval.tta=flip")
@@ -130,6 +132,7 @@ def test_flip_averages_two_passes(configure, batch):
     assert (_labels(model, data) == average.argmax(0)).float().mean() > 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["segment", "detect"])
 def test_one_view_is_the_plain_prediction(configure, batch, task):
     one = ("eval.tta=multi_scale", "eval.scales=[1]", "eval.flip=false")
@@ -286,22 +289,27 @@ def test_evaluation_and_prediction(command, finished_dense, digit_scenes, tmp_pa
         assert {tuple(item["segmentation"]["size"]) for item in objects} == {(250, 300)}
         assert max(item["bbox"][0] for item in objects) > 128
 
+
+@pytest.mark.slow
+def test_settings_are_refused_by_the_commands(command, finished_dense, tmp_path):
+    run, photo = finished_dense["segment"], tmp_path / "photo.png"
+    Image.new("RGB", (300, 250)).save(photo)
     for words, message in [
         (["eval.flip=false"], "eval.flip has no effect with eval.tta=none: add eval.tta=multi_scale."),
         (["eval.windo=[64,64]"], "there is no key 'eval.windo': did you mean eval.window?"),
         (["eval.window=[8,8]"], "eval.window=[8, 8] is not allowed: it has to be two numbers, 32 or more, or null"),
     ]:
-        for name, words_ in (("eval", words), ("predict", [*words, tmp_path / "photo.png", tmp_path / "other"])):
+        for name, words_ in (("eval", words), ("predict", [*words, photo, tmp_path / "other"])):
             code, output = command(name, f"run={run}", *words_)
             assert code
             assert f"zoo-{name}: error: {message}" in output
     for words, message in [
         (["data.max_pixels=74999"], "it has more than data.max_pixels=74999 pixels"),
-        (["optim.lr=1"], f"optim.lr does not affect the predictions of a run with task={task}: leave it out."),
+        (["optim.lr=1"], "optim.lr does not affect the predictions of a run with task=segment: leave it out."),
         (["data.max_pixels=many"], "data.max_pixels=many: Value 'many'"),
         (["eval.window=64,64"], "eval.window=64,64 gives several values: for a list, write eval.window=[64,64]."),
     ]:
-        code, output = command("predict", f"run={run}", *words, tmp_path / "photo.png", tmp_path / "other")
+        code, output = command("predict", f"run={run}", *words, photo, tmp_path / "other")
         assert code == 1
         assert message in output
 

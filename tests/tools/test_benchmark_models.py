@@ -376,6 +376,7 @@ def test_contenders_stand_once_and_the_unit_first():
     assert [c.label for c in made] == ["test_resnet", "test_resnet, compiled", "test_van", "test_van, compiled"]
 
 
+@pytest.mark.slow
 def test_only_named_contenders_are_compiled():
     names = ["test_van", "test_maxvit", "test_vit"]
     made = benchmark_models.contenders(names, "test_resnet", size=(64, 64), device="cpu", compiled=["test_maxvit"])

@@ -127,7 +127,10 @@ def test_official_classifier_gives_the_golden(model, capsys):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize(("model", "task"), golden.backbones())
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [*golden.backbones()[:2], *(pytest.param(*rest, marks=pytest.mark.long) for rest in golden.backbones()[2:])],
+)
 def test_official_dense_backbone_gives_the_golden(model, task, capsys):
     record = golden.read(model, task)
     weights = {k: v for k, v in golden.official_weights(model, record).items() if not k.startswith("head.")}

@@ -145,7 +145,7 @@ def test_report_and_silence(capsys, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """As zoo-train leaves one behind."""
-    model = build("test_van", num_classes=3)
+    model = build(SMALL, num_classes=3)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -202,10 +202,10 @@ def test_own_weights_and_classes(tmp_path, folder):
     """As many classes as the file has, or as are asked for."""
     path, weights = tmp_path / "model.pt2", folder[0] / "model.safetensors"
     x = images(1, 3, 64, 64)
-    assert run("test_van", "--pretrained", weights, "--static", "-o", path) == 0
+    static = ("--size", 64, 64, "--static", "-o", path)
+    assert run(SMALL, "--pretrained", weights, *static) == 0
     torch.testing.assert_close(load(path)(x), [folder[1](x)])
-    arguments = ("--pretrained", weights, "--num-classes", 0, "--static", "-o", path, "--force")
-    assert run("test_van", *arguments) == 0
+    assert run(SMALL, "--pretrained", weights, "--num-classes", 0, *static, "--force") == 0
     torch.testing.assert_close(load(path)(x), [folder[1].forward_head(folder[1].forward_features(x), pre_logits=True)])
 
 

@@ -263,6 +263,7 @@ def picture_size(path):
     return picture.size
 
 
+@pytest.mark.slow
 def test_keys_command(capsys, tmp_path, photo, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(capsys, "keys", "test_cswin", photo, "--pixel", 39, 0)

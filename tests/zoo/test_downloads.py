@@ -238,6 +238,7 @@ def test_name_that_does_not_exist(folder):
         downloads.fetch("http://example.invalid/model.pth")
 
 
+@pytest.mark.slow
 def test_slow_network_has_time_after_the_first_answer(server, folder, monkeypatch):
     monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.5)
     server.cuts, server.wait = [300, 300, 300], 0.8
