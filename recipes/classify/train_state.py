@@ -113,8 +113,8 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.AMP[cfg.trainer.amp.lower()] == "float16")
         schedule = OmegaConf.to_container(cfg.schedule)
         if schedule["warmup_epochs"] > cfg.trainer.epochs / 2:
-            schedule["warmup_epochs"] = cfg.trainer.epochs / 2
-            log.info("The warm-up is shortened to %g epochs, half of the training.", schedule["warmup_epochs"])
+            schedule["warmup_epochs"] = half = cfg.trainer.epochs / 2
+            log.info("The warm-up is shortened to half of the training: %g of %g epochs.", half, cfg.trainer.epochs)
         try:
             self.scheduler, self.epochs = create_scheduler_v2(
                 self.optimizer,
