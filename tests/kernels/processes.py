@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 
-def run_alone(file, interpret, tier):
-    """Run the tests of a file of this folder with these marks in a new process; fail with its output."""
+def run_alone(files, interpret, tier):
+    """Run the tests of files of this folder with these marks in a new process; fail with its output."""
     # Two workers, unless pytest already runs in workers or the snapshot is being written.
     alone = "PYTEST_XDIST_WORKER" in os.environ or "ZOO_SNAPSHOT" in os.environ
     workers = ["-p", "no:xdist"] if alone else ["-n", "2"]
@@ -17,6 +17,7 @@ def run_alone(file, interpret, tier):
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", tier, *workers]
-    path = Path(__file__).with_name(file)
-    done = subprocess.run([*command, path], capture_output=True, text=True, env=environment, cwd=path.parents[2])
+    folder = Path(__file__).parent
+    command += [folder / file for file in files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder.parents[1])
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

@@ -7,20 +7,21 @@ from .processes import run_alone
 
 pytestmark = pytest.mark.slow
 
-every_operator = pytest.mark.parametrize("name", WITH_TRITON)
-# `make test` runs a sixth of the tests of each file; see tests/conftest.py
-every_tier = pytest.mark.parametrize(
-    "tier", [pytest.param("not long", id="a_part"), pytest.param("long", id="the_rest", marks=pytest.mark.long)]
-)
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["interpreted", "compiled"])
+def test_a_sixth(kind):
+    """The sixth of the tests of each file that tests/conftest.py leaves in `make test`, in one process."""
+    run_alone([f"{kind}_{name}.py" for name in WITH_TRITON], interpret=kind == "interpreted", tier="not long")
 
 
-@every_operator
-@every_tier
-def test_interpreted(name, tier):
-    run_alone(f"interpreted_{name}.py", interpret=True, tier=tier)
+@pytest.mark.long
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_interpreted(name):
+    run_alone([f"interpreted_{name}.py"], interpret=True, tier="long")
 
 
-@every_operator
-@every_tier
-def test_compiled(name, tier):
-    run_alone(f"compiled_{name}.py", interpret=False, tier=tier)
+@pytest.mark.long
+@pytest.mark.parametrize("name", WITH_TRITON)
+def test_compiled(name):
+    run_alone([f"compiled_{name}.py"], interpret=False, tier="long")
