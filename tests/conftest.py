@@ -32,11 +32,12 @@ MANY = 6
 KEPT = 6  # One in so many of them stays in its tier.
 
 
-# Nothing that the collection makes is garbage, so looking for some takes time only; `pytest_collection_finish` resumes.
+# Nothing that the collection makes is garbage, so looking for some takes time only; `pytest_runtestloop` resumes.
 gc.disable()
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():  # which the process that distributes the tests has, too
     """Leave the tests and modules that exist now out of every later search for garbage.
 
     MMEngine asks for a search whenever a data set is opened, and torch when it resets its compiler.
