@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import multiprocessing
 import random
@@ -17,8 +18,8 @@ def kept() -> Iterator[None]:
     """At the end of this context, restore what training and evaluation change in the process.
 
     These are the states of all random generators, torch's choice of deterministic kernels, the handlers of the log, and
-    the way in which processes are started. A process group that torchrun describes is kept for the next run, and left
-    when the program ends.
+    the way in which processes are started. The memory of the model, on GPUs too, is free again, and the processes that
+    load images end. A process group that torchrun describes is kept for the next run, and left when the program ends.
     """
     import numpy as np
     import torch
@@ -38,6 +39,7 @@ def kept() -> Iterator[None]:
         with _log_kept():
             yield
     finally:
+        gc.collect()  # a run is full of references in circles
         random.setstate(generators[0])
         np.random.set_state(generators[1])  # noqa: NPY002
         torch.set_rng_state(generators[2])

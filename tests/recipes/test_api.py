@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import hydra
@@ -231,9 +232,11 @@ def test_process_is_left_as_it_was(tiny, tmp_path):
     log.addHandler(mine)
     try:
         with hydra.initialize_config_dir(str(tmp_path / "conf"), version_base="1.2"):
-            before = _state()
+            before, models = _state(), []
             for number in range(2):
-                result = train(tiny(run=f"run{number}", **{"trainer.deterministic": True}))
+                hooks = Hooks(after_epoch=lambda state: models.append(weakref.ref(state.model)))
+                result = train(tiny(run=f"run{number}", **{"trainer.deterministic": True}), hooks=hooks)
+                assert [model() for model in models] == [None] * len(models)  # their memory is free again
                 evaluate(result.folder)
                 assert _state() == before
             assert hydra.compose("config") == {"mine": 1}

@@ -1,6 +1,7 @@
 """train, evaluate and predict from Python for detectors and segmentors: the commands' figures, and hooks. 40 s."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -31,19 +32,21 @@ def no_pictures(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["detect", "segment"])
 def test_training_is_the_commands(finished_dense, digit_scenes, weights, same, summary, no_pictures, tmp_path, task):
-    seen = []
+    seen, models = [], []
 
     def note(name):
         return lambda state: seen.append((name, state.update, dict(state.metrics)))
 
     def stop(state):
         note("update")(state)
+        models.append(weakref.ref(state.model))
         if state.update == 3:
             state.stop()
 
     settings = {"task": task, "data.root": digit_scenes, "optim.lr": 1e-5, "trainer.max_updates": 100, **SETTINGS}
     hooks = Hooks(stop, note("evaluation"), note("epoch"))
     result = train({**settings, "run": tmp_path / "run"}, hooks=hooks)
+    assert [model() for model in models] == [None] * 3  # its memory is free again
     assert result.stopped_early == "Stopped by a hook, after update 3."
     theirs = summary(finished_dense[task])  # which ended after three updates by trainer.max_updates
     assert result.metrics == theirs["metrics"]
