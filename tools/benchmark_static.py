@@ -37,6 +37,7 @@ CASES = {
         "56x56x64-heads1-softmax-rope",
         "56x56x64-heads1-offset-rope",
     ),
+    "flow": ("56x56x96-heads12", "7x7x768-heads12"),
     "selective": (
         "56x56x64-state1",
         "14x14x320-state1",

@@ -31,14 +31,14 @@ def flow_attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, eps: floa
         return result
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for part in _parts(q, num_heads):
-        _write(out, _forward(*(_columns(x, num_heads)[part] for x in (q, k, v)), eps).out, num_heads, part)
+        _write(out, _forward(*(_columns(x, num_heads)[part] for x in (q, k, v)), eps=eps).out, num_heads, part)
     return out
 
 
 def _composite(q: Tensor, k: Tensor, v: Tensor, num_heads: int, eps: float) -> Tensor:
     """All heads at once, in operations that autograd differentiates."""
     _, height, width, _ = checks.sizes(q)
-    out = _forward(*(_columns(x, num_heads) for x in (q, k, v)), eps).out
+    out = _forward(*(_columns(x, num_heads) for x in (q, k, v)), eps=eps).out
     return out.to(q.dtype).permute(0, 3, 1, 2).flatten(2).unflatten(1, (height, width))
 
 
@@ -63,7 +63,7 @@ class _Flows(NamedTuple):
     matrix: Tensor  # (B, N, D, D), of which the output is the product with `sink`
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, eps: float) -> _Flows:
+def _forward(query: Tensor, key: Tensor, value: Tensor, *, eps: float) -> _Flows:
     dtype = torch.promote_types(query.dtype, torch.float32)
     sink, source = (x.to(dtype).contiguous().sigmoid() for x in (query, key))
 
@@ -92,7 +92,7 @@ class _FlowAttention(torch.autograd.Function):
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         saved: list[Tensor] = []
         for part in _parts(q, num_heads):
-            flows = _forward(*(_columns(x, num_heads)[part] for x in (q, k, v)), eps)
+            flows = _forward(*(_columns(x, num_heads)[part] for x in (q, k, v)), eps=eps)
             _write(out, flows.out, num_heads, part)
             saved += flows[1:]
         ctx.save_for_backward(q, k, v, *saved)

@@ -1,10 +1,9 @@
 """Linear attention in Triton: one pass over keys and values for their sums, one over queries for the output.
 
-The tokens of an image are divided into parts, whatever the batch. A program takes a part and a head; the sums of the
-parts are merged in their order, so results are the same each time. The sums of an image and head are the rows of its
-`state`: D rows of the matrix mean_j(w_j (R_j f(k_j))^T v_j), one row mean_j(w_j f(k_j)) and, for the form "offset", one
-row mean_j(w_j v_j). With softmax weights, a pass over the queries comes first, and the state of a part contains the
-log2 of its sum of exponentials, `lse`, as in the softmax of tiles.
+The sums of an image and head, over the parts of its tokens (see `zoo.kernels.token_sums`), are the rows of its `state`:
+D rows of the matrix mean_j(w_j (R_j f(k_j))^T v_j), one row mean_j(w_j f(k_j)) and, for the form "offset", one row
+mean_j(w_j v_j). With softmax weights, a pass over the queries comes first, and the state of a part contains the log2 of
+its sum of exponentials, `lse`, as in the softmax of tiles.
 
 The backward pass takes the queries for the gradient of the state, then the keys and values. Only the softmax weights
 need the queries a second time, since the gradient of the mean query comes from the keys.
@@ -24,37 +23,20 @@ from torch import Tensor
 from zoo.kernels import triton_common
 from zoo.kernels.constants import constant
 from zoo.kernels.rotation import axis_turns
-from zoo.kernels.triton_common import LOG2E, dot, evenly_spaced, load_rows, store_rows
-
-# A part has at most this many tokens: enough to make its matrix small next to what is read for it.
-PART = 1024
-# One compiled kernel serves all sizes of maps. Strides stay specialized: rows are read 16 bytes at a time only if
-# Triton knows that they are multiples of 16.
-NOT_SPECIALIZED = ("tokens", "height", "width", "parts", "per_part")
-
-
-@triton.jit
-def _program(parts, HEADS: tl.constexpr):
-    """Head, part and image of a program; neighbours read neighbouring heads of the same tokens."""
-    rest = tl.program_id(0) // HEADS
-    return tl.program_id(0) % HEADS, rest % parts, (rest // parts).to(tl.int64)
-
-
-@triton.jit
-def _load(
-    ptr, image, head, token, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, OTHER: tl.constexpr
-):  # fmt: skip
-    """Rows of a map (B, T, stride)."""
-    return load_rows(ptr, (image * tokens + token) * stride + head * HEAD_DIM, token < tokens, HEAD_DIM, BLOCK_D, OTHER)
-
-
-@triton.jit
-def _store(
-    ptr, value, image, head, token, tokens, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """The inverse of `_load`, for a contiguous map."""
-    offset = ((image * tokens + token) * HEADS + head) * HEAD_DIM
-    store_rows(ptr, offset, value, token < tokens, HEAD_DIM, BLOCK_D)
+from zoo.kernels.token_sums import (
+    NOT_SPECIALIZED,
+    factor_of_products,
+    load_matrix,
+    load_tokens,
+    load_vector,
+    merged,
+    parts_of,
+    program,
+    store_tokens,
+    store_vector,
+    tiles_of,
+)
+from zoo.kernels.triton_common import LOG2E, dot, evenly_spaced, store_rows
 
 
 @triton.jit
@@ -99,39 +81,11 @@ def _rotate(x, cos, sin, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _vector(ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    channel = tl.arange(0, BLOCK_D)
-    return tl.load(ptr + channel, mask=channel < HEAD_DIM, other=0.0)
-
-
-@triton.jit
-def _store_vector(ptr, value, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    channel = tl.arange(0, BLOCK_D)
-    tl.store(ptr + channel, value, mask=channel < HEAD_DIM)
-
-
-@triton.jit
-def _matrix(ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The matrix of a state, float32."""
-    row = tl.arange(0, BLOCK_D)
-    return load_rows(ptr, row * HEAD_DIM, row < HEAD_DIM, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit
-def _factor_of_products(ptr, dtype: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The matrix of a state in `dtype`, divided by its largest number, and that number; it may exceed float16."""
-    matrix = _matrix(ptr, HEAD_DIM, BLOCK_D)
-    largest = tl.max(tl.max(tl.abs(matrix), 1), 0)
-    unit = tl.where(largest == 0.0, 1.0, largest)
-    return (matrix / unit).to(dtype), unit
-
-
-@triton.jit
 def _sum_of_parts(ptr, parts, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """The sum of `parts` vectors, in their order."""
     total = tl.zeros([BLOCK_D], tl.float32)
     for part in range(parts):
-        total += _vector(ptr + part * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        total += load_vector(ptr + part * HEAD_DIM, HEAD_DIM, BLOCK_D)
     return total
 
 
@@ -141,13 +95,13 @@ def _queries_kernel(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, RELU: tl.constexpr,
 ):  # fmt: skip
     """sum_i f(q_i) of each part, (B, N, parts, D)."""
-    head, part, image = _program(parts, HEADS)
+    head, part, image = program(parts, HEADS)
     total = tl.zeros([BLOCK_D], tl.float32)
     for start in range(part * per_part, min((part + 1) * per_part, tokens), BLOCK):
         token = start + tl.arange(0, BLOCK)
-        q = _load(q_ptr, image, head, token, tokens, q_stride, HEAD_DIM, BLOCK_D, float("-inf"))
+        q = load_tokens(q_ptr, image, head, token, tokens, q_stride, HEAD_DIM, BLOCK_D, float("-inf"))
         total += tl.sum(_feature(q.to(tl.float32), RELU), 0)
-    _store_vector(sums_ptr + ((image * HEADS + head) * parts + part) * HEAD_DIM, total, HEAD_DIM, BLOCK_D)
+    store_vector(sums_ptr + ((image * HEADS + head) * parts + part) * HEAD_DIM, total, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -161,7 +115,7 @@ def _state_kernel(
 
     The weights of a part have the sum 1 if they are those of a softmax; else they are 1 / T.
     """
-    head, part, image = _program(parts, HEADS)
+    head, part, image = program(parts, HEADS)
     group = image * HEADS + head
     matrix = tl.zeros([BLOCK_D, BLOCK_D], tl.float32)
     key_mean = tl.zeros([BLOCK_D], tl.float32)
@@ -173,8 +127,8 @@ def _state_kernel(
         total = tl.full([], 0.0, tl.float32)
     for start in range(part * per_part, min((part + 1) * per_part, tokens), BLOCK):
         token = start + tl.arange(0, BLOCK)
-        k = _load(k_ptr, image, head, token, tokens, k_stride, HEAD_DIM, BLOCK_D, float("-inf"))
-        v = _load(v_ptr, image, head, token, tokens, v_stride, HEAD_DIM, BLOCK_D, 0.0)
+        k = load_tokens(k_ptr, image, head, token, tokens, k_stride, HEAD_DIM, BLOCK_D, float("-inf"))
+        v = load_tokens(v_ptr, image, head, token, tokens, v_stride, HEAD_DIM, BLOCK_D, 0.0)
         key = _feature(k.to(tl.float32), RELU)
         turned = key
         if turns_ptr is not None:
@@ -205,37 +159,9 @@ def _state_kernel(
     state = states_ptr + (group * parts + part) * (ROWS * HEAD_DIM)
     row = tl.arange(0, BLOCK_D)
     store_rows(state, row * HEAD_DIM, matrix * factor, row < HEAD_DIM, HEAD_DIM, BLOCK_D)
-    _store_vector(state + HEAD_DIM * HEAD_DIM, key_mean * factor, HEAD_DIM, BLOCK_D)
+    store_vector(state + HEAD_DIM * HEAD_DIM, key_mean * factor, HEAD_DIM, BLOCK_D)
     if OFFSET:
-        _store_vector(state + (HEAD_DIM + 1) * HEAD_DIM, value_mean * factor, HEAD_DIM, BLOCK_D)
-
-
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def _merge_kernel(
-    states_ptr, lses_ptr, state_ptr, lse_ptr, parts,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The sum of the states of all parts, in their order; with `lses`, each times 2^(lse of the part - lse)."""
-    BLOCKS: tl.constexpr = (ROWS + BLOCK - 1) // BLOCK
-    group = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    row = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    if lses_ptr is not None:
-        highest = tl.full([], float("-inf"), tl.float32)
-        for part in range(parts):
-            highest = tl.maximum(highest, tl.load(lses_ptr + group * parts + part))
-        total = tl.full([], 0.0, tl.float32)
-        for part in range(parts):
-            total += tl.exp2(tl.load(lses_ptr + group * parts + part) - highest)
-        lse = highest + tl.log2(total)
-        tl.store(lse_ptr + group, lse, mask=tl.program_id(0) % BLOCKS == 0)
-    acc = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for part in range(parts):
-        states = states_ptr + (group * parts + part) * (ROWS * HEAD_DIM)
-        state = load_rows(states, row * HEAD_DIM, row < ROWS, HEAD_DIM, BLOCK_D)
-        if lses_ptr is not None:
-            state *= tl.exp2(tl.load(lses_ptr + group * parts + part) - lse)
-        acc += state
-    store_rows(state_ptr + group * (ROWS * HEAD_DIM), row * HEAD_DIM, acc, row < ROWS, HEAD_DIM, BLOCK_D)
+        store_vector(state + (HEAD_DIM + 1) * HEAD_DIM, value_mean * factor, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -254,15 +180,15 @@ def _out_kernel(
     RELU: tl.constexpr, OFFSET: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The output of a part of the queries."""
-    head, part, image = _program(parts, HEADS)
+    head, part, image = program(parts, HEADS)
     state = state_ptr + (image * HEADS + head) * (ROWS * HEAD_DIM)
-    matrix, unit = _factor_of_products(state, q_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D)
-    key_mean = _vector(state + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    matrix, unit = factor_of_products(state, q_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D)
+    key_mean = load_vector(state + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D)
     if OFFSET:
-        value_mean = _vector(state + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        value_mean = load_vector(state + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D)
     for start in range(part * per_part, min((part + 1) * per_part, tokens), BLOCK):
         token = start + tl.arange(0, BLOCK)
-        q = _load(q_ptr, image, head, token, tokens, q_stride, HEAD_DIM, BLOCK_D, float("-inf"))
+        q = load_tokens(q_ptr, image, head, token, tokens, q_stride, HEAD_DIM, BLOCK_D, float("-inf"))
         query = _feature(q.to(tl.float32), RELU)
         z = tl.sum(query * key_mean[None, :], 1)
         if turns_ptr is not None:
@@ -278,7 +204,7 @@ def _out_kernel(
             out *= inverse[:, None]
         if temperature_ptr is not None:
             out *= tl.load(temperature_ptr + head).to(tl.float32)
-        _store(out_ptr, out, image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
+        store_tokens(out_ptr, out, image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -295,14 +221,14 @@ def _bwd_queries_kernel(
     dM = sum_i (R_i f(q_i))^T t c_i do_i, and f(q_i) has the gradient R_i^-1 (t c_i do_i M^T) + dz_i mean(k), to which
     softmax weights add that of the mean query.
     """
-    head, part, image = _program(parts, HEADS)
+    head, part, image = program(parts, HEADS)
     group = image * HEADS + head
     state = state_ptr + group * (ROWS * HEAD_DIM)
-    matrix, unit = _factor_of_products(state, q_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D)
+    matrix, unit = factor_of_products(state, q_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D)
     matrix = tl.trans(matrix)
-    key_mean = _vector(state + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    key_mean = load_vector(state + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D)
     if OFFSET:
-        value_mean = _vector(state + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        value_mean = load_vector(state + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D)
     temperature = 1.0
     if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + head).to(tl.float32)
@@ -318,8 +244,8 @@ def _bwd_queries_kernel(
         query_grad = _sum_of_parts(queries_grad_ptr + group * parts * HEAD_DIM, parts, HEAD_DIM, BLOCK_D) / tokens
     for start in range(part * per_part, min((part + 1) * per_part, tokens), BLOCK):
         token = start + tl.arange(0, BLOCK)
-        q = _load(q_ptr, image, head, token, tokens, q_stride, HEAD_DIM, BLOCK_D, float("-inf"))
-        grad = _load(grad_ptr, image, head, token, tokens, grad_stride, HEAD_DIM, BLOCK_D, 0.0)
+        q = load_tokens(q_ptr, image, head, token, tokens, q_stride, HEAD_DIM, BLOCK_D, float("-inf"))
+        grad = load_tokens(grad_ptr, image, head, token, tokens, grad_stride, HEAD_DIM, BLOCK_D, 0.0)
         x = q.to(tl.float32)
         query = _feature(x, RELU)
         z = tl.sum(query * key_mean[None, :], 1)
@@ -357,14 +283,14 @@ def _bwd_queries_kernel(
             q_grad += z_grad[:, None] * key_mean[None, :]
             if queries_grad_ptr is not None:
                 q_grad += query_grad[None, :]
-            _store(q_grad_ptr, q_grad * _slope(x, RELU), image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
+            store_tokens(q_grad_ptr, q_grad * _slope(x, RELU), image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
     if state_grads_ptr is not None:
         state_grad = state_grads_ptr + (group * parts + part) * (ROWS * HEAD_DIM)
         row = tl.arange(0, BLOCK_D)
         store_rows(state_grad, row * HEAD_DIM, matrix_grad / key_unit, row < HEAD_DIM, HEAD_DIM, BLOCK_D)
-        _store_vector(state_grad + HEAD_DIM * HEAD_DIM, key_grad, HEAD_DIM, BLOCK_D)
+        store_vector(state_grad + HEAD_DIM * HEAD_DIM, key_grad, HEAD_DIM, BLOCK_D)
         if OFFSET:
-            _store_vector(state_grad + (HEAD_DIM + 1) * HEAD_DIM, value_grad, HEAD_DIM, BLOCK_D)
+            store_vector(state_grad + (HEAD_DIM + 1) * HEAD_DIM, value_grad, HEAD_DIM, BLOCK_D)
         if temperature_ptr is not None:
             tl.store(temperature_grads_ptr + (image * parts + part) * HEADS + head, temperature_grad)
 
@@ -381,28 +307,28 @@ def _bwd_keys_kernel(
     With the weights a_j = w_j / T: v_j has the gradient a_j ((R_j f(k_j)) dM + dmean(v)), f(k_j) the gradient
     a_j (R_j^-1 (v_j dM^T) + dmean(k)), and a_j the sum of the products of its terms and these, without a_j.
     """
-    head, part, image = _program(parts, HEADS)
+    head, part, image = program(parts, HEADS)
     group = image * HEADS + head
     state_grad = state_grad_ptr + group * (ROWS * HEAD_DIM)
-    matrix_grad, unit = _factor_of_products(state_grad, k_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D)
-    key_grad = _vector(state_grad + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    matrix_grad, unit = factor_of_products(state_grad, k_ptr.dtype.element_ty, HEAD_DIM, BLOCK_D)
+    key_grad = load_vector(state_grad + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D)
     if OFFSET:
-        value_grad = _vector(state_grad + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        value_grad = load_vector(state_grad + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D)
     if queries_ptr is not None:
         query = _sum_of_parts(queries_ptr + group * parts * HEAD_DIM, parts, HEAD_DIM, BLOCK_D) * (scale / tokens)
         lse = tl.load(lse_ptr + group)
         query_grad = tl.zeros([BLOCK_D], tl.float32)
         # The mean of the gradients of the weights is the product of the state and its gradient.
         state = state_ptr + group * (ROWS * HEAD_DIM)
-        products = _matrix(state, HEAD_DIM, BLOCK_D) * _matrix(state_grad, HEAD_DIM, BLOCK_D)
+        products = load_matrix(state, HEAD_DIM, BLOCK_D) * load_matrix(state_grad, HEAD_DIM, BLOCK_D)
         delta = tl.sum(tl.sum(products, 1), 0)
-        delta += tl.sum(_vector(state + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D) * key_grad, 0)
+        delta += tl.sum(load_vector(state + HEAD_DIM * HEAD_DIM, HEAD_DIM, BLOCK_D) * key_grad, 0)
         if OFFSET:
-            delta += tl.sum(_vector(state + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D) * value_grad, 0)
+            delta += tl.sum(load_vector(state + (HEAD_DIM + 1) * HEAD_DIM, HEAD_DIM, BLOCK_D) * value_grad, 0)
     for start in range(part * per_part, min((part + 1) * per_part, tokens), BLOCK):
         token = start + tl.arange(0, BLOCK)
-        k = _load(k_ptr, image, head, token, tokens, k_stride, HEAD_DIM, BLOCK_D, float("-inf"))
-        v = _load(v_ptr, image, head, token, tokens, v_stride, HEAD_DIM, BLOCK_D, 0.0)
+        k = load_tokens(k_ptr, image, head, token, tokens, k_stride, HEAD_DIM, BLOCK_D, float("-inf"))
+        v = load_tokens(v_ptr, image, head, token, tokens, v_stride, HEAD_DIM, BLOCK_D, 0.0)
         x = k.to(tl.float32)
         key = _feature(x, RELU)
         turned = key
@@ -429,10 +355,10 @@ def _bwd_keys_kernel(
             v_grad *= weights[:, None]
             k_grad = k_grad * weights[:, None] + scores_grad[:, None] * query[None, :]
             query_grad += tl.sum(scores_grad[:, None] * key, 0)
-        _store(k_grad_ptr, k_grad * _slope(x, RELU), image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
-        _store(v_grad_ptr, v_grad, image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
+        store_tokens(k_grad_ptr, k_grad * _slope(x, RELU), image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
+        store_tokens(v_grad_ptr, v_grad, image, head, token, tokens, HEADS, HEAD_DIM, BLOCK_D)
     if queries_ptr is not None:
-        _store_vector(queries_grad_ptr + (group * parts + part) * HEAD_DIM, query_grad * scale, HEAD_DIM, BLOCK_D)
+        store_vector(queries_grad_ptr + (group * parts + part) * HEAD_DIM, query_grad * scale, HEAD_DIM, BLOCK_D)
 
 
 def forward(
@@ -452,8 +378,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `op.forward`."""
     q, k, v = evenly_spaced(q), evenly_spaced(k), evenly_spaced(v)
-    sizes = _sizes(q, num_heads)
-    block = _block(q, num_heads)
+    sizes = parts_of(q, num_heads)
+    block = tiles_of(q, num_heads)
     programs = q.shape[0] * num_heads * sizes["parts"]
     shared: dict[str, Any] = {"grid": (programs,), **sizes, **block, "RELU": relu}
     form: dict[str, Any] = {"ROWS": _rows(q, num_heads, offset), "OFFSET": offset, "scale": scale}
@@ -478,7 +404,7 @@ def forward(
         **form,
         **map_,
     )
-    state, lse = _merged(states, lses if softmax else None)
+    state, lse = merged(states, lses if softmax else None)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     triton_common.launch(
         _out_kernel,
@@ -516,12 +442,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `op.backward`."""
     grad, q, k, v = evenly_spaced(grad), evenly_spaced(q), evenly_spaced(k), evenly_spaced(v)
-    sizes = _sizes(q, num_heads)
+    sizes = parts_of(q, num_heads)
     parts = sizes["parts"]
     shared: dict[str, Any] = {
         "grid": (q.shape[0] * num_heads * parts,),
         **sizes,
-        **_block(q, num_heads, backward=True),
+        **tiles_of(q, num_heads, backward=True),
         "RELU": relu,
         "ROWS": state.shape[2],
         "OFFSET": offset,
@@ -549,7 +475,7 @@ def backward(
         **of_queries,
         **shared,
     )
-    state_grad, _ = _merged(state_grads, None)
+    state_grad, _ = merged(state_grads, None)
     queries_grad = torch.empty_like(queries)
     triton_common.launch(
         _bwd_keys_kernel,
@@ -580,66 +506,9 @@ def backward(
     return q_grad, k_grad, v_grad, temperature_grad if temperature is None else temperature_grad.to(temperature.dtype)
 
 
-def _merged(states: Tensor, lses: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The state (B, N, ROWS, D) of all parts, and its `lse` (B, N)."""
-    batch, heads, parts, rows, head_dim = states.shape
-    if parts == 1:
-        return states.squeeze(2), None if lses is None else lses.squeeze(2)
-    state = states.new_empty(batch, heads, rows, head_dim)
-    lse = None if lses is None else lses.new_empty(batch, heads)
-    block = 16
-    triton_common.launch(
-        _merge_kernel,
-        (batch * heads * triton.cdiv(rows, block),),
-        states_ptr=states,
-        lses_ptr=lses,
-        state_ptr=state,
-        lse_ptr=lse,
-        parts=parts,
-        ROWS=rows,
-        HEAD_DIM=head_dim,
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 16),
-        BLOCK=block,
-        num_warps=4,
-        num_stages=1,
-    )
-    return state, lse
-
-
 def _rows(q: Tensor, num_heads: int, offset: bool) -> int:
     """The rows of a state."""
     return q.shape[3] // num_heads + (2 if offset else 1)
-
-
-def _sizes(q: Tensor, num_heads: int) -> dict[str, int]:
-    """The parts of an image, each of whole tiles and not empty."""
-    tokens, block = q.shape[1] * q.shape[2], _block(q, num_heads)["BLOCK"]
-    per_part = triton.cdiv(triton.cdiv(tokens, triton.cdiv(tokens, PART)), block) * block
-    return {"tokens": tokens, "parts": triton.cdiv(tokens, per_part), "per_part": per_part}
-
-
-def _block(q: Tensor, num_heads: int, *, backward: bool = False) -> dict[str, Any]:
-    """The sizes of tiles, and the precision of products."""
-    head_dim = q.shape[3] // num_heads
-    block_d = max(triton.next_power_of_2(head_dim), 16)
-    gpu = triton_common.machine(q)
-    # As many tokens and as few warps as spill no registers; AMD's warps have twice as many threads. In float32, heads
-    # of more than 64 channels spill some in the backward pass nevertheless.
-    if q.element_size() > 2:
-        block = 16 if backward or block_d >= 128 else 32
-        num_warps = 16 if block_d >= 128 else 8 if block_d >= 64 and backward and not gpu.is_amd else 4
-    else:
-        block = 64 if block_d < (64 if backward else 128) else 32
-        num_warps = 8 if block_d >= (64 if backward and not gpu.is_amd else 128) else 4
-    return {
-        "HEADS": num_heads,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": block_d,
-        "BLOCK": block,
-        "PRECISION": triton_common.precision(q.dtype, gpu, memory_bound=True),
-        "num_warps": num_warps,
-        "num_stages": 1 if gpu.is_amd else 2,
-    }
 
 
 def _map(q: Tensor, rope: list[float] | None) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 import triton
 
-from zoo.kernels import implementation
+from zoo.kernels import OPERATORS, implementation
 from zoo.tools.benchmark_static import CASES
 
 ROUNDS = 20
+# The operator's name and the case's.
+LISTED = [(name, case) for name in OPERATORS for case in CASES.get(name.partition("_")[0], ())]
 # What `--counters` reads: our name, ncu's, and the factor between them.
 COUNTERS = {
     "us": ("gpu__time_duration.sum", 1e-3),
@@ -149,33 +151,30 @@ def main():
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
     machine |= {"batch": options.batch, "dtype": options.dtype, "bandwidth": bandwidth}
     results = []
-    for operator, cases in ((f"{name}_attention", cases) for name, cases in CASES.items()):
-        for case in cases:
-            if not any(fnmatch(f"{operator}/{case}", pattern) for pattern in options.cases):
+    for operator, case in LISTED:
+        if not any(fnmatch(f"{operator}/{case}", pattern) for pattern in options.cases):
+            continue
+        runs, least = calls(operator, case, options.batch, getattr(torch, options.dtype))
+        for kind, run in runs.items():
+            if not options.times:
+                run()
+                torch.cuda.synchronize()
+                torch.cuda.cudart().cudaProfilerStart()
+                torch.cuda.nvtx.range_push(f"{operator}/{case} {kind}")
+                run()
+                torch.cuda.synchronize()
+                torch.cuda.nvtx.range_pop()
+                torch.cuda.cudart().cudaProfilerStop()
                 continue
-            runs, least = calls(operator, case, options.batch, getattr(torch, options.dtype))
-            for kind, run in runs.items():
-                if not options.times:
-                    run()
-                    torch.cuda.synchronize()
-                    torch.cuda.cudart().cudaProfilerStart()
-                    torch.cuda.nvtx.range_push(f"{operator}/{case} {kind}")
-                    run()
-                    torch.cuda.synchronize()
-                    torch.cuda.nvtx.range_pop()
-                    torch.cuda.cudart().cudaProfilerStop()
-                    continue
-                floor = least[kind] / bandwidth * 1e3
-                kernels = time_kernels(run, flush)
-                total = sum(kernel["ms"] * kernel["launches"] for kernel in kernels.values())
-                print(
-                    f"{operator}/{case} {kind}: {total * 1e3:.1f} us, floor {floor * 1e3:.1f} us ({floor / total:.0%})"
-                )
-                for name, kernel in kernels.items():
-                    print(f"    {kernel['ms'] * 1e3:9.1f} us x {kernel['launches']:g}  {name[:90]}")
-                results.append({"case": f"{operator}/{case}", "pass": kind, "floor_ms": floor, "kernels": kernels})
-                if options.json:
-                    options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+            floor = least[kind] / bandwidth * 1e3
+            kernels = time_kernels(run, flush)
+            total = sum(kernel["ms"] * kernel["launches"] for kernel in kernels.values())
+            print(f"{operator}/{case} {kind}: {total * 1e3:.1f} us, floor {floor * 1e3:.1f} us ({floor / total:.0%})")
+            for name, kernel in kernels.items():
+                print(f"    {kernel['ms'] * 1e3:9.1f} us x {kernel['launches']:g}  {name[:90]}")
+            results.append({"case": f"{operator}/{case}", "pass": kind, "floor_ms": floor, "kernels": kernels})
+            if options.json:
+                options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

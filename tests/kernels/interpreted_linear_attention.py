@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from zoo.kernels import implementation, linear_attention
-from zoo.kernels.linear_attention import op, triton_impl
+from zoo.kernels import implementation, linear_attention, token_sums
+from zoo.kernels.linear_attention import op
 
 from .comparison import BUDGET, assert_within_budget
 
@@ -137,7 +137,7 @@ def test_an_image_has_the_same_results_in_any_batch():
 
 def test_parts_are_of_whole_tiles():
     for tokens in (1, 63, 64, 65, 1024, 1025, 3136, 67200):
-        sizes = triton_impl._sizes(torch.empty(1, 1, tokens, 32, dtype=torch.float16, device="meta"), 1)
+        sizes = token_sums.parts_of(torch.empty(1, 1, tokens, 32, dtype=torch.float16, device="meta"), 1)
         assert (sizes["parts"] - 1) * sizes["per_part"] < tokens <= sizes["parts"] * sizes["per_part"]
         assert sizes["per_part"] % 64 == 0
 

@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,13 @@ NAMES = {
     "launch__grid_dim_x": ("", "1,024", "512"),
     "device__attribute_clock_rate": ("", "1", "1"),
 }
+
+
+def test_each_listed_case_is_one_of_its_operator():
+    script = runpy.run_path(str(SCRIPT))
+    assert len(script["LISTED"]) == sum(map(len, script["CASES"].values()))
+    for operator, case in script["LISTED"]:
+        assert case in import_module(f"zoo.kernels.{operator}.cases").CASES
 
 
 def write(path, names):
