@@ -776,16 +776,21 @@ def check(cfg: Config) -> None:
             absurd = f", and {high:,.0f} at most" if 100 < high < math.inf and any(n > high for n in numbers) else ""
             raise UserError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
     if cfg.task == "classify":
-        for key, item in _items(InferenceConfig, "eval."):
-            value = OmegaConf.select(cfg, key)
-            if value != default_of(item) and key != "eval.threshold":  # which needs the data
-                raise UserError(
-                    f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it out."
-                )
         if (stages := cfg.dense.frozen_stages) >= 0:
             raise UserError(
                 f"dense.frozen_stages={stages} has no effect with task=classify: use trainer.freeze={stages}."
             )
+        for key, item in _items(Config):
+            value = OmegaConf.select(cfg, key)
+            if (
+                (key == "mm" or key.startswith(("eval.", "dense.")))
+                and value != default_of(item)
+                and key != "eval.threshold"  # which needs the data
+            ):
+                raise UserError(
+                    f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it "
+                    "out, or set task."
+                )
     else:
         of_classifiers = ("eval.threshold", "data.sampling", "loss.", "distill.")
         for key, item in _items(Config):

@@ -336,6 +336,19 @@ MISSPELT = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("dense.crop=[64,64]", "dense.crop=[64, 64]"),
+        ("dense=mask2former", "dense.method=mask2former"),
+        ("+mm.randomness.seed=3", "mm={'randomness': {'seed': 3}}"),
+    ],
+)
+def test_classifiers_do_not_ignore_settings_of_detectors(compose, override, named):
+    with pytest.raises(UserError, match=rf"^{re.escape(named)} has no effect with task=classify: it is for detectors"):
+        config.check(compose(override))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("override", "message"), MISSPELT, ids=[override for override, _ in MISSPELT])
 def test_misspelt_command(run_cli, tmp_path, override, message):
