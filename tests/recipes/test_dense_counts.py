@@ -48,6 +48,7 @@ def recipes():
     return [name for name in manifest.recipes() if name.startswith(tuple(DATA))]
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.long
 def test_all_counts_are_right(counted):
     """`make tables` writes them."""
