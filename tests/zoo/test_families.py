@@ -1,5 +1,6 @@
 """What every family guarantees, on `test_<family>`: timm's methods, any size, export. 10 s, slow ones 3 min."""
 
+import copy
 import json
 import os
 import subprocess
@@ -254,6 +255,7 @@ def test_compiled_model_agrees(name, training):
     torch._dynamo.reset()
     model, x = build(name).train(training), images()
     # gradients of a mean square of random logits are tiny; compare outputs and gradients at their own scale
+    exact = train_step(copy.deepcopy(model).double(), x.double())
     want_grads = train_step(model, x)
     model.zero_grad()
     with torch.no_grad():
@@ -261,8 +263,11 @@ def test_compiled_model_agrees(name, training):
     compiled = torch.compile(model, fullgraph=True)
     got_grads = {key.removeprefix("_orig_mod."): grad for key, grad in train_step(compiled, x).items()}
     torch.testing.assert_close(compiled(x), want, rtol=1e-3, atol=1e-4)
+    largest = max(grad.abs().max().item() for grad in want_grads.values())
     for key, grad in want_grads.items():
-        torch.testing.assert_close(got_grads[key], grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item() + 1e-7)
+        # batch norms of few values enlarge rounding errors, which some gradients consist of
+        rounding = max(1e-7, 1e-5 * largest, 5 * (grad - exact[key]).abs().max().item())
+        torch.testing.assert_close(got_grads[key], grad, rtol=1e-2, atol=1e-3 * grad.abs().max().item() + rounding)
 
 
 @torch.no_grad()
