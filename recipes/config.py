@@ -776,21 +776,16 @@ def check(cfg: Config) -> None:
             absurd = f", and {high:,.0f} at most" if 100 < high < math.inf and any(n > high for n in numbers) else ""
             raise UserError(f"{key}={value} is not allowed: it has to be {allowed}{null}{absurd}.")
     if cfg.task == "classify":
+        for key, item in _items(InferenceConfig, "eval."):
+            value = OmegaConf.select(cfg, key)
+            if value != default_of(item) and key != "eval.threshold":  # which needs the data
+                raise UserError(
+                    f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it out."
+                )
         if (stages := cfg.dense.frozen_stages) >= 0:
             raise UserError(
                 f"dense.frozen_stages={stages} has no effect with task=classify: use trainer.freeze={stages}."
             )
-        for key, item in _items(Config):
-            value = OmegaConf.select(cfg, key)
-            if (
-                (key == "mm" or key.startswith(("eval.", "dense.")))
-                and value != default_of(item)
-                and key != "eval.threshold"  # which needs the data
-            ):
-                raise UserError(
-                    f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it "
-                    "out, or set task."
-                )
     else:
         of_classifiers = ("eval.threshold", "data.sampling", "loss.", "distill.")
         for key, item in _items(Config):
@@ -845,6 +840,20 @@ def _check_probe(cfg: Config) -> None:
             f"model_kwargs.global_pool={cfg.model_kwargs.global_pool} can't be used with probe=ep, which sets it: "
             "leave it out."
         )
+
+
+def check_effect_on_classifier(cfg: Config, overridden: Sequence[str]) -> None:
+    """Raise an error if the user set a key or group of detectors and segmentors for a classifier.
+
+    Raises:
+        UserError: The message names the key.
+    """
+    for key in overridden if cfg.task == "classify" else ():
+        if key.partition(".")[0] in ("dense", "mm"):
+            raise UserError(
+                f"{key} has no effect with task=classify: it is for detectors and segmentors; leave it out, or set "
+                "task."
+            )
 
 
 def check_effect_on_probe(cfg: Config, overridden: Sequence[str]) -> None:

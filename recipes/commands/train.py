@@ -41,6 +41,7 @@ def check(cfg: DictConfig) -> None:
     config.check(cfg)
     config.check_effect_on_probe(cfg, composition.overridden())
     early.check(cfg)
+    config.check_effect_on_classifier(cfg, composition.overridden())
 
 
 def _train(cfg: DictConfig) -> dict[str, Any]:
