@@ -244,6 +244,7 @@ def test_process_is_left_as_it_was(tiny, tmp_path):
         log.removeHandler(mine)
 
 
+@pytest.mark.slow
 def test_first_call_draws_no_random_numbers():
     """It imports packages, some of which do."""
     program = """

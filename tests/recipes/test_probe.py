@@ -61,6 +61,7 @@ def test_nearest_neighbours(probed, command, tmp_path):
     assert "run is a run of probe=knn, which has no weights: give one of probe=linear or probe=ep." in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "ep"])
 def test_probe_becomes_a_classifier(probed, command, tmp_path, images, kind):
     code, out = probed(kind)

@@ -145,6 +145,7 @@ def test_costs_of_exits_are_near_those_of_the_official_count(name, billions):
     assert [cost / 1e9 for cost in costs] == pytest.approx(billions, rel=0.03)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_multiply_adds_are_those_of_the_last_exit():
     for name, billions in ((REGNETY, 1.298), (RESNET, 1.190), (MOBILENET, 0.266)):
@@ -182,6 +183,7 @@ def test_latents_are_mixed_before_they_are_widened():
     assert module(x).shape == (2, 1, 4, 6)
 
 
+@pytest.mark.slow
 def test_features_of_each_network_have_its_strides():
     for name, strides in ((REGNETY, [4, 8, 16, 32]), (RESNET, [4, 8, 16, 32]), (MOBILENET, [8, 16, 32, 32])):
         model = timm.create_model(name, features_only=True, device="meta")
