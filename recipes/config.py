@@ -747,6 +747,12 @@ def default_of(item: Field) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
+@cache
+def defaults(schema: type = Config) -> DictConfig:
+    """The configuration of `schema` with its defaults. Made once, which takes as long as composing one: copy it."""
+    return OmegaConf.structured(schema)
+
+
 def nearest_key(key: str, schema: type = Config) -> str | None:
     """The key of `schema` that the user probably meant by `key`, judged by the keys' names and aliases."""
     best, score = None, 0.6
@@ -896,7 +902,7 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
     """
     try:
         # A configuration that Hydra composed accepts no new keys, but that of a run can have any below its mappings.
-        merged = OmegaConf.merge(OmegaConf.structured(EvalConfig), trained)
+        merged = OmegaConf.merge(defaults(EvalConfig), trained)
     except OmegaConfBaseException as error:
         raise UserError(f"{cfg.run} was written by another version: {str(error).splitlines()[0]}.") from error
     data = OmegaConf.to_container(merged.data)

@@ -16,7 +16,7 @@ from omegaconf._utils import get_yaml_loader  # numbers such as 1e-6 as OmegaCon
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.messages import UserError
-from zoo.recipes.config import Config
+from zoo.recipes.config import Config, defaults
 from zoo.recipes.files import parse_json, read_json, read_text
 from zoo.recipes.tasks import TASKS
 
@@ -184,7 +184,7 @@ def load_config(folder: Path) -> DictConfig:
         content = OmegaConf.create(_literal(yaml.load(text, Loader=get_yaml_loader())))
         if not isinstance(content, DictConfig):
             raise UserError(f"{path} is not the configuration of a run: it names no task and model.")
-        known = OmegaConf.merge(OmegaConf.structured(Config), _known(content, Config))
+        known = OmegaConf.merge(defaults(Config), _known(content, Config))
         OmegaConf.to_container(known, resolve=True)  # refuses a string where a number is needed
         if known.task not in TASKS or not content.get("model"):
             raise UserError(f"{path} is not the configuration of a run: it names no task and model.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,10 @@ class TrainResult:
         Raises:
             UserError: There are no such weights.
         """
-        from omegaconf import OmegaConf
-
         from zoo.recipes import config, early, tasks
 
         early.check_run(self.folder)
-        settings = OmegaConf.structured(config.EvalConfig)
+        settings = deepcopy(config.defaults(config.EvalConfig))
         settings.run, settings.checkpoint = str(self.folder), checkpoint
         return tasks.load(self.task, "evaluate").from_run(settings)[0].to(device).eval()
 

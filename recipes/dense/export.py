@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmdet.models.dense_heads import AnchorHead, MaskFormerHead, RetinaHead, RPNHead
 from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,7 +34,7 @@ def open_run(folder: Path, checkpoint: str) -> tuple[OpenModel, list[str], dict[
     Raises:
         UserError: The run can't be read, or its method can't be exported.
     """
-    settings = OmegaConf.structured(config.EvalConfig)
+    settings = deepcopy(config.defaults(config.EvalConfig))
     settings.run, settings.checkpoint = str(folder), checkpoint
     model, cfg, classes, _ = evaluate.from_run(settings)
     model.eval()

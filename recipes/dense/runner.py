@@ -7,7 +7,6 @@ schedule counts updates.
 from __future__ import annotations
 
 import inspect
-import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config as MMConfig
-from mmengine.hooks import EarlyStoppingHook, EMAHook
+from mmengine.hooks import EarlyStoppingHook, EMAHook, RuntimeInfoHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
@@ -64,7 +63,9 @@ def runner_config(
             val_cfg=dict(type="ValLoop"),
             val_evaluator=data.val.metrics(masks),
             # The run saves its own checkpoints, and steps the schedule once per update.
-            default_hooks=dict(logger=None, checkpoint=None, param_scheduler=None),
+            default_hooks=dict(
+                runtime_info=dict(type="BriefRuntimeInfoHook"), logger=None, checkpoint=None, param_scheduler=None
+            ),
             log_level="ERROR",
             randomness=dict(seed=cfg.seed, deterministic=cfg.trainer.deterministic),
             launcher="pytorch" if distributed.world_size() > 1 else "none",
@@ -196,6 +197,15 @@ def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runne
         return _Runner(model=model, cfg=settings, **{key: settings[key] for key in settings if key in known})
 
 
+@HOOKS.register_module()
+class BriefRuntimeInfoHook(RuntimeInfoHook):
+    """MMEngine's hook, which does not format the configuration for its message hub, where nothing reads it."""
+
+    def before_run(self, runner: Runner) -> None:
+        """Begin outside of the loops."""
+        self.last_loop_stage = None
+
+
 class _Runner(Runner):
     """MMEngine's Runner, which resumes through `restore`."""
 
@@ -212,6 +222,4 @@ class _Runner(Runner):
         return super().build_visualizer(visualizer or Visualizer.get_instance(self.experiment_name))
 
     def _log_env(self, env_cfg: dict[str, Any]) -> None:
-        """Skip this if it is not shown: formatting the configuration takes as long as an update of a small model."""
-        if self.logger.isEnabledFor(logging.INFO):
-            super()._log_env(env_cfg)
+        """Skip this: it is below the level that is shown, and formatting the configuration takes time."""

@@ -64,7 +64,7 @@ def check(cfg: DictConfig) -> None:
         UserError: The message names the key, its value and what is allowed.
     """
     config.check(cfg)
-    dense, defaults = cfg.dense, OmegaConf.structured(config.Config)
+    dense, defaults = cfg.dense, config.defaults()
     methods = METHODS[cfg.task]
     if dense.method not in methods:
         raise UserError(
