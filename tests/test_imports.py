@@ -133,11 +133,13 @@ def test_import_brings_nothing_heavy(name):
     assert run(f"import {name}, sys; print([m for m in {HEAVY} if m in sys.modules])") == "[]"
 
 
+# The first five are tried by `make test`.
 ORDERS = {
     "zoo-first": "import zoo, timm; print(timm.is_model('van_b0'))",
     "timm-first": "import timm, zoo; print(timm.is_model('van_b0'))",
     "timm.models": "import zoo; from timm.models import is_model; print(is_model('van_b0'))",
     "family-first": "import zoo; zoo.van; import timm; print(timm.is_model('van_b0'))",
+    "recognition-first": "import zoo.recognition, timm; print(timm.is_model('van_b0'))",
     "backbone-first": "import zoo.backbone, timm; print(timm.is_model('van_b0'))",
     "checkpoints-first": "import zoo.checkpoints, timm; print(timm.is_model('van_b0'))",
     "families-first": "import zoo.families, timm; print(timm.is_model('van_b0'))",
@@ -146,16 +148,17 @@ ORDERS = {
     "stripes-first": "import zoo.stripes, timm; print(timm.is_model('van_b0'))",
     "facts-first": "import zoo.facts, timm; print(timm.is_model('van_b0'))",
     "pretrained-first": "import zoo.pretrained, timm; print(timm.is_model('van_b0'))",
-    "recognition-first": "import zoo.recognition, timm; print(timm.is_model('van_b0'))",
 }
 
 
 @pytest.fixture(scope="module")
-def registered():
+def registered(request):
     """What each order prints, in a process of its own that has torch already, which takes seconds to import."""
+    tests = [item for item in request.session.items if item.originalname == "test_models_are_registered"]
+    orders = {name: ORDERS[name] for name in [item.callspec.params["order"] for item in tests]}
     program = f"""
         import os, sys, torch, torchvision
-        for name, code in {ORDERS}.items():
+        for name, code in {orders}.items():
             if not os.fork():
                 print(name, end=" ")
                 exec(code)
@@ -167,7 +170,9 @@ def registered():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, marks=[pytest.mark.long] * (i >= 5)) for i, order in enumerate(ORDERS)]
+)
 def test_models_are_registered(registered, order):
     assert registered.get(order) == "True"
 

@@ -1,5 +1,7 @@
 """Fixtures of the tests of recipes: image folders, configurations, child processes."""
 
+import copy
+import functools
 import importlib
 import json
 import os
@@ -12,6 +14,9 @@ import pytest
 import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,6 +27,9 @@ TINY = ("model=test_vit", "data.img_size=32")
 QUIET = ("log.wandb=disabled", "trainer.device=cpu")
 THREE = ("apple", "banana", "cherry")
 COLOURS = {"apple": (200, 40, 40), "banana": (210, 200, 50), "cherry": (90, 10, 110)}
+
+# Hydra copies the store of the schemas whenever it composes, and only reads the copy.
+ConfigStore.__deepcopy__ = lambda self, memo: self
 
 
 def _make_folder(root: Path, classes=THREE, per_class: int = 8, size: int = 40, seed: int = 0) -> Path:
@@ -37,12 +45,23 @@ def _make_folder(root: Path, classes=THREE, per_class: int = 8, size: int = 40, 
     return root
 
 
+@functools.cache
+def _with_options(name: str, *options: str):
+    """What Hydra composes of options of groups alone, which takes it a tenth of a second; not to be changed."""
+    config.register()
+    with initialize_config_dir(cli.CONF, version_base="1.3"):
+        return hydra_compose(name, list(options))
+
+
 def _compose(*overrides: str, name: str = "config"):
     """The configuration that `zoo-train` or, with name="eval", `zoo-eval` gets from `overrides`."""
-    config.register()
     quiet = QUIET if not any(o.startswith("log.wandb") for o in overrides) else QUIET[1:]
-    with initialize_config_dir(cli.CONF, version_base="1.3"):
-        return hydra_compose(name, [*quiet, *overrides])
+    words = [*quiet, *overrides]
+    options = [word for word in words if word.partition("=")[0].lstrip("+~") in config.GROUPS]
+    cfg = copy.deepcopy(_with_options(name, *options))
+    values = OverridesParser.create().parse_overrides([word for word in words if word not in options])
+    ConfigLoaderImpl._apply_overrides_to_config(values, cfg)  # as Hydra does after the options
+    return cfg
 
 
 def _environment(**extra: str) -> dict[str, str]:
@@ -73,11 +92,11 @@ def _start(*args: str, cwd: Path, module: str = "train", processes: int = 0, pro
     )
 
 
-def _run(*args: str, cwd: Path, timeout: float = 300, **options) -> tuple[int, str]:
+def _run(*args: str, cwd: Path, **options) -> tuple[int, str]:
     """Run a command to its end; returns the exit code and the output."""
     process = _start(*args, cwd=cwd, **options)
     try:
-        output, _ = process.communicate(timeout=timeout)
+        output, _ = process.communicate()
     finally:
         process.kill()
     return process.returncode, output
@@ -101,6 +120,28 @@ def start_cli():
 @pytest.fixture(scope="session")
 def run_cli():
     return _run
+
+
+@pytest.fixture(scope="session")
+def train_here():
+    """Run zoo-train to its end in this process, in a folder, with one thread, as child processes have."""
+
+    def call(cwd: Path, *words: str) -> None:
+        threads, code = torch.get_num_threads(), None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(cwd)
+            patch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it in its own process
+            patch.setattr(sys, "argv", ["zoo-train", *words])
+            torch.set_num_threads(1)
+            try:
+                importlib.import_module("zoo.recipes.train").main()
+            except SystemExit as ended:
+                code = ended.code
+            finally:
+                torch.set_num_threads(threads)
+        assert not code
+
+    return call
 
 
 @pytest.fixture
@@ -248,15 +289,14 @@ def fit_dense(digit_scenes):
         train = tasks.load(task, "train")
         from mmengine.config import Config as MMConfig
 
-        words = [f"task={task}", *QUIET, f"data.root={digit_scenes}", *DENSE, f"run={folder}", *overrides]
-        config.register()
-        with pytest.MonkeyPatch.context() as patch, initialize_config_dir(cli.CONF, version_base="1.3"):
+        words = [f"task={task}", f"data.root={digit_scenes}", *DENSE, f"run={folder}", *overrides]
+        with pytest.MonkeyPatch.context() as patch:
             if not pictures:
                 patch.setattr(plots, "plot_curves", lambda *args, **kwargs: None)
                 patch.setattr(train.pictures, "draw_samples", lambda *args, **kwargs: None)
                 patch.setattr(train, "cost_of_evaluation", lambda *args: {})
                 patch.setattr(MMConfig, "pretty_text", property(lambda self: str(self.to_dict())))
-            return train.train(hydra_compose("config", words), report.write_or_warn)
+            return train.train(_compose(*words), report.write_or_warn)
 
     return run
 

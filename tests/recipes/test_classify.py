@@ -700,35 +700,33 @@ def test_model_is_told_how_far_training_has_come(compose):
 RANDOM = ("augment=strong", "+model_kwargs.drop_path_rate=0.2", "trainer.ema_decay=0.9", "trainer.epochs=2")
 
 
-@pytest.mark.slow
-def test_same_seed_gives_the_same_weights(fit, images, tmp_path, weights, same):
-    fit(tmp_path / "a", images, *RANDOM)
-    fit(tmp_path / "b", images, *RANDOM)
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+@pytest.fixture(scope="module")
+def drawn(fit, images, tmp_path_factory):
+    """The folder of a run with RANDOM; read only."""
+    folder = tmp_path_factory.mktemp("drawn") / "run"
+    fit(folder, images, *RANDOM)
+    return folder
 
 
 @pytest.mark.slow
-def test_another_seed_gives_other_weights(fit, images, tmp_path, weights, same):
-    fit(tmp_path / "a", images, *RANDOM)
-    fit(tmp_path / "b", images, *RANDOM, "seed=1")
-    assert not same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+def test_another_seed_gives_other_weights(fit, images, drawn, tmp_path, weights, same):
+    fit(tmp_path, images, *RANDOM, "seed=1")
+    assert not same(weights(drawn), weights(tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_number_of_workers_does_not_matter(fit, images, tmp_path, weights, same, workers):
-    fit(tmp_path / "a", images, *RANDOM)
-    fit(tmp_path / "b", images, *RANDOM, f"data.num_workers={workers}")
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_number_of_workers_does_not_matter(fit, images, drawn, tmp_path, weights, same, workers):
+    fit(tmp_path, images, *RANDOM, f"data.num_workers={workers}")
+    assert same(weights(drawn), weights(tmp_path))
 
 
 @pytest.mark.slow
-def test_another_run_before_does_not_matter(fit, images, tmp_path, weights, same):
-    fit(tmp_path / "a", images, *RANDOM)
+def test_same_seed_gives_the_same_weights_whatever_ran_before(fit, images, drawn, tmp_path, weights, same):
     torch.rand(3), np.random.default_rng().random(3)
     fit(tmp_path / "other", images, "seed=5")
-    fit(tmp_path / "b", images, *RANDOM)
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    fit(tmp_path / "again", images, *RANDOM)
+    assert same(weights(drawn), weights(tmp_path / "again"))
 
 
 # Samplers.

@@ -320,10 +320,10 @@ def test_recorded_command_is_the_one_that_was_typed(called, monkeypatch, tmp_pat
     assert seen == ["zoo-train run=a,b model_kwargs.x=3"]
 
 
-@pytest.mark.long
-def test_sweep_of_real_runs(run_cli, tmp_path):
+@pytest.mark.slow
+def test_sweep_of_real_runs(command, tmp_path):
     small = ("log.wandb=disabled", "trainer.device=cpu", "model=test_vit", "data.img_size=32", "trainer.max_updates=2")
-    code, output = run_cli("-m", "seed=0,1", *small, cwd=tmp_path)
+    code, output = command("train", "-m", "seed=0,1", *small)
     assert code == 0, output
     folders = sorted(path.parent for path in tmp_path.glob("runs/*/summary.json"))
     assert [json.loads((path / "summary.json").read_text())["seed"] for path in folders] == [0, 1]

@@ -114,16 +114,15 @@ def test_other_data_do_not_inherit_what_is_meant_for_digits(compose, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", ["", "+", "++"])
 @pytest.mark.parametrize("words", ["model_kwargs.drop_path_rate=0.25", "model_kwargs={drop_path_rate: 0.25}"])
-def test_model_keywords_with_and_without_a_sign(run_cli, tmp_path, sign, words):
-    code, output = run_cli(sign + words, "--cfg", "job", cwd=tmp_path)
+def test_model_keywords_with_and_without_a_sign(command, sign, words):
+    code, output = command("train", sign + words, "--cfg", "job")
     assert code == 0, output
     assert OmegaConf.create(output).model_kwargs == {"drop_path_rate": 0.25}
 
 
 @pytest.mark.slow
-def test_model_keyword_of_a_recipe_is_changed(run_cli, tmp_path):
-    words = ("recipe=imagenet/van_b0", "model_kwargs.drop_path_rate=0.25", "--cfg", "job")
-    _, output = run_cli(*words, cwd=tmp_path)
+def test_model_keyword_of_a_recipe_is_changed(command):
+    _, output = command("train", "recipe=imagenet/van_b0", "model_kwargs.drop_path_rate=0.25", "--cfg", "job")
     assert OmegaConf.create(output).model_kwargs == {"drop_path_rate": 0.25}
 
 
@@ -346,8 +345,8 @@ def test_classifiers_do_not_ignore_settings_of_detectors(command, override):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("override", "message"), MISSPELT, ids=[override for override, _ in MISSPELT])
-def test_misspelt_command(run_cli, tmp_path, override, message):
-    code, output = run_cli(override, cwd=tmp_path)
+def test_misspelt_command(command, tmp_path, override, message):
+    code, output = command("train", override)
     assert code != 0
     assert message in output
     assert "Traceback" not in output
@@ -359,8 +358,8 @@ def test_misspelt_command(run_cli, tmp_path, override, message):
     [("model=van_b9", "did you mean van_b"), ("trainer.epochs=0", "trainer.epochs=0 is not allowed")],
 )
 @pytest.mark.slow
-def test_wrong_value_on_the_command_line(run_cli, tmp_path, override, message):
-    code, output = run_cli(override, cwd=tmp_path)
+def test_wrong_value_on_the_command_line(command, tmp_path, override, message):
+    code, output = command("train", override)
     assert code == 1
     assert f"zoo-train: error: {message}" in output or message in output
     assert "Traceback" not in output
@@ -452,8 +451,8 @@ def test_cfg_job_prints_the_configuration(run_cli, tmp_path, module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["train", "eval"])
-def test_misspelt_key_of_eval(run_cli, tmp_path, module):
-    code, output = run_cli("per_clas=true", cwd=tmp_path, module=module)
+def test_misspelt_key_of_eval(command, module):
+    code, output = command(module, "per_clas=true")
     assert code == 1
     assert ("did you mean per_class?" in output) == (module == "eval")
 
@@ -485,12 +484,3 @@ def test_misspelt_option_in_a_sweep(capsys):
     with pytest.raises(SystemExit):
         cli.check_overrides("zoo-train", config.Config, ["augment=none,lihgt"])
     assert "did you mean augment=light?" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_sweep_makes_a_run_folder_for_each_job(run_cli, tmp_path):
-    small = ("log.wandb=disabled", "trainer.device=cpu", "model=test_vit", "data.img_size=32", "trainer.max_updates=2")
-    code, output = run_cli("-m", "seed=0,1", *small, cwd=tmp_path)
-    assert code == 0, output
-    seeds = sorted(OmegaConf.load(path).seed for path in tmp_path.glob("runs/*/config.yaml"))
-    assert seeds == [0, 1]

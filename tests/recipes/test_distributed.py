@@ -41,11 +41,15 @@ TRIED = [("ddp", "plain"), ("ddp", "averaged"), ("fsdp", "averaged")]
 
 
 @pytest.fixture(scope="module")
-def train(run_cli, images):
-    """Train in `processes` processes (0: without torchrun) below a folder; returns the run folder."""
+def train(run_cli, train_here, images):
+    """Train in `processes` processes (1: in this one) below a folder; returns the run folder."""
 
     def call(cwd, processes, *more):
-        code, output = run_cli(*ARGS, f"data.root={images}", "run=run", *more, cwd=cwd, processes=processes)
+        words = (*ARGS, f"data.root={images}", "run=run", *more)
+        if processes == 1:
+            train_here(cwd, *words)
+            return cwd / "run"
+        code, output = run_cli(*words, cwd=cwd, processes=processes)
         assert code == 0, output
         return cwd / "run"
 
@@ -60,7 +64,7 @@ def alone(train, tmp_path_factory):
     def get(case):
         if case not in done:
             more = [word for word in CASES[case] if "batch_size" not in word]
-            done[case] = train(tmp_path_factory.mktemp("alone"), 0, "trainer.batch_size=8", *more)
+            done[case] = train(tmp_path_factory.mktemp("alone"), 1, "trainer.batch_size=8", *more)
         return done[case]
 
     return get
@@ -187,7 +191,7 @@ def long_run(start_cli, images, tmp_path):
 @pytest.mark.long
 def test_lost_process_ends_the_run_and_keeps_the_checkpoint(long_run, tmp_path):
     os.kill(_ranks(long_run.pid)[-1], signal.SIGKILL)
-    output, _ = long_run.communicate(timeout=120)
+    output, _ = long_run.communicate(timeout=600)
     assert long_run.returncode != 0
     assert re.search(r"lost another process|Stopped by SIGTERM", output), output
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["update"] >= 1
@@ -196,7 +200,7 @@ def test_lost_process_ends_the_run_and_keeps_the_checkpoint(long_run, tmp_path):
 @pytest.mark.long
 def test_sigterm_to_torchrun_saves(long_run, tmp_path):
     long_run.send_signal(signal.SIGTERM)
-    output, _ = long_run.communicate(timeout=120)
+    output, _ = long_run.communicate(timeout=600)
     update = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]["update"]
     assert f"Stopped by SIGTERM after update {update}, and saved." in output
 

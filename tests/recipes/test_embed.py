@@ -398,7 +398,7 @@ def test_20000_images_interrupted_killed_and_continued(start_cli, tmp_path):
             if target <= done < 20_000:
                 process.send_signal(signal.SIGKILL if number == 1 else signal.SIGINT)
                 break
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == (130, -signal.SIGKILL, 130, 0)[number], output
         assert len(values(tmp_path / "out")) >= target
         peaks.append(peak)

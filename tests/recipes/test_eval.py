@@ -335,8 +335,8 @@ def test_command_with_a_key(command, run, summary):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", ["none", "run=none"], ids=["short", "long"])
-def test_command_with_a_wrong_folder(run_cli, tmp_path, word):
-    code, output = run_cli(word, cwd=tmp_path, module="eval")
+def test_command_with_a_wrong_folder(command, tmp_path, word):
+    code, output = command("eval", word)
     assert code == 1
     assert "zoo-eval: error: there is no run folder none: " in output
     assert "Traceback" not in output

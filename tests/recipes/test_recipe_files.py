@@ -826,9 +826,9 @@ optim:
 
 
 @pytest.mark.slow
-def test_a_file_of_the_users_own_builds_on_a_recipe(run_cli, tmp_path):
+def test_a_file_of_the_users_own_builds_on_a_recipe(command, tmp_path):
     (tmp_path / "mine.yaml").write_text(OWN)
-    code, output = run_cli("--config-dir", ".", "--config-name", "mine", "--cfg", "job", cwd=tmp_path)
+    code, output = command("train", "--config-dir", ".", "--config-name", "mine", "--cfg", "job")
     assert code == 0, output
     cfg = OmegaConf.create(output)
     assert (cfg.model, cfg.dense.method, cfg.data.name) == ("van_b0", "cascade_mask_rcnn", "coco")

@@ -255,7 +255,7 @@ def _die_in_the_middle(root):
 @pytest.mark.slow
 def test_killed_writer_leaves_nothing_that_counts(folder, tmp_path):
     process = _fork(_die_in_the_middle, tmp_path / "digits")
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "digits").exists()
     assert _hashes(scenes.ensure(tmp_path / "digits")) == _hashes(folder)
@@ -266,7 +266,7 @@ def test_several_writers_at_once(folder, tmp_path):
     scenes.pools()
     processes = [_fork(scenes.ensure, tmp_path / "digits") for _ in range(3)]
     for process in processes:
-        process.join(60)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert os.listdir(tmp_path) == ["digits"]
     assert _hashes(tmp_path / "digits") == _hashes(folder)

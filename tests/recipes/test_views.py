@@ -329,7 +329,7 @@ def test_memory_for_a_large_photo(configure, run_cli, tmp_path, words):
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20\n"
         "atexit.register(lambda: print(f'peak {peak():.2f} GiB'))"
     )
-    code, output = run_cli(f"run={tmp_path}", "device=cpu", *words, "photo.jpg", "out", cwd=tmp_path, timeout=3000,
+    code, output = run_cli(f"run={tmp_path}", "device=cpu", *words, "photo.jpg", "out", cwd=tmp_path,
                            module="predict", program=measure)  # fmt: skip
     print(output)
     assert code == 0, output

@@ -78,7 +78,7 @@ def compare(name, rank):
 
 def work(rank, names, store, path):
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES, timeout=timedelta(seconds=600)
     )
     results = {}
     for name in names:

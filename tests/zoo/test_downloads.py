@@ -218,14 +218,14 @@ def silent(monkeypatch):
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_server_that_never_answers(silent, folder):
     with pytest.raises(RuntimeError, match=r"be reached \(no answer in 0\.3 seconds\); check the connection") as e:
         downloads.fetch(f"{silent}/model.pth")
     assert "pretrained=<file> to zoo-train and zoo-eval (distill.weights=<file> for a teacher)" in str(e.value)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 def test_name_that_never_resolves(monkeypatch, folder):
     monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.3)
     monkeypatch.setattr("socket.getaddrinfo", lambda *args, **kwargs: threading.Event().wait(60))
@@ -240,8 +240,8 @@ def test_name_that_does_not_exist(folder):
 
 @pytest.mark.slow
 def test_slow_network_has_time_after_the_first_answer(server, folder, monkeypatch):
-    monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.5)
-    server.cuts, server.wait = [300, 300, 300], 0.8
+    monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 1.5)
+    server.cuts, server.wait = [300], 2
     assert downloads.fetch(f"{server.url}/model.pth").read_bytes() == CONTENT
 
 
@@ -310,7 +310,7 @@ def test_hub_without_the_file(hub, tmp_path):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("answer", ["silent", "refused"])
 def test_hub_without_network(answer, silent, tmp_path, monkeypatch):
     endpoint = silent if answer == "silent" else "http://127.0.0.1:9"

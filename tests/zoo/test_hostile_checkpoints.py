@@ -184,7 +184,7 @@ READERS = {
 }
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FILES])
 def test_is_refused_in_a_sentence(name, reader, tmp_path, weights):
