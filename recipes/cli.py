@@ -223,7 +223,7 @@ def prepare(command: str, schema: type, words: Sequence[str]) -> list[str]:
 
 def refuse_flags(command: str, words: Sequence[str], names: Sequence[str], flags: Sequence[str] | set[str]) -> None:
     """End the process if an argument is `--key` or `--key=value`, and not one of `flags`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if not word.startswith("-") or word.partition("=")[0] in flags:
             continue
         key, sign, value = word.lstrip("-").partition("=")

@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """The method of argparse that `parse_args` calls."""
         words = sys.argv[1:] if args is None else args
-        if not words and any(action.required for action in self._actions):
+        # argparse also calls an argument that may come any number of times, or never, required.
+        if not words and any(action.required and action.nargs != "*" for action in self._actions):
             self.print_help(sys.stderr)  # argparse then adds the error
         with default_sigpipe():
             return super().parse_known_args(words, namespace)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -44,6 +45,20 @@ RUNS = {
         r"mIoU [\d.]+",
     ),
 }
+
+
+def test_zoo_train_alone(start_cli, tmp_path):
+    """The demo: no argument at all."""
+    process = start_cli(cwd=tmp_path, WANDB_MODE="disabled", CUDA_VISIBLE_DEVICES="")
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("Run folder:"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, "".join(lines)
+    assert lines[0].startswith("test_van: 0.48 M parameters")
+    [run] = tmp_path.glob("runs/*-test_van")
+    assert lines[-1].endswith(f"Continue with: python -m zoo.recipes.train run={run.relative_to(tmp_path)}\n")
 
 
 @pytest.mark.parametrize("task", list(RUNS))

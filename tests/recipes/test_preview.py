@@ -36,6 +36,13 @@ def test_sheet_of_mixed_images_of_a_folder(command, images, tmp_path):
 
 
 @pytest.mark.slow
+def test_without_arguments(command, tmp_path):
+    code, output = command("look", "batch")
+    assert (code, output.splitlines()[-1]) == (0, "written: batch.png"), output
+    assert sheet.read(tmp_path / "batch.png").title.startswith("32 of 1437 training images, as test_van gets them")
+
+
+@pytest.mark.slow
 def test_images_are_those_that_a_training_uses(fit, images, compose, tmp_path, monkeypatch):
     words = ("data=imagefolder", f"data.root={images}", *SMALL, *MIXED)
     run = ClassifyRun(cfg := compose(*words), open_data(cfg.data, 0), torch.device("cpu"), tmp_path / "none")
