@@ -53,7 +53,7 @@ def test_zoo_train_alone(start_cli, tmp_path):
     lines = []
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("Run folder:"):
+        if line.startswith("epoch 1/12"):
             process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130, "".join(lines)
     assert lines[0].startswith("test_van: 0.48 M parameters")
