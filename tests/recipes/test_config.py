@@ -239,13 +239,8 @@ FREE = """
 data.csv data.file_column data.label_column data.split_column data.label_separator
 data.name data.root data.train_split data.val_split data.class_map data.input_key data.target_key data.train_ann
 data.val_ann data.train_images data.val_images data.train_labels data.val_labels augment.auto_augment optim.opt
-<<<<<<< HEAD
-corruptions dense.method dense.no_decay distill.teacher distill.weights log.project model published.model
-published.source run out task
-=======
-corruptions imagenet.val imagenet.real imagenet.v2 imagenet.a imagenet.r imagenet.sketch imagenet.c
-dense.method dense.no_decay log.project model published.model published.source run out task
->>>>>>> d886de6 (zoo-eval robustness=imagenet: ImageNet-V2, -A, -R, -Sketch, -C and ReaL labels)
+corruptions dense.method dense.no_decay distill.teacher distill.weights imagenet.val imagenet.real imagenet.v2
+imagenet.a imagenet.r imagenet.sketch imagenet.c log.project model published.model published.source run out task
 """
 
 
@@ -254,6 +249,7 @@ def test_every_key_has_the_values_that_it_takes():
         name for name, field in _leaves(config.EvalConfig) if "str" in str(field.type) and "dict" not in field.type
     ]
     assert [name for name in [*NUMBERS, *texts] if not RANGES[name] and name not in FREE.split()] == []
+    assert set(FREE.split()) <= RANGES.keys()
 
 
 @pytest.fixture(scope="module")
