@@ -59,9 +59,10 @@ docs: $(VENV)/dev.stamp  ## the documentation as a site, build/docs/index.html
 notebooks: $(VENV)/dev.stamp  ## execute the notebooks of docs/examples, and write their outputs into them
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_notebook_runs
 
-tables: $(VENV)/dev.stamp  ## write counts.json, dense_counts.json and the tables of README and docs
+tables: $(VENV)/dev.stamp  ## write counts.json, dense_counts.json, shapes.json.xz and the tables of README and docs
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/tools/test_models.py::test_all_counts_are_right
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/recipes/test_dense_counts.py::test_all_counts_are_right
+	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/zoo/test_recognition.py::test_all_shapes_are_right
 	ZOO_SNAPSHOT=1 $(BIN)/pytest -q tests/test_docs.py::test_tables_are_up_to_date
 
 lint: types  ## ruff and mypy

@@ -1,11 +1,12 @@
 """The known checkpoints, the costs of models and the published figures of recipes, as package data without torch."""
 
 import json
+import lzma
 from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["about", "counts", "dense_counts", "examples", "families", "manifest", "recipes"]
+__all__ = ["about", "counts", "dense_counts", "examples", "families", "manifest", "recipes", "shapes"]
 
 # The fields that describe the family itself, not its checkpoints.
 _OF_THE_FAMILY = ("names", "attends_to", "examples", "measured")
@@ -53,6 +54,16 @@ def dense_counts() -> dict[str, dict[str, Any]]:
 def recipes() -> dict[str, dict[str, Any]]:
     """The published figures of the recipes, by name, each with its `model` and `source`."""
     return _content("recipes.json")
+
+
+@cache
+def shapes() -> dict[str, dict[str, list[int]]]:
+    """The shapes of the tensors of each model by their names, without the classifier and the counters of batch norms.
+
+    1 x 1 convolutions have the shape of a linear layer. A model whose tag changes its tensors has a row with the tag.
+    """
+    table = resources.files(__package__).joinpath("shapes.json.xz").read_bytes()
+    return json.loads(lzma.decompress(table))
 
 
 @cache

@@ -23,7 +23,7 @@ FOLDERS = {
     "recipes": "zoo/recipes",
     "tools": "zoo/tools",
 }
-KINDS = (".py", ".json", ".yaml", ".j2", ".typed")
+KINDS = (".py", ".json", ".xz", ".yaml", ".j2", ".typed")
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 NOT_CORE = sorted({module for modules in extras.MODULES.values() for module in modules})
 

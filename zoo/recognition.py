@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import zoo
+from zoo import manifest
+from zoo.families import tag_kwargs
 from zoo.key_maps import is_classifier, is_counter, is_final, is_part, join_parts, our_shape, remap
 
 __all__ = ["closest_models", "suggest_model"]
@@ -21,17 +23,17 @@ def closest_models(state_dict: Mapping[str, Tensor]) -> tuple[list[str], float]:
     """The models that share the most tensors (name and shape) with an unwrapped state dict, and the share.
 
     The share is relative to the larger of the two, without classifiers. Several models have the same share if shapes
-    can't tell them apart (a NAT and its DiNAT). A model whose tag changes its shapes is named with the tag. Every model
-    is built, which takes time but no memory: use it for error messages and conversions.
+    can't tell them apart (a NAT and its DiNAT). A model whose tag changes its shapes is named with the tag. The shapes
+    are read from `zoo.manifest.shapes`; a model that is not in there yet is built, which takes time but no memory.
     """
     shares: dict[str, float] = {}
     for family in zoo.FAMILIES:
         renamed = join_parts(remap(state_dict, import_module(f"zoo.{family}").KEY_MAP, unique=False))
-        shapes = {key: our_shape(key, value) for key, value in renamed.items()}
-        known = {name: _share(shapes, name) for name in timm.list_models(module=family)}
+        given = {key: our_shape(key, value) for key, value in renamed.items()}
+        known = {name: _share(given, name) for name in timm.list_models(module=family)}
         best = max(known, key=known.__getitem__)
         if 0.1 < known[best] < 1:
-            tagged = {name: _share(shapes, name) for name in timm.list_pretrained(f"{best}.*")}
+            tagged = {name: _share(given, name) for name in timm.list_pretrained(f"{best}.*")}
             known |= {name: share for name, share in tagged.items() if share > known[best]}
         shares |= known
     most = max(shares.values())
@@ -63,6 +65,14 @@ def _share(shapes: Mapping[str, torch.Size], name: str) -> float:
 @cache
 def _model_shapes(name: str) -> tuple[dict[str, torch.Size], str | tuple[str, ...]]:
     """The shapes of a model's tensors without its classifier, and the classifier's name."""
-    model: Any = timm.create_model(name, device="meta", num_classes=0)
-    shapes = {key: our_shape(key, value) for key, value in model.state_dict().items() if not is_counter(key)}
-    return shapes, model.pretrained_cfg["classifier"]
+    row = name if tag_kwargs(name) else name.partition(".")[0]
+    known = manifest.shapes().get(row)
+    found = built_shapes(row) if known is None else {key: torch.Size(shape) for key, shape in known.items()}
+    cfg: Any = timm.get_pretrained_cfg(name)
+    return found, cfg.classifier
+
+
+def built_shapes(name: str) -> dict[str, torch.Size]:
+    """The shapes of the tensors of a model without classifier, as the table of `zoo.manifest.shapes` has them."""
+    model = timm.create_model(name, device="meta", num_classes=0)
+    return {key: our_shape(key, value) for key, value in model.state_dict().items() if not is_counter(key)}
