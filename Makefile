@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two test processes with one thread each are faster than one with two: torch's threads do not compete for the cores.
-TEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m "not gpu and not browser"
+# Images of containers often forbid Python to write bytecode; each process would compile all tests again, for seconds.
+TEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n auto --dist loadgroup -m "not gpu and not browser"
 
 .PHONY: demo test test-all check browser bench speed compiled sizes probes gpu recipes docs notebooks tables lint types clean
 
