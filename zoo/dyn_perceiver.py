@@ -9,8 +9,6 @@ compare outputs of dyn_perceiver_regnety_008. The blocks of the convolutional ne
 - `forward` gives the logits of the last exit. `set_exit_training` makes the model return those of all exits in
   training, as the official code always does.
 - `forward_features` joins the map with what else the classifiers read, as constant channels.
-- With RegNetY, the weights of the third classifier begin as PyTorch's, not with a standard deviation of 0.01, and the
-  biases of squeeze and excitation with zeros, not as PyTorch's.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ import torch
 from timm.layers import (
     ConvNormAct,
     DropPath,
+    SEModule,
     get_device_dtype,
     make_divisible,
     register_notrace_function,
@@ -165,7 +164,7 @@ class Attention(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise the position embeddings."""
         if self.pos_embed is not None:
-            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+            nn.init.zeros_(self.pos_embed)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, H, W, dim) and (B, h, w, context_dim) -> (B, H, W, dim)."""
@@ -570,7 +569,7 @@ class DynPerceiver(Backbone):
             )
         self.exit_dims = (latent_dims[-2], latent_dims[-1], embed_dims[-1], embed_dims[-1])
         self.exit_training = False
-        self.hidden_dim, self.drop_rate = hidden_dim, drop_rate
+        self.cnn, self.hidden_dim, self.drop_rate = cnn, hidden_dim, drop_rate
         super().__init__(
             Stem(stem, num_latents, stem_dim, **dd),
             stages,
@@ -587,7 +586,8 @@ class DynPerceiver(Backbone):
         """Initialise the parameters that `module` itself has.
 
         As in the official code: the convolutional networks by their fan-out, the last batch norm of each bottleneck of
-        ResNet with zeros, and the latent branch as PyTorch does.
+        ResNet with zeros, and the latent branch and the classifiers as PyTorch does. The third classifier after RegNetY
+        is torchvision's, and the biases of RegNetY's squeeze and excitation are PyTorch's.
         """
         if type(module) is nn.Conv2d:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -595,6 +595,13 @@ class DynPerceiver(Backbone):
                 nn.init.zeros_(module.bias)
         elif isinstance(module, ResNetBlock):
             module.zero_init_last()
+        elif isinstance(module, SEModule):  # RegNetY's; its convolutions are initialised before it
+            for conv in (module.fc1, module.fc2):
+                if conv.bias is not None:
+                    nn.init.uniform_(conv.bias, -(conv.in_channels**-0.5), conv.in_channels**-0.5)
+        elif isinstance(module, Exits) and self.cnn == "regnety" and isinstance(module.plain, nn.Linear):
+            nn.init.normal_(module.plain.weight, std=0.01)
+            nn.init.zeros_(module.plain.bias)
         elif (reset_parameters := getattr(module, "reset_parameters", None)) is not None:
             reset_parameters()
 

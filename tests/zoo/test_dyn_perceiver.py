@@ -218,8 +218,56 @@ def test_initialisation_is_official():
     assert model.stem.latent.std().item() == pytest.approx(0.02, rel=0.05)
     conv = model.stages[1].blocks[1].conv1.conv
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.05)
+    assert all(stage.read.block.attn.pos_embed.eq(0).all() for stage in model.stages)
     layer = model.stages[1].latent_blocks[0].attn.q  # PyTorch's own
     assert layer.weight.abs().max().item() == pytest.approx(64**-0.5, rel=0.02)
+
+
+def is_uniform(values, bound):
+    """Whether there are some hundred values, and whether they fill the range from -bound to bound."""
+    return values.abs().max() <= bound and values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+
+
+def test_initialisation_of_regnety_is_torchvisions():
+    model = timm.create_model(REGNETY, latent_depths=(1, 1, 1, 1))
+    excitations = [block.se for stage in model.stages for block in stage.blocks]
+    for name in ("fc1", "fc2"):
+        convs = [getattr(module, name) for module in excitations]
+        biases = torch.cat([conv.bias * math.sqrt(conv.in_channels) for conv in convs])
+        assert is_uniform(biases, 1), name
+        weights = torch.cat([conv.weight.flatten() * math.sqrt(conv.out_channels / 2) for conv in convs])
+        assert weights.std().item() == pytest.approx(1, rel=0.02), name
+
+
+@pytest.mark.parametrize(("name", "torchvisions"), [(REGNETY, True), (RESNET, False), (MOBILENET, False)])
+def test_third_classifier_begins_small_after_regnety_only(name, torchvisions):
+    model = timm.create_model(name, latent_depths=(1, 1, 1, 1))
+    for _ in range(2):  # at first, and after a reset
+        head = model.head
+        if torchvisions:
+            assert head.plain.weight.std().item() == pytest.approx(0.01, rel=0.02)
+            assert head.plain.bias.eq(0).all()
+        else:
+            layer = head.plain[0] if name == MOBILENET else head.plain
+            assert is_uniform(layer.weight.detach(), layer.in_features**-0.5)
+            assert is_uniform(layer.bias.detach(), layer.in_features**-0.5)
+        assert is_uniform(head.early.weight.detach(), head.early.in_features**-0.5)
+        assert is_uniform(head.early.bias.detach(), head.early.in_features**-0.5)
+        model.reset_classifier(300)
+
+
+@pytest.mark.parametrize("name", [RESNET, MOBILENET])
+def test_biases_of_other_networks_begin_with_zeros(name):
+    """MobileNetV3's squeeze and excitation has them; ResNet has none."""
+    model = timm.create_model(name, latent_depths=(1, 1, 1, 1))
+    convs = [
+        module
+        for part in (model.stem, *(stage.blocks for stage in model.stages))
+        for module in part.modules()
+        if isinstance(module, nn.Conv2d) and module.bias is not None
+    ]
+    assert bool(convs) == (name == MOBILENET)
+    assert all(conv.bias.eq(0).all() for conv in convs)
 
 
 def test_bottlenecks_of_resnet_begin_as_their_shortcuts():
