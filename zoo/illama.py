@@ -9,7 +9,8 @@ Official code, without a licence: https://github.com/techmonsterwang/iLLaMA. Wri
 code; the tests compare outputs of illama_tiny. Differences:
 - Images of any size from 32 pixels up. The position embeddings of the patches are resized in every call, as the
   official code resizes those of a file once.
-- Blocks are divided into four stages. Features are the residual stream after each, without the class token.
+- Blocks are divided into four stages. Features are the residual stream after each, without the class token. Weights
+  load into a model whose stages divide the blocks in another way.
 - Without a class token (`class_token=False`), the classifier reads the mean of the tokens.
 - In float64, nothing is rounded to float32.
 - The soft mask, which changes in training, depends on the epoch that `set_epoch` is told; see `ILLaMA`.
@@ -34,7 +35,14 @@ from zoo.cpu import by_image, convolution, linear
 from zoo.kernels import sizes
 from zoo.kernels.constants import constant
 from zoo.layers import GatedMlp, RmsBlock, RmsNorm2d, check_images, position_map, resize_positions, stage_rates
-from zoo.sequences import SequenceBackbone, SequenceStage, Tokens, split_positions
+from zoo.sequences import (
+    SequenceBackbone,
+    SequenceStage,
+    Tokens,
+    check_pyramid,
+    pyramid_layers,
+    split_positions,
+)
 
 __all__ = ["ILLaMA"]
 
@@ -57,6 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 ROWS = 512  # queries at a time: weights of tokens x tokens would take gigabytes for large images
 SOFT_MASKS = ("constant", "linear")
+BLOCK = "stages.{}.blocks.{}."  # where the parameters of a block are
 
 
 def rotation(count: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -183,7 +192,8 @@ class Stem(nn.Module):
 class ILLaMA(SequenceBackbone):
     """iLLaMA: images (B, in_chans, H, W), any size from 32 pixels up, to logits (B, num_classes).
 
-    Features are NCHW, all at stride `patch_size`: the residual stream after each stage, without the class token.
+    Features are NCHW, all at stride `patch_size`: the residual stream after each stage, without the class token. With
+    `pyramid`, layers follow that make their strides 4, 8, 16, 32.
 
     With a class token, stages return a pair, the map and the class token, and `forward_features` returns a sequence
     (B, H W + 1, C), the class token last.
@@ -198,6 +208,8 @@ class ILLaMA(SequenceBackbone):
         img_size: Side of the square images, in pixels, that the position embeddings are made for; or both sides, if
             they are equal. Images may have any other size: the embeddings of the patches are resized (bicubic).
         class_token: Whether there is a class token. Its value reaches no patch, but the softmax has its weight.
+        pyramid: Whether the four features get the strides 4, 8, 16 and 32 by layers of their own (for a `patch_size` of
+            16), for dense prediction. Only without a classifier. There is no final norm then.
         soft_mask: How attention becomes causal in training. It is the mean of attention to all tokens and of causal
             attention, with weights a and 1 - a. "constant" keeps a at 1 for the first epochs, and "linear" lowers it
             from 1 to 0 over them. Then, and in evaluation, a is 0.
@@ -222,6 +234,7 @@ class ILLaMA(SequenceBackbone):
         patch_size: int = 16,
         img_size: int | Sequence[int] = 224,
         class_token: bool = True,
+        pyramid: bool = False,
         soft_mask: str = "linear",
         soft_mask_epochs: float = 0.0,
         drop_rate: float = 0.0,
@@ -241,6 +254,7 @@ class ILLaMA(SequenceBackbone):
         if not arguments.is_number(patch_size, 1, 32):
             raise ValueError(f"Got patch_size={arguments.shown(patch_size)}; it has to be a whole number from 1 to 32.")
         arguments.check_choice("class_token", class_token, (True, False))
+        arguments.check_choice("pyramid", pyramid, (True, False))
         arguments.check_choice("soft_mask", soft_mask, SOFT_MASKS)
         if not arguments.is_number(soft_mask_epochs, 0, 10**6, whole=False):
             raise ValueError(
@@ -253,6 +267,8 @@ class ILLaMA(SequenceBackbone):
             raise ValueError(
                 f"Got {num_heads=} for {embed_dims=}; heads need an even number of channels, to rotate them in pairs."
             )
+        if pyramid:
+            check_pyramid(num_classes, depths, patch_size=patch_size)
         dd = {"device": device, "dtype": dtype}
         dim = embed_dims[0]
         hidden_dim = math.ceil(8 * dim // 3 / 256) * 256
@@ -263,6 +279,7 @@ class ILLaMA(SequenceBackbone):
                 attn = CausalAttention(dim, heads, soft_mask_epochs > 0, class_token, **dd)
                 blocks.append(RmsBlock(dim, attn, GatedMlp(dim, hidden_dim, **dd), rate, **dd))
             stages.append(SequenceStage(blocks, "last") if class_token else Stage(blocks))
+        factors: Sequence[float] = (0.25, 0.5, 1, 2) if pyramid else (1,) * len(depths)
         self.place = "last" if class_token else None
         self.soft_mask, self.soft_mask_epochs = soft_mask, soft_mask_epochs
         super().__init__(
@@ -273,9 +290,11 @@ class ILLaMA(SequenceBackbone):
             num_classes=num_classes,
             global_pool=global_pool,
             drop_rate=drop_rate,
-            strides=[patch_size] * len(depths),
-            norm=RmsNorm2d(dim, eps=1e-6, **dd),
+            strides=[int(patch_size * factor) for factor in factors],
+            norm=None if pyramid else RmsNorm2d(dim, eps=1e-6, **dd),
         )
+        if pyramid:
+            self.output_norms = pyramid_layers(dim, **dd)
 
     def init_weights(self) -> None:
         """Initialise every parameter and buffer, as the official code does."""
@@ -298,12 +317,14 @@ class ILLaMA(SequenceBackbone):
 
 
 def KEY_MAP(keys: Iterable[str]) -> list[tuple[str, str | None]]:
-    """Official names -> ours; see zoo.key_maps. Our own names match no pattern. All stages have as many blocks."""
+    """Official names -> ours, in stages of as many blocks; see zoo.key_maps. Our own names match no pattern."""
     blocks = [int(found[1]) for key in keys if (found := re.match(r"blocks\.(\d\d?)\.", key))]
     depth = max(blocks, default=11) // 4 + 1
     return [
         (r"^patch_embed\.", "stem."),
         (r"^(cls_token|pos_embed)$", r"stem.\1"),
+        (r"^fpn1\.", "output_norms.0."),  # the pyramid of the segmentation backbone
+        (r"^fpn2\.0\.", "output_norms.1."),
         (r"^(blocks\.\d+\.mlp)\.fc1\.", r"\1.fc1[0]."),  # the gate
         (r"^(blocks\.\d+\.mlp)\.fc3\.", r"\1.fc1[1]."),
         *((rf"^blocks\.{i}\.", f"stages.{i // depth}.blocks.{i % depth}.") for i in range(4 * depth)),
@@ -314,10 +335,11 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     """Convert an official checkpoint, or one of ours, to a state dict of `model`; see `zoo.checkpoints.convert`.
 
     A model without a class token leaves out that of the file, with its position embedding. Position embeddings for maps
-    of another size are resized (bicubic).
+    of another size are resized (bicubic). Blocks go to the stages that the model has, in their order.
     """
     name, token = "stem.pos_embed", "stem.cls_token"
     given, want = checkpoints.remap(checkpoints.unwrap(state_dict), KEY_MAP), model.state_dict()
+    given = _divided(given, want)
     if name in given and given[name].ndim == 3 and given[name].shape[1] > 1:
         table, last = given[name], given[name][:, :0]
         if token in given:
@@ -327,6 +349,27 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     if token not in want:
         given.pop(token, None)
     return checkpoints.convert(given, model, KEY_MAP)
+
+
+def _divided(given: dict[str, Tensor], want: Iterable[str]) -> dict[str, Tensor]:
+    """`given` with the names of `want` for its blocks; as it is if there are more or fewer of them."""
+    have, places = _places(given), _places(want)
+    if len(have) != len(places):
+        return given
+    moved = {BLOCK.format(*old): BLOCK.format(*new) for old, new in zip(have, places, strict=True)}
+    pattern = BLOCK.format(r"\d+", r"\d+")
+    return {re.sub(f"^{pattern}", lambda found: moved[found[0]], key): value for key, value in given.items()}
+
+
+def _places(keys: Iterable[str]) -> list[tuple[int, int]]:
+    """The stages of the blocks that have these parameters, and the numbers of the blocks in them, in order."""
+    found = (re.match(BLOCK.format(r"(\d+)", r"(\d+)"), key) for key in keys)
+    return sorted({(int(match[1]), int(match[2])) for match in found if match})
+
+
+def dense_kwargs(variant: str, task: str) -> dict[str, Any]:
+    """The pyramid of the official code for segmentation, which detection needs as well; see `zoo.families`."""
+    return {"pyramid": True}
 
 
 def feature_side(variant: str, side: int, reduction: int) -> int:

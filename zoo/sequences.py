@@ -1,7 +1,8 @@
-"""Isotropic models that read a class token in the sequence of their patches: stages, features and classifier.
+"""Isotropic models, which read a class token in the sequence of their patches: stages, features and classifier.
 
 Stages exchange the map of the patches and the class token. Blocks see a sequence (B, 1, H W + 1, C): the patches, row
-by row, with the class token in the middle, at H W // 2, or after the last one.
+by row, with the class token in the middle, at H W // 2, or after the last one. For dense prediction, a few layers make
+a pyramid of the features.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ __all__ = [
     "SequenceBackbone",
     "SequenceStage",
     "Tokens",
+    "check_pyramid",
     "class_token_of",
     "join",
     "map_of",
     "patches_of",
+    "pyramid_layers",
     "split_positions",
 ]
 
@@ -90,6 +93,29 @@ def split_positions(table: Tensor, place: Place) -> tuple[Tensor, Tensor]:
     """Position embeddings (1, N + 1, C) as those of the N patches, and that of the class token."""
     at = place_in(table.shape[1] - 1, place)
     return torch.cat((table[:, :at], table[:, at + 1 :]), 1), table[:, at : at + 1]
+
+
+def check_pyramid(num_classes: int, depths: Sequence[int], **stride: int) -> None:
+    """Raise ValueError unless a model without a classifier, of this many stages and this stride, can have a pyramid."""
+    if num_classes > 0 or len(depths) != 4:
+        raise ValueError(
+            f"Got pyramid=True with {num_classes} classes and {len(depths)} stages; it is for four stages with "
+            "features_only=True or num_classes=0."
+        )
+    ((name, pixels),) = stride.items()
+    if pixels % 4:
+        raise ValueError(
+            f"Got pyramid=True with {name}={pixels}; the stride of its first map is a fourth of that: use 8 or 16."
+        )
+
+
+def pyramid_layers(dim: int, device=None, dtype=None) -> nn.ModuleList:
+    """For each of four features (B, dim, h, w), layers that make its map 4 h, 2 h, h or h // 2 high, and as wide."""
+    dd = {"device": device, "dtype": dtype}
+    twice = nn.ConvTranspose2d(dim, dim, 2, 2, **dd)
+    first, second = nn.ConvTranspose2d(dim, dim, 2, 2, **dd), nn.ConvTranspose2d(dim, dim, 2, 2, **dd)
+    four_times = nn.Sequential(first, nn.BatchNorm2d(dim, **dd), nn.GELU(), second)
+    return nn.ModuleList([four_times, twice, nn.Identity(), nn.MaxPool2d(2, 2)])
 
 
 class SequenceStage(Stage):

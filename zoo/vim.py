@@ -32,7 +32,14 @@ from zoo.backbone import Stage, create
 from zoo.cpu import is_plain, linear
 from zoo.kernels import certain, depthwise_conv2d_nhwc, selective_scan, sizes
 from zoo.layers import RmsNorm2d, check_images, stage_rates
-from zoo.sequences import SequenceBackbone, SequenceStage, Tokens, split_positions
+from zoo.sequences import (
+    SequenceBackbone,
+    SequenceStage,
+    Tokens,
+    check_pyramid,
+    pyramid_layers,
+    split_positions,
+)
 
 __all__ = ["Vim"]
 
@@ -184,15 +191,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mixer(self.norm(x)))
 
 
-def pyramid_layers(dim: int, device=None, dtype=None) -> nn.ModuleList:
-    """For each of four features (B, dim, h, w), layers that make its map 4 h, 2 h, h or h // 2 high, and as wide."""
-    dd = {"device": device, "dtype": dtype}
-    twice = nn.ConvTranspose2d(dim, dim, 2, 2, **dd)
-    first, second = nn.ConvTranspose2d(dim, dim, 2, 2, **dd), nn.ConvTranspose2d(dim, dim, 2, 2, **dd)
-    four_times = nn.Sequential(first, nn.BatchNorm2d(dim, **dd), nn.GELU(), second)
-    return nn.ModuleList([four_times, twice, nn.Identity(), nn.MaxPool2d(2, 2)])
-
-
 @register_notrace_module
 class Stem(nn.Module):
     """Patches of an image plus position embeddings: (B, C, H, W) -> (B, dim, h, w), or `Tokens` with a class token.
@@ -314,15 +312,8 @@ class Vim(SequenceBackbone):
         arguments.check_stages(embed_dims=embed_dims, depths=depths)
         if any(dim != embed_dims[0] for dim in embed_dims):
             raise ValueError(f"Got {embed_dims=}; all stages have the same number of channels.")
-        if pyramid and (num_classes > 0 or len(depths) != 4):
-            raise ValueError(
-                f"Got pyramid=True with {num_classes} classes and {len(depths)} stages; it is for four stages with "
-                "features_only=True or num_classes=0."
-            )
-        if pyramid and stride % 4:
-            raise ValueError(
-                f"Got pyramid=True with {stride=}; the stride of its first map is a fourth of that: use 8 or 16."
-            )
+        if pyramid:
+            check_pyramid(num_classes, depths, stride=stride)
         dd = {"device": device, "dtype": dtype}
         dim = embed_dims[0]
         stages: list[Stage] = []

@@ -40,6 +40,7 @@ STAGES = dict.fromkeys(OURS, (4, 8, 16, 32)) | {
     "test_efficientnet": (4, 8, 16, 32),  # five stages, an extractor of its own
     "test_vit": (16, 16, 16, 16),
     "test_vim": (16, 16, 16, 16),  # without its pyramid
+    "test_illama": (16, 16, 16, 16),  # without its pyramid
     "pit_ti_224": (8, 16, 32),  # three stages, hooks
 }
 NORMS_IN_MODEL = {name for name in OURS if "output_norm" in inspect.signature(_class(name)).parameters}

@@ -411,6 +411,8 @@ LAYER_DECAY = {
     "coco/cascade_mask_rcnn_vim_tiny": 0.837,
     "ade20k/upernet_vim_tiny": 0.92,
     "ade20k/upernet_vim_small": 0.95,
+    "ade20k/upernet_illama_tiny": 0.9,
+    "ade20k/upernet_illama_base": 0.9,
 }
 
 # ADE20K: learning rate, weight decay, exempt from it, updates, images an update, schedule and power, lowest learning
@@ -435,6 +437,7 @@ ADE = {
     r"upernet_segman_encoder_[tsbl]": (6e-4, 0.01, NORM, *U160, 512, 512, 32, "none"),
     r"upernet_vim_tiny": (2e-4, 0.1, OWN, 60_000, 32, *U160[2:], 512, 512, None, "none"),
     r"upernet_vim_small": (1e-4, 0.05, OWN, 60_000, 32, *U160[2:], 512, 512, None, "none"),
+    r"upernet_illama_(tiny|base)": (6e-5, 0.01, OWN, *U160, 512, 512, None, "none"),
     r"upernet_gc_vit_\w+": (6e-5, 0.01, TABLES, *U160, 512, 512, None, "none"),
     r"semantic_fpn_litv2_\w+": (1e-4, 1e-4, FULL, 80_000, 16, "poly", 0.9, 1e-6, 0, None, 512, 512, None, "none"),
     r"upernet_l2vit_\w+": (6e-5, 0.01, FULL, *U160, 512, 512, None, "none"),
@@ -516,6 +519,14 @@ def test_fine_tuning_of_illama_follows_its_logs():
         assert (content["augment"]["mixup"], content["augment"]["cutmix"]) == (0, 0)
         assert (content["schedule"]["warmup_epochs"], content["trainer"]["epochs"]) == (0, 30)
         assert content["optim"]["weight_decay"] == 1e-8
+
+
+def test_segmentation_of_illama_follows_its_configurations():
+    """Features after blocks 4, 6, 8 and 12, of images of 512 pixels; the head has as many channels as the backbone."""
+    for size, channels in (("tiny", 192), ("base", 768)):
+        content = yaml.safe_load(_text(f"ade20k/upernet_illama_{size}"))
+        assert content["model_kwargs"] == {"img_size": 512, "depths": [4, 2, 2, 4], "drop_path_rate": 0.1}
+        assert content["mm"] == {"model": {"decode_head": {"channels": channels}}}
 
 
 @pytest.mark.slow
@@ -655,6 +666,7 @@ def test_vsa_on_cityscapes_follows_the_readme(recipe_config, thousands):
         ("cityscapes/upernet_ppma_s", 1024, 768),
         ("cityscapes/upernet_segman_encoder_b", 1024, 768),
         ("ade20k/upernet_vim_small", 512, 341),
+        ("ade20k/upernet_illama_base", 512, 341),
     ],
 )
 def test_images_are_evaluated_in_windows(recipe_config, recipe, size, stride):

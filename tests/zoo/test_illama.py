@@ -1,4 +1,4 @@
-"""iLLaMA's attention, class token, positions, soft mask, initialisation and keys. Seconds."""
+"""iLLaMA's attention, class token, positions, soft mask, pyramid, initialisation and keys. Seconds."""
 
 import cmath
 import math
@@ -130,6 +130,91 @@ def test_model_without_a_class_token_takes_the_rest_of_a_file():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("depths", [(3, 1, 1, 3), (1, 2, 5)])
+def test_weights_load_into_stages_that_divide_the_blocks_otherwise(depths):
+    whole, x = build(class_token=True), images(64, 48)
+    one_by_one = []
+    for stage in whole.stages:
+        for block in stage.blocks:
+            block.register_forward_hook(lambda *args: one_by_one.append(args[2]))
+    logits = whole(x)
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": whole.state_dict()}, "class_token": True}
+    count = len(depths)
+    other = build(depths=depths, embed_dims=(48,) * count, num_heads=(3,) * count, **overlay)
+    assert torch.equal(other(x), logits)
+    lasts = [sum(depths[: i + 1]) - 1 for i in range(count)]
+    wanted = [one_by_one[last][:, 0, :-1].transpose(1, 2).unflatten(2, (4, 3)) for last in lasts]
+    features = other.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(*pair) for pair in zip(features, wanted, strict=True))
+
+
+@pytest.mark.slow  # the message compares the file with all models
+def test_another_number_of_blocks_is_refused():
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": build().state_dict()}}
+    with pytest.raises(RuntimeError, match=r"stages\.0\.blocks\.2"):
+        build(depths=(3, 2, 2, 2), **overlay)
+
+
+def pyramid(**kwargs):
+    return build(features_only=True, pyramid=True, class_token=True, **kwargs)
+
+
+@torch.no_grad()
+def test_pyramid_is_made_of_the_features():
+    backbone, x = pyramid(), images(64, 80)
+    assert backbone.feature_info.reduction() == [4, 8, 16, 32]
+    features = backbone(x)
+    assert [tuple(feature.shape[2:]) for feature in features] == [(16, 20), (8, 10), (4, 5), (2, 2)]
+    model = backbone.model
+    maps = []
+    stream = model.stem(x)
+    for stage in model.stages:
+        stream = stage(stream)
+        maps.append(stream.map)
+    up, norm, act, further = model.output_norms[0]
+    torch.testing.assert_close(features[0], further(act(norm(up(maps[0])))))
+    torch.testing.assert_close(features[1], model.output_norms[1](maps[1]))
+    torch.testing.assert_close(features[2], maps[2])
+    torch.testing.assert_close(features[3], F.max_pool2d(maps[3], 2))
+
+
+@torch.no_grad()
+def test_file_of_an_official_segmentor():
+    """It has a pyramid, with names of its own, and the final norm, which nothing reads."""
+    whole = pyramid(depths=(3, 1, 1, 3))
+    theirs = {"stem.pos_embed": "pos_embed", "stem.cls_token": "cls_token", "stem.proj": "patch_embed.proj"}
+    theirs |= {"output_norms.0": "fpn1", "output_norms.1": "fpn2.0"}
+    for number, (stage, block) in enumerate((i, j) for i, depth in enumerate((3, 1, 1, 3)) for j in range(depth)):
+        theirs[f"stages.{stage}.blocks.{block}"] = f"blocks.{number}"
+    file = {"backbone.norm.weight": torch.ones(48), "decode_head.conv_seg.weight": torch.ones(3)}
+    for key, value in whole.model.state_dict().items():
+        start = next(name for name in theirs if key == name or key.startswith(f"{name}."))
+        name = f"backbone.{theirs[start]}{key.removeprefix(start)}"
+        if ".fc1." in name:
+            gate, up = value.chunk(2)
+            file |= {name: gate, name.replace("fc1", "fc3"): up}
+        else:
+            file[name] = value
+    overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": {"state_dict": file}}}
+    x = images(64, 64)
+    for depths in ((3, 1, 1, 3), (2, 2, 2, 2)):
+        loaded = pyramid(depths=depths, **overlay)
+        assert torch.equal(loaded(x)[3], whole(x)[3])
+    assert all(torch.equal(*pair) for pair in zip(pyramid(depths=(3, 1, 1, 3), **overlay)(x), whole(x), strict=True))
+
+
+def test_every_parameter_of_a_pyramid_gets_a_gradient():
+    backbone = pyramid().train()
+    sum(feature.square().mean() for feature in backbone(images(64, 64))).backward()
+    assert [name for name, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_dense_prediction_has_a_pyramid(task):
+    assert families.dense_kwargs("illama_tiny", task) == {"pyramid": True}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("feature_cls", ["list", "getter", "hook", "fx"])
 def test_features_of_a_model_with_a_class_token(feature_cls):
     whole, x = build(class_token=True), images(70, 64)
@@ -244,8 +329,10 @@ def test_pattern():
         ({"img_size": (64, 96)}, r"img_size=\(64, 96\); it has to be one side"),
         ({"soft_mask": "cosine"}, "soft_mask='cosine'; it has to be one of 'constant', 'linear'"),
         ({"soft_mask_epochs": -1}, "soft_mask_epochs=-1; it has to be a number from 0"),
+        ({"pyramid": True}, "pyramid=True with 1000 classes and 4 stages"),
+        ({"pyramid": True, "num_classes": 0, "patch_size": 6}, "pyramid=True with patch_size=6; .* use 8 or 16"),
     ],
-    ids=["channels", "heads", "patch", "sides", "mask", "epochs"],
+    ids=["channels", "heads", "patch", "sides", "mask", "epochs", "pyramid", "strides"],
 )
 def test_bad_argument_is_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
