@@ -102,7 +102,7 @@ class Scan(nn.Module):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.reverse = reverse
+        self.reverse, self.rank = reverse, rank
         self.conv = CausalConv(dim, kernel_size, reverse, **dd)
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(dim, rank + 2 * state_dim, bias=False, **dd)  # `rank` for step sizes, then B and C
@@ -130,7 +130,7 @@ class Scan(nn.Module):
         """The arguments of `selective_scan` without the dimension of directions: x, delta, A, B, C, D, delta_bias."""
         x = self.act(self.conv(x))
         _, state_dim = self.A_log.shape
-        steps, inputs, outputs = linear(self.x_proj, x).split((self.dt_proj.in_features, state_dim, state_dim), dim=-1)
+        steps, inputs, outputs = linear(self.x_proj, x).split((self.rank, state_dim, state_dim), dim=-1)
         bias: Tensor
         if is_plain(self.dt_proj, nn.Linear):
             # The bias, larger than the rest, is added in float32.
