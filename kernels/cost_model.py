@@ -2,8 +2,9 @@
 
 A fused kernel of neighborhood attention computes whole tiles of queries and keys, so its work is the number of key
 tiles that the query tiles visit. The counts are exact. They leave out the softmax and the launches, so the time is a
-lower bound. This follows the simulator of Generalized NA, arXiv 2504.16922, section 4. For the selective scan and gated
-linear attention, the bytes that the kernels move are counted.
+lower bound. This follows the simulator of Generalized NA, arXiv 2504.16922, section 4. For the operators whose cost is
+linear in the tokens, the bytes that the kernels move are counted. Window and routed attention are not modelled here;
+`zoo-bench kernels --static` counts the instructions of the kernels of all operators.
 
 The axes of neighborhood attention are independent: every count of a map is the product of the counts of its rows and
 its columns. On an axis, the places of a dilation group (see `neighborhood_attention`) are divided into query tiles,
@@ -194,6 +195,55 @@ class Pass:
             KeyError: the name is not in GPUS.
         """
         return self.bytes_moved / (GPUS[gpu] if isinstance(gpu, str) else gpu).bandwidth
+
+
+def linear_attention(
+    tokens: int,
+    num_heads: int,
+    head_dim: int,
+    *,
+    softmax_weights: bool = False,
+    batch: int = 1,
+    bytes_per_number: int = 2,
+) -> dict[str, Pass]:
+    """The "forward" and "backward" pass of `linear_attention`, without the sums over the tokens.
+
+    These are D + 1 rows of D numbers in float32 for each head: little if there are many more tokens than that.
+
+    Args:
+        tokens: T, of a map or a list.
+        num_heads: N.
+        head_dim: D.
+        softmax_weights: Whether keys have weights, for which queries are read once more.
+        batch: B.
+        bytes_per_number: Size of an element of query, key, value and output.
+    """
+    elements = batch * tokens * num_heads * head_dim
+    forward, backward = (5, 9) if softmax_weights else (4, 7)  # reads and writes of a tensor
+    flops = 4 * head_dim * elements
+    tensor = elements * bytes_per_number
+    return {"forward": Pass(forward * tensor, flops), "backward": Pass(backward * tensor, 2 * flops)}
+
+
+def flow_attention(
+    tokens: int, num_heads: int, head_dim: int, *, batch: int = 1, bytes_per_number: int = 2
+) -> dict[str, Pass]:
+    """The "forward" and "backward" pass of `flow_attention`, without the sums over the tokens.
+
+    These are D + 1 rows of D numbers in float32 for each head: little if there are many more tokens than that.
+
+    Args:
+        tokens: T, of a map or a list.
+        num_heads: N.
+        head_dim: D.
+        batch: B.
+        bytes_per_number: Size of an element of query, key, value and output.
+    """
+    elements = batch * tokens * num_heads * head_dim
+    # Reads of q, k | q, k | k, v | q, and the output; then of grad, q | k, v | grad, q | k, v, and three gradients.
+    flops = (4 * head_dim + 8) * elements
+    tensor = elements * bytes_per_number
+    return {"forward": Pass(8 * tensor, flops), "backward": Pass(11 * tensor, 2 * flops)}
 
 
 def selective_scan(

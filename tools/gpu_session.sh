@@ -83,9 +83,10 @@ nvidia-smi 2>/dev/null || rocm-smi 2>/dev/null || true
 part pytest 300 "${pytest[@]}" -n 10 -k 'not compiles'
 # A case of each kernel; without PyTorch's cache of memory, which hides accesses beyond a tensor.
 for check in memcheck racecheck initcheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$check" 80 compute-sanitizer --tool "$check" --error-exitcode 3 \
-        "${kernel_times[@]}" --batch 1 --cases '*/7x7x512-block*' '*/14x14x*-block14x14' '*/*-unbiased' '*/14x14x*-7x7' \
-        'routed*/28x28x*' 'routed*/14x14x*' 'flow*/*'
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$check" 95 compute-sanitizer --tool "$check" --error-exitcode 3 \
+        "${kernel_times[@]}" --batch 1 --cases '*/7x7x512-block*' '*/14x14x*-block14x14' '*/*-unbiased' '*/*-line_decay' \
+        '*/14x14x*-7x7' 'routed*/28x28x*' 'routed*/14x14x*' 'flow*/*' 'linear*/*' 'selective*/14x14x*' 'selective*/1x197x*' \
+        'gated*/196x96-*'
 done
 for dtype in float16 bfloat16 float32; do
     part "kernels-$dtype" 60 "${kernel_times[@]}" --times --dtype "$dtype" --json "$out/kernels-$dtype.json"

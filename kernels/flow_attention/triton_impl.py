@@ -19,6 +19,7 @@ Letters: B images, H, W map, T tokens, N heads, D head dim.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -337,55 +338,22 @@ def backward(
         "state_ptr": state,
         "eps": eps,
     }
-    of_sinks: dict[str, Any] = {
-        "grad_ptr": grad,
-        "q_ptr": q,
-        "grad_stride": grad.stride(2),
-        "q_stride": q.stride(2),
-        **shared,
-    }
-    of_sources: dict[str, Any] = {"k_ptr": k, "v_ptr": v, "k_stride": k.stride(2), "v_stride": v.stride(2), **shared}
+    of_sinks: dict[str, Any] = {"grad_stride": grad.stride(2), "q_stride": q.stride(2), **shared}
+    over_sinks = partial(triton_common.launch, _bwd_sinks_kernel, grad_ptr=grad, q_ptr=q, **of_sinks)
+    of_sources: dict[str, Any] = {"k_stride": k.stride(2), "v_stride": v.stride(2), **shared}
+    over_sources = partial(triton_common.launch, _bwd_sources_kernel, k_ptr=k, v_ptr=v, **of_sources)
     q_grad, k_grad, v_grad = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     state_grad = _empty(q, sizes, num_heads, state.shape[2])
-    triton_common.launch(
-        _bwd_sinks_kernel,
-        flows_grad_ptr=None,
-        state_grads_ptr=state_grad,
-        sources_grads_ptr=None,
-        q_grad_ptr=None,
-        **of_sinks,
-    )
+    over_sinks(flows_grad_ptr=None, state_grads_ptr=state_grad, sources_grads_ptr=None, q_grad_ptr=None)
     state_grad, _ = merged(state_grad, None)
+    over_sources = partial(over_sources, state_grad_ptr=state_grad)
     flows_grad = _empty(q, sizes, num_heads, 2)
-    triton_common.launch(
-        _bwd_sources_kernel,
-        state_grad_ptr=state_grad,
-        sources_grad_ptr=None,
-        flows_grads_ptr=flows_grad,
-        k_grad_ptr=None,
-        v_grad_ptr=None,
-        **of_sources,
-    )
+    over_sources(sources_grad_ptr=None, flows_grads_ptr=flows_grad, k_grad_ptr=None, v_grad_ptr=None)
     flows_grad, _ = merged(flows_grad, None)
     sources_grad = _empty(q, sizes, num_heads, 1)
-    triton_common.launch(
-        _bwd_sinks_kernel,
-        flows_grad_ptr=flows_grad,
-        state_grads_ptr=None,
-        sources_grads_ptr=sources_grad,
-        q_grad_ptr=q_grad,
-        **of_sinks,
-    )
+    over_sinks(flows_grad_ptr=flows_grad, state_grads_ptr=None, sources_grads_ptr=sources_grad, q_grad_ptr=q_grad)
     sources_grad, _ = merged(sources_grad, None)
-    triton_common.launch(
-        _bwd_sources_kernel,
-        state_grad_ptr=state_grad,
-        sources_grad_ptr=sources_grad,
-        flows_grads_ptr=None,
-        k_grad_ptr=k_grad,
-        v_grad_ptr=v_grad,
-        **of_sources,
-    )
+    over_sources(sources_grad_ptr=sources_grad, flows_grads_ptr=None, k_grad_ptr=k_grad, v_grad_ptr=v_grad)
     return q_grad, k_grad, v_grad
 
 

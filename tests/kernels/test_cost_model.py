@@ -7,7 +7,9 @@ import torch
 
 from zoo.kernels import cost_model
 from zoo.kernels.cost_model import GPUS, issue_time, recommend_stride, roofline_time, simulate, wavefront_time
+from zoo.kernels.flow_attention import cases as flow_cases
 from zoo.kernels.gated_linear_attention import cases as gated_cases
+from zoo.kernels.linear_attention import cases as linear_cases
 from zoo.kernels.selective_scan import cases as scan_cases
 
 from .test_neighborhood_attention import axis_neighbors
@@ -179,12 +181,46 @@ def test_gated_attention_moves_the_tensors_of_its_kernels_and_their_sums(name):
     assert found["backward"].bytes_moved == kernels["backward"] + sums
 
 
-@pytest.mark.parametrize("operator", ["selective", "gated"])
+@needs_triton
+@pytest.mark.parametrize(
+    "name",
+    [
+        "56x56x96-heads3-relu-min100-temperature",
+        "56x56x64-heads1-softmax-rope",
+        "56x56x64-heads1-offset-rope",
+        "56x56x96-heads12",
+    ],
+)
+def test_sums_over_the_tokens_move_the_tensors_of_their_kernels(name):
+    from zoo.kernels import launches, triton_common
+
+    module = linear_cases if name in linear_cases.CASES else flow_cases
+    case = module.CASES[name]
+    size = case.size[0] * case.size[1], case.num_heads, case.head_dim
+    weights = {"softmax_weights": "softmax" in name} if module is linear_cases else {}
+    model = cost_model.linear_attention if module is linear_cases else cost_model.flow_attention
+    found = model(*size, **weights, batch=4)
+    recorded = launches.record_case(module, case, batch=4, dtype=torch.float16, gpu=triton_common.SM_90)
+    for kind, calls in recorded.items():
+        tensors = [x for call in calls for x in call.arguments.values() if isinstance(x, torch.Tensor)]
+        maps = [x.nbytes for x in tensors if x.shape[1:3] == case.size]
+        assert found[kind].bytes_moved == sum(maps)
+        assert sum(x.nbytes for x in tensors) - sum(maps) < 0.2 * sum(maps)
+
+
+@pytest.mark.parametrize("operator", ["selective", "gated", "linear", "flow"])
 def test_operations_are_those_of_the_benchmark(operator):
     from zoo.tools.benchmark_kernels import OPERATORS
 
     given = {"batch": 2, "dtype": torch.float16, "device": "meta"}
-    if operator == "selective":
+    if operator in ("linear", "flow"):
+        module = linear_cases if operator == "linear" else flow_cases
+        case = module.CASES[module.KINDS[0]]
+        (q, *_), _ = module.inputs(case, **given)
+        outputs, arguments = q.numel(), {"q": q, "num_heads": case.num_heads}
+        size = case.size[0] * case.size[1], case.num_heads, case.head_dim
+        found = getattr(cost_model, f"{operator}_attention")(*size, batch=2)
+    elif operator == "selective":
         case = scan_cases.CASES[scan_cases.KINDS[1]]
         (x, _, A, *_), _ = scan_cases.inputs(case, **given)
         outputs, arguments = x[:, :, :, 0].numel(), {"A": A}
@@ -201,6 +237,10 @@ def test_operations_are_those_of_the_benchmark(operator):
 
 def test_times_of_the_documentation():
     """docs/operators.md, for batch 128 in float16."""
+    linear = [cost_model.linear_attention(3136, 2, 32, softmax_weights=given, batch=128) for given in (False, True)]
+    flow = cost_model.flow_attention(3136, 12, 8, batch=128)
+    microseconds = [1e6 * found[kind].time("H100") for found in (*linear, flow) for kind in ("forward", "backward")]
+    assert microseconds == pytest.approx([61, 107, 77, 138, 184, 253], abs=0.5)
     scan = cost_model.selective_scan((56, 56), 64, batch=128)
     assert scan["forward"].time("H100") == pytest.approx(0.35e-3, abs=0.005e-3)
     gated = cost_model.gated_linear_attention(3136, 3, 16, 32, batch=128)
