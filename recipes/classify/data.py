@@ -40,7 +40,7 @@ from zoo.recipes.files import (
 from zoo.recipes.images import ENDINGS, MAX_PIXELS, MODES, ImageError, as_read, open_image
 from zoo.recipes.logs import log
 from zoo.recipes.scenes import DigitCrops
-from zoo.recipes.seeding import seed_all
+from zoo.recipes.seeding import seed_cpu
 from zoo.recipes.subsets import files_to_check
 
 
@@ -556,7 +556,7 @@ class Samples(Dataset):
                 corrupt.append(f"{self.name(position)} ({reason(error)})")
                 continue
             if self.training:
-                seed_all(self.seed, epoch, position, *repetition)
+                seed_cpu(self.seed, epoch, position, *repetition)
             return self.finish(image), self.label(target), corrupt
         if self.training:
             raise UserError(f"{len(corrupt)} corrupt images in a row; the first is {corrupt[0]}: check the data.")
@@ -618,7 +618,7 @@ class Stream(IterableDataset):
                     yield torch.zeros(samples.input_size, dtype=torch.uint8), -1, [corrupt.pop()]
                 continue
             if samples.training:
-                seed_all(samples.seed, self.epoch, number, distributed.rank(), worker.id if worker else 0)
+                seed_cpu(samples.seed, self.epoch, number, distributed.rank(), worker.id if worker else 0)
             yield samples.finish(image), int(target), corrupt
             corrupt = []
 

@@ -193,15 +193,26 @@ def images(tmp_path_factory):
 def fit():
     """Train in this process; by default test_vit at 32 pixels on a folder, one epoch of batches of 8.
 
-    Pictures take longer than these trainings, so they are drawn on request only.
+    Pictures take longer than these trainings, so they are drawn on request only. The multiply-adds of a model, which
+    take a fifth of a training, are counted once for all runs.
     """
     from zoo.recipes import plots, report
     from zoo.recipes.classify import train
+
+    counted, count = {}, train.costs.layers
+
+    def count_once(model, size):
+        parameters = ((name, p.shape, p.requires_grad) for name, p in model.named_parameters())
+        key = (str(model), *size, *parameters)
+        if key not in counted:
+            counted[key] = count(model, size)
+        return list(counted[key])
 
     def run(folder: Path, root: Path | None, *overrides: str, pictures: bool = False):
         data = ("data=imagefolder", f"data.root={root}", "data.num_workers=0") if root else ()
         small = ("trainer.epochs=1", "trainer.batch_size=8", "schedule.warmup_epochs=0")
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train.costs, "layers", count_once)
             if not pictures:
                 patch.setattr(plots, "plot_curves", lambda *args, **kwargs: None)
                 patch.setattr(train, "plot_predictions", lambda *args, **kwargs: None)
