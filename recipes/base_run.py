@@ -273,9 +273,11 @@ class BaseRun:
             if early := self.stopped_early():
                 log.info("%s", early)
             summary = self.finish()
-            if self.stop_signal and self.resume_command:
+            if self.stop_signal and (self.resume_command or composition.more_may_follow()):
                 # Prevent another run from following in this process.
-                raise Stopped(f"Stopped. Continue with: {self.resume_command}", self.stop_signal)
+                rest = f"Continue with: {self.resume_command}" if self.resume_command else "Its files are all written."
+                name = signal.Signals(self.stop_signal).name
+                raise Stopped(f"Stopped by {name} after the end of {self.folder}. {rest}", self.stop_signal)
             return summary
         except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
             explained = self._explained(error)
@@ -397,7 +399,7 @@ class BaseRun:
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self.stop_signal == number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C: stop immediately
+            raise KeyboardInterrupt(f"Stopped at once, by a second interrupt. {self.resume_hint()}")
         self.stop_signal = number
 
     def save_or_stop(self) -> None:

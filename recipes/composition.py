@@ -14,6 +14,7 @@ import hydra
 from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from zoo.recipes import cli, config
@@ -40,6 +41,12 @@ def command_line() -> str:
     if name in ("train.py", "eval.py", "predict.py"):
         name = f"python -m zoo.recipes.{Path(name).stem}"
     return shlex.join([*shlex.split(name), *sys.argv[1:]])
+
+
+def more_may_follow() -> bool:
+    """Whether other work may follow in this process: a program called this run, or it is one of a sweep."""
+    sweep = HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+    return bool(_called) or sweep
 
 
 def recipe(task: str) -> tuple[str, dict[str, Any]]:

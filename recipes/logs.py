@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -14,8 +13,8 @@ log = logging.getLogger("zoo")
 
 
 def shows_bars() -> bool:
-    """Whether the console shows progress bars: on a terminal, and in a notebook that has widgets, which rich needs."""
-    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+    """Whether the console shows progress bars: on a terminal, and in a notebook."""
+    return console.is_terminal or console.is_jupyter
 
 
 class _ConsoleHandler(logging.Handler):

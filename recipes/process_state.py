@@ -8,9 +8,14 @@ import logging
 import multiprocessing
 import random
 import sys
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from zoo.messages import UserError
+from zoo.recipes.errors import Stopped, causes
+from zoo.recipes.hooks import HookFailed
 
 
 @contextmanager
@@ -38,6 +43,9 @@ def kept() -> Iterator[None]:
     try:
         with _log_kept():
             yield
+    except BaseException as error:
+        _release(error)
+        raise
     finally:
         gc.collect()  # a run is full of references in circles
         random.setstate(generators[0])
@@ -52,6 +60,22 @@ def kept() -> Iterator[None]:
             opencv.setNumThreads(-1 if threads is None else threads)  # -1 is OpenCV's default
         if dist.is_initialized() and not grouped:
             atexit.register(distributed.leave)
+
+
+def _release(error: BaseException) -> None:
+    """Take the model and the loaders from the frames of a traceback, which notebooks keep until the next error.
+
+    A hook's own frames stay as they are, for its debugger, and so do those of models if an error is not explained.
+    """
+    explained = isinstance(error, HookFailed | KeyboardInterrupt | Stopped | UserError)
+    for cause in [error] if isinstance(error, HookFailed) else causes(error):
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            if explained or frame.f_globals.get("__name__", "").startswith(_WITH_LOADERS):
+                with suppress(RuntimeError):  # it is still executed
+                    frame.clear()
+
+
+_WITH_LOADERS = ("zoo.recipes.", "torch.utils.data.", "mmengine.")
 
 
 def _opencv() -> Any:

@@ -1,4 +1,4 @@
-"""Progress of training and of other long work: a bar on a terminal, log lines elsewhere."""
+"""Progress of training and of other long work: a bar on a terminal and in notebooks, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,64 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from rich import progress as rich_progress
+from rich.console import Console
 
 from zoo.recipes.logs import console, log, shows_bars
 
 T = TypeVar("T")
+
+
+_LEAST = 0.5  # seconds between two states of a notebook's bar
+
+
+class _InNotebook(rich_progress.Progress):
+    """Bars of plain text, in one place of a cell's output, which is empty when they end.
+
+    rich's own need ipywidgets, stay in the notebook as widgets that can't be shown without a kernel, and make an HTML
+    block of each line that a program prints.
+    """
+
+    _place: Any = None
+    _text = ""
+    _drawn = 0.0
+
+    def start(self) -> None:
+        if not self.disable:
+            from IPython.display import DisplayHandle
+
+            self._place = DisplayHandle()
+            self._place.display({"text/plain": ""}, raw=True)
+
+    def stop(self) -> None:
+        self._draw("")
+
+    def refresh(self) -> None:
+        now = time.monotonic()
+        if self._place and now - self._drawn > _LEAST:
+            self._drawn = now
+            plain = Console(width=100, color_system=None, force_terminal=False, force_jupyter=False)
+            with plain.capture() as drawn:
+                plain.print(self.get_renderable())
+            self._draw("\n".join(line.rstrip() for line in drawn.get().splitlines()))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update(*args, **kwargs)
+        self.refresh()
+
+    def advance(self, *args: Any, **kwargs: Any) -> None:
+        super().advance(*args, **kwargs)
+        self.refresh()
+
+    def _draw(self, text: str) -> None:
+        if text != self._text:
+            self._text = text
+            self._place.update({"text/plain": text}, raw=True)
+
+
+def _bars(*columns: rich_progress.ProgressColumn, shown: bool) -> rich_progress.Progress:
+    """rich's bars for the console, which disappear when they end."""
+    kind = _InNotebook if console.is_jupyter else rich_progress.Progress
+    return kind(*columns, console=console, transient=True, disable=not (shown and shows_bars()))
 
 
 class Progress:
@@ -32,14 +86,12 @@ class Progress:
         self.left = (last or epochs * updates) - done  # updates of the whole run
         self.here = 0  # updates of this process
         self.begun: float | None = None
-        self.bar = rich_progress.Progress(
+        self.bar = _bars(
             rich_progress.TextColumn("{task.description}"),
             rich_progress.BarColumn(bar_width=24),
             rich_progress.MofNCompleteColumn(),
             rich_progress.TextColumn("{task.fields[note]}"),
-            console=console,
-            transient=True,
-            disable=not (shown and shows_bars()),
+            shown=shown,
         )
         self.task: Any = None
         self.title = ""
@@ -106,14 +158,14 @@ def _left(seconds: float) -> str:
 
 
 def track(items: Iterable[T], total: int, description: str) -> Iterator[T]:
-    """Yield `items`; after two seconds, a terminal shows a progress bar."""
-    columns = (
+    """Yield `items`; after two seconds, a terminal or a notebook shows a progress bar."""
+    bar = _bars(
         rich_progress.TextColumn("{task.description}"),
         rich_progress.BarColumn(),
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeRemainingColumn(),
+        shown=True,
     )
-    bar = rich_progress.Progress(*columns, console=console, transient=True, disable=not shows_bars())
     task, start, shown = bar.add_task(description, total=total), time.monotonic(), False
     try:
         for number, item in enumerate(items):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
 Metrics = Mapping[str, float | None]
@@ -88,9 +89,9 @@ class EvalResult:
     metrics: Metrics
     per_class: Mapping[str, Metrics]
     classes: list[str]
-    confusion: np.ndarray | None
-    targets: np.ndarray | None
-    predictions: np.ndarray | None
+    confusion: NDArray[np.int64] | None
+    targets: NDArray[np.int64 | np.bool_] | None
+    predictions: NDArray[np.int64 | np.bool_] | None
     summary: Mapping[str, Any]
 
 
@@ -117,8 +118,8 @@ class Prediction:
     source: Path | int
     size: tuple[int, int]
     classes: list[str]
-    scores: np.ndarray | None = None
-    boxes: np.ndarray | None = None
-    masks: np.ndarray | None = None
-    labels: np.ndarray | None = None
-    chosen: np.ndarray | None = None
+    scores: NDArray[np.float32] | None = None
+    boxes: NDArray[np.float32] | None = None
+    masks: NDArray[np.bool_] | None = None
+    labels: NDArray[np.int64] | None = None
+    chosen: NDArray[np.bool_] | None = None

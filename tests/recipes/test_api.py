@@ -4,6 +4,7 @@ as it was. A minute; the tests of detectors and segmentors are in test_api_dense
 
 import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
@@ -294,10 +295,26 @@ def test_interrupt_saves_and_returns_control(tiny, weights, same):
     with pytest.raises(
         KeyboardInterrupt, match=r"after update 2, and saved. Continue with: zoo-train .* run="
     ) as raised:
-        train(settings, hooks=Hooks(after_update=interrupt))
+        train({**settings, "data.num_workers": 1}, hooks=Hooks(after_update=interrupt))
+    assert multiprocessing.active_children() == []  # while the traceback still exists, as in a notebook
     run = str(raised.value).rpartition("run=")[2]
     assert train({**settings, "run": run}).history[-1]["update"] == 3
     assert same(weights(Path(run)), weights(train(tiny(run="whole")).folder))
+
+
+@pytest.mark.slow
+def test_interrupt_at_the_end_is_not_lost(tiny):
+    """A program may go on with another training."""
+
+    def interrupt(state):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(
+        KeyboardInterrupt, match=r"^Stopped by SIGINT after the end of run. Its files are all written.$"
+    ):
+        train(tiny(), hooks=Hooks(after_epoch=interrupt))
+    assert train(tiny()).history[-1]["update"] == 3
+    assert "This run is finished" in Path("run/train.log").read_text()
 
 
 def test_folder_of_a_run_that_fails_is_removed(tmp_path):
@@ -363,11 +380,14 @@ def test_error_in_a_hook_is_raised_and_the_run_saved(tiny):
         try:
             {}["mine"]
         except KeyError:
-            raise OSError("my disk")  # noqa: B904
+            mine = "my disk"
+            raise OSError(mine)  # noqa: B904
 
     with pytest.raises(OSError, match=r"^my disk$") as raised:
-        train(tiny(), hooks=Hooks(after_update=fail))
+        train(tiny(**{"data.num_workers": 1}), hooks=Hooks(after_update=fail))
     assert isinstance(raised.value.__context__, KeyError)  # the program's own, as a traceback shows it
+    assert raised.traceback[-1].frame.f_locals["mine"] == "my disk"  # for its debugger
+    assert multiprocessing.active_children() == []
     assert train(tiny()).history[-1]["update"] == 3
     assert "Continues in epoch 1 after update 1." in Path("run/train.log").read_text()
 

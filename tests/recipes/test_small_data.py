@@ -1,6 +1,7 @@
 """Small data sets: incomplete batches, single images, figures on few images. A few seconds."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -192,6 +193,27 @@ def test_remaining_time_is_that_of_the_whole_run(monkeypatch, capsys):
     assert "update 3/10:   1:22:50 left" in capsys.readouterr().out
     for handler in log.handlers[:]:
         log.removeHandler(handler)
+
+
+def test_bar_of_a_notebook_is_text_that_disappears(monkeypatch, capsys):
+    from IPython import display
+
+    from zoo.recipes import logs, progress
+
+    shown = []
+    place = SimpleNamespace(display=lambda data, raw: shown.append(data), update=lambda data, raw: shown.append(data))
+    monkeypatch.setattr(display, "DisplayHandle", lambda: place)
+    monkeypatch.setattr(logs.console, "is_jupyter", True)
+    monkeypatch.setattr(progress, "_LEAST", 0)
+    with progress.Progress(True, epochs=2, updates=4) as bar:
+        bar.start_epoch(0, 0)
+        bar.advance("loss 0.5", 0.1, 1)
+        print("mine")
+        bar.advance("loss 0.4", 0.1, 1)
+    texts = [data["text/plain"] for data in shown]
+    assert texts[0] == texts[-1] == ""
+    assert re.fullmatch(r"epoch 1/2 ━+ +2/4 loss 0.4  0:00:0\d left", texts[-2])
+    assert capsys.readouterr().out == "mine\n"  # rich's own bars would show it
 
 
 # Images that are too small for the model.
