@@ -7,7 +7,9 @@ import gc
 import logging
 import multiprocessing
 import random
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,9 +24,10 @@ from zoo.recipes.hooks import HookFailed
 def kept() -> Iterator[None]:
     """At the end of this context, restore what training and evaluation change in the process.
 
-    These are the states of all random generators, torch's choice of deterministic kernels, the handlers of the log, and
-    the way in which processes are started. The memory of the model, on GPUs too, is free again, and the processes that
-    load images end. A process group that torchrun describes is kept for the next run, and left when the program ends.
+    These are the states of all random generators, torch's choice of deterministic kernels, the handlers of the log and
+    of the ends of processes, and the way in which processes are started. The memory of the model, on GPUs too, is free
+    again, and the processes that load images end. A process group that torchrun describes is kept for the next run, and
+    left when the program ends.
     """
     import numpy as np
     import torch
@@ -41,7 +44,7 @@ def kept() -> Iterator[None]:
     threads = opencv.getNumThreads() if (opencv := _opencv()) else None
     grouped = dist.is_initialized()
     try:
-        with _log_kept():
+        with _log_kept(), _children_ignored():
             yield
     except BaseException as error:
         _release(error)
@@ -81,6 +84,26 @@ _WITH_LOADERS = ("zoo.recipes.", "torch.utils.data.", "mmengine.")
 def _opencv() -> Any:
     """OpenCV, whose threads MMEngine turns off; None if nothing has imported it."""
     return sys.modules.get("cv2")
+
+
+@contextmanager
+def _children_ignored() -> Iterator[None]:
+    """At the end of this context, remove the handler that raises torch's error about a process that loads images.
+
+    It raises in the main thread, whatever that is doing: the event loop of a notebook while another thread trains.
+    """
+    from torch.utils.data._utils import signal_handling as torchs
+
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler, is_set = signal.getsignal(signal.SIGCHLD), torchs._SIGCHLD_handler_set
+    try:
+        yield
+    finally:
+        if handler is not None:  # otherwise it is not Python's
+            signal.signal(signal.SIGCHLD, handler)
+            torchs._SIGCHLD_handler_set = is_set
 
 
 @contextmanager

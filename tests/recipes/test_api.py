@@ -292,11 +292,13 @@ def test_interrupt_saves_and_returns_control(tiny, weights, same):
             signal.raise_signal(signal.SIGINT)
 
     settings = {key: value for key, value in tiny().items() if key != "run"}
+    before = signal.getsignal(signal.SIGCHLD)
     with pytest.raises(
         KeyboardInterrupt, match=r"after update 2, and saved. Continue with: zoo-train .* run="
     ) as raised:
         train({**settings, "data.num_workers": 1}, hooks=Hooks(after_update=interrupt))
     assert multiprocessing.active_children() == []  # while the traceback still exists, as in a notebook
+    assert signal.getsignal(signal.SIGCHLD) == before  # torch's would raise errors in the program
     run = str(raised.value).rpartition("run=")[2]
     assert train({**settings, "run": run}).history[-1]["update"] == 3
     assert same(weights(Path(run)), weights(train(tiny(run="whole")).folder))
