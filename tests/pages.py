@@ -169,7 +169,10 @@ def run_cells(sources: list[str], where: str) -> list[str]:
 
 
 def execute_notebook(path: Path, folder: Path) -> None:
-    """Execute a notebook in a kernel, in `folder`, and write its outputs, without those to stderr, into its file."""
+    """Execute a notebook in a kernel, in `folder`, and write its outputs into its file.
+
+    Those to stderr are left out, and so are empty ones, the former places of progress bars.
+    """
     import nbformat
     from nbclient import NotebookClient
 
@@ -184,6 +187,10 @@ def execute_notebook(path: Path, folder: Path) -> None:
     ).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [
+                output
+                for output in cell.outputs
+                if output.get("name") != "stderr" and output.get("data") != {"text/plain": ""}
+            ]
     notebook.metadata = metadata
     nbformat.write(notebook, path)

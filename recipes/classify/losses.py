@@ -179,7 +179,7 @@ def shares(classes: Sequence[str], counts: Sequence[int], images: int) -> str:
     """How many images each class has, with their shares: the largest and the smallest, if there are many classes."""
 
     def of(i: int) -> str:
-        return f"{classes[i]} {counts[i]:,} ({100 * counts[i] / max(images, 1):.3g} %)"
+        return f"{classes[i]}: {counts[i]:,} ({100 * counts[i] / max(images, 1):.3g} %)"
 
     order = sorted(range(len(classes)), key=lambda i: -counts[i])
     if len(order) <= _MOST_SHARES:

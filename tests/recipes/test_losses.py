@@ -157,10 +157,10 @@ def test_keys_of_classifiers_are_refused_by_other_tasks(compose, word):
 
 
 def test_shares_in_words():
-    assert losses.shares(["a", "b"], [3, 1], 4) == "a 3 (75 %), b 1 (25 %)"
+    assert losses.shares(["a", "b"], [3, 1], 4) == "a: 3 (75 %), b: 1 (25 %)"
     names = [f"c{i}" for i in range(20)]
-    assert losses.shares(names, list(range(20)), 190).startswith("c19 19 (10 %), c18 18 (9.47 %)")
-    assert losses.shares(names, list(range(20)), 190).endswith("c1 1 (0.526 %), c0 0 (0 %)")
+    assert losses.shares(names, list(range(20)), 190).startswith("c19: 19 (10 %), c18: 18 (9.47 %)")
+    assert losses.shares(names, list(range(20)), 190).endswith("c1: 1 (0.526 %), c0: 0 (0 %)")
 
 
 # Balanced sampling.
@@ -224,7 +224,7 @@ def test_losses_and_sampling_train_and_resume(fit, images, tmp_path, weights, sa
         assert first["train_loss"] < 0.75
     assert result["metrics"]["balanced_accuracy"] == result["metrics"]["top1"]  # as many images of each class
     start = json.loads((tmp_path / "whole" / "start.json").read_text())
-    assert "training images of each class: apple 8 (33.3 %), banana 8 (33.3 %), cherry 8 (33.3 %)" in start["data"]
+    assert "training images of each class: apple: 8 (33.3 %), banana: 8 (33.3 %), cherry: 8 (33.3 %)" in start["data"]
     assert f"sampling: {'balanced' if 'data.sampling=balanced' in words else 'uniform'}" in start["data"]
     assert start["data"][-1].startswith("loss: ")
 
