@@ -17,8 +17,9 @@ test: $(VENV)/dev.stamp  ## the tests without the longest ones
 test-all: $(VENV)/dev.stamp  ## all tests
 	$(TEST)
 
+# Thousands of tests that take milliseconds are handed out in large parts; one by one adds 2 ms to each.
 check: lint  ## lint and the quick tests
-	$(TEST) -m "not slow and not long and not gpu and not browser"
+	$(TEST) --dist worksteal -m "not slow and not long and not gpu and not browser"
 
 browser: $(VENV)/dev.stamp  ## the reports in a real browser, as wide as a phone and a desktop
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
