@@ -1,5 +1,6 @@
 """`trainer.batch_size=auto`, with a stand-in for a GPU that runs out of memory. Seconds."""
 
+import gc
 import weakref
 from contextlib import nullcontext
 
@@ -14,6 +15,13 @@ from zoo.recipes.classify.train import ClassifyRun, train
 from zoo.recipes.classify.train_state import TrainState
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """Leave what exists out of the search for garbage that follows each trial."""
+    gc.collect()
+    gc.freeze()
 
 
 class Device:

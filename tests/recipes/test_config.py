@@ -5,6 +5,7 @@ import importlib
 import re
 import subprocess
 import sys
+from copy import deepcopy
 
 import pytest
 from omegaconf import OmegaConf
@@ -148,7 +149,7 @@ def test_name_that_scripts_rely_on(name):
 
 @pytest.mark.parametrize("name", ["checkpoint", "per_class", "out", "run", "data.root"])
 def test_name_of_eval_that_scripts_rely_on(name):
-    assert name in dict(_leaves(config.EvalConfig))
+    assert name in FIELDS
 
 
 def test_keys_lists_groups_without_help():
@@ -232,8 +233,9 @@ REFUSED = [
 ]
 
 
-RANGES = {name: field.metadata.get("allowed") for name, field in _leaves(config.EvalConfig)}
-NUMBERS = [name for name, field in _leaves(config.EvalConfig) if re.search("int|float", str(field.type))]
+FIELDS = dict(_leaves(config.EvalConfig))
+RANGES = {name: field.metadata.get("allowed") for name, field in FIELDS.items()}
+NUMBERS = [name for name, field in FIELDS.items() if re.search("int|float", str(field.type))]
 # Strings that name something of the user, or that only other packages can check.
 FREE = """
 data.csv data.file_column data.label_column data.split_column data.label_separator
@@ -245,22 +247,21 @@ imagenet.a imagenet.r imagenet.sketch imagenet.c log.project model published.mod
 
 
 def test_every_key_has_the_values_that_it_takes():
-    texts = [
-        name for name, field in _leaves(config.EvalConfig) if "str" in str(field.type) and "dict" not in field.type
-    ]
+    texts = [name for name, field in FIELDS.items() if "str" in str(field.type) and "dict" not in field.type]
     assert [name for name in [*NUMBERS, *texts] if not RANGES[name] and name not in FREE.split()] == []
     assert set(FREE.split()) <= RANGES.keys()
 
 
 @pytest.fixture(scope="module")
 def defaults(compose):
+    """The configuration of `zoo-eval`; read only."""
     return compose(name="eval")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1e30", "1e30"])
 @pytest.mark.parametrize("key", NUMBERS)
 def test_number_that_no_run_can_use(defaults, key, value):
-    cfg, field = OmegaConf.create(defaults), dict(_leaves(config.EvalConfig))[key]
+    cfg, field = deepcopy(defaults), FIELDS[key]
     number = float(value) if "float" in field.type else int(float(value)) if "e" in value else -7_000_000_000
     several = {"list": [number, number], "dict": {"a": number}}
     OmegaConf.update(cfg, key, several.get(field.type[:4], number), force_add=True)
@@ -270,7 +271,7 @@ def test_number_that_no_run_can_use(defaults, key, value):
 
 @pytest.mark.parametrize("key", [name for name in RANGES if isinstance(RANGES[name], config.OneOf | config.Like)])
 def test_word_that_no_run_can_use(defaults, key):
-    cfg = OmegaConf.create(defaults)
+    cfg = deepcopy(defaults)
     OmegaConf.update(cfg, key, "nonsense")
     with pytest.raises(UserError, match=rf"^{re.escape(key)}=nonsense is not allowed: it has to be .* or .*\.$"):
         config.check(cfg)
