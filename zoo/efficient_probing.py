@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from zoo.cpu import is_plain
 from zoo.messages import one_line
 
-__all__ = ["EfficientPooling", "EfficientProbing", "attach", "probing_head", "queries_of"]
+__all__ = ["EfficientPooling", "EfficientProbing", "attach", "default_queries", "probing_head", "queries_of"]
 
 _QUERIES = 32  # the paper's default
 
@@ -58,7 +58,7 @@ class EfficientPooling(nn.Module):
             raise ValueError(f"Got d_out={d_out} for {dim} channels; it has to divide them.")
         width = dim // d_out
         if num_queries is None:
-            num_queries = max(count for count in range(1, min(_QUERIES, width) + 1) if width % count == 0)
+            num_queries = default_queries(width)
         if num_queries < 1 or width % num_queries:
             raise ValueError(f"Got {num_queries} queries for {width} channels; the number has to divide the channels.")
         self.channels_last, self.prefix_tokens = channels_last, prefix_tokens
@@ -158,6 +158,11 @@ class EfficientProbing(nn.Sequential):
 
 def _classifier(width: int, num_classes: int, **dd: Any) -> nn.Module:
     return nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+
+def default_queries(width: int) -> int:
+    """The largest number of queries up to 32 that divides the channels of the values."""
+    return max(count for count in range(1, min(_QUERIES, width) + 1) if width % count == 0)
 
 
 def queries_of(global_pool: str) -> int | None:

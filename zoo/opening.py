@@ -14,7 +14,7 @@ from torch import nn
 
 from zoo.arguments import is_ep, is_number
 from zoo.checkpoint_files import read, unwrap
-from zoo.efficient_probing import attach, queries_of
+from zoo.efficient_probing import attach, default_queries, queries_of
 from zoo.messages import OptionError, UserError, one_line, similar_path, unknown_model
 from zoo.pretrained import check_network, file_overlay
 
@@ -157,19 +157,25 @@ def _file_weights(name: str, file: Path, given: Mapping[str, Any], new_classifie
         new_classifier: Whether the file's classifier is not loaded.
     """
     try:
-        overlay, classes, queries = file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(name)[0]))
+        overlay, classes, found_queries = file_overlay(file, timm.get_pretrained_cfg(split_model_name_tag(name)[0]))
     except (ValueError, OSError) as error:
         raise UserError(f"{file} can't be read as a checkpoint: {one_line(error, 600)}.") from error
     found = {} if classes is None else {"num_classes": classes}
     probing, same = is_ep(given.get("global_pool")), given.get("num_classes", classes) == classes
     if classes is not None and same and not given.get("features_only"):
-        if queries and not probing and not new_classifier:
-            raise UserError(
-                f"{file} pools by efficient probing, but {name} is created without it: give global_pool=ep{queries} "
-                "(model_kwargs.global_pool=... to zoo-train and zoo-eval)."
-            )
+        if found_queries and not new_classifier:
+            queries, channels = found_queries
+            way = f"give global_pool=ep{queries} (model_kwargs.global_pool=... to zoo-train and zoo-eval)"
+            if not probing:
+                raise UserError(f"{file} pools by efficient probing, but {name} is created without it: {way}.")
+            asked = queries_of(given["global_pool"]) or default_queries(channels)
+            if asked != queries:
+                raise UserError(
+                    f"{file} pools by efficient probing with {queries} queries, but {name} is created with {asked}: "
+                    f"{way}."
+                )
         # timm drops the file's classifier, and the model keeps its own. `_Probing` does this for timm's models.
-        if new_classifier or (probing and not queries and _is_ours(name)):
+        if new_classifier or (probing and not found_queries and _is_ours(name)):
             overlay["num_classes"] = 0
     return {"pretrained": True, "pretrained_cfg_overlay": overlay, **found}
 

@@ -144,7 +144,9 @@ def check_network(name: str, pretrained: bool) -> None:
         downloads.check_hub(repo, files[0], revision or None)
 
 
-def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[dict[str, Any], int | None, int | None]:
+def file_overlay(
+    file: str | os.PathLike, cfg: PretrainedCfg | None
+) -> tuple[dict[str, Any], int | None, tuple[int, int] | None]:
     """The `pretrained_cfg_overlay` with which timm loads a file into any model, and what the file's classifier is.
 
     Args:
@@ -152,8 +154,8 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
         cfg: The model's pretrained configuration, which names its classifier.
 
     Returns:
-        The overlay; the number of classes, None if the file has no classifier of that name; and the number of queries
-        if the classifier has efficient probing, otherwise None.
+        The overlay; the number of classes, None if the file has no classifier of that name; and the numbers of queries
+        and of channels if the classifier has efficient probing, otherwise None.
 
     Raises:
         ValueError: The file can't be used. The message does not name it.
@@ -166,6 +168,7 @@ def file_overlay(file: str | os.PathLike, cfg: PretrainedCfg | None) -> tuple[di
     weight = classifier_weight(state_dict, classifier)
     if weight is None or not weight.ndim:
         return overlay, None, None
-    queries = next((value.shape[1] for key, value in state_dict.items() if key == f"{classifier}.0.cls_token"), None)
+    token = state_dict.get(f"{classifier}.0.cls_token")
+    queries = (token.shape[1], token.shape[2]) if token is not None and token.ndim == 3 else None
     # timm keeps the classifier if the model's number of classes is this one, and drops it otherwise.
     return overlay | {"num_classes": len(weight)}, len(weight), queries

@@ -163,6 +163,9 @@ def test_run_folder_is_opened_again(name, tmp_path):
     assert probing_head(open_model(str(tmp_path / "run"), features_only=True).model) is None
     with pytest.raises(UserError, match=r"pools by efficient probing, but .*: give global_pool=ep8 \(model_kwargs\."):
         open_model(name, str(tmp_path / "run"), num_classes=4)
+    for pooling in ("ep4", "ep"):
+        with pytest.raises(UserError, match=r"with 8 queries, but .* with (4|24|32): give global_pool=ep8 \("):
+            open_model(name, str(tmp_path / "run"), num_classes=4, global_pool=pooling)
     plain = open_model(name, num_classes=4).model
     save_run(tmp_path / "plain", name, plain)
     probed = open_model(name, str(tmp_path / "plain"), num_classes=4, global_pool="ep8").model  # with a new head
