@@ -83,6 +83,7 @@ class BaseRun:
         self.stop_signal = 0
         self.damaged = False  # whether last.pt is damaged, so that previous.pt was loaded
         self.changed = ""  # the settings of a continued run that differ from before
+        self.finished: dict[str, Any] | None = None  # the summary of a run that is complete, with all its files
         self.effective_batch = 0  # images in an update
         self.params = 0  # parameters of the model
         self.times = StepTimes(device)
@@ -234,26 +235,40 @@ class BaseRun:
 
     # Lifecycle.
 
+    def log_position(self, epoch: str = "") -> None:
+        """Log where the run continues, if it does: after which update and, as a phrase, in which epoch."""
+        if self.finished is not None:
+            return
+        update = self.progress["update"]
+        if update and (self.is_over() or self.reached_max_updates()):
+            log.info("All %d updates are done: the last files are written.", update)
+        elif update:
+            log.info("Continues %safter update %d.", epoch, update)
+        if self.changed:
+            log.info("Continues with another configuration: %s.", self.changed)
+
     def run(self) -> dict[str, Any]:
         """Train to the end and return the summary."""
         logs.start_log(self.folder, self.primary)
         for note in self.notes:
             log.info("%s", note)
+        self.finished = distributed.share(self._finished_summary())
         self.log_plan()
         if self.primary:
             if self.damaged:
                 run_checkpoints.set_aside(self.folder / "last.pt")
             if self.history and not run_folder.has_metrics(self.folder, self.history):
                 self.write_history()  # the run ended between writing its checkpoint and these
-        summary = distributed.share(self._finished_summary())
-        if summary is not None:
+        if self.finished is not None:
             if self.changed:
                 raise UserError(
                     f"{self.folder} holds a finished run that was not trained with {self.changed}: "
                     "choose another run=<folder>."
                 )
-            log.info("This run is finished: %schoose another run=<folder>.", self.way_to_continue())
-            return summary
+            # A run that another run started is the first part of that one.
+            advice = "" if self.resume_command else f": {self.way_to_continue()}choose another run=<folder>"
+            log.info("This run is finished%s.", advice)
+            return self.finished
         self.progress["finished"] = False
         if self.primary:
             run_folder.save_config(self.folder, self.cfg)

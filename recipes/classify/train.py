@@ -314,10 +314,7 @@ class ClassifyRun(BaseRun):
         elif (left := self.train_images % self.effective_batch) and cfg.data.sampling != "balanced":
             others = "" if self.sampler is None else ", different ones each time"
             log.info("%d training images are left out in every epoch%s: they do not fill an update.", left, others)
-        if self.progress["update"]:
-            log.info("Continues in epoch %d after update %d.", self.progress["epoch"] + 1, self.progress["update"])
-        if self.changed:
-            log.info("Continues with another configuration: %s.", self.changed)
+        self.log_position(f"in epoch {self.progress['epoch'] + 1} ")
         log.info("Run folder: %s", self.folder)
 
     def describe_data(self) -> list[str]:

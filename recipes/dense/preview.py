@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
@@ -20,10 +19,9 @@ from zoo.recipes.dense.data import open_data
 from zoo.recipes.dense.model import model_config
 from zoo.recipes.dense.panoptic_data import PanopticData
 from zoo.recipes.dense.pictures import draw_labels, draw_objects, draw_truth, legend
-from zoo.recipes.dense.runner import mm_errors, runner_config
+from zoo.recipes.dense.runner import build_loader, mm_errors, runner_config
 from zoo.recipes.dense.settings import SCOPES, check, run_length
 from zoo.recipes.dense.transforms import corrupt_names
-from zoo.recipes.seeding import seed_all
 from zoo.recipes.sheet import Tile
 
 _WIDTH = 320  # pixels, of a picture
@@ -47,8 +45,7 @@ def preview(cfg: DictConfig, out: Path, images: int) -> dict[str, Any]:
         loading.update(num_workers=0, persistent_workers=False)
         init_default_scope(SCOPES[cfg.task])
         prepare = MODELS.build(model_config(cfg, data.classes, device, False).data_preprocessor)
-        seed_all(cfg.seed, 0, 0)
-        for batch in Runner.build_dataloader(loading, seed=cfg.seed):
+        for batch in build_loader(loading, seed=cfg.seed):
             notes += [f"skipped a corrupt image: {name}" for name in corrupt_names(batch)]
             seen = prepare(batch, training=True)
             pixels = (seen["inputs"] * prepare.std + prepare.mean).round().clamp(0, 255).to(torch.uint8)

@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
 
 from zoo.messages import UserError, one_line
 from zoo.recipes import config, distributed, lr_factors
 from zoo.recipes.dense.data import Data
 from zoo.recipes.dense.mm_keys import override_runner
 from zoo.recipes.dense.pipelines import pipelines
+from zoo.recipes.dense.samplers import SeededBatchSampler, load
 from zoo.recipes.dense.settings import SCOPES, RunLength, finds_masks, learning_rate
 
 
@@ -95,6 +98,14 @@ def runner_config(
     override_runner(result, OmegaConf.to_container(cfg.mm, resolve=True), SCOPES[cfg.task], masks)
     if length is not None:
         _refuse_hooks(result)
+        loader = result.train_dataloader
+        loader.batch_sampler = dict(
+            type="SeededBatchSampler",
+            seed=cfg.seed,
+            accumulate=length.accumulate,
+            batches=loader.get("batch_sampler"),
+            drop_last=loader.pop("drop_last", False),
+        )
     if cfg.task == "segment":
         confusion = dict(type="Confusion", classes=len(data.classes), ignore_index=data.ignore_index)
         result.val_evaluator = [result.val_evaluator, confusion]
@@ -189,6 +200,15 @@ def mm_errors(cfg: DictConfig) -> Iterator[None]:
         ) from error
 
 
+def build_loader(*args: Any, **kwargs: Any) -> DataLoader:
+    """The loader that `Runner.build_dataloader` builds; in training, it seeds each batch."""
+    loader = Runner.build_dataloader(*args, **kwargs)
+    if isinstance(loader.batch_sampler, SeededBatchSampler):
+        dataset: Any = loader.dataset
+        dataset.__getitems__ = partial(load, dataset)  # which torch calls with a batch of the sampler
+    return loader
+
+
 def make_runner(settings: Any, model: torch.nn.Module | dict[str, Any]) -> Runner:
     """MMEngine's Runner for `settings` and `model`."""
     known = inspect.signature(Runner).parameters
@@ -213,6 +233,10 @@ class _Runner(Runner):
 
     def load_or_resume(self) -> None:
         self.restore(self)
+
+    @staticmethod
+    def build_dataloader(*args: Any, **kwargs: Any) -> DataLoader:
+        return build_loader(*args, **kwargs)
 
     def dump_config(self) -> None:
         """Skip this: the run folder has the configuration."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from omegaconf import DictConfig, OmegaConf
@@ -165,14 +166,13 @@ class DenseRun(BaseRun):
             update = self.progress["update"]
             iterations = runner.train_loop._iter = update * self.length.accumulate
             batches = runner.train_dataloader.batch_sampler
-            if hasattr(batches, "skip"):
+            if isinstance(batches.sampler, InfiniteSampler):
                 runner.train_loop.fast_forward_on_resume = True  # MMEngine would load all images before
                 batches.skip(iterations)
             evaluated = max((r["update"] for r in self.history if any(key.startswith("val_") for key in r)), default=0)
             if update > evaluated and self.evaluates(update):
                 runner.val_loop.run()  # the run ended between this update and its evaluation
         runner.train_loop.stop_training = self.out_of_patience()
-        self.seed()
 
     def _load(self, runner: Runner, state: dict[str, Any]) -> None:
         for _ in range(self.progress["update"]):  # the schedule of this configuration, which may have changed
@@ -188,9 +188,9 @@ class DenseRun(BaseRun):
         for group, rate in zip(runner.optim_wrapper.param_groups, rates, strict=True):
             group["lr"] = rate
 
-    def seed(self) -> None:
-        """Seed the next update by its number, so that it does not depend on earlier updates."""
-        seed_all(self.cfg.seed, self.progress["update"], distributed.rank())
+    def seed(self, part: int) -> None:
+        """Seed a forward pass of the next update by its number, so that it does not depend on earlier ones."""
+        seed_all(self.cfg.seed, self.progress["update"], distributed.rank(), part)
 
     # Lifecycle.
 
@@ -217,10 +217,7 @@ class DenseRun(BaseRun):
         )
         if cfg.trainer.compile:
             log.info("The backbone is compiled in training; the neck and the heads are not.")
-        if self.progress["update"]:
-            log.info("Continues after update %d.", self.progress["update"])
-        if self.changed:
-            log.info("Continues with another configuration: %s.", self.changed)
+        self.log_position()
         log.info("Run folder: %s", self.folder)
 
     def is_complete(self) -> bool:
@@ -407,8 +404,7 @@ class _ProgressHook(Hook):
         self.run.corrupt.note(corrupt_names(data_batch))
         if not self.count:
             self.started = time.monotonic()
-        if runner.iter % self.run.length.accumulate == 0:
-            self.run.seed()  # an evaluation, or the start of a resumed run, has drawn random numbers
+        self.run.seed(runner.iter % self.run.length.accumulate)  # loading images may have drawn random numbers
 
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
@@ -433,7 +429,6 @@ class _ProgressHook(Hook):
             run.note_nonfinite()
         run.bar.advance(f"loss {self.sums['loss'] / self.count:.3f}", lr, run.effective_batch)
         self._call_hook(lr)
-        run.seed()
         run.times.lap("rest")
         update = run.progress["update"]
         if update % run.length.per_epoch == 0 and not run.evaluates(update):

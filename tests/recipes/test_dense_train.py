@@ -140,9 +140,11 @@ RANDOM = ("+model_kwargs.drop_path_rate=0.3", "dense.warmup_updates=3", "optim.l
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["detect", pytest.param("segment", marks=pytest.mark.long)])
 def test_continued_run_equals_an_undisturbed_one(fit_dense, tmp_path, task, same):
-    fit_dense(tmp_path / "whole", *RANDOM, "trainer.max_updates=4", task=task)
-    fit_dense(tmp_path / "parts", *RANDOM, "trainer.max_updates=2", task=task)
-    fit_dense(tmp_path / "parts", *RANDOM, "trainer.max_updates=4", task=task)
+    """Also if other processes load its images."""
+    words = (*RANDOM, "augment.hflip=0.5", "dense.photometric=true", "trainer.effective_batch_size=4")
+    fit_dense(tmp_path / "whole", *words, "trainer.max_updates=4", task=task)
+    fit_dense(tmp_path / "parts", *words, "trainer.max_updates=2", "data.num_workers=1", task=task)
+    fit_dense(tmp_path / "parts", *words, "trainer.max_updates=4", "data.num_workers=2", task=task)
     one, two = _state(tmp_path / "whole"), _state(tmp_path / "parts")
     assert same(one["model"], two["model"])
     assert same(one["optimizer"], two["optimizer"])

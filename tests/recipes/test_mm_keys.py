@@ -18,7 +18,7 @@ from mmengine.dataset import InfiniteSampler  # noqa: E402
 from mmengine.registry import DATASETS, TRANSFORMS  # noqa: E402
 
 from zoo.recipes.dense import runner  # noqa: E402
-from zoo.recipes.dense.samplers import OrientedBatchSampler  # noqa: E402
+from zoo.recipes.dense.samplers import OrientedBatchSampler, SeededBatchSampler  # noqa: E402
 from zoo.recipes.dense.scores import scores  # noqa: E402
 from zoo.recipes.dense.transforms import MixesImages, SkipsCorrupt  # noqa: E402
 
@@ -248,11 +248,16 @@ class Pictures(list):
         return dict(zip(("width", "height"), self[idx], strict=True))
 
 
-def _batches(sizes, count, skip=0, **options):
-    data = Pictures(sizes)
-    batches = OrientedBatchSampler(InfiniteSampler(data, seed=3), **{"batch_size": 2} | options)
+def _seeded(sampler, accumulate=1):
+    return SeededBatchSampler(sampler, 2, 5, accumulate, {"type": "mmdet.OrientedBatchSampler"})
+
+
+def _batches(sizes, count, skip=0):
+    batches = _seeded(InfiniteSampler(Pictures(sizes), seed=3))
     batches.skip(skip)
-    return list(itertools.islice(batches, count))
+    found = list(itertools.islice(batches, count))
+    assert [batch.seeds for batch in found] == [(5, skip + number, 0, 0) for number in range(count)]
+    return [batch.indices for batch in found]
 
 
 def test_batches_have_one_orientation():
@@ -277,6 +282,9 @@ def test_sampler_that_ends_leaves_smaller_batches():
     sampler.dataset = sampler.data_source
     assert list(OrientedBatchSampler(sampler, 2)) == [[0, 2], [1], [3]]
     assert list(OrientedBatchSampler(sampler, 2, drop_last=True)) == [[0, 2]]
+    batches = _seeded(sampler, accumulate=2)
+    seeds = [batch.seeds for _ in range(2) for batch in batches]
+    assert seeds == [(5, update, 0, part) for update in range(3) for part in range(2)]
 
 
 @pytest.mark.slow

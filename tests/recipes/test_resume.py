@@ -264,8 +264,11 @@ def test_folder_of_a_run_without_checkpoint_begins_again(fit, images, copied, we
 
 @pytest.mark.slow
 def test_finished_run_returns_its_summary(fit, images, copied, summary):
-    before = summary(copied)
+    before, log = summary(copied), (copied / "train.log").read_text()
     assert fit(copied, images, *AGAIN) == before
+    said = (copied / "train.log").read_text().removeprefix(log)
+    assert "This run is finished: raise trainer.epochs to continue it, or choose another run=<folder>." in said
+    assert "Continues" not in said
 
 
 @pytest.mark.slow
@@ -283,6 +286,7 @@ def test_finished_run_without_its_export_writes_it_again(fit, images, copied, we
         (copied / name).unlink()
     fit(copied, images, *AGAIN)
     assert same(weights(copied), weights(finished))
+    assert re.search(r"All \d+ updates are done: the last files are written\.\n", (copied / "train.log").read_text())
 
 
 @pytest.mark.slow
