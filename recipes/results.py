@@ -76,7 +76,7 @@ class EvalResult:
         classes: The names of the classes, in the order of their labels.
         confusion: How often label `row` was predicted as label `column`, in images or pixels: int64 (classes, classes).
             None for task=detect and task=panoptic, and if an image can have several labels.
-        targets: The labels of a classifier's images, int64 (N,), in the order of the data set if there is one process;
+        targets: The labels of a classifier's images, int64 (N,), in the order of the data set;
             bool (N, classes) if an image can have several labels. None for other tasks.
         predictions: The labels that it predicts for them, likewise. None for other tasks; `predict` returns predictions
             for single images.

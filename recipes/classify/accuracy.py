@@ -27,9 +27,8 @@ class Evaluation:
     """The result of a pass over a data set.
 
     `metrics` are mean cross-entropy `loss`; `top1`, `top5` and `balanced_accuracy`, the mean of the accuracies of the
-    classes, in percent; and the number of `images`. `targets` and `predictions` are the labels, in no particular order
-    if several processes share the work; `logits` are those of the same images (images, classes), float32, if they were
-    kept.
+    classes, in percent; and the number of `images`. `targets` and `predictions` are the labels, in the order of the
+    images; `logits` are those of the same images (images, classes), float32, if they were kept.
     """
 
     metrics: dict[str, float]
@@ -99,31 +98,30 @@ def measure(
         UserError: No image can be read.
     """
     evaluator = ClassificationEvaluator(device=normalize.device)
-    targets, predictions, corrupt = [], [], []
+    targets, predictions, corrupt, places = [], [], [], []
     kept: list[torch.Tensor] = []
     room = most_logits // distributed.world_size()
-    for logits, labels, names in outputs(model, loader, normalize, autocast, on_batch):
+    for logits, labels, names, numbers in outputs(model, loader, normalize, autocast, on_batch):
         if len(labels):
             evaluator.update(logits, labels)
         targets.append(labels.cpu())
         predictions.append(logits.argmax(1).cpu())
         corrupt += names
+        places.append(numbers)
         room -= logits.numel()
         if room >= 0:
             kept.append(logits.cpu())
         else:
             kept.clear()
-    parts = gather_images((torch.cat(targets), torch.cat(predictions), corrupt) if targets else ([], [], []))
+    columns, names = gather_images(places, (targets, predictions, kept), corrupt)
     metrics = dict(evaluator.compute(distributed=distributed.world_size() > 1))
-    all_targets = np.concatenate([np.asarray(part[0], dtype=np.int64) for part in parts])
-    own_logits = distributed.gather(torch.cat(kept).numpy() if kept else None) if most_logits else [None] * len(parts)
-    all_logits = [rows for rows, part in zip(own_logits, parts, strict=True) if len(part[0])]
+    all_targets, all_predictions, all_logits = columns
     result = Evaluation(
         metrics={**metrics, "images": len(all_targets)},
         targets=all_targets,
-        predictions=np.concatenate([np.asarray(part[1], dtype=np.int64) for part in parts]),
-        corrupt=sorted({name for part in parts for name in part[2]}),
-        logits=None if any(rows is None for rows in all_logits) else np.concatenate(all_logits),
+        predictions=all_predictions,
+        corrupt=names,
+        logits=all_logits,
     )
     recalls = [value for value in result.per_class(logits.shape[1]) if value is not None]
     result.metrics["balanced_accuracy"] = sum(recalls) / len(recalls)
@@ -136,12 +134,13 @@ def outputs(
     normalize: Normalize,
     autocast: AbstractContextManager,
     on_batch: Callable[[], None] | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str]]]:
-    """Yield logits (B, classes), labels and names of corrupt images for each batch of this process's share.
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[str], torch.Tensor]]:
+    """Yield logits (B, classes), labels, names of corrupt images and places for each batch of this process's share.
 
-    The arguments are those of `measure`. Images that do not count are left out.
+    The arguments are those of `measure`. Images that do not count are left out. The place of an image (int64) is its
+    number among those of all processes.
     """
-    left = evaluation_sample_limit(loader)
+    left, first = evaluation_sample_limit(loader), distributed.rank()
     model.eval()
     for images, labels, names in loader:
         count = len(labels) if left is None else min(left, len(labels))
@@ -150,24 +149,45 @@ def outputs(
             logits = model(normalize(images)).float()
         labels = labels.to(logits.device, non_blocking=True)[:count]
         good = (labels if labels.ndim == 1 else labels[:, 0]) >= 0
-        yield logits[:count][good], labels[good], names if count else []
+        places = first + distributed.world_size() * torch.arange(count)
+        first += distributed.world_size() * count
+        yield logits[:count][good], labels[good], names if count else [], places[good.cpu()]
         if on_batch:
             on_batch()
 
 
-def gather_images(part: tuple[Any, Any, list[str]]) -> list[tuple[Any, Any, list[str]]]:
-    """Gather labels, predictions and names of corrupt images from all processes.
+def gather_images(
+    places: Sequence[torch.Tensor], columns: Sequence[Sequence[torch.Tensor]], corrupt: Sequence[str]
+) -> tuple[list[Any], list[str]]:
+    """Gather what all processes found for their images.
+
+    Args:
+        places: The places of the images, by batch.
+        columns: What was found, each by batch; empty if it was not kept.
+        corrupt: Names of corrupt images.
+
+    Returns:
+        An array for each column, in the order of the images, or None if a process has not kept it; and the names.
 
     Raises:
         UserError: No image could be read.
     """
-    parts = distributed.gather(part)
-    if not any(len(part[0]) for part in parts):
-        names = sorted({name for part in parts for name in part[2]})
+    mine = [torch.cat(list(values)).numpy() if values else None for values in (places, *columns)]
+    parts = distributed.gather((mine, corrupt))
+    names = sorted({name for part in parts for name in part[1]})
+    full = [rows for rows, _ in parts if rows[0] is not None and len(rows[0])]
+    if not full:
         raise UserError(
             f"no image could be read for evaluation: the first of {len(names)} corrupt ones is {names[:1]}."
         )
-    return parts
+    if len(full) == 1:
+        return full[0][1:], names
+    order, *gathered = (
+        None if any(values is None for values in column) else np.concatenate(column)
+        for column in zip(*full, strict=True)
+    )
+    order = np.argsort(order)
+    return [None if column is None else column[order] for column in gathered], names
 
 
 @torch.no_grad()

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from timm.task import evaluation_sample_limit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from zoo.exits import certainty, fit_thresholds, leaving
-from zoo.recipes import distributed, logs, plots
+from zoo.recipes import logs, plots
 from zoo.recipes.atomic_files import atomic
-from zoo.recipes.classify.accuracy import Normalize, percentage
+from zoo.recipes.classify.accuracy import Normalize, gather_images, outputs, percentage
 
 # The shares of images that leave at each exit are a geometric series with one of these ratios; large ones cost more.
 RATIOS = [0.2 * 25 ** (i / 8) for i in range(9)]
@@ -59,22 +58,25 @@ def measure_exits(
 
     The arguments are those of `accuracy.measure`.
     """
-    parts = []
-    left = evaluation_sample_limit(loader)
-    model.eval()
-    for images, labels, _ in loader:
-        count = len(labels) if left is None else min(left, len(labels))
-        left = None if left is None else left - count
-        with autocast:
-            exits = list(model.forward_exits(normalize(images)))
-        logits = torch.stack([each.float() for each in exits], 1).cpu()[:count]
-        good = labels[:count] >= 0
-        right = logits.argmax(-1) == labels[:count, None]
-        parts.append((certainty(logits)[good], right[good]))
-        if on_batch:
-            on_batch()
-    gathered = [part for of_process in distributed.gather(parts) for part in of_process]
-    return torch.cat([part[0] for part in gathered]), torch.cat([part[1] for part in gathered])
+    every = _AllExits(model)
+    sure, right, places = [], [], []
+    for logits, labels, _, numbers in outputs(every, loader, normalize, autocast, on_batch):
+        sure.append(certainty(logits.cpu()))
+        right.append((logits.argmax(-1) == labels[:, None]).cpu())
+        places.append(numbers)
+    (certainties, rights), _ = gather_images(places, (sure, right), ())
+    return torch.from_numpy(certainties), torch.from_numpy(rights)
+
+
+class _AllExits(nn.Module):
+    """A model with several exits as one whose logits are (B, exits, classes), float32."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([logits.float() for logits in self.model.forward_exits(images)], 1)
 
 
 def exit_report(certainties: Tensor, right: Tensor, costs: Sequence[int], seed: int) -> dict[str, Any]:

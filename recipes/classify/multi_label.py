@@ -118,14 +118,14 @@ def measure(
     Raises:
         UserError: No image can be read.
     """
-    done = [
-        (logits.cpu(), labels.cpu(), names)
-        for logits, labels, names in outputs(model, loader, normalize, autocast, on_batch)
-    ]
-    mine = (torch.cat([part[0] for part in done]), torch.cat([part[1] for part in done])) if done else ([], [])
-    parts = gather_images((*mine, [name for part in done for name in part[2]]))
-    logits, targets = (torch.cat([part[i] for part in parts if len(part[i])]) for i in (0, 1))
-    corrupt = sorted({name for part in parts for name in part[2]})
+    all_logits, all_labels, bad, places = [], [], [], []
+    for part, targets, names, numbers in outputs(model, loader, normalize, autocast, on_batch):
+        all_logits.append(part.cpu())
+        all_labels.append(targets.cpu())
+        bad += names
+        places.append(numbers)
+    columns, corrupt = gather_images(places, (all_logits, all_labels), bad)
+    logits, targets = map(torch.from_numpy, columns)
     loss = F.binary_cross_entropy_with_logits(logits.double(), targets.double()).item()
     labels = targets.numpy() > 0.5
     # Probabilities close to 1 are equal where logits are not.

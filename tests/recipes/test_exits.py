@@ -1,15 +1,19 @@
 """Models with several exits: the loss of training, the report of early exit, zoo-train and zoo-eval. 2 s, slow 30 s."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from zoo.messages import UserError
-from zoo.recipes import report
+from zoo.recipes import distributed, report
 from zoo.recipes.classify import evaluate as module
-from zoo.recipes.classify.exits import ExitLoss, exit_report
+from zoo.recipes.classify.accuracy import Normalize
+from zoo.recipes.classify.data import EvalSampler, collate
+from zoo.recipes.classify.exits import ExitLoss, exit_report, measure_exits
 
 MODEL = "model=test_dyn_perceiver"
 
@@ -36,6 +40,39 @@ def report_of(count=4000, exits=3):
     certain = torch.rand(count, 1, generator=generator) ** torch.tensor([1.0, 0.5, 0.25])[:exits]
     right = torch.rand(count, exits, generator=generator) < certain
     return exit_report(certain, right, [10, 20, 40][:exits], seed=0), right
+
+
+class _Images:
+    """Images of one grey each, their class is its remainder by 3; number 4 can't be read."""
+
+    def __getitem__(self, key):
+        return torch.full((1, 2, 2), key[1], dtype=torch.uint8), -1 if key[1] == 4 else key[1] % 3, []
+
+
+class _Exits(torch.nn.Module):
+    def forward_exits(self, images):
+        grey = images.flatten(1)[:, :1]
+        yield torch.cat((grey, grey**2, 1 - grey), 1)
+        yield torch.cat((1 - grey, grey, grey**2), 1)
+
+
+def test_images_of_several_processes_are_in_the_order_of_the_data(monkeypatch):
+    """The halves of the fit are then those of one process."""
+    normalize = Normalize({"mean": (0.0,), "std": (0.02,)}, torch.device("cpu"))
+
+    def measured(rank, world):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: world)
+        loader = DataLoader(_Images(), 2, sampler=EvalSampler(range(9), rank, world), collate_fn=collate)
+        return measure_exits(_Exits(), loader, normalize, nullcontext())
+
+    alone = measured(0, 1)
+    parts = []
+    monkeypatch.setattr(distributed, "gather", lambda part: parts.append(part) or parts)
+    together = [measured(rank, 3) for rank in range(3)][-1]
+    assert alone[0].shape == (8, 2)
+    assert all(torch.equal(one, two) for one, two in zip(alone, together, strict=True))
+    assert len(alone[0].unique()) > 8
 
 
 def test_report_has_each_exit_by_itself():
