@@ -35,12 +35,15 @@ _working = threading.RLock()  # a hook may evaluate or predict
 def _called() -> Iterator[None]:
     """Let one thread at a time work, and end a run as a program expects it: by errors and by its own signal handlers.
 
-    Imports draw from Python's random numbers (rich's do), so these are restored here.
+    Imports draw from Python's random numbers (rich's do), and reading settings chooses the version that Hydra is
+    compatible with, so both are restored here.
 
     Raises:
         UserError: Another thread works: training, evaluation and prediction share random numbers and the log.
         KeyboardInterrupt: An interrupt stopped the run, which is saved.
     """
+    from hydra.version import VersionBase
+
     from zoo.recipes.errors import Stopped, of_the_system
 
     if not _working.acquire(blocking=False):
@@ -49,7 +52,8 @@ def _called() -> Iterator[None]:
             "process."
         )
     error: Exception | None = None
-    context, generator = None, random.getstate()
+    context, generator, hydra = None, random.getstate(), VersionBase.instance()
+    base = hydra.version_base
     try:
         yield
     except HookFailed as failed:
@@ -65,6 +69,7 @@ def _called() -> Iterator[None]:
         raise UserError(explanation) from other
     finally:
         random.setstate(generator)
+        hydra.version_base = base
         _working.release()
     if isinstance(error, Stopped):
         if error.signum == signal.SIGINT:

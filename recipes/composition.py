@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra import version
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -82,14 +81,13 @@ def compose(name: str, words: Sequence[str]) -> DictConfig:
     Hydra is left as it is found: a program may use it for a configuration of its own.
     """
     config.register()
-    hydra_before, base_before = GlobalHydra.instance().hydra, version.getbase()
+    before = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(cli.CONF, version_base="1.3"):
             return hydra.compose(name, list(words))
     finally:
-        GlobalHydra.instance().hydra = hydra_before
-        version.VersionBase.instance().version_base = base_before
+        GlobalHydra.instance().hydra = before
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

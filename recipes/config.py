@@ -921,7 +921,7 @@ def of_run(cfg: DictConfig, trained: DictConfig, overridden: Sequence[str]) -> D
 
 @cache
 def register() -> None:
-    """Register the schemas with Hydra as `schema` and `eval_schema`."""
+    """Register the schemas with Hydra, under names that a program is unlikely to have for its own."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    store.store(name="eval_schema", node=EvalConfig)
+    store.store(name="zoo_schema", node=Config)
+    store.store(name="zoo_eval_schema", node=EvalConfig)

@@ -6,7 +6,6 @@ import atexit
 import gc
 import logging
 import multiprocessing
-import random
 import signal
 import sys
 import threading
@@ -24,10 +23,10 @@ from zoo.recipes.hooks import HookFailed
 def kept() -> Iterator[None]:
     """At the end of this context, restore what training and evaluation change in the process.
 
-    These are the states of all random generators, torch's choice of deterministic kernels, the handlers of the log and
-    of the ends of processes, and the way in which processes are started. The memory of the model, on GPUs too, is free
-    again, and the processes that load images end. A process group that torchrun describes is kept for the next run, and
-    left when the program ends.
+    These are the states of NumPy's and torch's random generators, torch's choice of deterministic kernels, the handlers
+    of the log and of the ends of processes, and the way in which processes are started. The memory of the model, on
+    GPUs too, is free again, and the processes that load images end. A process group that torchrun describes is kept for
+    the next run, and left when the program ends.
     """
     import numpy as np
     import torch
@@ -36,7 +35,7 @@ def kept() -> Iterator[None]:
     from zoo.recipes import distributed
 
     cuda, cudnn = torch.cuda.is_available(), torch.backends.cudnn
-    generators = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
+    generators = (np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
     on_gpus = torch.cuda.get_rng_state_all() if cuda else []
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     kernels = cudnn.deterministic, cudnn.benchmark
@@ -51,9 +50,8 @@ def kept() -> Iterator[None]:
         raise
     finally:
         gc.collect()  # a run is full of references in circles
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])  # noqa: NPY002
-        torch.set_rng_state(generators[2])
+        np.random.set_state(generators[0])  # noqa: NPY002
+        torch.set_rng_state(generators[1])
         if cuda:
             torch.cuda.set_rng_state_all(on_gpus)
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
