@@ -30,7 +30,7 @@ from zoo import commands
 from zoo.commands import default_sigpipe, fail, versions
 from zoo.messages import UserError, did_you_mean, nearest
 from zoo.recipes import config, sweep
-from zoo.recipes.errors import Stopped, of_the_system
+from zoo.recipes.errors import NoEffect, Stopped, of_the_system
 
 CONF = str(Path(__file__).parent / "conf")
 
@@ -177,10 +177,20 @@ def run(
                 return job(cfg)
             try:
                 folder = sweep.name_folder(cfg, prepared)
-                rewrite_argv([*job_config.overrides.task, *folder])  # the arguments that resume this run alone
-                return job(cfg)
+                while True:
+                    rewrite_argv([*job_config.overrides.task, *folder])  # the arguments that resume this run alone
+                    try:
+                        return job(cfg)
+                    except NoEffect as error:
+                        if not sweep.has_effect(error, prepared):
+                            raise
+                        note = f"{error.key} has no effect with {error.other}={OmegaConf.select(cfg, error.other)}"
+                        say(f"{note}: it is left out of this run of the sweep.", logging.INFO)
+                        cfg = sweep.without(error.key, cfg)
             except Stopped:
                 raise
+            except SystemExit as ended:  # under torchrun, the first process reports the error, and goes on, too
+                return ended
             except Exception as error:
                 explained = error if isinstance(error, UserError) else of_the_system(error)
                 if explained is None:

@@ -17,7 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from zoo.messages import UserError, similarity
+from zoo.recipes.errors import NoEffect
 
+_DENSE = ("detect", "segment", "panoptic")
 DETECTORS = ("mask_rcnn", "cascade_mask_rcnn", "retinanet", "dino", "mask2former")
 SEGMENTORS = ("upernet", "semantic_fpn", "mask2former")
 PANOPTIC_METHODS = ("mask2former", "panoptic_fpn")
@@ -196,7 +198,10 @@ class DataConfig:
         None, "share of the resized image that evaluation crops; that of the model if null", Between(0.1, 2)
     )
     num_workers: int | None = option(
-        None, "number of worker processes that load images; if null, it depends on the CPU cores", Between(0, 1024)
+        None,
+        "number of worker processes that load images; if null, it depends on the CPU cores; results do not depend on "
+        "it, except with streams (hfids, wds)",
+        Between(0, 1024),
     )
     max_corrupt: int = option(
         100, "maximum number of corrupt images: they are skipped and logged; one more ends the run", Between(0)
@@ -785,19 +790,23 @@ def check(cfg: Config) -> None:
         for key, item in _items(InferenceConfig, "eval."):
             value = OmegaConf.select(cfg, key)
             if value != default_of(item) and key != "eval.threshold":  # which needs the data
-                raise UserError(
-                    f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it out."
+                raise NoEffect(
+                    f"{key}={value} has no effect with task=classify: it is for detectors and segmentors; leave it "
+                    "out.",
+                    *(key, "task", *_DENSE),
                 )
         if (stages := cfg.dense.frozen_stages) >= 0:
-            raise UserError(
-                f"dense.frozen_stages={stages} has no effect with task=classify: use trainer.freeze={stages}."
+            raise NoEffect(
+                f"dense.frozen_stages={stages} has no effect with task=classify: use trainer.freeze={stages}.",
+                *("dense.frozen_stages", "task", *_DENSE),
             )
     else:
         of_classifiers = ("eval.threshold", "data.sampling", "loss.", "distill.")
         for key, item in _items(Config):
             if key.startswith(of_classifiers) and (value := OmegaConf.select(cfg, key)) != default_of(item):
-                raise UserError(
-                    f"{key}={value} has no effect with task={cfg.task}: it is for classifiers; leave it out."
+                raise NoEffect(
+                    f"{key}={value} has no effect with task={cfg.task}: it is for classifiers; leave it out.",
+                    *(key, "task", "classify"),
                 )
     if "robustness" in cfg:
         _check_robustness(cfg)
@@ -819,10 +828,12 @@ def _check_robustness(cfg: Config) -> None:
     for item in fields(EvalConfig):
         of_corruptions = item.name in ("corruptions", "severities")
         if of_corruptions and cfg.robustness != "corruptions" and cfg[item.name] != default_of(item):
-            raise UserError(f"{item.name}={cfg[item.name]} needs robustness=corruptions: add it.")
+            message = f"{item.name}={cfg[item.name]} needs robustness=corruptions: add it."
+            raise NoEffect(message, item.name, "robustness", "corruptions")
     given = [item.name for item in fields(ImageNetConfig) if cfg.imagenet[item.name]]
     if given and cfg.robustness != "imagenet":
-        raise UserError(f"imagenet.{given[0]}={cfg.imagenet[given[0]]} needs robustness=imagenet: add it.")
+        message = f"imagenet.{given[0]}={cfg.imagenet[given[0]]} needs robustness=imagenet: add it."
+        raise NoEffect(message, f"imagenet.{given[0]}", "robustness", "imagenet")
     if cfg.robustness == "imagenet" and not given:
         keys_of_folders = ", ".join(f"imagenet.{item.name}" for item in fields(ImageNetConfig))
         raise UserError(f"robustness=imagenet needs a folder or several: set any of {keys_of_folders}.")
@@ -835,10 +846,13 @@ def _check_probe(cfg: Config) -> None:
     for key, item in _items(ProbeConfig, "probe."):
         value = OmegaConf.select(cfg, key)
         if item.name not in _OF_KIND[kind] and value != default_of(item):
-            kinds = " and ".join(f"probe={name}" for name, keys in _OF_KIND.items() if item.name in keys)
-            raise UserError(f"{key}={value} has no effect with probe={kind}: it is for {kinds}; leave it out.")
+            kinds = [name for name, keys in _OF_KIND.items() if item.name in keys]
+            which = " and ".join(f"probe={name}" for name in kinds)
+            message = f"{key}={value} has no effect with probe={kind}: it is for {which}; leave it out."
+            raise NoEffect(message, key, "probe.kind", *kinds)
     if kind != "none" and cfg.data.sampling != "uniform":
-        raise UserError(f"data.sampling={cfg.data.sampling} has no effect with probe={kind}: leave it out.")
+        message = f"data.sampling={cfg.data.sampling} has no effect with probe={kind}: leave it out."
+        raise NoEffect(message, "data.sampling", "probe.kind", "none")
     if len(set(cfg.probe.lrs)) < len(cfg.probe.lrs):
         raise UserError(f"probe.lrs={cfg.probe.lrs} has a learning rate twice: give each of them once.")
     if kind == "ep" and cfg.model_kwargs.get("global_pool") is not None and "checkpoint" not in cfg:
@@ -856,9 +870,10 @@ def check_effect_on_classifier(cfg: Config, overridden: Sequence[str]) -> None:
     """
     for key in overridden if cfg.task == "classify" else ():
         if key.partition(".")[0] in ("dense", "mm"):
-            raise UserError(
+            raise NoEffect(
                 f"{key} has no effect with task=classify: it is for detectors and segmentors; leave it out, or set "
-                "task."
+                "task.",
+                *(key, "task", *_DENSE),
             )
 
 
@@ -872,9 +887,10 @@ def check_effect_on_probe(cfg: Config, overridden: Sequence[str]) -> None:
         return
     for key in overridden:
         if not any(key == known or key.startswith(f"{known}.") for known in (*_OF_PROBES, "model_kwargs")):
-            raise UserError(
+            raise NoEffect(
                 f"{key} has no effect with probe={cfg.probe.kind}: the model is frozen, its images are not augmented, "
-                "and what is trained has settings of its own, probe.<key>; leave it out."
+                "and what is trained has settings of its own, probe.<key>; leave it out.",
+                *(key, "probe.kind", "none"),
             )
 
 
@@ -884,10 +900,14 @@ def _check_distill(cfg: Config) -> None:
     if not given:
         return
     if not distill.teacher:
-        first = f"distill.{given[0]}={distill[given[0]]}"
-        raise UserError(f"{first} has no effect without a teacher: add distill.teacher=<model or run folder>.")
+        key = f"distill.{given[0]}"
+        message = (
+            f"{key}={distill[given[0]]} has no effect without a teacher: add distill.teacher=<model or run folder>."
+        )
+        raise NoEffect(message, key, "distill.teacher")
     if distill.match == "features" and "temperature" in given:
-        raise UserError(f"distill.temperature={distill.temperature} has no effect with distill.match=features.")
+        message = f"distill.temperature={distill.temperature} has no effect with distill.match=features: leave it out."
+        raise NoEffect(message, "distill.temperature", "distill.match", "logits")
     if not distill.weight:
         raise UserError("distill.weight=0 is not allowed with a teacher, which then teaches nothing: leave both out.")
     if cfg.trainer.parallel == "fsdp":

@@ -6,8 +6,30 @@ import errno
 import os
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
-from zoo.messages import one_line
+from zoo.messages import UserError, one_line
+
+
+class NoEffect(UserError):
+    """A key or group that the user set has no effect, because of the value of another key.
+
+    In a sweep over the other key, this is no mistake if a run has a value with which it has an effect.
+
+    Args:
+        message: The error, as a sentence.
+        key: The key or group.
+        other: The other key.
+        values: The values of `other` with which `key` has an effect; if none are given, any but null.
+    """
+
+    def __init__(self, message: str, key: str, other: str, *values: Any):
+        super().__init__(message)
+        self.key, self.other, self.values = key, other, values
+
+    def allows(self, value: Any) -> bool:
+        """Whether `key` has an effect if the other key has this value."""
+        return value in self.values if self.values else value is not None
 
 
 class Stopped(Exception):

@@ -134,8 +134,8 @@ class Record:
     @property
     def class_names(self) -> list[str] | None:
         """The names of the classes, if they are known."""
-        found = self.classes or self.summary or {}
-        return found.get("classes")
+        found = (self.classes or self.summary or {}).get("classes")
+        return found if isinstance(found, list) else None  # a classifier's summary has their number
 
     @property
     def images(self) -> int | None:

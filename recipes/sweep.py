@@ -10,14 +10,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from zoo.messages import one_line
+from zoo.recipes.errors import NoEffect
 from zoo.recipes.tasks import SCORES
 
 PRIMARY = os.environ.get("RANK", "0") == "0"  # under torchrun, only one process names folders and prints
@@ -30,11 +36,48 @@ def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
         overrides: The overrides of the run.
         asked: The arguments of the sweep. Keys that none of them sets to a single value are chosen by Hydra's sweeper.
     """
-    parser = OverridesParser.create()
-    words = parser.parse_overrides([word for word in asked if "=" in word and not word.startswith("-")])
-    fixed = {word.key_or_group for word in words if not word.is_sweep_override()}
-    own = parser.parse_overrides(list(overrides))
+    fixed = {word.key_or_group for word in _parsed(asked) if not word.is_sweep_override()}
+    own = _parsed(overrides)
     return {word.key_or_group: str(word.value()) for word in own if word.key_or_group not in fixed}
+
+
+def _parsed(words: Sequence[str]) -> list[Override]:
+    """The overrides in the arguments `words`."""
+    return OverridesParser.create().parse_overrides([word for word in words if "=" in word and word[0] != "-"])
+
+
+def has_effect(error: NoEffect, asked: Sequence[str]) -> bool:
+    """Whether the key of `error`, which has no effect in the present run of a sweep, has one in another run of it.
+
+    Args:
+        error: What the present run raised.
+        asked: The arguments of the sweep. They have to set the key, to a single value.
+    """
+    words = [word for word in _parsed(asked) if not word.key_or_group.startswith("hydra")]
+    if [word.is_sweep_override() for word in words if word.key_or_group == error.key] != [False]:
+        return False
+    try:
+        [runs] = BasicSweeper.split_arguments(words, None)
+        return any(error.allows(OmegaConf.select(_composed(run), error.other)) for run in runs)
+    except (HydraException, OmegaConfBaseException):  # another sweeper, or a run that fails
+        return False
+
+
+def without(key: str, cfg: DictConfig) -> DictConfig:
+    """The configuration of the present run, without the override of `key`, in its folder."""
+    overrides = HydraConfig.get().overrides
+    with read_write(overrides):
+        overrides.task = [word for word in overrides.task if word.partition("=")[0].lstrip("+") != key]
+    found = _composed([word for word in overrides.task if not word.startswith("hydra")])
+    for name in ("run", "out"):
+        if name in cfg:
+            found[name] = cfg[name]
+    return found
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration that a run of this sweep has with other overrides."""
+    return hydra.compose(HydraConfig.get().job.config_name, list(overrides))
 
 
 def name_folder(cfg: DictConfig, asked: Sequence[str]) -> list[str]:
@@ -94,6 +137,12 @@ class Sweep(Callback):
             sys.exit(1)
 
 
+def _classes(result: dict[str, Any]) -> int:
+    """The number of classes of a training, or of an evaluation with scores by class; 0 if it is not known."""
+    number = result.get("classes", result.get("per_class", ()))
+    return number if isinstance(number, int) else len(number)
+
+
 def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
     """A row for each run: what varies, the scores in percent or the error, and the folder."""
     from rich.table import Table
@@ -103,6 +152,8 @@ def _table(jobs: Sequence[tuple[dict[str, str], Path, Any]]) -> Any:
     results = [result for _, _, result in jobs if isinstance(result, dict)]
     names = {name: title for result in results[:1] for name, title in SCORES[result["task"]].items()}
     names = {name: title for name, title in names.items() if any(name in result["metrics"] for result in results)}
+    if all(0 < _classes(result) <= 5 for result in results):
+        names.pop("top5", None)  # it is 100 %
     main = next(iter(names), None)
     figures = [result["metrics"].get(main) or 0.0 for result in results]
     best = results[figures.index(max(figures))] if main and len(results) > 1 else None

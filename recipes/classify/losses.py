@@ -17,6 +17,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from zoo.messages import UserError, first_few
 from zoo.recipes.classify.multi_label import by_class
+from zoo.recipes.errors import NoEffect
 
 _MOST_SHARES = 12  # classes whose shares are listed
 _LARGEST = 1e6
@@ -97,7 +98,8 @@ def make_loss(cfg: DictConfig, weights: np.ndarray | None, multi_label: bool) ->
     if multi_label and name == "ce":
         raise UserError("loss.name=ce is for one label per image, but the data has several: set it to bce or focal.")
     if name != "focal" and cfg.loss.gamma != 2.0:
-        raise UserError(f"loss.gamma={cfg.loss.gamma} has no effect with loss.name={name}: set loss.name=focal.")
+        message = f"loss.gamma={cfg.loss.gamma} has no effect with loss.name={name}: set loss.name=focal."
+        raise NoEffect(message, "loss.gamma", "loss.name", "focal")
     if name == usual and weights is None:
         return None
     tensor = None if weights is None else torch.tensor(weights, dtype=torch.float32)

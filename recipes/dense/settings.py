@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from zoo.messages import UserError
 from zoo.recipes import config, distributed
 from zoo.recipes.dense import views
+from zoo.recipes.errors import NoEffect
 
 METHODS = {"detect": config.DETECTORS, "segment": config.SEGMENTORS, "panoptic": config.PANOPTIC_METHODS}
 # Where each task's models and transforms are registered.
@@ -71,13 +72,14 @@ def check(cfg: DictConfig) -> None:
             f"dense.method={dense.method!r} can't be used with task={cfg.task}: it has {', '.join(methods)}."
         )
     if cfg.trainer.freeze:
-        raise UserError(
-            f"trainer.freeze={cfg.trainer.freeze} has no effect with task={cfg.task}: use dense.frozen_stages=<number>."
-        )
+        remedy = "use dense.frozen_stages=<number>"
+        message = f"trainer.freeze={cfg.trainer.freeze} has no effect with task={cfg.task}: {remedy}."
+        raise NoEffect(message, "trainer.freeze", "task", "classify")
     for key in _UNUSED:
         value = OmegaConf.select(cfg, key)
         if value not in (OmegaConf.select(defaults, key), _DEMO_VALUES.get(key)):
-            raise UserError(f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense).")
+            message = f"{key}={value} has no effect with task={cfg.task}: leave it out (see the keys of dense)."
+            raise NoEffect(message, key, "task", "classify")
     rules = {
         "dense.max_size": (dense.max_size >= max(dense.scales, default=0), "no less than the largest of dense.scales"),
         "dense.detr_crop": (not dense.detr_crop or cfg.task == "detect", f"false for task={cfg.task}"),

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from zoo.messages import UserError
+from zoo.recipes.errors import NoEffect
 
 
 def check(cfg: DictConfig) -> None:
@@ -24,9 +25,8 @@ def check(cfg: DictConfig) -> None:
     if cfg.task not in ("detect", "segment") and (used(cfg) or not chosen.resize):
         raise UserError(f"eval={dict(chosen)} can't be used with task={cfg.task}: it is for detect and segment.")
     if chosen.stride and not chosen.window:
-        raise UserError(
-            f"eval.stride={chosen.stride} has no effect without eval.window: set both, or eval.stride=null."
-        )
+        message = f"eval.stride={chosen.stride} has no effect without eval.window: set both, or eval.stride=null."
+        raise NoEffect(message, "eval.stride", "eval.window")
     if chosen.stride and any(step > side for step, side in zip(chosen.stride, chosen.window, strict=True)):
         raise UserError(
             f"eval.stride={chosen.stride} is not allowed: it has to be at most eval.window={chosen.window}, because "
@@ -47,7 +47,8 @@ def check_effect(cfg: DictConfig, overridden: Sequence[str]) -> None:
     """
     for key in ("eval.scales", "eval.flip"):
         if key in overridden and cfg.eval.tta != "multi_scale":
-            raise UserError(f"{key} has no effect with eval.tta={cfg.eval.tta}: add eval.tta=multi_scale.")
+            message = f"{key} has no effect with eval.tta={cfg.eval.tta}: add eval.tta=multi_scale."
+            raise NoEffect(message, key, "eval.tta", "multi_scale")
 
 
 def used(cfg: DictConfig) -> bool:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 import timm
@@ -267,6 +268,43 @@ def test_sweep_names_its_folders_and_ends_with_a_table(called, trained, tmp_path
     assert lines[1].split() == ["0", "0.00", "50.00", f"runs/{first}"]
     assert lines[2].split() == ["1", "10.00", "best", "50.00", f"runs/{second}"]
     assert lines[3] == f"Side by side: zoo-report runs/{first} runs/{second}"
+
+
+def test_sweep_over_few_classes_shows_no_top5():
+    def columns(**about):
+        result = {"task": "classify", "metrics": {"top1": 10.0, "top5": 100.0}, **about}
+        return [column.header for column in sweep._table([({}, Path("run"), result)]).columns]
+
+    assert columns(classes=5) == columns(per_class={"a": 1.0, "b": 2.0}) == ["top-1 %", "folder"]
+    assert columns(classes=6) == columns() == ["top-1 %", "top-5 %", "folder"]
+
+
+@pytest.mark.slow
+def test_key_of_some_runs_of_a_sweep(called, monkeypatch):
+    """It is left out of the others; a key that has an effect in none is refused, as in a single run."""
+    import zoo.recipes.commands.train as command
+    from zoo.recipes import composition
+
+    seen = []
+
+    def train(cfg):
+        command.check(cfg)
+        seen.append((cfg.probe.kind, cfg.probe.k, cfg.probe.epochs, composition.command_line().partition(" run=")[0]))
+        return {"task": "classify", "metrics": {}}
+
+    monkeypatch.setattr(command, "_train", train)
+    code, (output, errors) = called("train", "-m", "probe=knn,linear", "probe.k=3", "probe.epochs=7")
+    assert code == 0, errors + output
+    assert seen == [
+        ("knn", 3, 100, "zoo-train probe=knn probe.k=3"),
+        ("linear", 20, 7, "zoo-train probe=linear probe.epochs=7"),
+    ]
+    assert "probe.k has no effect with probe.kind=linear: it is left out of this run of the sweep." in errors
+    code, (output, errors) = called("train", "-m", "probe=ep,linear", "probe.k=3")
+    assert code == 1
+    assert output.count("probe.k=3 has no effect with") == 2
+    code, (output, errors) = called("train", "-m", "probe=none,linear", "trainer.freeze=1", "probe.epochs=7,8")
+    assert "2 of 4 runs failed." in errors, output  # those of probe=none, which has no epochs, whatever their number
 
 
 @pytest.mark.slow
