@@ -422,6 +422,3 @@ def friendly_errors(command: str) -> Iterator[None]:
     except Stopped as error:
         say(f"{command}: {error}", logging.WARNING)
         sys.exit(128 + error.signum)
-    finally:
-        if "zoo.recipes.distributed" in sys.modules:
-            sys.modules["zoo.recipes.distributed"].leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,6 +28,8 @@ T = TypeVar("T")
 def setup(device: str) -> torch.device:
     """Join the process group that torchrun or SLURM describes, if there is one, and return this process's device.
 
+    The process leaves it when it ends, so that several runs can follow each other.
+
     Args:
         device: `auto` (the accelerator if there is one), or a device's name.
 
@@ -42,7 +45,11 @@ def setup(device: str) -> torch.device:
         raise UserError(f"trainer.device={device}: torch {torch.__version__} finds {have} on this machine.")
     if is_distributed_env() and dist.is_initialized():  # this is a second run in the same process
         return torch.device(device)
-    return torch.device(init_distributed_device_so(device)["device"])
+    found = torch.device(init_distributed_device_so(device)["device"])
+    if dist.is_initialized():
+        # Not after each run of a sweep: a process could leave while another one still connects to it.
+        atexit.register(leave)
+    return found
 
 
 def rank() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import logging
 import multiprocessing
@@ -30,9 +29,6 @@ def kept() -> Iterator[None]:
     """
     import numpy as np
     import torch
-    import torch.distributed as dist
-
-    from zoo.recipes import distributed
 
     cuda, cudnn = torch.cuda.is_available(), torch.backends.cudnn
     generators = (np.random.get_state(), torch.get_rng_state())  # noqa: NPY002
@@ -41,7 +37,6 @@ def kept() -> Iterator[None]:
     kernels = cudnn.deterministic, cudnn.benchmark
     start_method = multiprocessing.get_start_method(allow_none=True)
     threads = opencv.getNumThreads() if (opencv := _opencv()) else None
-    grouped = dist.is_initialized()
     try:
         with _log_kept(), _children_ignored():
             yield
@@ -59,8 +54,6 @@ def kept() -> Iterator[None]:
         multiprocessing.set_start_method(start_method, force=True)
         if opencv := _opencv():
             opencv.setNumThreads(-1 if threads is None else threads)  # -1 is OpenCV's default
-        if dist.is_initialized() and not grouped:
-            atexit.register(distributed.leave)
 
 
 def _release(error: BaseException) -> None:

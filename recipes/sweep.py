@@ -38,7 +38,12 @@ def varied(overrides: Sequence[str], asked: Sequence[str]) -> dict[str, str]:
     """
     fixed = {word.key_or_group for word in _parsed(asked) if not word.is_sweep_override()}
     own = _parsed(overrides)
-    return {word.key_or_group: str(word.value()) for word in own if word.key_or_group not in fixed}
+    return {word.key_or_group: _text(word.value()) for word in own if word.key_or_group not in fixed}
+
+
+def _text(value: Any) -> str:
+    """A value as a user types it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parsed(words: Sequence[str]) -> list[Override]:

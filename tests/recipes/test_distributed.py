@@ -210,3 +210,15 @@ def test_bad_data_is_one_error(run_cli, tmp_path):
     assert code != 0
     assert "data.root=none does not exist" in output
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.long
+def test_sweep_goes_on_after_a_run_that_fails(run_cli, summary, tmp_path):
+    """Both processes refuse the first run; neither leaves while the other one still connects to it."""
+    small = ("model=test_vit", "data.img_size=32", "trainer.max_updates=1", "trainer.device=cpu", "log.wandb=disabled")
+    code, output = run_cli("-m", "data.csv=none.csv,null", *small, cwd=tmp_path, processes=2)
+    assert code == 1
+    assert "1 of 2 runs failed." in output
+    (done,) = tmp_path.glob("runs/*/summary.json")
+    assert done.parent.name.endswith("-test_vit-data.csv=null")
+    assert summary(done.parent)["processes"] == 2
