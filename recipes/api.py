@@ -196,7 +196,7 @@ def _eval_result(task: str, folder: Path, summary: Settings, table: Any, results
         if confusion is not None:
             targets, predictions = found.targets, found.predictions
         else:  # of a classifier of several labels per image
-            targets, predictions = found.targets.astype(bool), found.found.astype(bool)
+            targets, predictions = found.targets.astype(bool), found.predictions.astype(bool)
     return EvalResult(task, folder, summary["metrics"], per_class, classes, confusion, targets, predictions, summary)
 
 

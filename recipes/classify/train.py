@@ -308,6 +308,8 @@ class ClassifyRun(BaseRun):
             log.info("Training images by class: %s", losses.shares(self.data.classes, self.counts, self.train_images))
         if cfg.data.sampling == "balanced":
             log.info("An epoch has as many images of each class, some of them several times (data.sampling=balanced).")
+            if cfg.loss.weights == "balanced":
+                log.warning("loss.weights=balanced makes up for rare classes once more: one of the two is enough.")
         if (repeats := cfg.augment.repeats) > 1:
             used = -(-self.updates_per_epoch * self.effective_batch // repeats)
             log.info("An epoch uses %d of the training images, each %d times (augment.repeats).", used, repeats)
@@ -324,7 +326,8 @@ class ClassifyRun(BaseRun):
             what = "with each label" if self.data.multi_label else "of each class"
             lines.append(f"training images {what}: {losses.shares(self.data.classes, self.counts, self.train_images)}")
             lines.append(f"sampling: {self.cfg.data.sampling}")
-        return [*lines, f"loss: {losses.describe(self.cfg, self.data.classes, self.weights, self.data.multi_label)}"]
+        lines.append(f"loss: {losses.describe(self.cfg, self.data.classes, self.weights, self.data.multi_label)}")
+        return [*lines, distillation.describe(self.cfg, self.teacher)] if self.teacher else lines
 
     def _epoch(self) -> None:
         progress = self.progress

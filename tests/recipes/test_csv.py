@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from zoo.messages import UserError
+from zoo.recipes import api
 from zoo.recipes.classify import multi_label
 from zoo.recipes.classify.data import Samples, _hold_out_several, open_data
 from zoo.recipes.config import DataConfig
@@ -434,6 +435,9 @@ def test_run_of_several_labels_needs_data_of_several_labels(command, fit, two_di
     )
     code, output = command("eval", "run", "data=imagefolder", f"data.root={images}")
     assert (code, "for several, give data=csv" in output) == (1, True)
+    result = api.evaluate("run", {"trainer.device": "cpu"})
+    assert result.targets.dtype == result.predictions.dtype == bool
+    assert result.targets.shape == result.predictions.shape == (result.metrics["images"], 3)
     with pytest.raises(UserError, match=r"loss\.name=ce is for one label per image, but the data has several"):
         fit(tmp_path / "a", None, "data=csv", f"data.csv={two_digits / 'labels.csv'}", "loss.name=ce")
     with pytest.raises(UserError, match=r"data\.sampling=balanced needs one label per image"):
