@@ -59,7 +59,10 @@ _PICTURES = {  # file -> title and note
     "predictions.png": ("Sample predictions", ""),
     "corruptions.png": ("The corruptions", ""),
     "attention.png": ("Attention of the probe", ""),
-    "exits.png": ("Early exit", "Accuracy over the cost of an image; thresholds are in eval.json."),
+    "exits.png": (
+        "Early exit",
+        "Accuracy over the cost of an image. A number is the exit that all images take. Thresholds are in eval.json.",
+    ),
 }
 # Pictures whose tiles can be as narrow as a thumbnail.
 _NARROW = ("corruptions.png", "attention.png")
@@ -841,6 +844,9 @@ def _chart(
         drawn.append(
             {"label": label, "color": number % 8, "dashed": number >= 8, "path": path, "dots": dots, "alone": alone}
         )
+    below = -math.inf  # single points may be close to each other, and their values below one another
+    for line in sorted((line for line in drawn if line["alone"]), key=lambda line: line["dots"][0]["y"]):
+        line["value_y"] = below = max(line["dots"][0]["y"] + 4, below + 16)
     return {
         "title": title,
         "size": (_WIDTH, _HEIGHT),

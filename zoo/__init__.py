@@ -21,8 +21,8 @@ FAMILIES = _families()
 _SHARED = tuple(
     f"zoo.{name}"
     for name in (
-        *("backbone", "checkpoints", "efficient_probing", "facts", "layers", "mbconv", "pretrained", "recognition"),
-        *("rmt", "stripes"),
+        *("backbone", "checkpoints", "efficient_probing", "facts", "families", "layers", "mbconv", "pretrained"),
+        *("recognition", "rmt", "stripes"),
     )
 )
 

@@ -305,6 +305,14 @@ def test_a_single_evaluation_is_a_dot_with_its_value_and_its_epoch(tmp_path):
     assert ">37.5 %</text>" in report.page(record)
 
 
+def test_values_of_points_that_are_close_do_not_overlap():
+    chart = report._chart(
+        "loss", [("a", [(20, 0.17)]), ("b", [(20, 0.16)]), ("c", [(1, 0.9), (2, 0.5)])], from_zero=True
+    )
+    upper, lower, _ = chart["lines"]
+    assert upper["dots"][0]["y"] + 4 == upper["value_y"] == lower["value_y"] - 16
+
+
 DAMAGED = [
     ("summary", {"seconds": 1}, "figures"),
     ("summary", {"metrics": {"top1": "high"}}, "figures"),
