@@ -39,3 +39,53 @@ def assert_precise(function, given, dtype, differentiated):
     for got, want in zip(run("torch", function, given), run("reference", function, exact), strict=True):
         assert got.dtype == dtype
         assert_within_budget(got, want, dtype)
+
+
+def norm(x):
+    """The root mean square."""
+    return x.square().mean().sqrt().item()
+
+
+def gradients(function, given, grad, options, choice):
+    """The output of `function(**given, **options)`, and the gradients of all of `given`, for `grad` at the output."""
+    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+    with implementation(choice):
+        out = function(**leaves, **options)
+    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
+
+
+def assert_kernels_agree(function, given, grad, options, dtype=None, floor=0.0, allowed=1):
+    """The Triton kernels err no more than the budget allows, against the reference in float64 on the same numbers.
+
+    Args:
+        function: The operator.
+        given: Its tensors by name.
+        grad: The gradient of its output.
+        options: Its other arguments.
+        dtype: The type whose budget counts; None for that of each result.
+        floor: The least size of a gradient, relative to the output's: it may be the small difference of large terms.
+        allowed: A factor of the budget.
+    """
+    found = gradients(function, given, grad, options, "triton")
+    exact = {name: x.double() for name, x in given.items()}
+    wanted = gradients(function, exact, grad.double(), options, "reference")
+    for name, got, want in zip(("out", *given), found, wanted, strict=True):
+        assert got.dtype == given.get(name, grad).dtype
+        assert got.shape == want.shape
+        assert torch.isfinite(got).all()
+        size = max(norm(want), floor * norm(wanted[0]), 1e-15)
+        assert norm(got.double() - want) <= allowed * BUDGET[dtype or got.dtype] * size, name
+
+
+def assert_second_derivatives(function, given, grad, options):
+    """Derivatives of the gradients through the Triton kernels in float32, against the reference in float64."""
+
+    def second(dtype, choice):
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in given.items()}
+        with implementation(choice):
+            out = function(**leaves, **options)
+            firsts = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in firsts), list(leaves.values()))
+
+    for got, want in zip(second(torch.float32, "triton"), second(torch.float64, "reference"), strict=True):
+        assert_within_budget(got, want, torch.float32)

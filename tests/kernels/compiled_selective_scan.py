@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from zoo.kernels import launches
 from zoo.kernels.selective_scan import cases
 
-from . import compilation, resources
+from . import compilation
+from .resources import check_cases
 
 # One number for each channel and 16; four directions, one and two.
 IMAGES = (
@@ -17,19 +17,10 @@ IMAGES = (
 )
 
 
-def check(names, dtype, target):
-    gpu, _ = compilation.TARGETS[target]
-    found = []
-    for name in names:
-        recorded = launches.record_case(cases, cases.CASES[name], batch=8, dtype=dtype, gpu=gpu)
-        found += [call.launch for calls in recorded.values() for call in calls]
-    resources.check(found, target, "compiled_selective_scan.json")
-
-
 @pytest.mark.parametrize("target", compilation.TARGETS)
 def test_half_precision(target):
-    check(IMAGES, torch.float16, target)
+    check_cases(cases, IMAGES, torch.float16, target)
 
 
 def test_float32():
-    check(IMAGES[:1], torch.float32, "sm_90")
+    check_cases(cases, IMAGES[:1], torch.float32, "sm_90")

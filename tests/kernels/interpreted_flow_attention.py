@@ -1,12 +1,15 @@
 """Flow attention in Triton, interpreted, against float64. Run by test_triton.py."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from zoo.kernels import flow_attention, implementation
+from zoo.kernels import flow_attention
 from zoo.kernels.flow_attention import op
 
-from .comparison import BUDGET, assert_within_budget
+from . import comparison
+from .comparison import assert_kernels_agree, assert_second_derivatives
 
 pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
@@ -30,29 +33,13 @@ def make(shape, dtype, batch=2, **options):
     return {"q": q, "k": k, "v": v}, grad, {"num_heads": num_heads, **options}
 
 
-def gradients(given, grad, options, choice):
-    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
-    with implementation(choice):
-        out = flow_attention(**leaves, **options)
-    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
+gradients = partial(comparison.gradients, flow_attention)
 
 
 def check(given, grad, options):
-    dtype, tokens = grad.dtype, grad.shape[1] * grad.shape[2]
-    found = gradients(given, grad, options, "triton")
-    exact = {name: x.double() for name, x in given.items()}
-    wanted = gradients(exact, grad.double(), options, "reference")
-    for got, want in zip(found, wanted, strict=True):
-        assert got.dtype == dtype
-        assert torch.isfinite(got).all()
-        # A gradient may be the small difference of large terms: with a single token, that of k is nearly 0.
-        size = max(norm(want), norm(wanted[0]) / tokens)
-        assert norm(got.double() - want) <= BUDGET[dtype] * size
-    return found
-
-
-def norm(x):
-    return x.square().mean().sqrt().item()
+    # With a single token, the gradients of q and k are nearly 0.
+    floor = 1 / (grad.shape[1] * grad.shape[2])
+    assert_kernels_agree(flow_attention, given, grad, options, grad.dtype, floor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -104,16 +91,7 @@ def test_an_image_has_the_same_results_in_any_batch():
 
 def test_double_backward():
     given, grad, options = make("odd-heads", torch.float32)
-
-    def second(dtype, choice):
-        leaves = {name: x.to(dtype).requires_grad_() for name, x in given.items()}
-        with implementation(choice):
-            out = flow_attention(**leaves, **options)
-            firsts = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), create_graph=True)
-        return torch.autograd.grad(sum(x.square().sum() for x in firsts), list(leaves.values()))
-
-    for got, want in zip(second(torch.float32, "triton"), second(torch.float64, "reference"), strict=True):
-        assert_within_budget(got, want, torch.float32)
+    assert_second_derivatives(flow_attention, given, grad, options)
 
 
 def test_operators_are_registered_rightly(fake_tensors_launch_nothing):

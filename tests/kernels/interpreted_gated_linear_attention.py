@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from zoo.kernels import gated_linear_attention, implementation
+from zoo.kernels import gated_linear_attention
 from zoo.kernels.gated_linear_attention import op
 
-from .comparison import BUDGET, assert_within_budget
+from . import comparison
+from .comparison import assert_kernels_agree, assert_second_derivatives, assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
@@ -39,25 +40,12 @@ def make(shape, dtype, batch=2, gates=torch.float32):
 
 
 def gradients(given, grad, choice):
-    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
-    with implementation(choice):
-        out = gated_linear_attention(**leaves)
-    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
+    return comparison.gradients(gated_linear_attention, given, grad, {}, choice)
 
 
 def check(given, grad):
-    found = gradients(given, grad, "triton")
-    wanted = gradients({name: x.double() for name, x in given.items()}, grad.double(), "reference")
-    for name, got, want in zip(("out", *given), found, wanted, strict=True):
-        assert got.dtype == (given[name].dtype if name in given else grad.dtype)
-        assert torch.isfinite(got).all()
-        # The gates of a single token have the gradient 0, the difference of two large terms.
-        size = max(norm(want), 0.1 * norm(wanted[0]))
-        assert norm(got.double() - want) <= BUDGET[given["q"].dtype] * size, name
-
-
-def norm(x):
-    return x.square().mean().sqrt().item()
+    # The gates of a single token have the gradient 0, the difference of two large terms.
+    assert_kernels_agree(gated_linear_attention, given, grad, {}, given["q"].dtype, floor=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -119,16 +107,7 @@ def test_an_image_has_the_same_results_in_any_batch():
 
 def test_double_backward():
     given, grad = make("one-more-than-a-chunk", torch.float32, batch=1)
-
-    def second(dtype, choice):
-        leaves = {name: x.to(dtype).requires_grad_() for name, x in given.items()}
-        with implementation(choice):
-            out = gated_linear_attention(**leaves)
-            firsts = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), create_graph=True)
-        return torch.autograd.grad(sum(x.square().sum() for x in firsts), list(leaves.values()))
-
-    for got, want in zip(second(torch.float32, "triton"), second(torch.float64, "reference"), strict=True):
-        assert_within_budget(got, want, torch.float32)
+    assert_second_derivatives(gated_linear_attention, given, grad, {})
 
 
 @pytest.mark.parametrize("shape", ["one-token", "one-less-than-a-chunk"])

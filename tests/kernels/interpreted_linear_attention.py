@@ -1,12 +1,15 @@
 """Linear attention in Triton, interpreted, against float64. Run by test_triton.py."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from zoo.kernels import implementation, linear_attention, token_sums
+from zoo.kernels import linear_attention, token_sums
 from zoo.kernels.linear_attention import op
 
-from .comparison import BUDGET, assert_within_budget
+from . import comparison
+from .comparison import assert_kernels_agree, assert_second_derivatives, assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan")
 
@@ -44,29 +47,13 @@ def make(shape, form, dtype, batch=2):
     return given, grad, options
 
 
-def gradients(given, grad, options, choice):
-    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
-    with implementation(choice):
-        out = linear_attention(**leaves, **options)
-    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
+gradients = partial(comparison.gradients, linear_attention)
 
 
 def check(given, grad, options, allowed=1):
-    dtype, tokens = grad.dtype, grad.shape[1] * grad.shape[2]
-    found = gradients(given, grad, options, "triton")
-    exact = {name: x.double() for name, x in given.items()}
-    wanted = gradients(exact, grad.double(), options, "reference")
-    for got, want in zip(found, wanted, strict=True):
-        assert got.dtype == dtype
-        assert torch.isfinite(got).all()
-        # A gradient may be the small difference of large terms: with a single token, those of q and k are nearly 0.
-        size = max(norm(want), norm(wanted[0]) / tokens)
-        assert norm(got.double() - want) <= allowed * BUDGET[dtype] * size
-    return found
-
-
-def norm(x):
-    return x.square().mean().sqrt().item()
+    # With a single token, the gradients of q and k are nearly 0.
+    floor = 1 / (grad.shape[1] * grad.shape[2])
+    assert_kernels_agree(linear_attention, given, grad, options, grad.dtype, floor, allowed)
 
 
 CASES = [("one-more-than-a-tile", form) for form in FORMS] + [
@@ -144,16 +131,7 @@ def test_parts_are_of_whole_tiles():
 
 def test_double_backward():
     given, grad, options = make("odd-heads", "softmax-rope", torch.float32)
-
-    def second(dtype, choice):
-        leaves = {name: x.to(dtype).requires_grad_() for name, x in given.items()}
-        with implementation(choice):
-            out = linear_attention(**leaves, **options)
-            firsts = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), create_graph=True)
-        return torch.autograd.grad(sum(x.square().sum() for x in firsts), list(leaves.values()))
-
-    for got, want in zip(second(torch.float32, "triton"), second(torch.float64, "reference"), strict=True):
-        assert_within_budget(got, want, torch.float32)
+    assert_second_derivatives(linear_attention, given, grad, options)
 
 
 @pytest.mark.parametrize("form", ["softmax-rope", "bounded"])

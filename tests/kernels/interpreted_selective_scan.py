@@ -1,14 +1,17 @@
 """The selective scan in Triton, interpreted, against float64. Run by test_triton.py."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from triton.runtime import interpreter
 
-from zoo.kernels import implementation, selective_scan
+from zoo.kernels import selective_scan
 from zoo.kernels.selective_scan import common, op
 
-from .comparison import assert_within_budget
+from . import comparison
+from .comparison import assert_kernels_agree, assert_second_derivatives, assert_within_budget
 from .test_selective_scan import ALL, made
 
 pytestmark = pytest.mark.usefixtures("unwritten_outputs_are_nan", "scans_of_slices")
@@ -52,20 +55,8 @@ def make(case, dtype, batch=2):
     return {name: x.to(dtype) for name, x in given.items()}, grad.to(dtype), options
 
 
-def gradients(given, grad, options, choice):
-    leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
-    with implementation(choice):
-        out = selective_scan(**leaves, **options)
-    return out.detach(), *torch.autograd.grad(out, list(leaves.values()), grad)
-
-
-def check(given, grad, options):
-    found = gradients(given, grad, options, "triton")
-    exact = {name: x.double() for name, x in given.items()}
-    wanted = gradients(exact, grad.double(), options, "reference")
-    for name, got, want in zip(("out", *given), found, wanted, strict=True):
-        assert got.dtype == (grad if name == "out" else given[name]).dtype
-        assert_within_budget(got, want, got.dtype)
+gradients = partial(comparison.gradients, selective_scan)
+check = partial(assert_kernels_agree, selective_scan)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -119,16 +110,7 @@ def test_an_image_has_the_same_results_in_any_batch():
 
 def test_double_backward():
     given, grad, options = make("one-less-than-a-tile", torch.float32, batch=1)
-
-    def second(dtype, choice):
-        leaves = {name: x.to(dtype).requires_grad_() for name, x in given.items()}
-        with implementation(choice):
-            out = selective_scan(**leaves, **options)
-            firsts = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype), create_graph=True)
-        return torch.autograd.grad(sum(x.square().sum() for x in firsts), list(leaves.values()))
-
-    for got, want in zip(second(torch.float32, "triton"), second(torch.float64, "reference"), strict=True):
-        assert_within_budget(got, want, torch.float32)
+    assert_second_derivatives(selective_scan, given, grad, options)
 
 
 @pytest.mark.parametrize("case", ["one-token", "without-bias"])

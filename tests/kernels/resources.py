@@ -7,6 +7,7 @@ from pathlib import Path
 import triton
 
 from zoo.kernels import instructions
+from zoo.kernels.launches import record_case
 
 from . import compilation
 
@@ -56,3 +57,13 @@ def check(launches, target, file):
         kept["resources"] = dict(sorted(kept["resources"].items()))
         path.write_text(json.dumps(kept, indent=1) + "\n")
     assert not faults, "\n".join(faults)
+
+
+def check_cases(cases, names, dtype, target):
+    """`check` for the passes of these cases of an operator, given its module of cases."""
+    operator = cases.__name__.split(".")[-2]
+    found = []
+    for name in names:
+        recorded = record_case(cases, cases.CASES[name], batch=8, dtype=dtype, gpu=compilation.TARGETS[target][0])
+        found += [call.launch for calls in recorded.values() for call in calls]
+    check(found, target, f"compiled_{operator}.json")
