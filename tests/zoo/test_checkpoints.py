@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+from copy import deepcopy
 from urllib.parse import urlsplit
 
 import pytest
@@ -21,10 +22,16 @@ OPTIONAL_FIELDS = {"url", "hf_hub_id", "also_at", "sha256", "sha256_prefix"}  # 
 OPTIONAL_FIELDS |= {"crop_mode", "licence_note", "top1", "note"}
 
 
-@pytest.fixture
-def state_dict():
+@pytest.fixture(scope="module")
+def original():
     torch.manual_seed(0)
     return timm.create_model("test_van").state_dict()
+
+
+@pytest.fixture
+def state_dict(original):
+    torch.manual_seed(0)
+    return deepcopy(original)
 
 
 @pytest.fixture
