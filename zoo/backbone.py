@@ -335,8 +335,10 @@ def create(
     ]
     for name, value in kwargs.items():
         arguments.check_name(name, value, [*own, *timms], variant)
+    depths = kwargs.get("depths")
+    stages = len(depths if arguments.is_list(depths) else settings["depths"])
     if "out_indices" in kwargs:
-        _check_indices(kwargs["out_indices"], len(settings["depths"]))
+        _check_indices(kwargs["out_indices"], stages)
     kwargs = resolve_num_classes(variant, pretrained, settings | kwargs)
     if pretrained:
         kwargs, filter_fn = with_checked_file(variant, kwargs, filter_fn)
@@ -346,7 +348,7 @@ def create(
         pretrained,
         pretrained_filter_fn=filter_fn,
         feature_cfg={
-            "out_indices": tuple(range(len(settings["depths"]))),
+            "out_indices": tuple(range(stages)),
             "feature_cls": "getter",
             "flatten_sequential": True,
         },

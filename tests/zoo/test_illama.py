@@ -148,6 +148,17 @@ def test_weights_load_into_stages_that_divide_the_blocks_otherwise(depths):
     assert all(torch.equal(*pair) for pair in zip(features, wanted, strict=True))
 
 
+@pytest.mark.parametrize("count", [3, 5])
+def test_features_of_another_number_of_stages(count):
+    stages = {"depths": (1,) * count, "embed_dims": (48,) * count, "num_heads": (3,) * count}
+    assert len(build(features_only=True, **stages)(images(64, 64))) == count
+    assert len(build(features_only=True, out_indices=(count - 1,), **stages)(images(64, 64))) == 1
+    with pytest.raises(
+        ValueError, match=rf"out_indices=\({count},\); it has to be a list of stages from 0 to {count - 1}"
+    ):
+        build(features_only=True, out_indices=(count,), **stages)
+
+
 @pytest.mark.slow  # the message compares the file with all models
 def test_another_number_of_blocks_is_refused():
     overlay = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": build().state_dict()}}
