@@ -84,8 +84,8 @@ def open_teacher(
     try:
         with torch.no_grad():
             teacher(teacher.normalize_input(image), distill.match == "features")
-            if distill.match == "features":
-                _features(student, image)
+            for model in (student, opened.model) if distill.match == "features" else ():
+                _features(model, image)
     except Exception as error:  # a model of timm can raise anything
         raise UserError(
             f"distill.teacher={distill.teacher} and {cfg.model} can't be used together with distill.match="

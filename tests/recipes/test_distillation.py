@@ -7,6 +7,7 @@ import timm
 import torch
 from torch.nn import functional as F
 
+from zoo.efficient_probing import attach
 from zoo.messages import UserError
 from zoo.recipes import config, early
 from zoo.recipes.classify import distillation
@@ -134,6 +135,18 @@ def test_teacher_that_does_not_fit(compose, finished, words, classes, message):
     student = timm.create_model("test_vit", img_size=32, num_classes=len(classes), in_chans=size["input_size"][0])
     with pytest.raises(UserError, match=message):
         distillation.open_teacher(cfg, student, NORMALIZED | size, classes)
+
+
+@pytest.mark.slow
+def test_teacher_without_pooled_features(compose, finished, monkeypatch):
+    """One of timm's models with efficient probing pools in its classifier."""
+    opened = distillation.open_model(str(finished))
+    attach(opened.model, 3, 4, 32)
+    monkeypatch.setattr(distillation, "open_model", lambda *args, **kwargs: opened)
+    student = timm.create_model("test_vit", img_size=32, num_classes=3)
+    cfg = compose("model=test_vit", f"distill.teacher={finished}", "distill.match=features")
+    with pytest.raises(UserError, match=r"can't be used together with distill.match=features .* have the shape \(1, 5"):
+        distillation.open_teacher(cfg, student, NORMALIZED, THREE)
 
 
 def test_teacher_of_other_classes_without_names(compose, tmp_path):
