@@ -1,4 +1,4 @@
-"""Runs of detection and segmentation: their files, resuming, crashes. 10 s, slow 5 min."""
+"""Runs of detection and segmentation: their files, resuming, crashes. 10 s, slow 1 min."""
 
 import json
 import os

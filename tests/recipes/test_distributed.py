@@ -1,4 +1,4 @@
-"""Two processes under torchrun on the CPU: the same weights, figures and messages as one. All slow, 3 min."""
+"""Two processes under torchrun on the CPU: the same weights, figures and messages as one. Slow 1 min, long 3 min."""
 
 import os
 import re

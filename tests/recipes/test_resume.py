@@ -1,4 +1,4 @@
-"""Killed, stopped and resumed runs end like undisturbed ones: nothing is lost. 15 s; the slow ones 2 min."""
+"""Killed, stopped and resumed runs end like undisturbed ones: nothing is lost. 15 s; the slow ones 1 min."""
 
 import errno
 import json
