@@ -39,13 +39,14 @@ def train(model, images):
 
 
 def deviation(got, want):
-    """The largest difference, in units of each tensor's largest value, which is at least 1e-6.
+    """The largest difference, in units of each tensor's largest value, or of 1e-4 of that of all tensors if it is less.
 
-    A bias that a softmax ignores has a gradient of rounding errors.
+    A bias that a norm or a softmax ignores has a gradient of rounding errors, whose size is that of what is summed.
     """
     assert got.keys() == want.keys()
-    apart = ((got[name] - want[name]).abs().max() / want[name].abs().max().clamp(min=1e-6) for name in want)
-    return max(value.item() for value in apart)
+    largest = {name: tensor.abs().max().item() for name, tensor in want.items()}
+    least = 1e-4 * max(largest.values())
+    return max((got[name] - want[name]).abs().max().item() / max(largest[name], least) for name in want)
 
 
 def compare(name, rank):
