@@ -97,6 +97,7 @@ def test_imports_point_one_way():
     assert {name: bad for name, bad in wrong.items() if bad} == {}
 
 
+@pytest.mark.slow
 def test_no_circle():
     """No file imports another one that imports it in turn, directly or through others, not even inside functions."""
     others = {name: (used & FILES.keys()) - {name} for name, used in graph().items()}

@@ -15,6 +15,7 @@ def value_and_gradient(function, x, dim):
     return out, torch.autograd.grad(out.sin().sum(), x)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_agrees_with_index_select(dim):
     torch._dynamo.reset()

@@ -116,6 +116,7 @@ def test_what_is_no_setting(settings, message):
         train(settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

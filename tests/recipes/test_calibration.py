@@ -62,6 +62,7 @@ def test_certain_and_right_is_perfect():
 # Temperature.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.4, 1.0, 2.5])
 def test_temperature_recovers_the_scale(scale):
     logits, labels = _random(20_000, scale=scale)

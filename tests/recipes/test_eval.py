@@ -35,6 +35,7 @@ def evaluate(compose):
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["top1", "top5", "loss"])
 def test_run_gives_the_figures_of_its_summary(evaluate, run, summary, name):
     assert evaluate(f"run={run}")["metrics"][name] == summary(run)["metrics"][name]
@@ -326,6 +327,7 @@ def test_command(run_cli, run, tmp_path, summary):
     assert "on 15 images" in output
 
 
+@pytest.mark.slow
 def test_command_with_a_key(command, run, summary):
     code, output = command("eval", f"run={run}")
     assert code == 0, output

@@ -226,6 +226,7 @@ def _use(key, root):
     imagenet._open(key, root, OUTPUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_folder(folders, tmp_path, case):
     key, change, message = WRONG[case]

@@ -77,6 +77,7 @@ def test_weights_of_several_labels_are_those_of_torch():
     _same(ClassLoss("bce", WEIGHTS, multi_label=True)(LOGITS, SEVERAL), expected)
 
 
+@pytest.mark.slow
 def test_smoothed_labels_do_not_draw_towards_large_weights():
     """The best logits for an image of a common class are those without weights."""
     logits = torch.zeros(1, 4, requires_grad=True)

@@ -44,6 +44,7 @@ def rows(values, labels, prepare=lambda x: x):
 # Journeys.
 
 
+@pytest.mark.slow
 def test_nearest_neighbours(probed, command, tmp_path):
     code, out = probed("knn", "probe.k=5")
     assert code == 0, out
@@ -219,6 +220,7 @@ def test_settings_without_effect_are_refused(compose, words, message):
         check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [

@@ -322,6 +322,7 @@ BICUBIC = (
 )
 
 
+@pytest.mark.slow
 def test_interpolation_of_training_images_is_the_sources():
     for name in RECIPES:
         augment = yaml.safe_load(_text(name)).get("augment", {})
@@ -329,6 +330,7 @@ def test_interpolation_of_training_images_is_the_sources():
         assert augment.get("interpolation", "random") == wanted, name
 
 
+@pytest.mark.slow
 def test_augmentation_is_repeated_as_in_the_sources():
     """All of these train with DeiT's script, whose default are three forms of each image."""
     for name in RECIPES:
@@ -337,6 +339,7 @@ def test_augmentation_is_repeated_as_in_the_sources():
         assert augment.get("repeats", 1) == wanted, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "model", "scaled", "factor"),
     [

@@ -178,6 +178,7 @@ def test_parts_of_another_evaluation_are_not_used(command, run):
     assert "Continues" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

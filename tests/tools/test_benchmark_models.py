@@ -370,6 +370,7 @@ def test_table_of_all_modes_has_120_columns(what):
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 120
 
 
+@pytest.mark.slow
 def test_contenders_stand_once_and_the_unit_first():
     names = ["test_van", "test_resnet", "test_van"]
     made = benchmark_models.contenders(names, "test_resnet", size=(64, 64), device="cpu", compiled=names)
@@ -384,6 +385,7 @@ def test_only_named_contenders_are_compiled():
     assert compiled == {"test_resnet", "test_maxvit", *filter(None, [families.timm_name("test_maxvit")])}
 
 
+@pytest.mark.slow
 def test_contenders_of_several_dtypes():
     settings = {"dtypes": ("float32", "bfloat16"), "cast": True, "choices": ("torch",)}
     made = benchmark_models.contenders(["test_van"], "test_resnet", size=(64, 64), device="cpu", **settings)
@@ -402,6 +404,7 @@ def test_fixed_models_are_made_for_the_size():
     assert vit.model(torch.zeros(1, 3, 64, 96)).shape == (1, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in manifest.counts() if name.startswith("test_")])
 def test_operations_are_those_of_zoo_models(name):
     model, count = timm.create_model(name), manifest.counts()[name]

@@ -403,6 +403,7 @@ def test_truncated_file_is_refused(kind, part, state_dict, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [

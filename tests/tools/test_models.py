@@ -395,6 +395,7 @@ def test_help_has_examples(capsys):
 # ---- layers
 
 
+@pytest.mark.slow
 def test_layers_of_a_model_of_the_zoo(capsys):
     found = rows(capsys, "test_van", "--layers", "--freeze", "2")
     assert [layer["name"] for layer in found["layers"]] == ["stem", *(f"stages.{i}" for i in range(4)), "head"]

@@ -176,6 +176,7 @@ def test_pattern():
     assert everything == product(range(28), range(28))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "billions"), [("casvit_xs", 0.56), ("casvit_m", 1.89)])
 @torch.no_grad()
 def test_multiply_adds_are_the_papers(model, billions):

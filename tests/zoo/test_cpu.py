@@ -225,6 +225,7 @@ def test_compiled_layers_without_gradients_are_nodes(dynamic, dtype):
     assert "tanh()" not in code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", ["none", "gelu", "relu"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_nodes_of_compiled_programs_are_proper_operators(bias, act):

@@ -218,6 +218,7 @@ def silent(monkeypatch):
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_server_that_never_answers(silent, folder):
     with pytest.raises(RuntimeError, match=r"be reached \(no answer in 0\.3 seconds\); check the connection") as e:
@@ -225,6 +226,7 @@ def test_server_that_never_answers(silent, folder):
     assert "pretrained=<file> to zoo-train and zoo-eval (distill.weights=<file> for a teacher)" in str(e.value)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_name_that_never_resolves(monkeypatch, folder):
     monkeypatch.setattr(downloads, "_FIRST_TIMEOUT", 0.3)
@@ -310,6 +312,7 @@ def test_hub_without_the_file(hub, tmp_path):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("answer", ["silent", "refused"])
 def test_hub_without_network(answer, silent, tmp_path, monkeypatch):
@@ -321,6 +324,7 @@ def test_hub_without_network(answer, silent, tmp_path, monkeypatch):
     assert "pretrained=<file> to zoo-train and zoo-eval (distill.weights=<file> for a teacher)" in str(e.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet18.a1_in1k", "hf-hub:timm/resnet18.a1_in1k"])
 def test_timms_own_downloads_without_network(name, silent, tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "hf_hub_url", partial(huggingface_hub.hf_hub_url, endpoint=silent))

@@ -137,6 +137,7 @@ def test_exits_learn_by_their_own_loss():
         assert found == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 1, 0, 1]][number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "billions"), [(REGNETY, [0.459, 1.065, 1.228, 1.298]), (MOBILENET, [0.098, 0.182, 0.207, 0.266])]
 )
@@ -193,6 +194,7 @@ def test_features_of_each_network_have_its_strides():
         assert [tuple(feature.shape[1:]) for feature in features] == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [RESNET, MOBILENET])
 @torch.no_grad()
 def test_other_networks_run_and_are_trained(name):

@@ -69,6 +69,7 @@ def test_all_images_may_leave_at_one_exit(thresholds, exit):
     torch.testing.assert_close(result, certainties(model, images)[1][:, exit])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain", "test_dyn_perceiver"])
 def test_images_that_have_left_cost_nothing(name):
     """The multiply-adds of a batch are the sum of the costs of the exits that its images take."""

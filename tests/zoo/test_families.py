@@ -80,6 +80,7 @@ def test_parts_of_the_forward_agree(name):
     torch.testing.assert_close(model.get_classifier()(pre_logits), model(x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("feature_cls", ["list", "getter", "hook", "fx"])
 def test_feature_extractors_agree(name, feature_cls):

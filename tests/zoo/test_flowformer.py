@@ -97,6 +97,7 @@ def test_official_file_is_recognised():
     assert checkpoints.closest_models(file) == (["flowformer"], 1.0)
 
 
+@pytest.mark.slow
 def test_multiply_adds_are_official():
     assert multiply_adds("flowformer") == pytest.approx(6.88, abs=0.005)
 

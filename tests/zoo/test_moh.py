@@ -290,6 +290,7 @@ def test_bad_argument_is_named(kwargs, message):
         timm.create_model("test_moh", **kwargs)
 
 
+@pytest.mark.slow
 def test_keys_are_all_tokens():
     check_keys("test_moh", lambda site, token, size: [product(*map(range, size))])
 

@@ -122,6 +122,7 @@ def test_rows_of_queries_and_their_gradients(rows, monkeypatch):
     assert largest.numel == max(2 * rows * 6 * 7 * 6, 2 * 7 * 7 * 6)  # logits, or the decays within columns
 
 
+@pytest.mark.slow
 def test_second_derivative_of_rows(monkeypatch):
     monkeypatch.setattr(ppma, "CPU_BYTES", 1)
     given = [tokens(1, 2, 3, 2, seed=i) for i in range(3)] + [tokens(1, 2, 3, seed=i) for i in (3, 4)]

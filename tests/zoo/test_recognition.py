@@ -40,6 +40,7 @@ def test_every_model_has_a_row():
     assert manifest.shapes().keys() == {*MODELS, *TAGGED}
 
 
+@pytest.mark.slow
 def test_models_that_the_table_knows_are_not_built(monkeypatch):
     state_dict = timm.create_model("test_van", device="meta").state_dict()
     monkeypatch.setattr(timm, "create_model", None)
@@ -57,6 +58,7 @@ def without_test_van(monkeypatch):
     recognition._model_shapes.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_test_van")
 def test_model_that_the_table_does_not_know_yet_is_built():
     state_dict = timm.create_model("test_van", device="meta").state_dict()

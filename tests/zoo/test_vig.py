@@ -107,6 +107,7 @@ def test_position_embedding_of_other_images_is_resized_on_loading():
     torch.testing.assert_close(loaded.detach(), want)
 
 
+@pytest.mark.slow
 def test_initialisation_is_official():
     torch.manual_seed(0)
     for name, std in (("vig_h_t", 0.02), ("vig_gla_t", math.sqrt(2 / (192 + 384)) * 2**-2.5)):
