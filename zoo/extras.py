@@ -10,7 +10,7 @@ from zoo.messages import UserError
 __all__ = ["MODULES", "MissingExtra", "install_command", "require", "require_for_commands"]
 
 MODULES = {
-    "train": ("hydra", "jinja2", "matplotlib", "rich", "sklearn", "wandb"),
+    "train": ("hydra", "jinja2", "matplotlib", "rich", "scipy", "sklearn", "wandb"),
     "dense": ("mmcv", "mmdet", "mmengine", "mmseg", "pycocotools"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "tensorboard": ("tensorboard",),
