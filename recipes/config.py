@@ -5,6 +5,7 @@ Hydra checks every configuration file and every override against these dataclass
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -753,9 +754,13 @@ def default_of(item: Field) -> Any:
 
 
 @cache
-def defaults(schema: type = Config) -> DictConfig:
-    """The configuration of `schema` with its defaults. Made once, which takes as long as composing one: copy it."""
+def _made(schema: type) -> DictConfig:
     return OmegaConf.structured(schema)
+
+
+def defaults(schema: type = Config) -> DictConfig:
+    """The configuration of `schema` with its defaults: a copy of one that is made once, which takes far longer."""
+    return copy.deepcopy(_made(schema))
 
 
 def nearest_key(key: str, schema: type = Config) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +57,7 @@ class TrainResult:
         from zoo.recipes import config, early, tasks
 
         early.check_run(self.folder)
-        settings = deepcopy(config.defaults(config.EvalConfig))
+        settings = config.defaults(config.EvalConfig)
         settings.run, settings.checkpoint = str(self.folder), checkpoint
         return tasks.load(self.task, "evaluate").from_run(settings)[0].to(device).eval()
 

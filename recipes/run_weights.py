@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -121,7 +120,7 @@ def prediction_config(settings: Any) -> tuple[DictConfig, list[str]]:
     Raises:
         UserError: A value is of the wrong type.
     """
-    cfg = deepcopy(config.defaults(config.EvalConfig))
+    cfg = config.defaults(config.EvalConfig)
     cfg.run, cfg.checkpoint = settings.run, settings.checkpoint
     for key, value in settings.overrides.items():
         try:

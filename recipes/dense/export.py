@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def open_run(folder: Path, checkpoint: str) -> tuple[OpenModel, list[str], dict[
     Raises:
         UserError: The run can't be read, or its method can't be exported.
     """
-    settings = deepcopy(config.defaults(config.EvalConfig))
+    settings = config.defaults(config.EvalConfig)
     settings.run, settings.checkpoint = str(folder), checkpoint
     model, cfg, classes, _ = evaluate.from_run(settings)
     model.eval()
