@@ -122,24 +122,31 @@ def run_cli():
     return _run
 
 
+def _main(patch: pytest.MonkeyPatch, cwd: Path, name: str, *words: str) -> int:
+    """Run a command in this process, in a folder; returns the exit code. `patch` undoes what this changes."""
+    patch.chdir(cwd)
+    patch.setenv("HYDRA_FULL_ERROR", "0")  # commands set it in their own process
+    module = "tools" if name in ("models", "convert", "export", "look") else "recipes"
+    patch.setattr(sys, "argv", [f"zoo-{name}", *map(str, words)])
+    try:
+        return importlib.import_module(f"zoo.{module}.{name}").main() or 0
+    except SystemExit as ended:
+        return ended.code or 0
+
+
 @pytest.fixture(scope="session")
 def train_here():
     """Run zoo-train to its end in this process, in a folder, with one thread, as child processes have."""
 
     def call(cwd: Path, *words: str) -> None:
-        threads, code = torch.get_num_threads(), None
+        threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(cwd)
-            patch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it in its own process
-            patch.setattr(sys, "argv", ["zoo-train", *words])
             torch.set_num_threads(1)
             try:
-                importlib.import_module("zoo.recipes.train").main()
-            except SystemExit as ended:
-                code = ended.code
+                code = _main(patch, cwd, "train", *words)
             finally:
                 torch.set_num_threads(threads)
-        assert not code
+        assert code == 0
 
     return call
 
@@ -149,16 +156,9 @@ def command(monkeypatch, capfd, tmp_path):
     """Run a command in this process, in an empty folder: `command("eval", "run=...")`; returns exit code and output."""
 
     def call(name: str, *words: str) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # commands set it in their own process
-        module = "tools" if name in ("models", "convert", "export", "look") else "recipes"
-        monkeypatch.setattr(sys, "argv", [f"zoo-{name}", *map(str, words)])
-        try:
-            code = importlib.import_module(f"zoo.{module}.{name}").main()
-        except SystemExit as ended:
-            code = ended.code
+        code = _main(monkeypatch, tmp_path, name, *words)
         printed = capfd.readouterr()
-        return code or 0, printed.out + printed.err
+        return code, printed.out + printed.err
 
     return call
 
